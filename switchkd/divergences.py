@@ -1,0 +1,119 @@
+"""Divergences between two next-token distributions, given as log-probabilities.
+
+Used twice, with the same code: inside a policy (when to switch) and as the training objective. In every function
+``logp`` is the teacher's and ``logq`` the student's log-probabilities, shape ``[..., V]``, normalised over the last
+dimension; the result has shape ``[...]`` and is in nats (total variation has no unit). Inputs below fp32 are upcast:
+computed in bf16, the JSD of two close distributions is off by a factor of several, and a switch decision is noise.
+
+An entry with zero probability under the first argument of a KL contributes 0 to value and gradient (0 · log 0 = 0); zero
+probability under the second where the first has mass is honestly infinite.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from switchkd.errors import ConfigError, nearest
+
+LN2 = math.log(2.0)  # nats in one bit
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax over the last dimension in fp32 or better: ``[..., V]`` logits to ``[..., V]`` log-probabilities."""
+    logits = _at_least_fp32(logits)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """``KL(p ‖ q) = Σ p log(p/q)``, the teacher's expectation; covers the teacher's modes (Hinton et al., 2015)."""
+    return _kl(_at_least_fp32(logp), _at_least_fp32(logq))
+
+
+def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """``KL(q ‖ p) = Σ q log(q/p)``, the student's expectation; seeks the teacher's modes (MiniLLM, arXiv 2306.08543)."""
+    return forward_kl(logq, logp)
+
+
+def jsd(logp: Tensor, logq: Tensor, beta: float = 0.5) -> Tensor:
+    """GKD's generalised JSD ``β KL(p‖m) + (1−β) KL(q‖m)``, ``m = β p + (1−β) q`` (arXiv 2306.13649, eq. 1).
+
+    Between 0 and ln 2 at ``beta = 0.5``; it tends to 0 at both ends, so β is a strength as well as a direction.
+    """
+    _check_open_interval("beta", beta, "forward_kl or reverse_kl")
+    logp, logq = _at_least_fp32(logp), _at_least_fp32(logq)
+    logm = _log_mixture(logp, logq, beta)
+    return beta * _kl(logp, logm) + (1 - beta) * _kl(logq, logm)
+
+
+def tvd(logp: Tensor, logq: Tensor) -> Tensor:
+    """Total variation distance ``½ Σ |p − q|``, between 0 and 1 (f-distill, arXiv 2307.15190)."""
+    return 0.5 * (_at_least_fp32(logp).exp() - _at_least_fp32(logq).exp()).abs().sum(-1)
+
+
+def skew_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
+    """DistiLLM's skew KL ``KL(p ‖ α p + (1−α) q)`` (arXiv 2402.03898, eq. 3); finite wherever p has mass."""
+    _check_open_interval("alpha", alpha, "forward_kl")
+    logp, logq = _at_least_fp32(logp), _at_least_fp32(logq)
+    return _kl(logp, _log_mixture(logp, logq, alpha))
+
+
+def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
+    """DistiLLM's skew reverse KL ``KL(q ‖ (1−α) p + α q)``, SWITCH's objective at its default α = 0.1."""
+    return skew_kl(logq, logp, alpha)
+
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+_PARAMETERS = {
+    forward_kl: (),
+    reverse_kl: (),
+    jsd: ("beta",),
+    tvd: (),
+    skew_kl: ("alpha",),
+    skew_reverse_kl: ("alpha",),
+}
+BY_NAME = {function.__name__: function for function in _PARAMETERS}
+
+
+def by_name(name: str, *, alpha: float = 0.1, beta: float = 0.5) -> Divergence:
+    """The divergence called ``name``, with the one of ``alpha`` and ``beta`` that it takes filled in.
+
+    Raises:
+        ConfigError: for an unknown name (the nearest is suggested) or a parameter outside (0, 1).
+    """
+    if name not in BY_NAME:
+        raise ConfigError(f"unknown divergence {name!r}{nearest(name, BY_NAME)}")
+    function = BY_NAME[name]
+    values = {key: {"alpha": alpha, "beta": beta}[key] for key in _PARAMETERS[function]}
+    for key, value in values.items():
+        _check_open_interval(key, value, "forward_kl or reverse_kl")
+    return partial(function, **values) if values else function
+
+
+def _kl(logp: Tensor, logq: Tensor) -> Tensor:
+    # Where p = 0 both logs are replaced before the subtraction: a masked −inf − x would still give NaN gradients.
+    dead = torch.isneginf(logp)
+    ratio = logp.masked_fill(dead, 0.0) - logq.masked_fill(dead, 0.0)
+    return (logp.exp() * ratio).sum(-1)
+
+
+def _log_mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
+    """``log(weight · p + (1 − weight) · q)``."""
+    # logaddexp(−inf, −inf) has a NaN gradient, so entries dead under both are computed at 0 and put back.
+    dead = torch.isneginf(logp) & torch.isneginf(logq)
+    mixed = torch.logaddexp(
+        logp.masked_fill(dead, 0.0) + math.log(weight), logq.masked_fill(dead, 0.0) + math.log1p(-weight)
+    )
+    return mixed.masked_fill(dead, -math.inf)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_open_interval(name: str, value: float, instead: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ConfigError(f"{name} must lie strictly between 0 and 1, got {value}; at the ends use {instead}")

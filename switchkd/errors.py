@@ -1,0 +1,43 @@
+"""One error root. Every message says what is wrong, the values, and the way out.
+
+The members are also the built-in error a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SwitchKDError(Exception):
+    """Root of every error that switchkd raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(SwitchKDError, ValueError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class DataError(SwitchKDError, ValueError):
+    """A data file or prompt cannot be used; the message names the file and line."""
+
+
+class ModelError(SwitchKDError, ValueError):
+    """A model folder cannot be loaded, or its architecture cannot be decoded."""
+
+
+class VocabularyError(ModelError):
+    """Teacher and student do not share one tokenizer, id by id."""
+
+
+class NonFiniteError(SwitchKDError, ArithmeticError):
+    """A NaN or infinity where none may be: in logits, loss, or gradients."""
+
+
+class CheckpointError(SwitchKDError, OSError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint ``; did you mean 'x'? …`` listing what exists, for a message about an unknown ``name``."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    guess = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{guess} (known: {', '.join(known)})"

@@ -1,0 +1,79 @@
+"""The one record that flows from decoding to training, and what decoding it cost."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FINISHED = ("eos", "length")  # stop reasons of rows that were decoded; any other row carries an error
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One decoded row.
+
+    ``speakers[t]`` is 0 where the student and 1 where the teacher wrote ``completion_ids[t]``; ``divergences[t]`` is what
+    the policy saw there, in the policy's own divergence and unit, NaN where it did not look. ``stop_reason`` is ``eos``
+    (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
+    ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``.
+    """
+
+    sample_id: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    speakers: list[int]
+    divergences: list[float]
+    stop_reason: str
+    error: str | None = None
+
+    @property
+    def teacher_share(self) -> float:
+        """Share of the completion that the teacher wrote; NaN if it is empty."""
+        return mean(self.speakers)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; a NaN divergence becomes null."""
+        record = asdict(self)
+        record["divergences"] = [None if math.isnan(d) else d for d in self.divergences]
+        return record
+
+
+@dataclass
+class DecodeCost:
+    """What decoding cost. A forward counts once for each row in it; ``prefill`` counts prompt and catch-up tokens."""
+
+    seconds: float = 0.0
+    kept_tokens: int = 0
+    teacher_tokens: int = 0
+    student_forwards: int = 0
+    teacher_forwards: int = 0
+    student_prefill_tokens: int = 0
+    teacher_prefill_tokens: int = 0
+    rounds: int = 0
+
+    def __add__(self, other: "DecodeCost") -> "DecodeCost":
+        return DecodeCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def summary(self) -> dict[str, float]:
+        """Ratios a person wants to see: forwards of each model per kept token, teacher share, tokens per second."""
+        kept = self.kept_tokens or math.nan
+        return {
+            "student_forwards_per_token": self.student_forwards / kept,
+            "teacher_forwards_per_token": self.teacher_forwards / kept,
+            "teacher_share": self.teacher_tokens / kept,
+            "tokens_per_second": self.kept_tokens / self.seconds if self.seconds else math.nan,
+        }
+
+
+class Rollouts(list[Rollout]):
+    """The rollouts of one ``decode`` call, in the order of its prompts, with the ``cost`` of making them."""
+
+    def __init__(self, rollouts: Iterable[Rollout] = (), cost: DecodeCost | None = None):
+        super().__init__(rollouts)
+        self.cost = cost or DecodeCost()
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean without NaNs; NaN if nothing is left."""
+    kept = [v for v in values if not math.isnan(v)]
+    return sum(kept) / len(kept) if kept else math.nan
