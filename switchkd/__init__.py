@@ -1,1 +1,51 @@
 """switchkd: distil a language model by deciding, token by token, who writes the next token."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from switchkd import divergences
+    from switchkd.decoding import decode, decode_reference
+    from switchkd.models import Pair, load_pair
+    from switchkd.policies import AdaSwitch, Decision, Policy, StudentOnly, Switch, TeacherOnly
+    from switchkd.rollouts import Rollout
+
+__version__ = "0.1.0"
+
+# Names load on first use, so that `switchkd --help` does not wait for torch.
+_HOME = {
+    "decode": "decoding",
+    "decode_reference": "decoding",
+    "Rollout": "rollouts",
+    "Policy": "policies",
+    "Decision": "policies",
+    "StudentOnly": "policies",
+    "TeacherOnly": "policies",
+    "Switch": "policies",
+    "AdaSwitch": "policies",
+    "Pair": "models",
+    "load_pair": "models",
+}
+
+__all__ = [
+    "AdaSwitch",
+    "Decision",
+    "Pair",
+    "Policy",
+    "Rollout",
+    "StudentOnly",
+    "Switch",
+    "TeacherOnly",
+    "decode",
+    "decode_reference",
+    "divergences",
+    "load_pair",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "divergences":
+        return importlib.import_module("switchkd.divergences")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"switchkd.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'switchkd' has no attribute {name!r}")

@@ -184,3 +184,34 @@ def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
             "back after a rejected draft. Choose a model with attention layers only."
         )
     return [(kind, window if kind == "sliding_attention" else None) for kind in kinds]
+
+
+@torch.no_grad()
+def verify_cache(model: PreTrainedModel) -> None:
+    """Prove on a probe that rows of different lengths, rolled back and extended, get the logits of a plain forward.
+
+    Whatever the architecture does with masks, positions or windows, it is either exact here or refused.
+
+    Raises:
+        ModelError: the logits differ by more than rounding.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    rows = [[(7 * i + row) % vocab_size for i in range(length)] for row, length in enumerate((9, 4))]
+    training = model.training
+    model.eval()
+    cached = CachedModel(model, len(rows), 12, vocab_size)
+    cached.catch_up([0, 1], rows)
+    wrong = torch.full((2, 2), 1 % vocab_size, device=cached.device)
+    cached.extend([0, 1], wrong, [12, 12])
+    cached.lengths = [len(row) - 2 for row in rows]
+    tails = torch.tensor([row[-2:] for row in rows], device=cached.device)
+    logits = cached.extend([0, 1], tails, [12, 12])
+    plain = [model(torch.tensor([row], device=cached.device)).logits[0, -2:, :vocab_size] for row in rows]
+    model.train(training)
+    expected = torch.stack(plain).float()
+    error = (logits.float() - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
+    if not error < {torch.float64: 1e-9, torch.float32: 1e-3}.get(model.dtype, 0.1):
+        raise ModelError(
+            f"{model.config.model_type} cannot be decoded exactly with the ragged cache: on a probe its logits are off by "
+            f"{error:.2g} (relative). Its attention is not plain full or sliding-window attention; choose another model"
+        )

@@ -9,14 +9,17 @@ An entry with zero probability under the first argument of a KL contributes 0 to
 probability under the second where the first has mass is honestly infinite.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from switchkd.errors import ConfigError, nearest
+
+if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
+    from torch import Tensor
 
 LN2 = math.log(2.0)  # nats in one bit
 
@@ -24,7 +27,7 @@ LN2 = math.log(2.0)  # nats in one bit
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-softmax over the last dimension in fp32 or better: ``[..., V]`` logits to ``[..., V]`` log-probabilities."""
     logits = _at_least_fp32(logits)
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
     return skew_kl(logq, logp, alpha)
 
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+Divergence = Callable[["Tensor", "Tensor"], "Tensor"]
 
 _PARAMETERS = {
     forward_kl: (),
@@ -95,7 +98,7 @@ def by_name(name: str, *, alpha: float = 0.1, beta: float = 0.5) -> Divergence:
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     # Where p = 0 both logs are replaced before the subtraction: a masked −inf − x would still give NaN gradients.
-    dead = torch.isneginf(logp)
+    dead = logp.isneginf()
     ratio = logp.masked_fill(dead, 0.0) - logq.masked_fill(dead, 0.0)
     return (logp.exp() * ratio).sum(-1)
 
@@ -103,15 +106,13 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
 def _log_mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
     """``log(weight · p + (1 − weight) · q)``."""
     # logaddexp(−inf, −inf) has a NaN gradient, so entries dead under both are computed at 0 and put back.
-    dead = torch.isneginf(logp) & torch.isneginf(logq)
-    mixed = torch.logaddexp(
-        logp.masked_fill(dead, 0.0) + math.log(weight), logq.masked_fill(dead, 0.0) + math.log1p(-weight)
-    )
-    return mixed.masked_fill(dead, -math.inf)
+    dead = logp.isneginf() & logq.isneginf()
+    first, second = logp.masked_fill(dead, 0.0) + math.log(weight), logq.masked_fill(dead, 0.0) + math.log1p(-weight)
+    return first.logaddexp(second).masked_fill(dead, -math.inf)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.element_size() >= 4 else x.float()
 
 
 def _check_open_interval(name: str, value: float, instead: str) -> None:

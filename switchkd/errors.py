@@ -36,8 +36,7 @@ class CheckpointError(SwitchKDError, OSError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint ``; did you mean 'x'? …`` listing what exists, for a message about an unknown ``name``."""
+    """The end of a message about an unknown ``name``: the closest known one, or all of them if none is close."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
-    guess = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{guess} (known: {', '.join(known)})"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

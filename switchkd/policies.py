@@ -7,19 +7,22 @@ row, so that the engine can undo a step, row by row, by keeping the old state.
 Shapes: B rows, V vocabulary. ``p`` is the teacher, ``q`` the student, ``t`` the response position (0 for the first token).
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from switchkd import divergences
 from switchkd.errors import ConfigError, nearest
 
+if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
+    import torch
+    from torch import Tensor
+
 STUDENT, TEACHER = 0, 1
 
-State = tuple[Tensor, ...]
+State = tuple["Tensor", ...]
 
 
 class Decision(NamedTuple):
@@ -107,12 +110,12 @@ class Switch(Policy):
         """``tau(t)`` in bits for the positions ``[B]``."""
         t = position.double()
         if self.schedule == "exponential":
-            return self.tau_0 * torch.exp(-self.decay * t)
+            return self.tau_0 * (-self.decay * t).exp()
         if self.schedule == "growth":
-            return self.tau_0 * torch.exp(self.decay * t)
+            return self.tau_0 * (self.decay * t).exp()
         if self.schedule == "linear":
             return self.tau_0 * (1 - t / (self.horizon or 1)).clamp(min=0)
-        return torch.full_like(t, self.tau_0)
+        return t.new_full(t.shape, self.tau_0)
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         # Rounding may leave [0, 1] by an ulp, and the first token (tau = 1) must be the student's.
@@ -150,6 +153,8 @@ class AdaSwitch(Policy):
             raise ConfigError(f"switch_token_by must be 'teacher' or 'student', got {self.switch_token_by!r}")
 
     def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        import torch
+
         return (
             torch.zeros(batch, self.window, dtype=torch.float64, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
@@ -167,18 +172,26 @@ class AdaSwitch(Policy):
         jump = ~switched & enough & (d > self.ratio * mean)
         teacher = switched | jump if self.switch_token_by == "teacher" else switched
         oldest = (seen % self.window).unsqueeze(1)
-        recorded = torch.where(switched, 0.0, d.double()).unsqueeze(1)
+        recorded = d.double().masked_fill(switched, 0.0).unsqueeze(1)
         new_state = (window.scatter(1, oldest, recorded), seen + 1, switched | jump)
         return _spoken_where(teacher, logp_student, logp_teacher, d.masked_fill(switched, math.nan), new_state)
 
 
 def _spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:
     rows = log_probs.shape[0]
-    who = torch.full((rows,), speaker, dtype=torch.int64, device=log_probs.device)
+    who = log_probs.new_full((rows,), speaker).long()
     return Decision(log_probs, who, log_probs.new_full((rows,), math.nan), state)
 
 
 def _spoken_where(teacher: Tensor, logp_student: Tensor, logp_teacher: Tensor, d: Tensor, state: State) -> Decision:
     """Target and speaker for a rule that hands each row wholly to one of the two (``teacher``: ``[B]`` bool)."""
-    target = torch.where(teacher.unsqueeze(1), logp_teacher, logp_student)
+    target = logp_teacher.where(teacher.unsqueeze(1), logp_student)
     return Decision(target, teacher.long(), d, state)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "student_only": StudentOnly,
+    "teacher_only": TeacherOnly,
+    "switch": Switch,
+    "adaswitch": AdaSwitch,
+}

@@ -1,8 +1,12 @@
 """Tiny random models and tabular toys that the tests share."""
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -18,11 +22,18 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from switchkd import divergences
+from switchkd.data import TokenizedExample
+from switchkd.models import Pair
+from switchkd.policies import AdaSwitch, Decision, Policy, State, StudentOnly, Switch, TeacherOnly
+from switchkd.rollouts import Rollout
 
 VOCAB = 23
 _ROPE = dict(
@@ -78,6 +89,60 @@ FAMILIES = {
 }
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_level_tokenizer(
+    eos: str | None = "<|im_end|>",
+    template: str | None = CHATML,
+    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>"),
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges; pad is eos, as in many real ones."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    lines = ["What is two and two?", "It is four.", "user assistant\n", "\n\n"] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(lines, trainer)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = 2, **changes) -> str:
+    """A random Llama with its tokenizer in ``folder``, as a hub would hold it."""
+    eos = tokenizer.eos_token_id
+    settings = {**_ROPE, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": eos}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(**settings | {"eos_token_id": eos, "num_hidden_layers": layers} | changes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def toy_pair(family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2)) -> Pair:
+    """A pair of tiny random models with a tokenizer to save beside them."""
+    teacher, student = (tiny_model(family, seed, dtype) for seed in (seeds[1], seeds[0]))
+    teacher.requires_grad_(False)
+    return Pair(teacher, student, byte_level_tokenizer(), VOCAB, (1,), ())
+
+
+def toy_examples(count: int = 12) -> list[TokenizedExample]:
+    """Ragged examples over the tiny vocabulary that end with the EOS id 1."""
+    rows = []
+    for i in range(count):
+        prompt = [2 + (i * 5 + j) % 20 for j in range(1 + i % 4)]
+        completion = [2 + (i * 3 + j * 7) % 20 for j in range(1 + (i * 5) % 6)] + [1]
+        rows.append(TokenizedExample(i, prompt, completion, ("text",), False, f"toy:{i + 1}"))
+    return rows
+
+
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0):
     """A random model whose next-token distributions are peaked enough (``scale``) to differ visibly by context."""
     with torch.random.fork_rng():
@@ -92,12 +157,69 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
 
 
 class TabularModel(nn.Module):
-    """Looks the next-token logits up by the last token: the smallest thing with a causal model's interface."""
+    """Looks the next-token logits up by the last token: the smallest thing that decodes like a causal model."""
 
-    def __init__(self, logits: torch.Tensor):
+    dtype = torch.float64
+    generation_config = None
+
+    def __init__(self, probabilities: list[list[float]]):
         super().__init__()
-        self.table = nn.Parameter(logits)
-        self.config = SimpleNamespace(vocab_size=logits.shape[1])
+        self.table = nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log())
+        self.config = SimpleNamespace(vocab_size=len(probabilities[0]), layer_types=["full_attention"])
+        self.config.get_text_config = lambda: self.config
 
-    def forward(self, input_ids: torch.Tensor, **_):
-        return SimpleNamespace(logits=self.table[input_ids])
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0, **_) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
+
+
+@dataclass(frozen=True)
+class Spell(Policy):
+    """A stateful rule that can switch back: above ``limit`` bits of JSD the teacher writes ``length`` tokens in a row.
+
+    State: tokens of the spell that are left ``[B]``. Inside a spell the student is not read.
+    """
+
+    limit: float = 0.3
+    length: int = 2
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        return (torch.zeros(batch, dtype=torch.int64, device=device),)
+
+    def reads(self, state: State) -> tuple[torch.Tensor, bool]:
+        return state[0] == 0, True
+
+    def step(self, state: State, logp_student, logp_teacher, position) -> Decision:
+        (left,) = state
+        bits = divergences.jsd(logp_teacher, logp_student) / divergences.LN2
+        bits = torch.where(left > 0, math.nan, bits)
+        left = torch.where(bits > self.limit, self.length, left)
+        teacher = left > 0
+        target = torch.where(teacher.unsqueeze(1), logp_teacher, logp_student)
+        return Decision(target, teacher.long(), bits, (torch.clamp(left - 1, min=0),))
+
+
+# Settings under which both models speak on the tiny pairs; a new policy joins here and is covered by every lossless test.
+POLICIES = {
+    "student_only": StudentOnly(),
+    "teacher_only": TeacherOnly(),
+    "switch_exponential": Switch(tau_0=0.6, decay=0.03),
+    "switch_linear": Switch(schedule="linear", tau_0=0.8, horizon=12),
+    "switch_constant": Switch(schedule="constant", tau_0=0.4),
+    "switch_growth": Switch(schedule="growth", tau_0=0.2, decay=0.1),
+    "adaswitch": AdaSwitch(window=2, ratio=1.1),
+    "adaswitch_student_token": AdaSwitch(
+        window=3, ratio=1.2, divergence="tvd", switch_token_by="student", require_full_window=False
+    ),
+    "spell": Spell(),
+}
+
+
+def assert_same(decoded: list[Rollout], reference: list[Rollout]) -> None:
+    """Token by token equality of two decodings, and of who spoke and what the policy saw."""
+    assert [r.completion_ids for r in decoded] == [r.completion_ids for r in reference]
+    assert [r.speakers for r in decoded] == [r.speakers for r in reference]
+    assert [r.stop_reason for r in decoded] == [r.stop_reason for r in reference]
+    for ours, theirs in zip(decoded, reference, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(ours.divergences), torch.tensor(theirs.divergences), equal_nan=True, atol=1e-6, rtol=1e-6
+        )

@@ -1,0 +1,254 @@
+"""The command line. Each command is a settings dataclass and a function; heavy imports wait until the function runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe
+from switchkd.errors import ConfigError, SwitchKDError, nearest
+
+METHODS = ("switch", "adaswitch", "on_policy", "supervised")
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ModelConfig, DecodeConfig):
+    """Complete prompts under a policy and say who wrote what."""
+
+    prompt: tuple[str, ...] = ()
+    """Prompts as text, sent through the template."""
+    prompts_file: str | None = None
+    """JSONL data file whose prompts are completed (formats as for training)."""
+    limit: int = 16
+    """Rows of prompts_file to complete."""
+    template: Literal["chat", "alpaca", "none"] = "chat"
+    """The model's chat template, the Alpaca template, or the prompt as it is."""
+    max_prompt_length: int = 1024
+    """Longer prompts of prompts_file are left out and counted."""
+    output_file: str | None = None
+    """Write rollouts here as JSONL: token ids, text, speakers, divergences."""
+    seed: int = 0
+    """Key of the noise, with each prompt's index and each position."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
+    """Score teacher and student on held-out examples."""
+
+    seed: int = 0
+    """Key of the noise where eval_temperature is above 0."""
+    output_file: str | None = None
+    """Write the scores and every setting here as JSON."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
+
+    method: Literal["switch", "adaswitch", "on_policy", "supervised"] = "switch"
+    """Whose text the student learns from."""
+    max_steps: int = 40
+    """Optimizer steps."""
+    output_dir: str | None = None
+    """The run directory; default runs/demo-METHOD."""
+    seed: int = 0
+    """Key of all randomness."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Make a student by dropping the layers of least influence from a model."""
+
+    model_name_or_path: str = "demo"
+    """Hub name or local folder of the model."""
+    output_dir: str = "pruned"
+    """Where the smaller model goes; must be empty or absent."""
+    layers: int = 15
+    """Layers to keep."""
+    seed: int = 0
+    """Key of the choice of texts that influence is measured on."""
+
+
+def train(config: TrainConfig) -> None:
+    from switchkd.runs import distil
+
+    distil(config)
+
+
+def demo(config: DemoConfig) -> None:
+    from switchkd.runs import distil
+
+    distil(demo_settings(config))
+
+
+def demo_settings(config: DemoConfig) -> TrainConfig:
+    """The method's recipe with the sizes of a demonstration on two cores."""
+    return dataclasses.replace(
+        load_recipe(config.method),
+        template="chat",
+        max_prompt_length=160,
+        max_completion_length=128,
+        max_new_tokens=96,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-4,
+        warmup_steps=4,
+        max_steps=config.max_steps,
+        eval_samples=32,
+        eval_max_new_tokens=96,
+        save_steps=20,
+        save_total_limit=1,
+        seed=config.seed,
+        output_dir=config.output_dir or f"runs/demo-{config.method}",
+    )
+
+
+def generate(config: GenerateConfig) -> None:
+    from switchkd.decoding import decode
+    from switchkd.report import bar, console, cost_line, print_rollout
+    from switchkd.runs import open_pair, read_prompts
+
+    if bool(config.prompt) == bool(config.prompts_file):
+        raise ConfigError("give either --prompt TEXT … or --prompts-file FILE")
+    pair = open_pair(config)
+    prompt_ids = read_prompts(config, pair)
+    with bar("generate", len(prompt_ids) * config.max_new_tokens) as progress:
+        shown = 0
+
+        def on_round(cost: Any) -> None:
+            nonlocal shown
+            progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+            shown = cost.kept_tokens
+
+        rollouts = decode(
+            pair.student,
+            pair.teacher,
+            prompt_ids,
+            config.policy,
+            config.max_new_tokens,
+            config.temperature,
+            config.seed,
+            block_size=config.block_size or "auto",
+            eos_token_ids=pair.eos_token_ids,
+            batch_size=config.generation_batch_size,
+            vocab_size=pair.vocab_size,
+            progress=on_round,
+        )
+    for rollout in rollouts:
+        print_rollout(rollout, pair.tokenizer)
+    console.print(cost_line(rollouts.cost), soft_wrap=True)
+    if config.output_file:
+        from switchkd.checkpoint import write_file
+
+        records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
+        write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    from switchkd.report import console, score_table
+    from switchkd.runs import eval_settings, evaluate_with_bar, load_task, open_pair, write_scores
+
+    pair = open_pair(config)
+    examples = load_task(config, pair, config.eval_file, config.eval_samples)
+    settings = eval_settings(config, config.seed)
+    models = {"teacher": pair.teacher, "student": pair.student}
+    scores = {name: evaluate_with_bar(pair, model, examples, settings, name) for name, model in models.items()}
+    console.print(score_table(scores))
+    if config.output_file:
+        write_scores(Path(config.output_file), settings, scores)
+
+
+def check(config: TrainConfig) -> None:
+    from switchkd.report import console
+    from switchkd.runs import check_run
+
+    for line in check_run(config):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def prune(config: PruneConfig) -> None:
+    from switchkd.pruning import prune as prune_model
+
+    prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
+
+
+# name: (settings, function, whether a recipe may come first, what it does)
+COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
+    "train": (TrainConfig, train, True, "distil a student as a recipe says"),
+    "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
+    "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
+    "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
+    "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
+    "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for an error that is explained, 2 for wrong usage, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_usage())
+            return 0 if args else 2
+        if args[0] not in COMMANDS:
+            raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
+        settings, function, _, _ = COMMANDS[args[0]]
+        config = parse(settings, args)
+        _quiet_libraries()
+        function(config)
+    except SwitchKDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(cls: type[Config], args: Sequence[str]) -> Config:
+    """Settings of a command line: a recipe or run directory gives the defaults, flags win.
+
+    Raises ConfigError for the recipe; exits with code 2 and the nearest name for a wrong flag.
+    """
+    command, rest = args[0], list(args[1:])
+    _, _, takes_recipe, summary = COMMANDS[command]
+    default = None
+    if takes_recipe and rest and not rest[0].startswith("-"):
+        default = _defaults(cls, rest.pop(0))
+    usage = f"switchkd {command} [RECIPE.yaml | RUN]" if takes_recipe else f"switchkd {command}"
+    default = cls() if default is None else default
+    return tyro.cli(cls, default=default, args=rest, prog=usage, description=summary, use_underscores=False)
+
+
+def _defaults(cls: type[Config], path: str) -> Config:
+    """What a command takes from a recipe, or from a run directory, whose trained student it then uses."""
+    folder = Path(path)
+    recipe = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
+    if cls is not TrainConfig and (folder / "student").is_dir():
+        recipe = dataclasses.replace(recipe, student_model_name_or_path=str(folder / "student"))
+    return cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(cls) if hasattr(recipe, f.name)})  # type: ignore[arg-type]
+
+
+def _usage() -> str:
+    lines = ["usage: switchkd COMMAND [RECIPE.yaml | RUN] [--setting value …]", "", "commands:"]
+    lines += [f"  {name:<10}{summary}" for name, (_, _, _, summary) in COMMANDS.items()]
+    return "\n".join([*lines, "", "switchkd COMMAND --help lists a command's settings."])
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,88 @@
+"""What a person sees while something runs and when it is done: progress bars and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from switchkd.evaluation import Scores
+    from switchkd.rollouts import DecodeCost
+
+console = Console()
+
+
+class Bar:
+    """A progress bar with time left and a line of numbers that changes; plain lines where there is no terminal."""
+
+    def __init__(self, progress: Progress, title: str, total: int | None):
+        self._progress, self._task = progress, progress.add_task(title, total=total, numbers="")
+
+    def advance(self, amount: int = 1, numbers: str | None = None) -> None:
+        """Move on by ``amount``, and show ``numbers`` if given."""
+        self._progress.update(self._task, advance=amount, **({} if numbers is None else {"numbers": numbers}))
+
+    def line(self, text: str) -> None:
+        """A line that stays, for logs that are not a terminal."""
+        if not console.is_terminal:
+            console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(title: str, total: int | None) -> Iterator[Bar]:
+    """Show a progress bar while the block runs."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+    )  # fmt: skip
+    if not console.is_terminal:
+        console.print(f"{title} …")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bar(progress, title, total)
+
+
+def step_line(metrics: dict[str, Any]) -> str:
+    """One training step in a line: loss, tokens per second and, where text was generated, who spoke."""
+    parts = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:.0f} tok/s"]
+    if metrics["generated"]:
+        parts.append(f"teacher {metrics['switch/teacher_share']:.0%}")
+        if metrics["switch/divergence_mean"] is not None:
+            parts.append(f"divergence {metrics['switch/divergence_mean']:.2f}")
+    else:
+        parts.append("data")
+    return " · ".join(parts)
+
+
+def score_table(scores: dict[str, Scores]) -> Table:
+    """Teacher, student before and student after, side by side."""
+    some = next(iter(scores.values()))
+    table = Table(title=f"{some.examples} held-out examples, {some.reference_tokens} reference tokens", title_justify="left")
+    table.add_column("model")
+    for name in ("KL to teacher (nats/token)", "perplexity", "ROUGE-L"):
+        table.add_column(name, justify="right")
+    for name, s in scores.items():
+        table.add_row(name, number(s.forward_kl), number(s.perplexity), number(s.rouge_l))
+    return table
+
+
+def cost_line(cost: DecodeCost) -> str:
+    """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
+    s = cost.summary()
+    return (
+        f"{cost.kept_tokens} tokens ({1 - s['teacher_share']:.0%} student, {s['teacher_share']:.0%} teacher), "
+        f"{s['tokens_per_second']:.1f} tokens/s; forwards per kept token: student {s['student_forwards_per_token']:.2f}, "
+        f"teacher {s['teacher_forwards_per_token']:.2f}"
+    )
+
+
+def number(value: float) -> str:
+    """Three or four significant digits, without an exponent for everyday sizes."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -1,0 +1,206 @@
+"""A run from settings to a distilled student: the run directory and everything in it.
+
+    config.yaml       the settings, every one, usable as a recipe
+    metrics.jsonl     a line for every optimizer step
+    rollouts.jsonl    the generated text: token ids, speakers, divergences
+    checkpoint-N/     whole checkpoints, the newest ones
+    evaluation.json   teacher, student before, student after
+    student/          the result, for ``from_pretrained``
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from switchkd import report
+from switchkd.cache import verify_cache
+from switchkd.checkpoint import save_model, write_file
+from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from switchkd.data import TokenizedExample, load_examples, tokenize
+from switchkd.errors import ConfigError
+from switchkd.evaluation import EvalSettings, Scores, evaluate
+from switchkd.models import Pair, load_pair
+from switchkd.rollouts import DecodeCost
+from switchkd.trainer import Metrics, Trainer
+
+CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+# Settings that may change between a run and its continuation: they move time or disk, never a token or a gradient.
+FREE_ON_RESUME = {"resume", "save_steps", "save_total_limit", "block_size", "generation_batch_size", "output_dir"}
+
+
+def distil(config: TrainConfig) -> dict[str, Scores]:
+    """Train as ``config`` says and write the run directory; returns the scores of before and after.
+
+    Raises:
+        ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
+    """
+    accelerator = Accelerator()
+    main = accelerator.is_main_process
+    run = Path(config.output_dir)
+    if main:
+        _open_run(run, config)
+    accelerator.wait_for_everyone()
+    pair = open_pair(config, quiet=not main)
+    train = load_task(config, pair, config.train_file, quiet=not main)
+    heldout = load_task(config, pair, config.eval_file, config.eval_samples, quiet=not main) if config.eval_samples else []
+    check_context(config, pair)
+    trainer = Trainer(pair, train, config, accelerator)
+    scores: dict[str, Scores] = {}
+    if main and heldout:
+        scores = _before(run, config, pair, heldout)
+    accelerator.wait_for_everyone()
+    if config.resume:
+        trainer.resume()
+    _train(trainer, quiet=not main)
+    if main:
+        student = accelerator.unwrap_model(trainer.student)
+        save_model(run / "student", student, pair.tokenizer)
+        if heldout:
+            scores["student after"] = _evaluate(pair, student, heldout, config, "student after")
+            _write_scores(run, config, scores)
+            report.console.print(report.score_table(scores))
+        report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    accelerator.wait_for_everyone()
+    return scores
+
+
+def open_pair(config: ModelConfig, quiet: bool = False) -> Pair:
+    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models."""
+    pair = load_pair(
+        config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype
+    )
+    if not quiet:
+        for warning in pair.warnings:
+            report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    for model in (pair.teacher, pair.student):
+        verify_cache(model)
+    return pair
+
+
+def load_task(
+    config: DataConfig, pair: Pair, file: str, limit: int | None = None, quiet: bool = False
+) -> list[TokenizedExample]:
+    """Read and tokenise a data file; prints how many examples are used, and what was left out and why."""
+    examples, drops = tokenize(
+        load_examples(file, limit, config.skip_bad),
+        pair.tokenizer,
+        template=config.template,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+    )
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (drops.long_prompts, f"prompts over {config.max_prompt_length} tokens left out"),
+            (drops.end_tokens_in_text, "completions that spell out the end token left out"),
+            (drops.truncated, f"completions cut at {config.max_completion_length} tokens"),
+        )
+        if count
+    ]
+    if not quiet:
+        report.console.print(f"{file}: {len(examples)} examples" + "".join(f"; {part}" for part in left_out), soft_wrap=True)
+    return examples
+
+
+def check_context(config: TrainConfig, pair: Pair) -> None:
+    """Raise ConfigError if a prompt and its completion may not fit into the models' context."""
+    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = config.max_prompt_length + max(config.max_new_tokens, config.max_completion_length)
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"max_prompt_length {config.max_prompt_length} + completion {longest - config.max_prompt_length} tokens exceed "
+                f"the {name}'s context of {context}; lower max_prompt_length, max_new_tokens or max_completion_length"
+            )
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of a run directory."""
+    file = run / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
+    return from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def _open_run(run: Path, config: TrainConfig) -> None:
+    """Create the run directory, or check that the one to resume had the same settings."""
+    if config.resume:
+        before, now = to_dict(read_config(run)), to_dict(config)
+        changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in FREE_ON_RESUME]
+        if changed:
+            raise ConfigError(f"{run} was started with other settings ({'; '.join(changed)}); resume with the same, or start anew")
+        return
+    if run.exists() and any(run.iterdir()):
+        raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
+    run.mkdir(parents=True, exist_ok=True)
+    write_file(run / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def _before(run: Path, config: TrainConfig, pair: Pair, heldout: Sequence[TokenizedExample]) -> dict[str, Scores]:
+    """Teacher's and untrained student's scores, read back where a resumed run has them."""
+    file = run / EVALUATION
+    if config.resume and file.is_file():
+        return {name: Scores(**s) for name, s in json.loads(file.read_text(encoding="utf-8"))["scores"].items()}
+    scores = {
+        name: _evaluate(pair, model, heldout, config, name)
+        for name, model in (("teacher", pair.teacher), ("student before", pair.student))
+    }
+    _write_scores(run, config, scores)
+    return scores
+
+
+def eval_settings(config: EvalConfig, seed: int) -> EvalSettings:
+    """The evaluation settings inside a larger configuration."""
+    return EvalSettings(config.eval_max_new_tokens, config.eval_temperature, seed)
+
+
+def _evaluate(
+    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], config: TrainConfig, name: str
+) -> Scores:
+    return evaluate_with_bar(pair, model, examples, eval_settings(config, config.seed), name)
+
+
+def evaluate_with_bar(
+    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], settings: EvalSettings, name: str
+) -> Scores:
+    """``evaluate`` with a progress bar."""
+    with report.bar(f"evaluate {name}", 2 * len(examples)) as bar:
+        return evaluate(pair, model, examples, settings, bar.advance)
+
+
+def write_scores(file: Path, settings: EvalSettings, scores: dict[str, Scores]) -> None:
+    """Scores with every setting they depend on, as JSON."""
+    record = {"settings": settings.to_json(), "scores": {name: asdict(s) for name, s in scores.items()}}
+    write_file(file, json.dumps(record, indent=1))
+
+
+def _write_scores(run: Path, config: TrainConfig, scores: dict[str, Scores]) -> None:
+    write_scores(run / EVALUATION, eval_settings(config, config.seed), scores)
+
+
+def _train(trainer: Trainer, quiet: bool) -> None:
+    cost = DecodeCost()
+    with report.bar("train", trainer.total_steps) as bar:
+        bar.advance(trainer.step)
+
+        def on_step(metrics: Metrics, step_cost: DecodeCost) -> None:
+            nonlocal cost
+            cost += step_cost
+            bar.advance(1, report.step_line(metrics))
+            bar.line(f"step {metrics['step']}/{trainer.total_steps}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)")
+
+        trainer.train(on_step)
+    if not quiet and cost.kept_tokens:
+        report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
+
+
+def select(cls: type[Any], config: Any) -> dict[str, Any]:
+    """The values of ``config`` that ``cls`` has too."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if hasattr(config, f.name)}

@@ -1,0 +1,104 @@
+"""The ragged cache on every family, and the probe that refuses what it cannot do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, tiny_model
+
+from switchkd.cache import CachedModel, attention_windows, verify_cache
+from switchkd.errors import ModelError
+
+ROWS = [[3, 4, 5, 6, 7, 8, 9], [7, 2], [2, 9, 11, 4, 6]]
+
+
+def plain_logits(model, row, last):
+    return model(torch.tensor([row])).logits[0, -last:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rolled_back_and_extended_rows_have_the_plain_logits(family):
+    model = tiny_model(family, 3)
+    cached = CachedModel(model, 3, 20, VOCAB)
+    cached.catch_up(range(3), ROWS)
+    assert cached.lengths == [6, 1, 4]
+    cached.extend(range(3), torch.tensor([[9, 8, 7]] * 3), [20] * 3)
+    cached.lengths = [6, 1, 4]  # roll back
+    more = [[9, 5], [8, 10], [6, 12]]
+    logits = cached.extend(range(3), torch.tensor(more), [20] * 3)
+    for row, tail, ours in zip(ROWS, more, logits, strict=True):
+        torch.testing.assert_close(ours, plain_logits(model, row[:-1] + tail, 2), atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_some_rows_may_be_left_behind_and_catch_up_later():
+    model = tiny_model("mistral-sliding", 3)
+    cached = CachedModel(model, 3, 20, VOCAB)
+    cached.catch_up(range(3), ROWS)
+    cached.extend([0, 2], torch.tensor([[9], [6]]), [20, 20])
+    texts = [[*ROWS[0][:-1], 9, 5], [*ROWS[1], 4, 4, 8], [*ROWS[2][:-1], 6, 7]]
+    cached.catch_up(range(3), texts)
+    logits = cached.extend(range(3), torch.tensor([[t[-1]] for t in texts]), [20] * 3)
+    for text, ours in zip(texts, logits, strict=True):
+        torch.testing.assert_close(ours, plain_logits(model, text, 1), atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_selected_and_reused_rows():
+    """A row that held NaNs is given to a new prompt; two rows are kept in another order."""
+    model = tiny_model("gemma3-hybrid", 3)
+    cached = CachedModel(model, 3, 20, VOCAB)
+    cached.catch_up(range(3), ROWS)
+    for layer in cached.cache.layers:
+        layer.keys[1] = layer.values[1] = float("nan")
+    cached.reset(1)
+    cached.select([2, 1])
+    cached.catch_up([1], [[5, 6, 7]])
+    logits = cached.extend([0, 1], torch.tensor([[6], [7]]), [20, 20])
+    torch.testing.assert_close(logits[0], plain_logits(model, ROWS[2], 1), atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(logits[1], plain_logits(model, [5, 6, 7], 1), atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_drafts_beyond_the_limit_are_not_stored():
+    """They may even lie beyond the learned positions of the model."""
+    model = tiny_model("gpt2", 3)
+    row = [3] * 62
+    cached = CachedModel(model, 1, 64, VOCAB)
+    cached.catch_up([0], [row])
+    logits = cached.extend([0], torch.tensor([[3, 4, 5, 6, 7]]), [64])
+    assert cached.lengths == [64]
+    torch.testing.assert_close(logits[0, :3], plain_logits(model, [*row, 4, 5], 3), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_family_passes_the_probe(family, dtype):
+    model = tiny_model(family, 1, dtype).train()
+    verify_cache(model)
+    assert model.training
+
+
+def test_the_probe_refuses_attention_that_is_not_what_its_config_says():
+    model = tiny_model("mistral-sliding")
+    model.config.sliding_window = None  # the weights were made to see four tokens; the mask now shows all
+    reference = tiny_model("mistral-sliding")
+
+    class Lying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config, self.dtype = model, model.config, torch.float64
+
+        def forward(self, input_ids, **settings):
+            return (self.inner if settings else reference)(input_ids, **settings)
+
+    with pytest.raises(ModelError, match="cannot be decoded exactly"):
+        verify_cache(Lying())
+
+
+def test_layers_that_cannot_be_rolled_back_are_refused_by_name():
+    config = SimpleNamespace(layer_types=["linear_attention", "full_attention"], model_type="qwen3_next")
+    config.get_text_config = lambda: config
+    with pytest.raises(ModelError, match=r"qwen3_next has linear_attention layers.*attention layers only"):
+        attention_windows(SimpleNamespace(config=config))

@@ -1,0 +1,167 @@
+"""End points, bad rows, and what decoding must leave alone."""
+
+import math
+
+import pytest
+import torch
+from tiny import FAMILIES, POLICIES, VOCAB, tiny_model
+
+from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode, decode_reference
+from switchkd.errors import ConfigError
+
+PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
+
+
+@pytest.fixture
+def llamas():
+    return tiny_model("llama", 1), tiny_model("llama", 2)
+
+
+def texts(rollouts):
+    return [r.completion_ids for r in rollouts]
+
+
+def generated(model, prompts, budget):
+    """Greedy text of the model's own ``generate``, one prompt at a time."""
+    rows = []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=budget, do_sample=False, pad_token_id=0)
+        rows.append(ids[0, len(prompt) :].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_generate(family):
+    student, teacher = tiny_model(family, 1), tiny_model(family, 2)
+    ours = decode(student, teacher, PROMPTS, StudentOnly(), 10, temperature=0.0)
+    assert texts(ours) == generated(student, PROMPTS, 10)
+    speculative = decode(student, teacher, PROMPTS, TeacherOnly(), 10, temperature=0.0, drafter="student", block_size=4)
+    assert texts(speculative) == generated(teacher, PROMPTS, 10)
+
+
+def test_greedy_ignores_the_models_own_sampling_settings(llamas):
+    """Models ship generation configs with top-p, top-k and repetition penalties; none may leak in."""
+    before = decode(*llamas, PROMPTS, StudentOnly(), 10, temperature=1.0)
+    llamas[0].generation_config.update(top_k=1, top_p=0.1, temperature=0.3, repetition_penalty=5.0, do_sample=True)
+    assert texts(decode(*llamas, PROMPTS, StudentOnly(), 10, temperature=1.0)) == texts(before)
+
+
+def test_threshold_above_one_is_the_student_and_below_zero_the_teacher(llamas):
+    for limit, alone in ((1.5, StudentOnly()), (-0.1, TeacherOnly())):
+        switch = decode(*llamas, PROMPTS, Switch(schedule="constant", tau_0=limit), 10, seed=4)
+        assert texts(switch) == texts(decode(*llamas, PROMPTS, alone, 10, seed=4))
+        assert {s for r in switch for s in r.speakers} == {int(limit < 0)}
+
+
+def test_a_lone_models_partner_is_never_called(llamas):
+    student, teacher = llamas
+    only_student = decode(student, teacher, PROMPTS, StudentOnly(), 10)
+    assert only_student.cost.teacher_forwards == only_student.cost.teacher_prefill_tokens == 0
+    only_teacher = decode(student, teacher, PROMPTS, TeacherOnly(), 10)
+    assert only_teacher.cost.student_forwards == only_teacher.cost.student_prefill_tokens == 0
+
+
+def test_after_adaswitch_has_switched_everywhere_the_student_rests(llamas):
+    policy = AdaSwitch(window=1, ratio=0.0)
+    rollouts = decode(*llamas, PROMPTS, policy, 20, eos_token_ids=[], block_size=1)
+    assert all(r.speakers == [0] + [1] * 19 for r in rollouts)
+    assert rollouts.cost.student_forwards == 2 * len(PROMPTS)
+
+
+def test_verified_blocks_save_forwards(llamas):
+    same = (llamas[1], llamas[1])
+    rollouts = decode(*same, PROMPTS, Switch(), 12, eos_token_ids=[], block_size=4, drafter="student")
+    assert rollouts.cost.teacher_forwards == 3 * len(PROMPTS)
+    assert rollouts.cost.kept_tokens == 12 * len(PROMPTS)
+
+
+def test_result_keeps_length_and_order_and_bad_rows_disturb_nobody(llamas):
+    good = decode(*llamas, PROMPTS, POLICIES["spell"], 10, sample_ids=[0, 2, 5])
+    mixed = [PROMPTS[0], [], PROMPTS[1], [3, VOCAB], [4] * 60, PROMPTS[2]]
+    for batch in (1, 2, 6):
+        rollouts = decode(*llamas, mixed, POLICIES["spell"], 10, batch_size=batch)
+        reasons = [r.stop_reason for r in rollouts]
+        assert reasons[1] == "empty_prompt" and reasons[3] == "invalid_token" and reasons[4] == "prompt_too_long"
+        assert "exceed" in rollouts[4].error and "lower max_new_tokens" in rollouts[4].error
+        assert texts([rollouts[i] for i in (0, 2, 5)]) == texts(good)
+        assert [r.prompt_ids for r in rollouts] == mixed
+        assert all(r.completion_ids == [] for r in rollouts if r.error)
+    assert [r.stop_reason for r in decode_reference(*llamas, mixed, POLICIES["spell"], 10)] == reasons
+
+
+def test_a_prompt_that_just_fits_is_decoded(llamas):
+    [row] = decode(*llamas, [[4] * 54], StudentOnly(), 10, eos_token_ids=[])
+    assert row.stop_reason == "length" and len(row.completion_ids) == 10
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_nan_logits_name_model_sample_and_position_and_spare_other_rows(llamas, broken):
+    """The embedding of token 21 is NaN: only the row that reads it fails, also when its place is given to another."""
+    clean = decode(*llamas, PROMPTS, POLICIES["spell"], 8, eos_token_ids=[21], sample_ids=[0, 8, 9])
+    with torch.no_grad():
+        llamas[broken == "teacher"].get_input_embeddings().weight[21] = math.nan
+    prompts = [PROMPTS[0], [5, 21], PROMPTS[1], PROMPTS[2]]
+    for batch in (1, 2, 4):
+        rollouts = decode(
+            *llamas, prompts, POLICIES["spell"], 8, eos_token_ids=[21], sample_ids=[0, 7, 8, 9], batch_size=batch
+        )
+        assert rollouts[1].stop_reason == "non_finite"
+        assert f"the {broken}'s logits" in rollouts[1].error
+        assert "sample 7, response position 0" in rollouts[1].error
+        assert texts([rollouts[i] for i in (0, 2, 3)]) == texts(clean)
+
+
+def test_modes_weights_and_random_state_are_left_alone(llamas):
+    student, teacher = llamas
+    student.train()
+    teacher.model.layers[0].train()
+    state, weights = torch.get_rng_state(), [p.clone() for p in student.parameters()]
+    decode(student, teacher, PROMPTS, Switch(), 5)
+    decode_reference(student, teacher, PROMPTS, Switch(), 5)
+    assert student.training and not teacher.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(weights, student.parameters(), strict=True))
+
+
+def test_dropout_is_off_and_the_cache_on_under_gradient_checkpointing():
+    student, teacher = tiny_model("gpt2", 1), tiny_model("gpt2", 2)
+    quiet = decode(student, teacher, PROMPTS, Switch(), 10)
+    student.train()
+    student.gradient_checkpointing_enable()
+    assert texts(decode(student, teacher, PROMPTS, Switch(), 10)) == texts(quiet)
+
+
+def test_no_prompts_at_all(llamas):
+    assert decode(*llamas, [], Switch()) == []
+
+
+def test_progress_is_told_after_every_round(llamas):
+    seen = []
+    rollouts = decode(*llamas, PROMPTS, Switch(), 6, block_size=1, progress=lambda cost: seen.append(cost.kept_tokens))
+    assert seen == sorted(seen) and seen[-1] == sum(len(r.completion_ids) for r in rollouts)
+    assert len(seen) == rollouts.cost.rounds
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"temperature": -0.5}, "greedy"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"block_size": 0}, "block_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"drafter": "both"}, "drafter"),
+        ({"sample_ids": [1]}, "1 sample_ids for 3 prompts"),
+        ({"vocab_size": VOCAB + 1}, "vocab_size"),
+    ],
+)
+def test_wrong_arguments_are_explained(llamas, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        decode(*llamas, PROMPTS, Switch(), **settings)
+
+
+def test_rollouts_as_json(llamas):
+    [row] = decode(*llamas, [[3, 4]], AdaSwitch(window=1, ratio=0.0), 4, eos_token_ids=[])
+    record = row.to_json()
+    assert record["divergences"][0] > 0 and record["divergences"][-1] is None
+    assert row.teacher_share == 0.75

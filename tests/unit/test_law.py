@@ -1,0 +1,89 @@
+"""The exact law of the engine, by enumeration of all branches on a tabular toy.
+
+With probabilities that are multiples of 1/4, an inverse-CDF draw from four equally likely noise values has exactly the
+target law. All 4^5 noise paths of five tokens are decoded as one batch, so the share of paths that end in a text *is* its
+probability, and it must equal the product of the target distributions along that text.
+"""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from tiny import POLICIES, Spell, TabularModel
+
+from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding
+
+QUARTERS, LENGTH, VOCAB = 4, 5, 3
+STUDENT = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]
+TEACHER = [[0.25, 0.25, 0.5], [0.0, 0.25, 0.75], [0.25, 0.5, 0.25]]
+POLICY_CASES = {
+    "spell": Spell(limit=0.2, length=2),
+    "switch": Switch(tau_0=0.5, decay=0.4),
+    "adaswitch": AdaSwitch(window=1, ratio=1.45, divergence="tvd"),
+    "student_only": POLICIES["student_only"],
+    "teacher_only": POLICIES["teacher_only"],
+}
+
+
+@pytest.fixture
+def quartered_noise(monkeypatch):
+    """Noise of (sample, position) is the position-th base-4 digit of the sample id; a draw inverts the CDF at it."""
+
+    def gumbel_noise(keys, vocab_size, device="cpu"):
+        digits = [(sample // QUARTERS**position) % QUARTERS for sample, position in keys]
+        return torch.tensor([[(digit + 0.5) / QUARTERS] for digit in digits])
+
+    def draw(log_probs, noise, temperature=1.0):
+        return (noise > log_probs.exp().cumsum(-1)).sum(-1)
+
+    monkeypatch.setattr(decoding, "noise_key", lambda seed, sample_id, position: (sample_id, position))
+    monkeypatch.setattr(decoding, "gumbel_noise", gumbel_noise)
+    monkeypatch.setattr(decoding, "draw", draw)
+
+
+def exact_law(policy, first):
+    """Probability of every text, by recursion over the policy alone."""
+    log_student, log_teacher = (torch.tensor(t, dtype=torch.float64).log() for t in (STUDENT, TEACHER))
+    law = Counter()
+    for text in product(range(VOCAB), repeat=LENGTH):
+        state, last, probability = policy.init(1), first, 1.0
+        for t, token in enumerate(text):
+            decision = policy.step(state, log_student[[last]], log_teacher[[last]], torch.tensor([t]))
+            probability *= decision.log_probs[0, token].exp().item()
+            state, last = decision.state, token
+        if probability > 0:
+            law[text] = probability
+    return law
+
+
+@pytest.mark.parametrize("name", POLICY_CASES)
+@pytest.mark.parametrize("block,drafter", [(1, "auto"), (2, "student"), (3, "teacher"), (5, "student"), (8, "teacher")])
+def test_law_is_exact(quartered_noise, name, block, drafter):
+    policy = POLICY_CASES[name]
+    paths = QUARTERS**LENGTH
+    rollouts = decode(
+        TabularModel(STUDENT),
+        TabularModel(TEACHER),
+        [[1]] * paths,
+        policy,
+        LENGTH,
+        block_size=block,
+        batch_size=paths // 2,
+        drafter=drafter,
+    )
+    counted = Counter(tuple(r.completion_ids) for r in rollouts)
+    expected = exact_law(policy, first=1)
+    assert counted.keys() == expected.keys()
+    assert all(counted[text] / paths == pytest.approx(p, abs=1e-12) for text, p in expected.items())
+
+
+def test_reference_has_the_law_too(quartered_noise):
+    policy = POLICY_CASES["spell"]
+    paths = QUARTERS**3
+    rollouts = decode_reference(TabularModel(STUDENT), TabularModel(TEACHER), [[1]] * paths, policy, 3)
+    counted = Counter(tuple(r.completion_ids) for r in rollouts)
+    assert len(counted) > 5
+    for text, count in counted.items():
+        tails = [p for t, p in exact_law(policy, 1).items() if t[:3] == text]
+        assert count / paths == pytest.approx(sum(tails), abs=1e-12)

@@ -1,0 +1,124 @@
+"""The block engine gives the reference loop's tokens, one by one, whatever the block, batch, order and drafter."""
+
+import pytest
+from tiny import FAMILIES, POLICIES, assert_same, tiny_model
+
+from switchkd import decode, decode_reference
+
+PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
+BUDGET = 9
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    return tiny_model("llama", 1), tiny_model("llama", 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["student_only", "teacher_only", "switch_exponential", "adaswitch", "spell"])
+def test_every_family_block_and_batch(family, policy):
+    student, teacher = tiny_model(family, 1), tiny_model(family, 2)
+    reference = decode_reference(student, teacher, PROMPTS, POLICIES[policy], BUDGET)
+    combinations = [(block, 3, drafter) for block in (1, 2, 3, 5, 8) for drafter in ("student", "teacher")]
+    for block, batch, drafter in [*combinations, (3, 1, "auto"), (5, None, "auto"), ("auto", 2, "auto")]:
+        out = decode(
+            student, teacher, PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=batch, drafter=drafter
+        )
+        assert_same(out, reference)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(policy):
+    """On a pair of two architectures, one of them with a sliding window."""
+    student, teacher = tiny_model("gpt2", 1), tiny_model("gemma3-hybrid", 2)
+    reference = decode_reference(student, teacher, PROMPTS, POLICIES[policy], BUDGET)
+    for block, batch, drafter in ((1, 5, "auto"), (4, 2, "student"), (4, 3, "teacher"), (8, 1, "auto")):
+        out = decode(
+            student, teacher, PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=batch, drafter=drafter
+        )
+        assert_same(out, reference)
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("student_only", "teacher_only")])
+def test_the_settings_of_these_tests_let_both_models_speak(policy):
+    """Otherwise the equalities above would say little."""
+    spoken = set()
+    for family in ("llama", "opt", "gemma3-hybrid"):
+        for rollout in decode_reference(
+            tiny_model(family, 1), tiny_model(family, 2), PROMPTS, POLICIES[policy], BUDGET
+        ):
+            spoken.update(rollout.speakers)
+    assert spoken == {0, 1}
+
+
+@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
+def test_eos_at_every_place_in_a_block(llamas, place, drafter):
+    """Row 0's token at ``place`` becomes an EOS id, with another row's as a second one."""
+    policy = POLICIES["switch_constant"]
+    free = decode_reference(*llamas, PROMPTS, policy, BUDGET, eos_token_ids=[])
+    eos = [free[0].completion_ids[place], free[2].completion_ids[place]]
+    reference = decode_reference(*llamas, PROMPTS, policy, BUDGET, eos_token_ids=eos)
+    assert reference[0].stop_reason == "eos" and len(reference[0].completion_ids) <= place + 1
+    for block in (2, 4, 8):
+        out = decode(
+            *llamas, PROMPTS, policy, BUDGET, block_size=block, batch_size=3, eos_token_ids=eos, drafter=drafter
+        )
+        assert_same(out, reference)
+        for rollout in out:
+            inside = set(rollout.completion_ids[:-1])
+            assert not inside & set(eos)
+
+
+@pytest.mark.parametrize("block", [3, 5])
+@pytest.mark.parametrize("difference", [None, -1, 0, 1])
+def test_budgets_around_the_block_length(llamas, block, difference):
+    for budget in (0, 1) if difference is None else (block + difference,):
+        for policy in (POLICIES["switch_growth"], POLICIES["adaswitch"], POLICIES["teacher_only"]):
+            reference = decode_reference(*llamas, PROMPTS, policy, budget, eos_token_ids=[])
+            assert all(len(r.completion_ids) == budget and r.stop_reason == "length" for r in reference)
+            for drafter in ("student", "teacher"):
+                out = decode(
+                    *llamas, PROMPTS, policy, budget, block_size=block, batch_size=2, eos_token_ids=[], drafter=drafter
+                )
+                assert_same(out, reference)
+
+
+def test_order_and_neighbours_change_nothing(llamas):
+    policy = POLICIES["spell"]
+    straight = decode(*llamas, PROMPTS, policy, BUDGET, seed=3, batch_size=5)
+    order = [4, 2, 0, 3, 1]
+    shuffled = decode(
+        *llamas, [PROMPTS[i] for i in order], policy, BUDGET, seed=3, sample_ids=order, batch_size=2, block_size=3
+    )
+    assert_same([shuffled[order.index(i)] for i in range(5)], straight)
+    alone = decode(*llamas, [PROMPTS[2]], policy, BUDGET, seed=3, sample_ids=[2])
+    assert_same(alone, [straight[2]])
+
+
+def test_temperatures(llamas):
+    for temperature in (0.0, 0.5, 2.0):
+        policy = POLICIES["switch_exponential"]
+        reference = decode_reference(*llamas, PROMPTS, policy, BUDGET, temperature, seed=5)
+        out = decode(*llamas, PROMPTS, policy, BUDGET, temperature, seed=5, block_size=4, batch_size=4)
+        assert_same(out, reference)
+
+
+def test_seeds_give_other_text(llamas):
+    texts = {
+        tuple(tuple(r.completion_ids) for r in decode(*llamas, PROMPTS, POLICIES["student_only"], BUDGET, seed=seed))
+        for seed in range(4)
+    }
+    assert len(texts) == 4
+
+
+def test_equal_prompts_in_one_batch_get_their_own_noise(llamas):
+    rollouts = decode(*llamas, [[3, 4]] * 6, POLICIES["student_only"], BUDGET, eos_token_ids=[])
+    assert len({tuple(r.completion_ids) for r in rollouts}) > 1
+
+
+def test_vocabulary_can_be_cut(llamas):
+    """Padding rows of the logits are never drawn, whoever speaks."""
+    reference = decode_reference(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[])
+    assert max(max(r.completion_ids) for r in reference) < 12
+    assert_same(decode(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[]), reference)

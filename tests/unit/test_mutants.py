@@ -1,0 +1,87 @@
+"""Negative controls of the decoding engine: each mistake, put into the source, must make a check fail."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from tiny import POLICIES, assert_same, tiny_model
+
+from switchkd import Switch, decode_reference, decoding
+
+SOURCE = Path(decoding.__file__).read_text(encoding="utf-8")
+PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
+BUDGET = 10
+
+MUTANTS = {
+    "accept every draft": [
+        ("token = draw(decision.log_probs, g, self.job.temperature)", "token = drafts_BK[:, k]")
+    ],
+    "speaker decided once per block": [
+        (
+            "decision = self.job.policy.step(self.state, logq[k], logp[k], position)",
+            "decision = self.job.policy.step(self.state, logq[k], logp[k], position)\n"
+            "            first = decision.speaker if k == 0 else first\n"
+            "            target = torch.where(first.bool().unsqueeze(1), logp[k], logq[k])\n"
+            "            decision = decision._replace(log_probs=target, speaker=first)",
+        )
+    ],
+    "threshold by block instead of position": [("torch.tensor([t + k for t in start]", "torch.tensor([t for t in start]")],
+    "state not rolled back over discarded drafts": [
+        ("self._keep_state(alive, decision.state)", "self.state = decision.state")
+    ],
+    "cache one long after a rejection": [("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens))")],
+    # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
+    "cache one short after a rejection": [
+        ("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens) - 2)"),
+        ("model.catch_up(rows, [row.tokens", "if not max(model.lengths): model.catch_up(rows, [row.tokens"),
+        ("model.catch_up(rows, [self.rows", "if not max(model.lengths): model.catch_up(rows, [self.rows"),
+    ],
+    "policy sees the draft at another temperature": [
+        (
+            "logp = log_probs(model.extend(rows, token, self._limits())[:, 0])",
+            "logp = log_probs(model.extend(rows, token, self._limits())[:, 0], 0.8)",
+        )
+    ],
+    "another temperature in the draft than reported": [
+        ("draft = draw(logp, g, self.job.temperature)", "draft = draw(logp, g, 1.5 * self.job.temperature)")
+    ],
+    "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
+}
+
+
+def mutated_decode(edits):
+    source = SOURCE
+    for old, new in edits:
+        assert source.count(old) == 1, f"the mutant no longer fits the source: {old}"
+        source = source.replace(old, new)
+    module = types.ModuleType("switchkd_mutant")
+    sys.modules[module.__name__] = module
+    exec(compile(source, "mutant", "exec"), module.__dict__)
+    return module.decode
+
+
+def check_engine(decode):
+    """The guarantees of the engine in one go, for the real one and for the mutants."""
+    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
+    for name in ("switch_exponential", "adaswitch", "spell"):
+        reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, eos_token_ids=[])
+        for drafter in ("student", "teacher"):
+            out = decode(
+                student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, eos_token_ids=[], drafter=drafter
+            )
+            assert_same(out, reference)
+    # A student that always speaks always agrees with its own drafts: no round is cut.
+    never = Switch(schedule="constant", tau_0=2.0)
+    out = decode(student, teacher, PROMPTS, never, BUDGET, block_size=5, eos_token_ids=[], drafter="student")
+    assert out.cost.rounds == 2
+
+
+def test_the_engine_passes():
+    check_engine(decoding.decode)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name):
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check_engine(mutated_decode(MUTANTS[name]))

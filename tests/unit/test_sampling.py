@@ -1,0 +1,89 @@
+"""Keyed noise: a pure function of its key, Gumbel-distributed, independent across keys and tokens."""
+
+import math
+
+import pytest
+import torch
+
+from switchkd.sampling import draw, gumbel_noise, noise_key
+
+
+def plain_python_noise(key, token):
+    """The same function written out over Python integers, to pin the bits on every platform."""
+
+    def mix(x):
+        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+        return x ^ (x >> 16)
+
+    low, high = key % 2**32, key >> 32
+    bits = mix(mix((token * 0x9E3779B9 + low) % 2**32) ^ high)
+    signed = bits - 2**32 if bits >= 2**31 else bits
+    return -math.log(-math.log1p(-(signed + 2**31 + 0.5) / 2**32))
+
+
+def test_bits_are_those_of_the_plain_loop():
+    keys = [noise_key(0, 0, 0), noise_key(1, 2, 3), 0, 2**64 - 1]
+    noise = gumbel_noise(keys, 50)
+    for row, key in zip(noise.tolist(), keys, strict=True):
+        assert row == pytest.approx([plain_python_noise(key, token) for token in range(50)], rel=1e-4, abs=1e-5)
+
+
+def test_rows_depend_on_their_own_key_alone():
+    keys = [noise_key(7, sample, 4) for sample in range(6)]
+    together = gumbel_noise(keys, 100)
+    for i, key in enumerate(keys):
+        assert torch.equal(gumbel_noise([key], 100)[0], together[i])
+    assert torch.equal(gumbel_noise(keys, 60), together[:, :60])
+
+
+def test_each_part_of_the_key_matters():
+    keys = {noise_key(s, i, p) for s in (0, 1, -1) for i in (0, 1, 2**40) for p in (0, 1, 5)}
+    assert len(keys) == 27
+
+
+def test_noise_is_gumbel_and_uncorrelated():
+    noise = gumbel_noise([noise_key(0, i, 0) for i in range(40)], 5000).double()
+    uniform = torch.exp(-torch.exp(-noise)).flatten().sort().values
+    steps = (torch.arange(uniform.numel()) + 0.5) / uniform.numel()
+    assert (uniform - steps).abs().max() < 1.95 / math.sqrt(uniform.numel())  # Kolmogorov-Smirnov at 0.1 %
+    rows = torch.corrcoef(noise[:20])
+    assert (rows - torch.eye(20)).abs().max() < 5 / math.sqrt(5000)
+    neighbours = torch.corrcoef(torch.stack([noise[:, :-1].flatten(), noise[:, 1:].flatten()]))
+    assert neighbours[0, 1].abs() < 5 / math.sqrt(noise.numel())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_have_the_law(temperature):
+    logp = torch.tensor([0.6, 0.3, 0.09, 0.01]).log()
+    count = 60_000
+    noise = gumbel_noise([noise_key(3, i, 2) for i in range(count)], 4)
+    seen = torch.bincount(draw(logp.expand(count, 4), noise, temperature), minlength=4).double()
+    expected = count * torch.softmax(logp.double() / temperature, -1)
+    chi_squared = ((seen - expected) ** 2 / expected).sum()
+    assert chi_squared < 16.3  # 3 degrees of freedom at 0.1 %
+
+
+def test_rare_tokens_are_drawn_at_their_rate():
+    """32-bit uniforms keep a tail of 50,000 tokens that share a probability of 2 %."""
+    vocab = 50_001
+    logp = torch.full((vocab,), math.log(0.02 / 50_000))
+    logp[0] = math.log(0.98)
+    tail = sum(int(draw(logp.unsqueeze(0), gumbel_noise([noise_key(0, i, 0)], vocab))) > 0 for i in range(1500))
+    assert 12 < tail < 52  # mean 30, standard deviation 5.4
+
+
+def test_certain_and_impossible_tokens():
+    logp = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(2000, 3)
+    assert (draw(logp, gumbel_noise(range(2000), 3)) == 1).all()
+
+
+def test_greedy_ignores_the_noise():
+    logp = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert torch.equal(draw(logp, torch.full((5, 9), math.nan), 0.0), logp.argmax(-1))
+
+
+def test_no_global_random_state_is_touched():
+    before = torch.get_rng_state()
+    gumbel_noise([1, 2], 10)
+    assert torch.equal(torch.get_rng_state(), before)
