@@ -33,7 +33,9 @@ class _Layer(CacheLayerMixin):
         self.values = value_states.new_zeros(*shape[:-1], value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, slots, end = self.cache.rows_b, self.cache.slots_bT, self.cache.end

@@ -124,7 +124,9 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; resume from another checkpoint of {folder.parent}")
         if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged (not as written); resume from another checkpoint of {folder.parent}")
+            raise CheckpointError(
+                f"{path} is damaged (not as written); resume from another checkpoint of {folder.parent}"
+            )
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -142,7 +144,9 @@ def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         if parameter_name not in parameters:
-            raise CheckpointError(f"{folder}/optimizer.safetensors has a moment of {parameter_name}, which is not in the model")
+            raise CheckpointError(
+                f"{folder}/optimizer.safetensors has a moment of {parameter_name}, which is not in the model"
+            )
         parameter = parameters[parameter_name]
         # AdamW keeps its step count on the host unless it is fused or capturable.
         optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

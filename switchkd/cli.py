@@ -21,19 +21,13 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
-class GenerateConfig(ModelConfig, DecodeConfig):
+class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
     """Complete prompts under a policy and say who wrote what."""
 
     prompt: tuple[str, ...] = ()
-    """Prompts as text, sent through the template."""
-    prompts_file: str | None = None
-    """JSONL data file whose prompts are completed (formats as for training)."""
+    """Prompts as text, sent through the template; without any, those of eval_file are completed."""
     limit: int = 16
-    """Rows of prompts_file to complete."""
-    template: Literal["chat", "alpaca", "none"] = "chat"
-    """The model's chat template, the Alpaca template, or the prompt as it is."""
-    max_prompt_length: int = 1024
-    """Longer prompts of prompts_file are left out and counted."""
+    """Rows of eval_file to complete."""
     output_file: str | None = None
     """Write rollouts here as JSONL: token ids, text, speakers, divergences."""
     seed: int = 0
@@ -115,13 +109,14 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
 def generate(config: GenerateConfig) -> None:
     from switchkd.decoding import decode
     from switchkd.report import bar, console, cost_line, print_rollout
-    from switchkd.runs import open_pair, read_prompts
+    from switchkd.runs import load_task, open_pair, prompt_ids
 
-    if bool(config.prompt) == bool(config.prompts_file):
-        raise ConfigError("give either --prompt TEXT … or --prompts-file FILE")
     pair = open_pair(config)
-    prompt_ids = read_prompts(config, pair)
-    with bar("generate", len(prompt_ids) * config.max_new_tokens) as progress:
+    if config.prompt:
+        prompts = prompt_ids(config.prompt, config.template, pair)
+    else:
+        prompts = [row.prompt_ids for row in load_task(config, pair, config.eval_file, config.limit)]
+    with bar("generate", len(prompts) * config.max_new_tokens) as progress:
         shown = 0
 
         def on_round(cost: Any) -> None:
@@ -132,7 +127,7 @@ def generate(config: GenerateConfig) -> None:
         rollouts = decode(
             pair.student,
             pair.teacher,
-            prompt_ids,
+            prompts,
             config.policy,
             config.max_new_tokens,
             config.temperature,
@@ -202,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
         settings, function, _, _ = COMMANDS[args[0]]
-        config = parse(settings, args)
+        config: Any = parse(settings, args)
         _quiet_libraries()
         function(config)
     except SwitchKDError as error:
@@ -232,7 +227,7 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
 def _defaults(cls: type[Config], path: str) -> Config:
     """What a command takes from a recipe, or from a run directory, whose trained student it then uses."""
     folder = Path(path)
-    recipe = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
+    recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     if cls is not TrainConfig and (folder / "student").is_dir():
         recipe = dataclasses.replace(recipe, student_model_name_or_path=str(folder / "student"))
     return cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(cls) if hasattr(recipe, f.name)})  # type: ignore[arg-type]

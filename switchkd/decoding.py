@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from switchkd.cache import CachedModel, attention_windows
+from switchkd.cache import CachedModel
 from switchkd.divergences import log_probs
 from switchkd.errors import ConfigError
 from switchkd.policies import STUDENT, TEACHER, Policy, State
@@ -49,7 +49,9 @@ def decode_reference(
 
     Slow on purpose: it defines what ``decode`` must return, token by token. Arguments and result are ``decode``'s.
     """
-    job = _Job.of(student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size)
+    job = _Job.of(
+        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size
+    )
     for row in job.rows:
         state = policy.init(1)
         while row.stop_reason is None:
@@ -63,7 +65,7 @@ def decode_reference(
             state = decision.state
             noise = gumbel_noise([noise_key(seed, row.sample_id, t)], job.vocab_size)
             token = draw(decision.log_probs, noise, temperature)
-            row.append(token.item(), decision.speaker.item(), decision.divergence.item(), job)
+            row.append(int(token), int(decision.speaker), float(decision.divergence), job)
     return Rollouts([row.rollout() for row in job.rows])
 
 
@@ -115,7 +117,9 @@ def decode(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     if drafter not in ("auto", "student", "teacher"):
         raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {drafter!r}")
-    job = _Job.of(student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size)
+    job = _Job.of(
+        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size
+    )
     start = time.perf_counter()
     cost = DecodeCost()
     if queue := deque(row for row in job.rows if row.stop_reason is None):
@@ -223,7 +227,9 @@ def _check_prompt(row: _Row, job: _Job, context: float) -> None:
     if not row.prompt:
         row.fail("empty_prompt", f"sample {row.sample_id} has an empty prompt; give it at least one token")
     elif bad := [i for i in row.prompt if not 0 <= i < job.vocab_size]:
-        row.fail("invalid_token", f"sample {row.sample_id} has token id {bad[0]}; ids must lie in 0..{job.vocab_size - 1}")
+        row.fail(
+            "invalid_token", f"sample {row.sample_id} has token id {bad[0]}; ids must lie in 0..{job.vocab_size - 1}"
+        )
     elif wanted > context:
         row.fail(
             "prompt_too_long",

@@ -93,7 +93,7 @@ def by_name(name: str, *, alpha: float = 0.1, beta: float = 0.5) -> Divergence:
     values = {key: {"alpha": alpha, "beta": beta}[key] for key in _PARAMETERS[function]}
     for key, value in values.items():
         _check_open_interval(key, value, "forward_kl or reverse_kl")
-    return partial(function, **values) if values else function
+    return partial(function, **values) if values else function  # type: ignore[arg-type]
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:

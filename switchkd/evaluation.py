@@ -19,7 +19,7 @@ from switchkd.errors import DataError
 from switchkd.models import Pair
 from switchkd.objectives import response_logits, response_tokens
 from switchkd.policies import StudentOnly
-from switchkd.rollouts import mean
+from switchkd.rollouts import Rollout, mean
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def complete(
     progress: Progress = lambda _: None,
 ) -> list[str]:
     """The model's own completions as text, special tokens left out."""
-    done = 0
-    rollouts = []
+    rollouts: list[Rollout] = []
     for start in range(0, len(examples), settings.batch_size):
         part = examples[start : start + settings.batch_size]
         rollouts += decode(
@@ -98,8 +97,7 @@ def complete(
             batch_size=settings.batch_size,
             vocab_size=pair.vocab_size,
         )
-        progress(len(rollouts) - done)
-        done = len(rollouts)
+        progress(len(part))
     if failed := [rollout for rollout in rollouts if rollout.error]:
         raise DataError(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed: {failed[0].error}")
     return pair.tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)

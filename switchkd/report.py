@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from switchkd.evaluation import Scores
-    from switchkd.rollouts import DecodeCost
+    from switchkd.rollouts import DecodeCost, Rollout
 
 console = Console()
 
@@ -26,7 +30,9 @@ class Bar:
 
     def advance(self, amount: int = 1, numbers: str | None = None) -> None:
         """Move on by ``amount``, and show ``numbers`` if given."""
-        self._progress.update(self._task, advance=amount, **({} if numbers is None else {"numbers": numbers}))
+        self._progress.update(self._task, advance=amount)
+        if numbers is not None:
+            self._progress.update(self._task, numbers=numbers)
 
     def line(self, text: str) -> None:
         """A line that stays, for logs that are not a terminal."""
@@ -62,7 +68,9 @@ def step_line(metrics: dict[str, Any]) -> str:
 def score_table(scores: dict[str, Scores]) -> Table:
     """Teacher, student before and student after, side by side."""
     some = next(iter(scores.values()))
-    table = Table(title=f"{some.examples} held-out examples, {some.reference_tokens} reference tokens", title_justify="left")
+    table = Table(
+        title=f"{some.examples} held-out examples, {some.reference_tokens} reference tokens", title_justify="left"
+    )
     table.add_column("model")
     for name in ("KL to teacher (nats/token)", "perplexity", "ROUGE-L"):
         table.add_column(name, justify="right")
@@ -79,6 +87,20 @@ def cost_line(cost: DecodeCost) -> str:
         f"{s['tokens_per_second']:.1f} tokens/s; forwards per kept token: student {s['student_forwards_per_token']:.2f}, "
         f"teacher {s['teacher_forwards_per_token']:.2f}"
     )
+
+
+def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The completion, the teacher's words in colour (in brackets where there is no terminal), or why there is none."""
+    text = Text(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
+    if rollout.error:
+        text.append(rollout.error, style="red")
+    for speaker, run in groupby(zip(rollout.speakers, rollout.completion_ids, strict=True), key=lambda pair: pair[0]):
+        # A model may write terminal escape sequences; they are shown, never obeyed.
+        words = tokenizer.decode([token for _, token in run]).replace("\x1b", "␛")
+        if speaker and not console.is_terminal:
+            words = f"⟦{words}⟧"
+        text.append(words, style="bold magenta" if speaker else "not dim")
+    console.print(text, soft_wrap=True)
 
 
 def number(value: float) -> str:

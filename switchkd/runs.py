@@ -1,19 +1,17 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
-    config.yaml       the settings, every one, usable as a recipe
-    metrics.jsonl     a line for every optimizer step
-    rollouts.jsonl    the generated text: token ids, speakers, divergences
-    checkpoint-N/     whole checkpoints, the newest ones
-    evaluation.json   teacher, student before, student after
-    student/          the result, for ``from_pretrained``
+config.yaml       the settings, every one, usable as a recipe
+metrics.jsonl     a line for every optimizer step
+rollouts.jsonl    the generated text: token ids, speakers, divergences
+checkpoint-N/     whole checkpoints, the newest ones
+evaluation.json   teacher, student before, student after
+student/          the result, for ``from_pretrained``
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -23,11 +21,12 @@ from switchkd import report
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from switchkd.data import TokenizedExample, load_examples, tokenize
-from switchkd.errors import ConfigError
+from switchkd.data import Example, Message, TokenizedExample, load_examples, tokenize
+from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
-from switchkd.models import Pair, load_pair
+from switchkd.models import Pair, load_pair, num_parameters, parameter_bytes
 from switchkd.rollouts import DecodeCost
+from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
@@ -49,7 +48,9 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     accelerator.wait_for_everyone()
     pair = open_pair(config, quiet=not main)
     train = load_task(config, pair, config.train_file, quiet=not main)
-    heldout = load_task(config, pair, config.eval_file, config.eval_samples, quiet=not main) if config.eval_samples else []
+    heldout = (
+        load_task(config, pair, config.eval_file, config.eval_samples, quiet=not main) if config.eval_samples else []
+    )
     check_context(config, pair)
     trainer = Trainer(pair, train, config, accelerator)
     scores: dict[str, Scores] = {}
@@ -73,9 +74,7 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
 
 def open_pair(config: ModelConfig, quiet: bool = False) -> Pair:
     """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models."""
-    pair = load_pair(
-        config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype
-    )
+    pair = load_pair(config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -88,25 +87,32 @@ def load_task(
     config: DataConfig, pair: Pair, file: str, limit: int | None = None, quiet: bool = False
 ) -> list[TokenizedExample]:
     """Read and tokenise a data file; prints how many examples are used, and what was left out and why."""
-    examples, drops = tokenize(
-        load_examples(file, limit, config.skip_bad),
+    examples = load_examples(file, limit, config.skip_bad)
+    tokenized, drops = tokenize(
+        examples,
         pair.tokenizer,
         template=config.template,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
     )
-    left_out = [
-        f"{count} {what}"
-        for count, what in (
-            (drops.long_prompts, f"prompts over {config.max_prompt_length} tokens left out"),
-            (drops.end_tokens_in_text, "completions that spell out the end token left out"),
-            (drops.truncated, f"completions cut at {config.max_completion_length} tokens"),
-        )
-        if count
-    ]
+    left_out = {
+        f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
+        "completions that spell out the end token left out": drops.end_tokens_in_text,
+        f"completions cut at {config.max_completion_length} tokens": drops.truncated,
+    }
+    notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
     if not quiet:
-        report.console.print(f"{file}: {len(examples)} examples" + "".join(f"; {part}" for part in left_out), soft_wrap=True)
-    return examples
+        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True, highlight=False)
+    return tokenized
+
+
+def prompt_ids(texts: Sequence[str], template: str, pair: Pair) -> list[list[int]]:
+    """Token ids of user prompts under a template."""
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
+    # The template writes whole conversations; the answer is a placeholder that is not used.
+    examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
+    return [ids for ids, _ in Encoder(pair.tokenizer, template)(examples)]
 
 
 def check_context(config: TrainConfig, pair: Pair) -> None:
@@ -135,7 +141,9 @@ def _open_run(run: Path, config: TrainConfig) -> None:
         before, now = to_dict(read_config(run)), to_dict(config)
         changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in FREE_ON_RESUME]
         if changed:
-            raise ConfigError(f"{run} was started with other settings ({'; '.join(changed)}); resume with the same, or start anew")
+            raise ConfigError(
+                f"{run} was started with other settings ({'; '.join(changed)}); resume with the same, or start anew"
+            )
         return
     if run.exists() and any(run.iterdir()):
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
@@ -194,13 +202,57 @@ def _train(trainer: Trainer, quiet: bool) -> None:
             nonlocal cost
             cost += step_cost
             bar.advance(1, report.step_line(metrics))
-            bar.line(f"step {metrics['step']}/{trainer.total_steps}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)")
+            bar.line(
+                f"step {metrics['step']}/{trainer.total_steps}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
+            )
 
         trainer.train(on_step)
     if not quiet and cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 
 
-def select(cls: type[Any], config: Any) -> dict[str, Any]:
-    """The values of ``config`` that ``cls`` has too."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if hasattr(config, f.name)}
+def check_run(config: TrainConfig) -> list[str]:
+    """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
+    pair = open_pair(config)
+    train = load_task(config, pair, config.train_file)
+    if config.eval_samples:
+        load_task(config, pair, config.eval_file, config.eval_samples)
+    check_context(config, pair)
+    trainer = Trainer(pair, train, config)
+    models = {
+        "teacher": (config.teacher_model_name_or_path, pair.teacher),
+        "student": (config.student_model_name_or_path, pair.student),
+    }
+    lines = [
+        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, {config.dtype}, "
+        f"{model.get_output_embeddings().weight.shape[0]} logits rows"
+        for role, (name, model) in models.items()
+    ]
+    lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
+    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows; lmbda {config.lmbda} generated")
+    need = memory_estimate(config, pair)
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())
+    lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB ({parts})")
+    return [*lines, "", "settings:", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
+
+
+def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
+    """Bytes of what a training step holds, without activations, which depend on the architecture."""
+    student = parameter_bytes(pair.student)
+    tokens = config.per_device_train_batch_size * max(config.max_new_tokens, config.max_completion_length)
+    rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    cache = 0.0
+    for model in (pair.teacher, pair.student):
+        text = model.config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        slots = rows * (config.max_prompt_length + config.max_new_tokens)
+        cache += 2 * slots * text.num_hidden_layers * heads * head * model.dtype.itemsize
+    return {
+        "teacher": parameter_bytes(pair.teacher),
+        "student": student,
+        "gradients": student,
+        "optimizer": 2 * student,
+        "logits": 3.0 * tokens * pair.vocab_size * pair.student.dtype.itemsize,
+        "key/value caches": cache if config.lmbda > 0 else 0.0,
+    }

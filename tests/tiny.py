@@ -82,9 +82,7 @@ FAMILIES = {
     "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**_ROPE, sliding_window=4)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_ROPE, head_dim=4)),
     "gemma3-hybrid": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **_ROPE, head_dim=4, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
-        )
+        Gemma3TextConfig(**_ROPE, head_dim=4, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
     ),
 }
 
@@ -149,7 +147,7 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
         torch.manual_seed(seed)
         model = FAMILIES[family]().to(dtype).eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.35)
             model.get_output_embeddings().weight.mul_(scale / 12.0)

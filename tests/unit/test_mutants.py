@@ -14,9 +14,7 @@ PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
 BUDGET = 10
 
 MUTANTS = {
-    "accept every draft": [
-        ("token = draw(decision.log_probs, g, self.job.temperature)", "token = drafts_BK[:, k]")
-    ],
+    "accept every draft": [("token = draw(decision.log_probs, g, self.job.temperature)", "token = drafts_BK[:, k]")],
     "speaker decided once per block": [
         (
             "decision = self.job.policy.step(self.state, logq[k], logp[k], position)",
@@ -26,7 +24,9 @@ MUTANTS = {
             "            decision = decision._replace(log_probs=target, speaker=first)",
         )
     ],
-    "threshold by block instead of position": [("torch.tensor([t + k for t in start]", "torch.tensor([t for t in start]")],
+    "threshold by block instead of position": [
+        ("torch.tensor([t + k for t in start]", "torch.tensor([t for t in start]")
+    ],
     "state not rolled back over discarded drafts": [
         ("self._keep_state(alive, decision.state)", "self.state = decision.state")
     ],

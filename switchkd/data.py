@@ -1,0 +1,372 @@
+"""Data files to examples, examples to token ids, token ids to batches.
+
+Text becomes ids once, in ``tokenize``; from there on only ids travel. Letters in shapes: B batch, T token position.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.templates import Encoder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = "gsm8k-sample"
+_SAMPLE_ROWS = {"train": range(512), "heldout": range(512, 576)}
+_DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference completion(s).
+
+    ``id`` is the row's index among all rows of its file, so it depends neither on ``limit`` nor on rows that were
+    skipped. ``messages`` is the prompt; ``input`` is the text an instruction is about (Alpaca's second field, a
+    dialogue to summarise), kept apart because the Alpaca template needs it apart. ``references`` are all the answers
+    to score against, ``completion`` is the one to train on, ``source`` is ``file:line``.
+    """
+
+    id: int
+    messages: tuple[Message, ...]
+    completion: str
+    references: tuple[str, ...]
+    source: str
+    input: str = ""
+
+
+# --- reading files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A row layout: the fields it must have (each with its alternatives) and how to read messages, input, answers."""
+
+    fields: tuple[tuple[str, ...], ...]
+    read: Callable[[dict[str, Any]], tuple[tuple[Message, ...], str, tuple[str, ...]]]
+
+    def matches(self, row: dict[str, Any]) -> bool:
+        return all(any(name in row for name in names) for names in self.fields)
+
+    def __str__(self) -> str:
+        return " + ".join("|".join(names) for names in self.fields)
+
+
+def _text(row: dict[str, Any], *names: str) -> str:
+    """The first of the fields ``names`` that the row has; "" when it has none."""
+    name = next((name for name in names if name in row), "")
+    return _checked_text(row.get(name, ""), name)
+
+
+def _checked_text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"field {name!r} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"field {name!r} holds half of a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _user(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
+def _read_pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    return _user(_text(row, "prompt")), "", (_text(row, "completion"),)
+
+
+def _read_conversation(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    turns = row["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("field 'messages' must be a list of {role, content} objects")
+    messages = tuple(Message(_text(turn, "role"), _text(turn, "content")) for turn in turns)
+    answers = [position for position, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise DataError(f"field 'messages' has no assistant turn (roles: {[message.role for message in messages]})")
+    return messages[: answers[-1]], "", (messages[answers[-1]].content,)
+
+
+def _read_alpaca(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    context = next((name for name in ("input", "context") if row.get(name)), "")
+    output = row["output"] if "output" in row else row["response"]
+    answers = output if isinstance(output, list) else [output]
+    return _user(_text(row, "instruction")), _text(row, context), tuple(_checked_text(a, "output") for a in answers)
+
+
+def _read_gsm8k(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    # The marks are inputs to a calculator that no model here has.
+    return _user(_text(row, "question")), "", (re.sub(r"<<[^>]*>>", "", _text(row, "answer")),)
+
+
+def _read_dialogue(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
+    names = [name for name in ("summary", "summary1", "summary2", "summary3") if name in row]
+    dialogue = _text(row, "dialogue")
+    # The fixed instruction must not hide that there is nothing to summarise.
+    return _user(_DIALOGUE_INSTRUCTION if dialogue.strip() else ""), dialogue, tuple(_text(row, name) for name in names)
+
+
+_FORMATS = (
+    _Format((("prompt",), ("completion",)), _read_pair),
+    _Format((("messages",),), _read_conversation),
+    _Format((("instruction",), ("output", "response")), _read_alpaca),
+    _Format((("question",), ("answer",)), _read_gsm8k),
+    _Format((("dialogue",), ("summary", "summary1")), _read_dialogue),
+)
+
+
+def load_examples(path: str, limit: int | None = None, skip_bad: int = 0) -> list[Example]:
+    """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample.
+
+    The fields of the first row decide the file's format; the first of these that fits is taken:
+    ``prompt``, ``completion`` · ``messages`` (the last assistant turn is the completion, the turns before it the
+    prompt, turns after it are not used) · ``instruction``, ``input`` or ``context`` if any, ``output`` or ``response``
+    (a list of strings: several references) · ``question``, ``answer`` (GSM8K; calculator marks removed) · ``dialogue``,
+    ``summary`` and/or ``summary1..3``. Blank lines are not rows.
+
+    ``limit`` stops after that many usable rows. Up to ``skip_bad`` bad rows are left out, with a logged warning that
+    counts and names them. Raises DataError for a file or row that cannot be used, ConfigError for a bad setting.
+    """
+    if (limit is not None and limit < 1) or skip_bad < 0:
+        raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {skip_bad}")
+    examples: list[Example] = []
+    bad: list[str] = []
+    layout: _Format | None = None
+    for index, source, line in _rows(path):
+        try:
+            row = _parse(line)
+            layout = layout or next((known for known in _FORMATS if known.matches(row)), None)
+            examples.append(_example(row, layout, index, source))
+        except DataError as error:
+            bad.append(f"{source}: {error}")
+            if len(bad) > skip_bad:
+                raise DataError(_bad_rows_message(bad)) from error
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise DataError(f"{path}: no usable row" + "".join(f"\n  {line}" for line in bad[:3]))
+    if bad:
+        logger.warning("%s: skipped %d bad rows (skip_bad=%d): %s", path, len(bad), skip_bad, "; ".join(bad[:3]))
+    return examples
+
+
+def _bad_rows_message(bad: list[str]) -> str:
+    if len(bad) == 1:
+        return f"{bad[0]}. Correct the row, or tolerate bad rows with skip_bad"
+    return f"{len(bad)} bad rows, more than skip_bad={len(bad) - 1}: {'; '.join(bad[:3])}"
+
+
+def _rows(path: str) -> Iterator[tuple[int, str, bytes]]:
+    """(row index, ``file:line``, raw line) of every row that ``path`` stands for."""
+    file, wanted = _resolve(path)
+    number, index = 0, -1
+    try:
+        with file.open("rb") as raw:
+            for number, line in enumerate(_unzipped(raw), start=1):
+                index += bool(line.strip())
+                if line.strip() and (wanted is None or index in wanted):
+                    yield index, f"{path}:{number}", line
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file (from {Path.cwd()}). Give a .jsonl or .jsonl.gz, or {SAMPLE!r}"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: cannot be read after line {number}: {error}. Is it a whole, plain or gzip file?"
+        ) from error
+
+
+def _resolve(path: str) -> tuple[Any, range | None]:
+    name, _, split = path.partition(":")
+    if name != SAMPLE:
+        return Path(path), None
+    split = split or "train"
+    if split not in _SAMPLE_ROWS:
+        raise DataError(f"{SAMPLE} has no part {split!r}{nearest(split, _SAMPLE_ROWS)}")
+    return files("switchkd") / "assets" / "gsm8k_sample.jsonl.gz", _SAMPLE_ROWS[split]
+
+
+def _unzipped(raw: IO[bytes]) -> IO[bytes]:
+    is_gzip = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if is_gzip else raw  # type: ignore[return-value]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"broken JSON at column {error.colno}: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _example(row: dict[str, Any], layout: _Format | None, index: int, source: str) -> Example:
+    if layout is None or not layout.matches(row):
+        wanted = [str(layout)] if layout else [str(known) for known in _FORMATS]
+        raise DataError(f"the row has the fields {', '.join(row) or '(none)'}; needed are: {'; or '.join(wanted)}")
+    messages, context, references = layout.read(row)
+    if not any(message.content.strip() for message in messages if message.role != "system"):
+        raise DataError("empty prompt")
+    if not references or not all(text.strip() for text in references):
+        raise DataError("empty completion")
+    return Example(index, messages, references[0], references, source, context)
+
+
+# --- token ids ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """Token ids of one example. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``."""
+
+    id: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    references: tuple[str, ...]
+    truncated: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class DropCounts:
+    """What ``tokenize`` left out or cut, in examples. ``truncated`` ones are kept."""
+
+    long_prompts: int
+    end_tokens_in_text: int
+    truncated: int
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_prompt_length: int,
+    max_completion_length: int,
+) -> tuple[list[TokenizedExample], DropCounts]:
+    """Prompts and completions as token ids; lengths are in tokens, the end-of-turn token counts.
+
+    A prompt longer than ``max_prompt_length`` is dropped: a cut prompt is another question. A longer completion is cut
+    and gets no end token. An example whose own text spells out the end token is dropped, since generation would have
+    stopped there. Raises ConfigError for a template or tokenizer that cannot be used, DataError when nothing is left.
+    """
+    if min(max_prompt_length, max_completion_length) < 1:
+        raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
+    kept: list[TokenizedExample] = []
+    long_prompts = end_tokens = 0
+    for example, (prompt_ids, completion_ids) in zip(examples, Encoder(tokenizer, template)(examples), strict=True):
+        if len(prompt_ids) > max_prompt_length:
+            long_prompts += 1
+        elif {completion_ids[-1], tokenizer.eos_token_id}.intersection(completion_ids[:-1]):
+            end_tokens += 1
+        else:
+            cut = completion_ids[:max_completion_length]
+            truncated = len(cut) < len(completion_ids)
+            kept.append(TokenizedExample(example.id, prompt_ids, cut, example.references, truncated, example.source))
+    counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept))
+    if not kept:
+        raise DataError(
+            f"none of {len(examples)} examples is left: {long_prompts} prompts are longer than max_prompt_length="
+            f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token"
+        )
+    return kept, counts
+
+
+# --- order and batches --------------------------------------------------------------------------------------------
+
+
+def batch_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Indices of the examples of optimizer step ``step`` (from 0); the step is the whole data cursor.
+
+    Epochs are permutations keyed by (seed, epoch) and laid end to end, so a batch may cross from one to the next and
+    every example occurs once an epoch. Raises ConfigError for numbers out of range.
+    """
+    if min(n_examples, batch_size) < 1 or step < 0 or not 0 <= seed < 2**64:
+        raise ConfigError(
+            f"no batch for {n_examples=}, {batch_size=}, {step=}, {seed=}: counts from 1, 0 <= seed < 2**64"
+        )
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = range(positions[0] // n_examples, positions[-1] // n_examples + 1)
+    orders = {epoch: _permutation(n_examples, seed, epoch) for epoch in epochs}
+    return [int(orders[position // n_examples][position % n_examples]) for position in positions]
+
+
+def _permutation(n_examples: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorting the raw stream: NumPy keeps it the same in every release, which it does not promise for Generator methods.
+    key = np.array([seed, epoch], dtype=np.uint64)  # a list with a seed above 2**63 would become floats
+    return np.argsort(np.random.Philox(key=key).random_raw(n_examples), kind="stable")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. ``input_ids``, ``attention_mask``, ``position_ids``: [B, T] int64; ``loss_mask``: [B, T] bool.
+
+    ``loss_mask[b, t]`` says that ``input_ids[b, t]`` is a completion token. The logits at ``t - 1`` predict the token
+    at ``t``; shifting is the trainer's.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.loss_mask.to(device),
+        )
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int = 0) -> Batch:
+    """One batch of (prompt_ids, completion_ids) rows, padded to the longest; a completion may be empty.
+
+    Masks come from positions and lengths alone, so ``pad_id`` may be any token, also the end token. Raises DataError
+    for no rows or an empty prompt (nothing would predict the first completion token).
+    """
+    import torch
+
+    if not rows or not all(prompt for prompt, _ in rows):
+        raise DataError(f"a batch needs rows with a prompt; prompt lengths: {[len(prompt) for prompt, _ in rows]}")
+    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
+    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in rows])
+    width = int(ends.max())
+    padded = [
+        [*prompt, *completion] + [pad_id] * (width - len(prompt) - len(completion)) for prompt, completion in rows
+    ]
+    position_ids = torch.arange(width).repeat(len(rows), 1)
+    return Batch(
+        input_ids=torch.tensor(padded, dtype=torch.int64),
+        attention_mask=(position_ids < ends).long(),
+        position_ids=position_ids,
+        loss_mask=(position_ids >= starts) & (position_ids < ends),
+    )

@@ -1,0 +1,493 @@
+"""Files to examples, examples to ids, ids to batches: on files and tokenizers made here."""
+
+import gzip
+import json
+import logging
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CHATML, byte_level_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from switchkd.data import Example, Message, batch_indices, collate, load_examples, tokenize
+from switchkd.errors import ConfigError, DataError
+from switchkd.templates import alpaca_prompt
+
+PAIR = {"prompt": "What is two and two?", "completion": "It is four."}
+
+
+def space_marking_tokenizer() -> PreTrainedTokenizerFast:
+    """Puts a space before any text that stands alone, as SentencePiece vocabularies do."""
+    words = ["<s>", "</s>", "▁", "▁Say", "▁it:", "it:", "yes", "▁yes"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("it:", "isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def write(path: Path, *rows: object) -> str:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    data = b"\n".join(lines) + b"\n"
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def example(prompt: str = PAIR["prompt"], completion: str = PAIR["completion"], **fields) -> Example:
+    values = {"id": 0, "input": "", "messages": (Message("user", prompt),), "source": "here:1"}
+    return Example(completion=completion, references=(completion,), **(values | fields))
+
+
+def tokenized(examples, tokenizer=None, template="chat", max_prompt_length=400, max_completion_length=200):
+    return tokenize(
+        examples,
+        tokenizer or byte_level_tokenizer(),
+        template=template,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+    )
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "pair": (PAIR, ["What is two and two?"], "", ("It is four.",)),
+    "conversation": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": "Bye"},
+                {"role": "assistant", "content": "See you"},
+                {"role": "user", "content": "not used"},
+            ]
+        },
+        ["Be short.", "Hi", "Hello", "Bye"],
+        "",
+        ("See you",),
+    ),
+    "alpaca": ({"instruction": "Add.", "input": "2 2", "output": "4"}, ["Add."], "2 2", ("4",)),
+    "alpaca without input": ({"instruction": "Add.", "input": None, "response": "4"}, ["Add."], "", ("4",)),
+    "dolly": ({"instruction": "Who?", "context": "Ada.", "response": "Ada"}, ["Who?"], "Ada.", ("Ada",)),
+    "minillm": (
+        {"prompt": "### Instruction: Add.", "instruction": "Add.", "input": "1 1", "output": "2"},
+        ["Add."],
+        "1 1",
+        ("2",),
+    ),
+    "several outputs": ({"instruction": "Say", "output": ["yes", "aye"]}, ["Say"], "", ("yes", "aye")),
+    "gsm8k": (
+        {"question": "2+2+1?", "answer": "2+2=<<2+2=4>>4, 4+1=<<4+1=5>>5.\n#### 5"},
+        ["2+2+1?"],
+        "",
+        ("2+2=4, 4+1=5.\n#### 5",),
+    ),
+    "dialogue": (
+        {"dialogue": "#Person1#: Hi", "summary": "A greets.", "topic": "greeting"},
+        ["Summarize the following dialogue."],
+        "#Person1#: Hi",
+        ("A greets.",),
+    ),
+    "dialogue, three references": (
+        {"dialogue": "#Person1#: Hi", "summary1": "one", "summary2": "two", "summary3": "three"},
+        ["Summarize the following dialogue."],
+        "#Person1#: Hi",
+        ("one", "two", "three"),
+    ),
+    "pair wins over all": ({**PAIR, "instruction": "x", "output": "y", "messages": []}, [PAIR["prompt"]], "", None),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_every_format_plain_and_gzip(tmp_path, name, suffix):
+    row, turns, context, references = FORMATS[name]
+    path = write(tmp_path / f"data.{suffix}", row)
+    [read] = load_examples(path)
+    assert [message.content for message in read.messages] == turns
+    assert read.messages[-1].role == "user"
+    assert read.input == context
+    assert read.references == (references or (PAIR["completion"],))
+    assert read.completion == read.references[0]
+    assert read.source == f"{path}:1"
+
+
+def test_ids_are_row_indices_whatever_is_skipped_or_limited(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", PAIR, b"", b"{broken", PAIR, PAIR)
+    with caplog.at_level(logging.WARNING):
+        read = load_examples(path, skip_bad=1)
+    assert [(row.id, row.source) for row in read] == [(0, f"{path}:1"), (2, f"{path}:4"), (3, f"{path}:5")]
+    assert "skipped 1 bad rows" in caplog.text and f"{path}:3: broken JSON" in caplog.text
+    assert load_examples(path, skip_bad=1, limit=2) == read[:2]
+
+
+def test_limit_stops_reading_before_later_damage(tmp_path):
+    assert len(load_examples(write(tmp_path / "a.jsonl", PAIR, PAIR, b"{broken"), limit=2)) == 2
+
+
+def test_byte_order_mark_and_line_separators_inside_strings(tmp_path):
+    row = json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False).encode()
+    [read] = load_examples(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + row))
+    assert read.messages[0].content == "a\u2028b"
+
+
+BAD_ROWS = {
+    "json": (b'{"prompt": ', "broken JSON at column 12"),
+    "utf-8": (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at 12"),
+    "surrogate": (b'{"prompt": "\\ud800", "completion": "a"}', "half of a surrogate pair"),
+    "array": ([1, 2], "must be a JSON object, not list"),
+    "missing field": ({"prompt": "a", "text": "b"}, "has the fields prompt, text; needed are: prompt + completion"),
+    "type": ({"prompt": ["a"], "completion": "b"}, "'prompt' must be a string, not list"),
+    "null": ({"prompt": None, "completion": "b"}, "'prompt' must be a string, not NoneType"),
+    "empty prompt": ({"prompt": " \n", "completion": "b"}, "empty prompt"),
+    "empty completion": ({"prompt": "a", "completion": ""}, "empty completion"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, name):
+    row, message = BAD_ROWS[name]
+    path = write(tmp_path / "a.jsonl", PAIR, row)
+    with pytest.raises(DataError) as caught:
+        load_examples(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
+
+
+BAD_FIRST_ROWS = {
+    "unknown fields": (
+        {"text": "b"},
+        "the row has the fields text; needed are: prompt + completion; or messages; or instruction + output|response; "
+        "or question + answer; or dialogue + summary|summary1",
+    ),
+    "no fields": ({}, "has the fields (none)"),
+    "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn (roles: ['user'])"),
+    "not turns": ({"messages": "hello"}, "must be a list of {role, content} objects"),
+    "content parts": ({"messages": [{"role": "user", "content": [{}]}]}, "'content' must be a string, not list"),
+    "nothing before": ({"messages": [{"role": "assistant", "content": "a"}]}, "empty prompt"),
+    "only a system turn": (
+        {"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "empty prompt",
+    ),
+    "no outputs": ({"instruction": "a", "output": []}, "empty completion"),
+    "one empty reference": ({"dialogue": "a", "summary1": "b", "summary2": ""}, "empty completion"),
+    "empty dialogue": ({"dialogue": " ", "summary": "b"}, "empty prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIRST_ROWS)
+def test_a_first_row_that_cannot_be_read(tmp_path, name):
+    row, message = BAD_FIRST_ROWS[name]
+    with pytest.raises(DataError) as caught:
+        load_examples(write(tmp_path / "a.jsonl", row))
+    assert message in str(caught.value)
+
+
+def test_more_bad_rows_than_tolerated(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"{", PAIR, b"[", PAIR)
+    assert [row.id for row in load_examples(path, skip_bad=2)] == [1, 3]
+    with pytest.raises(
+        DataError, match=r"2 bad rows, more than skip_bad=1: .*:1: .*:3: "
+    ):  # the first and the one too many
+        load_examples(path, skip_bad=1)
+
+
+def test_no_usable_row(tmp_path):
+    with pytest.raises(DataError, match="no usable row"):
+        load_examples(write(tmp_path / "a.jsonl", b"", b"  "))
+    with pytest.raises(DataError, match=r"no usable row\n.*a.jsonl:1: broken JSON"):
+        load_examples(write(tmp_path / "a.jsonl", b"{"), skip_bad=1)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"none.jsonl: no such file .*'gsm8k-sample'"):
+        load_examples(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_examples(str(tmp_path))
+    whole = Path(
+        write(tmp_path / "a.jsonl.gz", *[{**PAIR, "prompt": f"{i} {i * i}"} for i in range(2000)])
+    ).read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + b"\xff" * 50 + whole[250:]):
+        (tmp_path / "b.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"b.jsonl.gz.*(cannot be read after line \d+|not UTF-8|broken JSON)"):
+            load_examples(str(tmp_path / "b.jsonl.gz"))
+
+
+@pytest.mark.parametrize("settings_", [{"limit": 0}, {"limit": -1}, {"skip_bad": -1}])
+def test_settings_out_of_range(tmp_path, settings_):
+    with pytest.raises(ConfigError, match="at least"):
+        load_examples(write(tmp_path / "a.jsonl", PAIR), **settings_)
+
+
+def test_packaged_sample():
+    train, heldout = load_examples("gsm8k-sample:train"), load_examples("gsm8k-sample:heldout")
+    assert [row.messages for row in load_examples("gsm8k-sample")] == [row.messages for row in train]
+    assert [row.id for row in train + heldout] == list(range(576)) and len(heldout) == 64
+    assert len({row.messages for row in train + heldout}) == 576
+    for row in train + heldout:
+        assert "<<" not in row.completion and row.completion.splitlines()[-1].startswith("#### ")
+    assets = files("switchkd") / "assets"
+    packed = (assets / "gsm8k_sample.jsonl.gz").read_bytes()
+    assert len(packed) < 200_000 and packed[3:8] == bytes(5), "no name flag and no time stamp: rebuilds are equal"
+    assert "MIT License" in (assets / "README.md").read_text()
+    with pytest.raises(DataError, match="did you mean 'heldout'"):
+        load_examples("gsm8k-sample:held-out")
+
+
+# --- templates and ids --------------------------------------------------------------------------------------------
+
+
+def test_alpaca_wording():
+    assert alpaca_prompt("Add.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Response:\n"
+    )
+    assert alpaca_prompt("Add.", "2 {2}") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Input:\n2 {2}\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "context", "prompt"),
+    [
+        ("alpaca", "", alpaca_prompt(PAIR["prompt"])),
+        ("alpaca", "2 2", alpaca_prompt(PAIR["prompt"], "2 2")),
+        ("none", "", PAIR["prompt"]),
+        ("none", "2 2", PAIR["prompt"] + "\n\n2 2"),
+    ],
+)
+def test_plain_templates_end_with_one_eos(template, context, prompt):
+    tokenizer = byte_level_tokenizer(template=None)
+    [row], counts = tokenized([example(input=context)], tokenizer, template)
+    assert tokenizer.decode(row.prompt_ids) == prompt
+    assert tokenizer.decode(row.completion_ids) == "It is four.<|im_end|>"
+    assert row.completion_ids.count(tokenizer.eos_token_id) == 1
+    assert (counts.long_prompts, counts.end_tokens_in_text, counts.truncated) == (0, 0, 0)
+
+
+THINKING = CHATML.replace(
+    "+ m['content']", "+ ('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m['content']"
+)
+SECOND_END = CHATML.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, SECOND_END])
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("completion", ["It is four.", "\n four \n", "vier äöü 😀", "<s> four"])
+def test_chat_ids_are_what_the_chat_template_writes(template, eos, completion):
+    tokenizer = byte_level_tokenizer(eos, template)
+    [row], _ = tokenized([example(completion=completion, input="2 2")], tokenizer)
+    turns = [{"role": "user", "content": PAIR["prompt"] + "\n\n2 2"}]
+    assert row.prompt_ids == tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    turns.append({"role": "assistant", "content": completion})
+    whole = tokenizer.apply_chat_template(turns, return_dict=False)
+    ids = row.prompt_ids + row.completion_ids
+    assert tokenizer.decode(whole).startswith(tokenizer.decode(ids))
+    rest = tokenizer.decode(whole).removeprefix(tokenizer.decode(ids))
+    assert rest.removesuffix("<|endoftext|>").strip() == "", "only what follows the end of the turn may be missing"
+    assert row.completion_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    if not completion.startswith("\n"):  # there the newline of the generation prompt would merge with the answer's
+        assert ids == whole[: len(ids)]
+
+
+def test_chat_template_without_an_end_token_gets_eos():
+    bare = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
+    template = bare + "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    tokenizer = byte_level_tokenizer("<|endoftext|>", template)
+    [row], _ = tokenized([example()], tokenizer)
+    assert tokenizer.decode(row.completion_ids) == "It is four.<|endoftext|>"
+    with pytest.raises(ConfigError, match="ends a turn"):
+        tokenized([example()], byte_level_tokenizer(None, template))
+
+
+def test_several_turns():
+    turns = (Message("system", "Be short."), Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "Bye"))
+    tokenizer = byte_level_tokenizer()
+    [row], _ = tokenized([example(messages=turns)], tokenizer)
+    assert tokenizer.decode(row.prompt_ids).count("<|im_end|>") == 4
+    with pytest.raises(DataError, match="here:1: template 'alpaca' takes one user turn, not system, user"):
+        tokenized([example(messages=turns)], template="alpaca")
+    strict = byte_level_tokenizer(template="{{ raise_exception('no system turn') }}")
+    with pytest.raises(DataError, match=r"here:1: the chat template refuses the turns system, user.*no system turn"):
+        tokenized([example(messages=turns)], strict)
+
+
+def test_beginning_token_is_kept_and_an_ending_one_never_closes_the_prompt():
+    tokenizer = byte_level_tokenizer("<|endoftext|>")
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=specials
+    )
+    [row], _ = tokenized([example()], tokenizer, "none")
+    assert tokenizer.decode(row.prompt_ids) == "<s>What is two and two?"
+    assert tokenizer.decode(row.completion_ids) == "It is four.<|endoftext|>"
+    [merging], _ = tokenized([example("What is t", "wo")], tokenizer, "none")
+    assert tokenizer.decode(merging.completion_ids) == "wo<|endoftext|>"
+    [row], _ = tokenized([example()], tokenizer, "chat")
+    assert tokenizer.decode(row.prompt_ids).startswith("<|im_start|>"), "the chat template alone writes special tokens"
+
+
+def test_no_space_is_made_up_before_a_completion():
+    tokenizer = space_marking_tokenizer()
+    [row], _ = tokenized([example("Say it:", "yes")], tokenizer, "none")
+    assert tokenizer.convert_ids_to_tokens(row.completion_ids) == ["yes", "</s>"]
+
+
+def test_a_completion_that_merges_into_the_prompt_leaves_the_prompt_as_it_is():
+    tokenizer = byte_level_tokenizer()
+    [row], _ = tokenized([example("What", "What")], tokenizer, "none")
+    [merged], _ = tokenized([example("What is t", "wo")], tokenizer, "none")
+    alone = tokenizer("What is t")["input_ids"]
+    assert tokenizer("What is two")["input_ids"][: len(alone)] != alone, "the case under test"
+    assert merged.prompt_ids == alone and tokenizer.decode(merged.completion_ids) == "wo<|im_end|>"
+    assert tokenizer.decode(row.completion_ids) == "What<|im_end|>"
+
+
+def test_many_examples_keep_their_order_and_records():
+    rows = [example(f"What is {i}?", f"It is {i}.", id=i, source=f"here:{i}") for i in range(600)]
+    tokenizer = byte_level_tokenizer()
+    kept, _ = tokenized(rows, tokenizer)
+    assert [(row.id, row.source, row.references) for row in kept] == [(r.id, r.source, r.references) for r in rows]
+    assert [tokenizer.decode(row.completion_ids) for row in kept] == [f"It is {i}.<|im_end|>" for i in range(600)]
+
+
+def test_long_prompts_are_dropped_whole_and_counted():
+    rows = [example(id=0), example("What is two and two? " * 40, id=1), example(id=2)]
+    length = len(tokenized(rows[:1])[0][0].prompt_ids)
+    kept, counts = tokenized(rows, max_prompt_length=length)
+    assert [row.id for row in kept] == [0, 2] and counts.long_prompts == 1
+    with pytest.raises(
+        DataError, match=rf"none of 3 .* 3 prompts are longer than max_prompt_length={length - 1} .*raise"
+    ):
+        tokenized(rows, max_prompt_length=length - 1)
+
+
+def test_a_cut_completion_has_no_end_token():
+    [whole], _ = tokenized([example()])
+    full = len(whole.completion_ids)
+    [exact], counts = tokenized([example()], max_completion_length=full)
+    assert exact == whole and not exact.truncated and counts.truncated == 0
+    [cut], counts = tokenized([example()], max_completion_length=full - 1)
+    assert cut.completion_ids == whole.completion_ids[:-1] and cut.truncated and counts.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "marker"),
+    [
+        ("none", "<|im_end|>", "<|im_end|>"),
+        ("chat", "<|im_end|>", "<|im_end|>"),
+        ("chat", "<|endoftext|>", "<|im_end|>"),
+        ("chat", "<|endoftext|>", "<|endoftext|>"),
+    ],
+)
+def test_a_completion_that_spells_out_an_end_token_is_dropped_and_counted(template, eos, marker):
+    tokenizer = byte_level_tokenizer(eos)
+    kept, counts = tokenized([example(), example(completion=f"It is{marker} four.")], tokenizer, template)
+    assert len(kept) == 1 and counts.end_tokens_in_text == 1
+
+
+def test_settings_and_tokenizers_that_cannot_be_used():
+    with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
+        tokenized([example()], template="alpacca")
+    with pytest.raises(ConfigError, match="use 'alpaca' or 'none'"):
+        tokenized([example()], byte_level_tokenizer(template=None))
+    with pytest.raises(ConfigError, match="eos token"):
+        tokenized([example()], byte_level_tokenizer(None), template="none")
+    with pytest.raises(ConfigError, match="at least 1 token"):
+        tokenized([example()], max_completion_length=0)
+    with pytest.raises(ConfigError, match="at least 1 token"):
+        tokenized([example()], max_prompt_length=0)
+    with pytest.raises(DataError, match="here:1: the prompt has no tokens"):
+        tokenized([example("")], template="none")
+    with pytest.raises(DataError, match="none of 0 examples"):
+        tokenized([])
+    opening = CHATML.replace("assistant\n", "assistant\n<think>")
+    with pytest.raises(ConfigError, match="is not how it begins an assistant turn"):
+        tokenized([example()], byte_level_tokenizer(template=opening))
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 2**64 - 1), st.integers(1, 4))
+def test_every_example_once_an_epoch(n_examples, batch_size, seed, epochs):
+    steps = range(-(-n_examples * epochs // batch_size))
+    stream = [index for step in steps for index in batch_indices(n_examples, batch_size, step, seed)]
+    assert len(stream) == batch_size * len(steps)
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * n_examples : (epoch + 1) * n_examples]) == list(range(n_examples))
+
+
+def test_the_stream_does_not_depend_on_the_batch_size():
+    streams = [[i for step in range(60 // size) for i in batch_indices(25, size, step, 7)] for size in (1, 4, 6, 30)]
+    assert all(stream == streams[0] for stream in streams)
+
+
+def test_large_seeds_differ_to_the_last_bit():
+    assert batch_indices(50, 50, 1, 2**64 - 1) != batch_indices(50, 50, 1, 2**64 - 2)
+
+
+def test_order_differs_by_epoch_and_seed_and_is_pinned():
+    orders = {tuple(batch_indices(8, 8, step, seed)) for step in range(4) for seed in range(4)}
+    assert len(orders) == 16
+    assert batch_indices(8, 8, 0, 0) == [0, 2, 1, 5, 4, 3, 6, 7], "the order is part of what a seed promises"
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1), (1, 1, 0, 2**64)])
+def test_order_numbers_out_of_range(numbers):
+    with pytest.raises(ConfigError, match="no batch for"):
+        batch_indices(*numbers)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+_ids = st.integers(0, 5)
+_rows = st.lists(st.tuples(st.lists(_ids, min_size=1, max_size=6), st.lists(_ids, max_size=6)), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(_rows, _ids)
+def test_masks_come_from_lengths_whatever_the_tokens(rows, pad_id):
+    batch = collate(rows, pad_id)
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    assert batch.input_ids.shape == (len(rows), width)
+    for b, (prompt, completion) in enumerate(rows):
+        n_pad = width - len(prompt) - len(completion)
+        assert batch.input_ids[b].tolist() == prompt + completion + [pad_id] * n_pad
+        assert batch.attention_mask[b].tolist() == [1] * (width - n_pad) + [0] * n_pad
+        assert batch.loss_mask[b].tolist() == [False] * len(prompt) + [True] * len(completion) + [False] * n_pad
+        assert batch.position_ids[b].tolist() == list(range(width))
+
+
+def test_pad_equal_to_eos_keeps_every_real_eos_in_the_loss():
+    eos = 2
+    batch = collate([([eos, 5], [6, eos, eos]), ([5], [eos])], pad_id=eos)
+    assert batch.loss_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
+    assert batch.attention_mask.sum(1).tolist() == [5, 2]
+
+
+def test_empty_completions_and_types():
+    batch = collate([([3, 4], []), ([3], [])])
+    assert not batch.loss_mask.any() and batch.loss_mask.dtype == torch.bool
+    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.position_ids.dtype} == {torch.int64}
+
+
+def test_to_moves_every_tensor():
+    moved = collate([([3, 4], [5])]).to("meta")
+    assert {t.device.type for t in (moved.input_ids, moved.attention_mask, moved.position_ids, moved.loss_mask)} == {
+        "meta"
+    }
+
+
+@pytest.mark.parametrize("rows", [[], [([], [1])], [([1], [1]), ([], [])]])
+def test_rows_that_cannot_be_a_batch(rows):
+    with pytest.raises(DataError, match="needs rows with a prompt"):
+        collate(rows)

@@ -1,0 +1,309 @@
+"""The loop: gradients independent of the split, choices keyed by (seed, step), resume equal to the straight run."""
+
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny import VOCAB, toy_examples, toy_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from switchkd import AdaSwitch, StudentOnly, Switch
+from switchkd.checkpoint import checkpoints
+from switchkd.config import TrainConfig
+from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchkd.trainer import Trainer, learning_rate
+
+SETTINGS = TrainConfig(
+    policy=Switch(tau_0=0.6, decay=0.05),
+    lmbda=0.5,
+    divergence="forward_kl",
+    max_new_tokens=6,
+    max_steps=6,
+    per_device_train_batch_size=4,
+    learning_rate=3e-3,
+    save_steps=0,
+    seed=3,
+)
+
+
+def trainer(folder, pair=None, examples=None, **changes):
+    config = dataclasses.replace(SETTINGS, output_dir=str(folder), **changes)
+    return Trainer(pair or toy_pair(), examples or toy_examples(), config)
+
+
+def weights(t):
+    return {name: p.detach().clone() for name, p in t.pair.student.named_parameters()}
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if "second" not in k} for r in records]
+
+
+def gradient_step(folder, **changes):
+    t = trainer(folder, **changes)
+    gradients = {}
+    t.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in t.pair.student.named_parameters()})
+    )
+    metrics, rollouts = t.train_step()
+    return gradients, metrics, rollouts
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda):
+    """Also on ragged rows, where normalising each micro-batch by its own tokens would weigh rows differently."""
+    runs = [
+        gradient_step(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, lmbda=lmbda, seed=1
+        )
+        for size in (8, 4, 1)
+    ]
+    for gradients, metrics, rollouts in runs[1:]:
+        assert metrics["loss"] == pytest.approx(runs[0][1]["loss"], rel=1e-12)
+        assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in runs[0][2]]
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, runs[0][0][name], atol=1e-12, rtol=1e-9)
+
+
+def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
+    _, metrics, rollouts = gradient_step(tmp_path, lmbda=1.0)
+    assert metrics["num_tokens"] == sum(len(r.completion_ids) for r in rollouts)
+    _, metrics, _ = gradient_step(tmp_path, lmbda=0.0)
+    from switchkd.data import batch_indices
+
+    examples = toy_examples()
+    used = [examples[i] for i in batch_indices(len(examples), 4, 0, SETTINGS.seed)]
+    assert metrics["num_tokens"] == sum(len(e.completion_ids) for e in used)
+
+
+def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):
+    gradients, metrics, rollouts = gradient_step(tmp_path, lmbda=1.0)
+    t = trainer(tmp_path, lmbda=0.0)
+    rows = [(r.prompt_ids, r.completion_ids) for r in rollouts]
+    loss, tokens, norm = t._update(rows)
+    assert (loss, tokens, norm) == (metrics["loss"], metrics["num_tokens"], metrics["grad_norm"])
+    assert gradients
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, dropout):
+    """Prompts, tokens, losses, moments and weights; also with dropout, which is keyed by the step."""
+    family = "gpt2" if dropout else "llama"
+
+    def pair():
+        made = toy_pair(family)
+        for module in made.student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        return made
+
+    straight = trainer(tmp_path / "straight", pair(), save_steps=1, save_total_limit=2)
+    straight.train()
+    for crash in (3, 5, None):
+        part = trainer(tmp_path / "parts", pair(), save_steps=1, save_total_limit=2)
+        if crash != 3:
+            part.resume()
+            assert part.step == (2 if crash else 4)
+
+        def on_step(metrics, _, crash=crash):
+            """The line of the step is written and its checkpoint is not when the process dies."""
+            if metrics["step"] == crash:
+                with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+                    file.write('{"step": 9, "lo')
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) if crash else nullcontext():
+            part.train(on_step)
+    expected, ours = weights(straight), weights(part)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    for a, b in zip(straight.pair.student.parameters(), part.pair.student.parameters(), strict=True):
+        assert straight.optimizer.state[a].keys() == part.optimizer.state[b].keys() >= {"exp_avg", "exp_avg_sq"}
+        for key, moment in straight.optimizer.state[a].items():
+            assert torch.equal(moment, part.optimizer.state[b][key])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert without_times(lines(tmp_path / "parts", name)) == without_times(lines(tmp_path / "straight", name))
+
+
+def test_steps_choose_data_or_generation_by_seed_and_step_alone(tmp_path):
+    t = trainer(tmp_path, lmbda=0.3)
+    choices = []
+    for t.step in range(400):
+        choices.append(t._generates())
+    assert 90 < sum(choices) < 150
+    other = trainer(tmp_path / "other", lmbda=0.3)
+    other.step = 17
+    assert other._generates() == choices[17]
+    assert not trainer(tmp_path, lmbda=0.0)._generates() and trainer(tmp_path, lmbda=1.0)._generates()
+
+
+def test_each_step_draws_other_text_for_the_same_prompts(tmp_path):
+    t = trainer(tmp_path, examples=toy_examples(4), policy=StudentOnly(), lmbda=1.0, learning_rate=0.0)
+    texts = [sorted((r.prompt_ids, r.completion_ids) for r in t.train_step()[1]) for _ in range(3)]
+    assert [[p for p, _ in text] for text in texts][1:] == [[p for p, _ in text] for text in texts][:-1]
+    assert texts[0] != texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("policy", [StudentOnly(), Switch(tau_0=0.6, decay=0.05), AdaSwitch(window=2, ratio=1.1)])
+def test_the_student_learns(tmp_path, policy):
+    t = trainer(tmp_path, policy=policy, lmbda=1.0, max_steps=40, lr_scheduler_type="constant", learning_rate=1e-2)
+    t.train()
+    losses = [m["loss"] for m in lines(tmp_path, "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_teacher_gets_no_gradient_and_does_not_move(tmp_path):
+    t = trainer(tmp_path, lmbda=1.0)
+    before = [p.clone() for p in t.pair.teacher.parameters()]
+    t.train_step()
+    assert all(p.grad is None and not p.requires_grad for p in t.pair.teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, t.pair.teacher.parameters(), strict=True))
+    assert not t.pair.teacher.training
+
+
+def test_sampling_temperature_and_loss_temperature_each_reach_their_own(tmp_path):
+    _, base, text = gradient_step(tmp_path, lmbda=1.0)
+    _, hotter_loss, same_text = gradient_step(tmp_path, lmbda=1.0, loss_temperature=2.0)
+    _, _, other_text = gradient_step(tmp_path, lmbda=1.0, temperature=2.0)
+    ids = [[r.completion_ids for r in rollouts] for rollouts in (text, same_text, other_text)]
+    assert ids[0] == ids[1] != ids[2]
+    assert hotter_loss["loss"] != base["loss"]
+    on_data = [gradient_step(tmp_path, lmbda=0.0, temperature=t)[1]["loss"] for t in (1.0, 2.0)]
+    assert on_data[0] == on_data[1]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_stops_before_the_update(tmp_path, where):
+    t = trainer(tmp_path, lmbda=0.0, save_steps=1)
+    t.train_step()
+    t.save()
+    before = weights(t)
+    if where == "loss":
+        with torch.no_grad():
+            t.pair.teacher.lm_head.weight.fill_(math.nan)
+    else:
+        t.pair.student.lm_head.weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .* \(samples 4..7\)"):
+        t.train()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True))
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_non_finite_logits_while_generating_name_model_sample_and_position(tmp_path):
+    t = trainer(tmp_path, lmbda=1.0)
+    with torch.no_grad():
+        t.pair.student.lm_head.weight[3, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"step 1, toy:\d+: the student's logits .*sample \d, response position 0"):
+        t.train_step()
+
+
+def test_a_prompt_that_cannot_be_decoded_is_named(tmp_path):
+    t = trainer(tmp_path, lmbda=1.0, max_new_tokens=64)
+    with pytest.raises(DataError, match=r"toy:\d+: sample \d: \d prompt tokens \+ max_new_tokens 64 exceed"):
+        t.train_step()
+
+
+def test_empty_responses_only(tmp_path):
+    examples = [dataclasses.replace(e, completion_ids=[]) for e in toy_examples(4)]
+    t = trainer(tmp_path, examples=examples, lmbda=0.0)
+    metrics, _ = t.train_step()
+    assert metrics["loss"] == 0.0 and metrics["num_tokens"] == 0
+
+
+def test_learning_rates():
+    config = dataclasses.replace(SETTINGS, learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate(config, step, 12) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0.0)
+    constant = dataclasses.replace(config, lr_scheduler_type="constant")
+    assert learning_rate(constant, 11, 12) == 1.0
+
+
+def test_epochs_count_steps(tmp_path):
+    assert trainer(tmp_path, max_steps=-1, num_train_epochs=2.0).total_steps == 6
+    assert trainer(tmp_path, max_steps=5).total_steps == 5
+
+
+def test_weight_decay_spares_norms_and_biases(tmp_path):
+    t = trainer(tmp_path, toy_pair("gpt2"), weight_decay=0.3)
+    decays = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in t.optimizer.param_groups}
+    assert decays == {0.3: {2}, 0.0: {1}}
+
+
+def test_clipping(tmp_path):
+    gradients, metrics, _ = gradient_step(tmp_path, lmbda=0.0, max_grad_norm=1e-3)
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    assert metrics["grad_norm"] > 1e-2 and norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, _, _ = gradient_step(tmp_path, lmbda=1.0)
+    checkpointed, _, _ = gradient_step(tmp_path, lmbda=1.0, gradient_checkpointing=True)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-12, rtol=1e-9)
+
+
+def test_checkpoints_open_with_transformers_alone_and_the_oldest_go(tmp_path):
+    t = trainer(tmp_path, save_steps=2, save_total_limit=2)
+    t.train()
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), t.pair.student.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint-6").eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    t = trainer(tmp_path, save_steps=6)
+    t.train()
+    file = tmp_path / "checkpoint-6" / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(data[:-3] if damage in ("cut", "manifest") else data))
+    with pytest.raises(CheckpointError, match=file.name):
+        trainer(tmp_path).resume()
+
+
+def test_no_checkpoint_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match="start without --resume"):
+        trainer(tmp_path).resume()
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    t.train_step()
+    t.save()
+    t.train_step()
+    monkeypatch.setattr("switchkd.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        t.save()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_frozen_student_is_refused(tmp_path):
+    pair = toy_pair()
+    pair.student.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        trainer(tmp_path, pair)
+
+
+def test_metrics_say_who_spoke_and_what_it_cost(tmp_path):
+    t = trainer(tmp_path, lmbda=1.0, policy=AdaSwitch(window=1, ratio=0.0))
+    metrics, rollouts = t.train_step()
+    assert all(r.speakers == [0] + [1] * (len(r.speakers) - 1) for r in rollouts)
+    tokens = sum(len(r.speakers) for r in rollouts)
+    assert metrics["switch/teacher_share"] == pytest.approx(sum(sum(r.speakers) for r in rollouts) / tokens)
+    assert metrics["switch/first_switch"] == 1.0
+    assert 0 < metrics["decode/student_forwards_per_token"] < 1
+    assert max(max(r.completion_ids) for r in rollouts) < VOCAB
