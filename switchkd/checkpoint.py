@@ -148,8 +148,7 @@ def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
                 f"{folder}/optimizer.safetensors has a moment of {parameter_name}, which is not in the model"
             )
         parameter = parameters[parameter_name]
-        # AdamW keeps its step count on the host unless it is fused or capturable.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -50,7 +50,7 @@ class DemoConfig:
 
     method: Literal["switch", "adaswitch", "on_policy", "supervised"] = "switch"
     """Whose text the student learns from."""
-    max_steps: int = 40
+    max_steps: int = 24
     """Optimizer steps."""
     output_dir: str | None = None
     """The run directory; default runs/demo-METHOD."""
@@ -91,15 +91,14 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         template="chat",
         max_prompt_length=160,
         max_completion_length=128,
-        max_new_tokens=96,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
+        max_new_tokens=64,
+        per_device_train_batch_size=8,
         learning_rate=5e-4,
         warmup_steps=4,
         max_steps=config.max_steps,
         eval_samples=32,
-        eval_max_new_tokens=96,
-        save_steps=20,
+        eval_max_new_tokens=64,
+        save_steps=12,
         save_total_limit=1,
         seed=config.seed,
         output_dir=config.output_dir or f"runs/demo-{config.method}",
@@ -167,7 +166,7 @@ def check(config: TrainConfig) -> None:
     from switchkd.runs import check_run
 
     for line in check_run(config):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def prune(config: PruneConfig) -> None:
@@ -247,3 +246,7 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from switchkd.evaluation import Scores
     from switchkd.rollouts import DecodeCost, Rollout
 
-console = Console()
+console = Console(emoji=False, markup=False, highlight=False)  # text is data, never markup
 
 
 class Bar:
@@ -37,7 +37,7 @@ class Bar:
     def line(self, text: str) -> None:
         """A line that stays, for logs that are not a terminal."""
         if not console.is_terminal:
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
 
 @contextmanager

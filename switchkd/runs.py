@@ -102,7 +102,7 @@ def load_task(
     }
     notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
     if not quiet:
-        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True, highlight=False)
+        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
     return tokenized
 
 

@@ -221,3 +221,24 @@ def assert_same(decoded: list[Rollout], reference: list[Rollout]) -> None:
         torch.testing.assert_close(
             torch.tensor(ours.divergences), torch.tensor(theirs.divergences), equal_nan=True, atol=1e-6, rtol=1e-6
         )
+
+
+TOKENS = ["<pad>", "<eos>", "2", "0", "20", "4", "42", "a", "b", "c", "d", "e", "f", "s", "t", "<unk>"]
+
+
+def tiny_tokenizer(
+    tokens: list[str] = TOKENS, digits: bool = False, chat_template: str | None = None, eos: str = "<eos>"
+) -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [("2", "0"), ("4", "2")] if "20" in vocab and "42" in vocab else []
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=digits)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token="<pad>", unk_token="<unk>", chat_template=chat_template
+    )
+
+
+def save(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0) -> Path:
+    tiny_model(family, seed, torch.float32).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder

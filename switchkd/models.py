@@ -1,0 +1,352 @@
+"""Load a teacher and a student, and refuse a pair that would train silently wrong.
+
+Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchkd.errors import ConfigError, ModelError, VocabularyError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Digits, spaces, contractions, accents and code: where pre-tokenizers over one and the same vocabulary part ways.
+PROBE = "It's 20,483 km/h; isn't   3.14159?\n\n\tdef f(x): return x**2  # naïve café, 東京 42\r\nDON'T stop — №7…"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher (frozen) and a student (trainable) over one tokenizer, both in eval mode.
+
+    ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
+    are padding. ``warnings`` are sentences to print once: the pair can be used, but differs in what they say.
+    """
+
+    teacher: "PreTrainedModel"
+    student: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+
+def load_pair(teacher: str, student: str | None = None, *, dtype: str = "float32", device: str | None = None) -> Pair:
+    """Load and check a pair; each name is a hub name, a local folder, or ``"demo"`` (for both if ``student`` is None).
+
+    ``device`` None is the current CUDA device if there is one, else the CPU.
+    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
+    tokenizers are not equal id by id or a model has too few logits rows.
+    """
+    teacher_name, student_name = _pair_names(teacher, student)
+    tokenizer, student_tokenizer = load_tokenizer(teacher_name), load_tokenizer(student_name)
+    vocab_size = check_vocabulary(tokenizer, student_tokenizer)
+    teacher_model = load_model(teacher_name, dtype, device).requires_grad_(False)
+    student_model = load_model(student_name, dtype, device)
+    _check_logits_rows(teacher_model, vocab_size, "teacher")
+    _check_logits_rows(student_model, vocab_size, "student")
+    eos = _shared_eos(
+        eos_token_ids(teacher_model, tokenizer), eos_token_ids(student_model, student_tokenizer), vocab_size
+    )
+    warnings = _prompt_warnings(tokenizer, student_tokenizer)
+    return Pair(teacher_model, student_model, tokenizer, vocab_size, eos, warnings)
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None) -> "PreTrainedModel":
+    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo: the teacher).
+
+    Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
+    safetensors and JSON, or its architecture cannot be decoded with rollback.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    source, is_local = _locate(name)
+    config = _load_config(source, is_local)
+    refuse_recurrent(config)
+    with _as_model_error(source, is_local):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch_dtype,
+            local_files_only=is_local,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+        )
+    # transformers only warns here and goes on with random weights.
+    if unusable := sorted({str(key) for field in ("missing_keys", "mismatched_keys") for key in info[field]}):
+        raise ModelError(
+            f"{source}: {len(unusable)} weights of {type(model).__name__} are missing or have another shape, "
+            f"first {', '.join(unusable[:3])}; copy or download the model again"
+        )
+    return model.eval().to(torch_device)
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code."""
+    from transformers import AutoTokenizer
+
+    source, is_local = _locate(name)
+    if is_local and not any((Path(source) / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+    with _as_model_error(source, is_local):
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+def check_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The shared vocabulary size (highest id + 1) of two tokenizers, added tokens included.
+
+    Raises VocabularyError unless both have the same token at every id and cut a probe text into the same ids: a
+    pre-tokenizer that does not split digits has the same vocabulary, and still writes other tokens.
+    """
+    teacher_vocab, student_vocab = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    if differing := sorted({token_id for _, token_id in teacher_vocab.items() ^ student_vocab.items()}):
+        raise VocabularyError(_differing_tokens(differing, teacher_vocab, student_vocab))
+    teacher_ids = teacher_tokenizer.encode(PROBE, add_special_tokens=False)
+    student_ids = student_tokenizer.encode(PROBE, add_special_tokens=False)
+    if teacher_ids != student_ids:
+        raise VocabularyError(_differing_cut(teacher_tokenizer, teacher_ids, student_ids))
+    return max(teacher_vocab.values()) + 1
+
+
+def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Every id that ends a text, sorted: those of generation_config, config and tokenizer together.
+
+    Raises ModelError if none of the three names one.
+    """
+    named = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
+    found: set[int] = set()
+    for source in named:
+        value = getattr(source, "eos_token_id", None)
+        found.update([] if value is None else [value] if isinstance(value, int) else value)
+    if not found:
+        raise ModelError(
+            f"{model.config.model_type}: no EOS token in generation_config.json, config.json or the tokenizer, so no "
+            "text would ever end; set eos_token_id in generation_config.json"
+        )
+    return tuple(sorted(found))
+
+
+def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:
+    """Raise ModelError for a model whose drafts cannot be rolled back by lowering a cache length.
+
+    Those are models with recurrent, linear, convolutional, chunked or compressed layers, and encoder-decoders.
+    """
+    from transformers import PretrainedConfig
+
+    given_config = isinstance(model_or_config, PretrainedConfig)
+    config = model_or_config if given_config else model_or_config.config
+    name = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model; switchkd decodes decoder-only models: choose one")
+    model_class = _model_class(config) if given_config else type(model_or_config)
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - set(ROLLBACK_LAYERS)
+    if kinds == {"chunked_attention"}:
+        raise ModelError(
+            f"{name} attends in chunks (chunked_attention), so a row's cache slots do not follow its token positions; "
+            "choose a model with full or sliding-window attention"
+        )
+    if kinds or model_class._is_stateful:
+        found = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "recurrent layers"
+        raise ModelError(
+            f"{name} has {found}: their state cannot be rolled back when a draft is rejected; "
+            "choose a model with full or sliding-window attention"
+        )
+
+
+def num_parameters(model: "torch.nn.Module") -> int:
+    """Parameters of ``model``; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameter_bytes(model: "torch.nn.Module") -> int:
+    """Bytes that the parameters of ``model`` take; tied ones count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
+    if student is None and teacher != DEMO:
+        raise ConfigError(
+            f"teacher {teacher!r} has no student; name one, or make one with `switchkd prune {teacher} FOLDER`"
+        )
+    if student is not None and DEMO not in (teacher, student):
+        return teacher, student
+    from switchkd.demo_pair import demo_pair_paths
+
+    demo_teacher, demo_student = demo_pair_paths()
+    return (
+        str(demo_teacher) if teacher == DEMO else teacher,
+        str(demo_student) if student is None or student == DEMO else student,
+    )
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """The name to load and whether it is a local folder; a local folder is checked here."""
+    if name == DEMO:
+        from switchkd.demo_pair import demo_pair_paths
+
+        name = str(demo_pair_paths()[0])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder), True
+    if folder.exists() or not HUB_NAME.fullmatch(name):
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(f"{name} {what}; a model is a folder with config.json and *.safetensors, or a hub name")
+    return name, False
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is a LoRA adapter (adapter_config.json); merge it into its base with peft's merge_and_unload(), "
+            "save the whole model, and name that folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; name the folder that model.save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        raise ModelError(
+            f"{folder} holds no *.safetensors{f' but {others[0]}' if others else ''}; only safetensors are read: load "
+            "the model with its own tools and write it again with model.save_pretrained(folder)"
+        )
+
+
+def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
+    from transformers import AutoConfig, PretrainedConfig
+
+    with _as_model_error(source, is_local):
+        raw, _ = PretrainedConfig.get_config_dict(source, local_files_only=is_local)
+    if "auto_map" in raw:
+        raise ModelError(
+            f"{source} needs its own code (auto_map in config.json); switchkd runs no code from a model folder: "
+            "choose a model whose architecture is part of transformers"
+        )
+    with _as_model_error(source, is_local):
+        return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+@contextmanager
+def _as_model_error(source: str, is_local: bool) -> Iterator[None]:
+    """The many ways in which transformers refuse a file become one error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        where = "" if is_local else f" (there is no local folder {source}, so the hub was asked)"
+        raise ModelError(f"cannot load {source}{where}: {error}; check the name, or copy the model again") from error
+
+
+def _model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{config.model_type} is not a causal language model; choose one that generates text")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _attention(config: "PretrainedConfig") -> str:
+    # sdpa has no place for a tanh on the attention logits, and leaves it out.
+    soft_capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    return "eager" if soft_capped or not _model_class(config)._supports_sdpa else "sdpa"
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
+    return getattr(torch, name)
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}, but PyTorch sees no CUDA device; use 'cpu', or leave device out")
+    return device
+
+
+def _differing_tokens(ids: list[int], teacher_vocab: dict[str, int], student_vocab: dict[str, int]) -> str:
+    teacher = {token_id: repr(token) for token, token_id in teacher_vocab.items()}
+    student = {token_id: repr(token) for token, token_id in student_vocab.items()}
+    shown = "; ".join(
+        f"id {i}: teacher {teacher.get(i, 'nothing')}, student {student.get(i, 'nothing')}" for i in ids[:5]
+    )
+    return (
+        f"teacher ({len(teacher)} tokens) and student ({len(student)} tokens) differ at {len(ids)} ids: {shown}. "
+        "A pair must share one tokenizer id by id: choose both models from one family"
+    )
+
+
+def _differing_cut(tokenizer: "PreTrainedTokenizerBase", teacher_ids: list[int], student_ids: list[int]) -> str:
+    pairs = zip(teacher_ids, student_ids, strict=False)
+    first = next((i for i, (t, s) in enumerate(pairs) if t != s), min(len(teacher_ids), len(student_ids)))
+    teacher_part = tokenizer.convert_ids_to_tokens(teacher_ids[first : first + 5])
+    student_part = tokenizer.convert_ids_to_tokens(student_ids[first : first + 5])
+    return (
+        f"teacher and student tokenizers have the same tokens but cut text differently: at token {first} of a probe "
+        f"text the teacher writes {teacher_part}, the student {student_part}; copy the teacher's tokenizer files "
+        "into the student's folder if the student was trained with them, else choose another pair"
+    )
+
+
+def _check_logits_rows(model: "PreTrainedModel", vocab_size: int, role: str) -> None:
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise VocabularyError(
+            f"the {role} has {rows} logits rows for {vocab_size} token ids, so some tokens could never be scored; "
+            "take the tokenizer that belongs to this model"
+        )
+
+
+def _shared_eos(teacher: tuple[int, ...], student: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    if teacher != student:
+        raise ModelError(
+            f"teacher and student end texts differently: EOS ids {list(teacher)} and {list(student)}; set "
+            f"eos_token_id to {list(teacher)} in the student's generation_config.json, and check its tokenizer's "
+            "eos_token, or choose a student of the same kind (base or instruct)"
+        )
+    if teacher[-1] >= vocab_size:
+        raise ModelError(
+            f"EOS id {teacher[-1]} lies outside the shared vocabulary of {vocab_size} ids; "
+            "correct eos_token_id in both models' config.json and generation_config.json"
+        )
+    return teacher
+
+
+def _prompt_warnings(teacher: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    found = []
+    if student.chat_template is None and teacher.chat_template is not None:
+        found.append("note: the student has no chat template; the teacher's is used for both")
+    elif student.chat_template != teacher.chat_template:
+        which = "has none, so prompts stay plain" if teacher.chat_template is None else "is used for both"
+        found.append(f"teacher and student have different chat templates; the teacher's {which}")
+    if teacher.encode("a") != student.encode("a"):
+        found.append(
+            f"teacher and student put different special tokens around a text ({teacher.encode('a')} and "
+            f"{student.encode('a')} for 'a'); the teacher's are used for both"
+        )
+    return tuple(found)

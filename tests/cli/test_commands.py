@@ -1,0 +1,227 @@
+"""The commands as a user types them, on a tiny pair saved to disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import byte_level_tokenizer, save_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from switchkd.cli import COMMANDS, DemoConfig, demo_settings, main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher, a student and a data file, as flags."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = byte_level_tokenizer()
+    data = folder / "data.jsonl"
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "--teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
+        "--student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
+        "--train-file": str(data),
+        "--eval-file": str(data),
+    }
+
+
+SMALL = ["--template", "chat", "--max-new-tokens", "12", "--max-completion-length", "24", "--eval-samples", "3",
+         "--eval-max-new-tokens", "8", "--per-device-train-batch-size", "3", "--max-prompt-length", "128"]  # fmt: skip
+
+
+def flags(place, *names):
+    return [part for name in names or place for part in (name, place[name])]
+
+
+def train(place, output, *extra, recipe="switch"):
+    return main(["train", recipe, *flags(place), *SMALL, "--max-steps", "3", "--output-dir", str(output), *extra])
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "switch"
+    assert train(place, output, "--save-steps", "1") == 0
+    return output
+
+
+def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_student(run):
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "checkpoint-2", "checkpoint-3", "evaluation.json", "student",
+    }  # fmt: skip
+    metrics = records(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert {m["generated"] for m in metrics} == {True, False}
+    scores = json.loads((run / "evaluation.json").read_text())
+    assert list(scores["scores"]) == ["teacher", "student before", "student after"]
+    assert scores["settings"]["max_new_tokens"] == 8
+    rollout = records(run / "rollouts.jsonl")[0]
+    assert len(rollout["completion_ids"]) == len(rollout["speakers"]) == len(rollout["divergences"])
+
+
+def test_the_student_opens_with_nothing_of_ours(run, place):
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    before = AutoModelForCausalLM.from_pretrained(place["--student-model-name-or-path"])
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), before.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(run / "student").chat_template
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(run, place, tmp_path):
+    output = tmp_path / "again"
+    code = (
+        "import sys; from switchkd import cli, trainer\n"
+        "save = trainer.Trainer.save\n"
+        "def stop(self):\n    save(self)\n    if self.step == 2: raise KeyboardInterrupt\n"
+        "trainer.Trainer.save = stop\n"
+        "sys.exit(cli.main())"
+    )
+    arguments = ["train", "switch", *flags(place), *SMALL, "--max-steps", "3", "--save-steps", "1"]
+    arguments += ["--output-dir", str(output)]
+    stopped = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert not (output / "student").exists()
+    assert main([*arguments, "--resume"]) == 0
+    for name in (
+        "student/model.safetensors",
+        "checkpoint-3/optimizer.safetensors",
+        "evaluation.json",
+        "rollouts.jsonl",
+    ):
+        assert (output / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_resuming_with_other_settings_is_refused(run, place, capsys):
+    assert train(place, run, "--save-steps", "1", "--resume", "--learning-rate", "0.5") == 1
+    assert "learning_rate: 0.0005 -> 0.5" in capsys.readouterr().err
+
+
+def test_a_used_output_dir_is_refused(run, place, capsys):
+    assert train(place, run) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_run_is_its_own_recipe_and_its_student_can_be_evaluated_and_generate(run, tmp_path, capsys):
+    scores, rollouts = tmp_path / "scores.json", tmp_path / "rollouts.jsonl"
+    assert main(["evaluate", str(run), "--output-file", str(scores)]) == 0
+    saved = json.loads((run / "evaluation.json").read_text())["scores"]
+    ours = json.loads(scores.read_text())["scores"]
+    assert ours["student"] == saved["student after"] and ours["teacher"] == saved["teacher"]
+    prompts = ["--prompt", "What is 2 and 2?", "And 3?"]
+    assert main(["generate", str(run), *prompts, "--policy.tau-0", "-1", "--output-file", str(rollouts)]) == 0
+    made = records(rollouts)
+    assert len(made) == 2 and {s for r in made for s in r["speakers"]} == {1}
+    out = capsys.readouterr().out
+    assert "100% teacher" in out and "forwards per kept token" in out and "⟦" in out
+
+
+def test_generate_from_a_file(place, capsys):
+    arguments = flags(place, "--teacher-model-name-or-path", "--student-model-name-or-path", "--eval-file")
+    assert main(["generate", "adaswitch", *arguments, "--limit", "2", "--max-new-tokens", "5"]) == 0
+    assert "#1 (" in capsys.readouterr().out
+
+
+def test_check_says_what_a_run_would_do_and_writes_nothing(place, tmp_path, capsys):
+    assert main(["check", "switch", *flags(place), *SMALL, "--output-dir", str(tmp_path / "x")]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "teacher: ",
+        "student: ",
+        "ids, equal in both",
+        "steps: 80 of 3 rows",
+        "memory without",
+        "tau_0: 1.0",
+    ):
+        assert words in out
+    assert not (tmp_path / "x").exists()
+
+
+def test_prune(place, tmp_path, capsys):
+    teacher = place["--teacher-model-name-or-path"]
+    assert main(["prune", "--model-name-or-path", teacher, "--output-dir", str(tmp_path / "p"), "--layers", "1"]) == 1
+    assert main(["prune", "--model-name-or-path", teacher, "--output-dir", str(tmp_path / "p"), "--layers", "2"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "p").config.num_hidden_layers == 2
+
+
+def test_other_methods_run(place, tmp_path):
+    for recipe, share in (("adaswitch", {True}), ("on_policy", {True}), ("supervised", {False})):
+        assert train(place, tmp_path / recipe, "--eval-samples", "0", recipe=recipe) == 0
+        assert {m["generated"] for m in records(tmp_path / recipe / "metrics.jsonl")} == share
+        assert (tmp_path / recipe / "student" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["switch", "adaswitch", "on_policy", "supervised"])
+def test_demo_settings_are_the_methods_recipe_in_small(method):
+    config = demo_settings(DemoConfig(method=method, seed=4))
+    assert config.seed == 4 and config.output_dir == f"runs/demo-{method}"
+    assert config.teacher_model_name_or_path == config.student_model_name_or_path == "demo"
+
+
+BAD = {
+    "broken JSON": (["--train-file", "{data}"], '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "data.jsonl:2"),
+    "missing field": (["--train-file", "{data}"], '{"question": "a"}\n', "data.jsonl:1"),
+    "no rows": (["--train-file", "{data}"], "\n", "data.jsonl"),
+    "no file": (["--train-file", "/nowhere/x.jsonl"], "", "/nowhere/x.jsonl"),
+    "over-long prompts": (["--max-prompt-length", "3"], "", "longer than max_prompt_length=3"),
+    "context": (["--max-prompt-length", "600"], "", "context of 512"),
+    "no model": (["--student-model-name-or-path", "{folder}"], "", "holds no config.json"),
+    "recipe": (["--policy.schedule", "linear"], "", "needs horizon"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_explained_and_writes_no_student(place, tmp_path, capsys, name):
+    extra, content, words = BAD[name]
+    (tmp_path / "data.jsonl").write_text(content)
+    extra = [part.format(data=tmp_path / "data.jsonl", folder=tmp_path) for part in extra]
+    kept = {k: v for k, v in place.items() if k not in extra}
+    small = [p for i, p in enumerate(SMALL) if p not in extra and (i == 0 or SMALL[i - 1] not in extra)]
+    arguments = [
+        "train",
+        "switch",
+        *flags(kept),
+        *small,
+        "--max-steps",
+        "1",
+        "--output-dir",
+        str(tmp_path / "run"),
+        *extra,
+    ]
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code in (1, 2) and words in err.replace("\n", " "), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "student").exists() and not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "arguments,code,words",
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "commands:"),
+        (["trian"], 1, "did you mean 'train'"),
+        (["train", "swich"], 1, "did you mean 'switch'"),
+        (["train", "--learning-rte", "1"], 2, "--learning-rate"),
+        (["demo", "--method", "magic"], 2, "adaswitch"),
+        *[([command, "--help"], 0, "--") for command in COMMANDS],
+    ],
+)
+def test_usage(arguments, code, words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "switchkd.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr

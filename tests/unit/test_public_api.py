@@ -1,0 +1,36 @@
+"""The public names and their meaning are pinned: a change here is a change for every user."""
+
+import inspect
+import subprocess
+import sys
+
+import switchkd
+
+
+def test_names():
+    assert switchkd.__all__ == [
+        "AdaSwitch", "Decision", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
+        "decode", "decode_reference", "divergences", "load_pair",
+    ]  # fmt: skip
+    assert all(getattr(switchkd, name) is not None for name in switchkd.__all__)
+
+
+def test_decode_signature():
+    parameters = inspect.signature(switchkd.decode).parameters
+    assert {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty} == {
+        "max_new_tokens": 128, "temperature": 1.0, "seed": 0, "sample_ids": None, "block_size": "auto",
+        "eos_token_ids": None, "batch_size": None, "drafter": "auto", "vocab_size": None, "progress": None,
+    }  # fmt: skip
+    assert list(parameters)[:4] == ["student", "teacher", "prompt_ids", "policy"]
+    assert list(inspect.signature(switchkd.load_pair).parameters)[:2] == ["teacher", "student"]
+
+
+def test_rollout_fields():
+    assert list(switchkd.Rollout.__dataclass_fields__) == [
+        "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "stop_reason", "error",
+    ]  # fmt: skip
+
+
+def test_importing_policies_and_settings_does_not_load_torch():
+    code = "import sys, switchkd.config, switchkd.cli; from switchkd import Switch; Switch(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
