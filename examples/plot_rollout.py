@@ -8,6 +8,7 @@ Below: loss and the teacher's share over the steps.
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +29,8 @@ def records(file: Path) -> list[dict]:
 
 def plot(run: Path, picture: Path) -> None:
     rollouts, metrics = records(run / "rollouts.jsonl"), records(run / "metrics.jsonl")
-    # The longest text in which both spoke shows most.
-    rollout = max(rollouts, key=lambda r: (len(set(r["speakers"])), len(r["speakers"])))
+    # The text in which the word went back and forth most often shows most.
+    rollout = max(rollouts, key=lambda r: sum(a != b for a, b in pairwise(r["speakers"])))
     policy = read_config(run).policy
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.2), height_ratios=(3, 2), layout="constrained")
 
@@ -39,9 +40,10 @@ def plot(run: Path, picture: Path) -> None:
         above.plot(policy.threshold(torch.arange(len(heights))), color="black", linewidth=1.2, label="threshold tau(t)")
     for colour, name in ((STUDENT, "student wrote"), (TEACHER, "teacher wrote")):
         above.bar([0], [0], color=colour, label=name)
-    above.legend(frameon=False)
+    above.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     unit = "JSD (bits)" if isinstance(policy, Switch) else "divergence"
-    above.set(xlabel="response token", ylabel=unit, title=f"step {rollout['step']}, sample {rollout['sample_id']}")
+    above.set(xlabel="response token", ylabel=unit)
+    above.set_title(f"step {rollout['step']}, sample {rollout['sample_id']}", loc="left")
 
     generated = [m for m in metrics if m["generated"]]
     below.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="black", label="loss (nats/token)")

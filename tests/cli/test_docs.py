@@ -1,0 +1,132 @@
+"""Every command and every piece of Python in README and docs, run on a tiny pair that takes the demo pair's place."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import CHATML, save_llama
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from switchkd import demo_pair
+from switchkd.cli import main
+from switchkd.data import load_examples
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "engine", "traps"))]
+# What sets up, tests or formats this checkout is run by the test command itself.
+NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
+SHORT = {
+    "demo": ["--max-steps", "2"],
+    "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
+    "check": ["--eval-samples", "2"],
+    "evaluate": ["--eval-samples", "2"],
+    "generate": ["--max-new-tokens", "8"],
+    "prune": [],
+}
+
+
+def blocks(language):
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+            yield page, block
+
+
+COMMANDS = list(dict.fromkeys(
+    line.split("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()
+    if line.strip() and not line.startswith(NOT_HERE)
+))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two tiny Llamas with a tokenizer that knows the sample's words."""
+    folder = tmp_path_factory.mktemp("demo")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = [text for e in load_examples("gsm8k-sample:train") for text in (e.messages[-1].content, e.completion)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    return (
+        Path(save_llama(folder / "teacher", tokenizer, 1, layers=25)),
+        Path(save_llama(folder / "student", tokenizer, 2)),
+    )
+
+
+@pytest.fixture
+def workplace(pair, tmp_path, monkeypatch):
+    """A folder in which the demo pair is tiny, hub names are the demo, and the data files of the docs exist."""
+    monkeypatch.setattr(demo_pair, "demo_pair_paths", lambda *_, **__: pair)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_data.jsonl", "my_heldout.jsonl"):
+        Path(name).write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 8)
+    return tmp_path
+
+
+def typed(command):
+    """Run a documented command line, shortened, with the demo in place of models from a hub."""
+    words = [re.sub(r"^Qwen/.*", "demo", word) for word in shlex.split(command)]
+    if words[0] in ("switchkd", "./run"):
+        assert main([*words[1:], *SHORT[words[1]]]) == 0, command
+    else:
+        assert words[0] == ".venv/bin/python", f"no rule to run {command!r}"
+        script(*words[1:])
+
+
+def script(path, *arguments):
+    old, sys.argv = sys.argv, [path, *arguments]
+    try:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    finally:
+        sys.argv = old
+
+
+def test_commands_in_the_order_of_the_pages(workplace, capsys):
+    """Later commands use what earlier ones made, as a reader would."""
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        if "--resume" in command:
+            made = main(["train", "switch", "--output-dir", "runs/again", *SHORT["train"]])
+            assert made == 0
+            command = command.replace("runs/mine", "runs/again")
+        elif command.startswith("switchkd train") and Path("runs/mine").exists():
+            command = command.replace("runs/mine", f"runs/mine-{COMMANDS.index(command)}")
+        typed(command)
+    script("examples/plot_rollout.py", "runs/demo-switch", "rollout.png")
+    assert Path("rollout.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("number", range(len(list(blocks("python")))))
+def test_python_in_the_pages(workplace, number, capsys):
+    _, code = list(blocks("python"))[number]
+    exec(compile(code, "docs", "exec"), {"__name__": "docs"})
+    assert "[" in capsys.readouterr().out
+
+
+def test_the_flat_example_runs(workplace, capsys):
+    script("examples/switch_loop.py", "--steps", "2", "--budget", "6")
+    assert "step 2: loss" in capsys.readouterr().out
+
+
+def test_files_named_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = set(re.findall(r"\b(\w+\.py)\b", text.split("## The tree")[1].split("## Promises")[0]))
+    assert tree == {path.name for path in (ROOT / "switchkd").glob("*.py")} - {"__init__.py"}
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((ROOT / "tests").rglob(name)), name
+    assert len(text.splitlines()) < 200
+
+
+def test_tests_named_in_the_traps_exist():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)(?:…)?`", (ROOT / "docs/traps.md").read_text(encoding="utf-8")):
+        assert f"def {name}" in source, name
