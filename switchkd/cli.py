@@ -79,9 +79,14 @@ def train(config: TrainConfig) -> None:
 
 
 def demo(config: DemoConfig) -> None:
+    from switchkd.report import console
     from switchkd.runs import distil
 
-    distil(demo_settings(config))
+    settings = demo_settings(config)
+    console.print(
+        f"{config.method}: SmolLM2-135M to 81M on GSM8K, {settings.max_steps} steps, into {settings.output_dir}"
+    )
+    distil(settings)
 
 
 def demo_settings(config: DemoConfig) -> TrainConfig:

@@ -55,10 +55,9 @@ def decode_reference(
     for row in job.rows:
         state = policy.init(1)
         while row.stop_reason is None:
-            ids, t = torch.tensor([row.tokens]), len(row.completion)
+            t = len(row.completion)
             with _evaluating(student, teacher):
-                logq = log_probs(student(ids).logits[:, -1, : job.vocab_size])
-                logp = log_probs(teacher(ids).logits[:, -1, : job.vocab_size])
+                logq, logp = (_next_log_probs(model, row.tokens, job.vocab_size) for model in (student, teacher))
             if not row.check_finite(logq, logp):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
@@ -67,6 +66,12 @@ def decode_reference(
             token = draw(decision.log_probs, noise, temperature)
             row.append(int(token), int(decision.speaker), float(decision.divergence), job)
     return Rollouts([row.rollout() for row in job.rows])
+
+
+def _next_log_probs(model: PreTrainedModel, tokens: list[int], vocab_size: int) -> Tensor:
+    """``[1, V]`` on the host, where the reference loop decides."""
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
+    return log_probs(model(ids).logits[:, -1, :vocab_size]).cpu()
 
 
 @torch.no_grad()
@@ -327,7 +332,7 @@ class _BlockEngine:
         token = self._last_tokens()
         drafts, logs = [], []
         for g in noise:
-            logp = log_probs(model.extend(rows, token, self._limits())[:, 0])
+            logp = log_probs(model.extend(rows, token.to(model.device), self._limits())[:, 0]).to(self.device)
             draft = draw(logp, g, self.job.temperature)
             drafts.append(draft)
             logs.append(logp)

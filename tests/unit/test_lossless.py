@@ -3,7 +3,7 @@
 import pytest
 from tiny import FAMILIES, POLICIES, assert_same, tiny_model
 
-from switchkd import decode, decode_reference
+from switchkd import AdaSwitch, Switch, decode, decode_reference, load_pair
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 BUDGET = 9
@@ -122,3 +122,18 @@ def test_vocabulary_can_be_cut(llamas):
     reference = decode_reference(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[])
     assert max(max(r.completion_ids) for r in reference) < 12
     assert_same(decode(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[]), reference)
+
+
+@pytest.mark.demo_pair
+@pytest.mark.parametrize("policy", [Switch(), AdaSwitch(window=3, ratio=1.5)])
+def test_the_real_pair_in_single_precision(policy):
+    """One text of 16 tokens; at fp32 the two ways differ in the last bits, far below the gaps between these draws."""
+    pair = load_pair("demo", device="cpu")
+    prompts = [pair.tokenizer.encode("Mary has 12 apples and"), pair.tokenizer.encode("The sea is")]
+    settings = {"max_new_tokens": 16, "eos_token_ids": pair.eos_token_ids, "vocab_size": pair.vocab_size}
+    reference = decode_reference(pair.student, pair.teacher, prompts, policy, **settings)
+    assert {speaker for rollout in reference for speaker in rollout.speakers} == {0, 1}
+    for drafter in ("student", "teacher"):
+        out = decode(pair.student, pair.teacher, prompts, policy, block_size=4, drafter=drafter, **settings)
+        assert [r.completion_ids for r in out] == [r.completion_ids for r in reference]
+        assert [r.speakers for r in out] == [r.speakers for r in reference]

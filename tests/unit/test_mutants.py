@@ -39,8 +39,8 @@ MUTANTS = {
     ],
     "policy sees the draft at another temperature": [
         (
-            "logp = log_probs(model.extend(rows, token, self._limits())[:, 0])",
-            "logp = log_probs(model.extend(rows, token, self._limits())[:, 0], 0.8)",
+            "log_probs(model.extend(rows, token.to(model.device), self._limits())[:, 0])",
+            "log_probs(model.extend(rows, token.to(model.device), self._limits())[:, 0], 0.8)",
         )
     ],
     "another temperature in the draft than reported": [
