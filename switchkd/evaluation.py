@@ -3,7 +3,6 @@
 Evaluation draws no random numbers of its own: generated text is keyed by (seed, example id, position).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,7 +69,8 @@ def evaluate(
     kl, nll, tokens = _likelihood(pair, model, examples, settings.score_batch_size, progress)
     texts = complete(pair, model, examples, settings, progress)
     rouge = mean(rouge_l(text, example.references) for text, example in zip(texts, examples, strict=True))
-    return Scores(kl / tokens, math.exp(nll / tokens), rouge, len(examples), tokens)
+    perplexity = torch.tensor(nll / tokens, dtype=torch.float64).exp().item()  # inf where math.exp would raise
+    return Scores(kl / tokens, perplexity, rouge, len(examples), tokens)
 
 
 def complete(
