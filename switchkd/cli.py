@@ -38,8 +38,6 @@ class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
 class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
     """Score teacher and student on held-out examples."""
 
-    seed: int = 0
-    """Key of the noise where eval_temperature is above 0."""
     output_file: str | None = None
     """Write the scores and every setting here as JSON."""
 
@@ -154,16 +152,15 @@ def generate(config: GenerateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     from switchkd.report import console, score_table
-    from switchkd.runs import eval_settings, evaluate_with_bar, load_task, open_pair, write_scores
+    from switchkd.runs import load_task, open_pair, score, write_scores
 
     pair = open_pair(config)
     examples = load_task(config, pair, config.eval_file, config.eval_samples)
-    settings = eval_settings(config, config.seed)
     models = {"teacher": pair.teacher, "student": pair.student}
-    scores = {name: evaluate_with_bar(pair, model, examples, settings, name) for name, model in models.items()}
+    scores = {name: score(pair, model, examples, config, name) for name, model in models.items()}
     console.print(score_table(scores))
     if config.output_file:
-        write_scores(Path(config.output_file), settings, scores)
+        write_scores(Path(config.output_file), config, scores)
 
 
 def check(config: TrainConfig) -> None:

@@ -80,6 +80,8 @@ class EvalConfig:
     """Token budget of a completion that ROUGE-L is computed on."""
     eval_temperature: float = 0.0
     """Sampling temperature of these completions; 0 is greedy."""
+    seed: int = 0
+    """Key of all randomness, with the step or with the sample and position."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,6 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
-    seed: int = 0
-    """Key of all randomness, with the step or with the sample and position."""
     save_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     save_total_limit: int = 2

@@ -41,22 +41,19 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
     """
     accelerator = Accelerator()
-    main = accelerator.is_main_process
-    run = Path(config.output_dir)
-    if main:
-        _open_run(run, config)
-    accelerator.wait_for_everyone()
+    main, run = accelerator.is_main_process, Path(config.output_dir)
+    _check_run(run, config)
     pair = open_pair(config, quiet=not main)
-    train = load_task(config, pair, config.train_file, quiet=not main)
-    heldout = (
-        load_task(config, pair, config.eval_file, config.eval_samples, quiet=not main) if config.eval_samples else []
-    )
     check_context(config, pair)
+    train = load_task(config, pair, config.train_file, quiet=not main)
+    heldout = load_heldout(config, pair, quiet=not main)
     trainer = Trainer(pair, train, config, accelerator)
+    accelerator.wait_for_everyone()  # every rank has found the run directory free
     scores: dict[str, Scores] = {}
-    if main and heldout:
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        write_file(run / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
         scores = _before(run, config, pair, heldout)
-    accelerator.wait_for_everyone()
     if config.resume:
         trainer.resume()
     _train(trainer, quiet=not main)
@@ -64,8 +61,8 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
         student = accelerator.unwrap_model(trainer.student)
         save_model(run / "student", student, pair.tokenizer)
         if heldout:
-            scores["student after"] = _evaluate(pair, student, heldout, config, "student after")
-            _write_scores(run, config, scores)
+            scores["student after"] = score(pair, student, heldout, config, "student after")
+            write_scores(run / EVALUATION, config, scores)
             report.console.print(report.score_table(scores))
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
     accelerator.wait_for_everyone()
@@ -106,6 +103,11 @@ def load_task(
     return tokenized
 
 
+def load_heldout(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
+    """The held-out examples of a run; none if it asks for none."""
+    return load_task(config, pair, config.eval_file, config.eval_samples, quiet) if config.eval_samples else []
+
+
 def prompt_ids(texts: Sequence[str], template: str, pair: Pair) -> list[list[int]]:
     """Token ids of user prompts under a template."""
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
@@ -135,8 +137,27 @@ def read_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def _open_run(run: Path, config: TrainConfig) -> None:
-    """Create the run directory, or check that the one to resume had the same settings."""
+def score(
+    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], config: EvalConfig, name: str
+) -> Scores:
+    """Evaluate one model of the pair, with a progress bar."""
+    with report.bar(f"evaluate {name}", 2 * len(examples)) as bar:
+        return evaluate(pair, model, examples, _eval_settings(config), bar.advance)
+
+
+def write_scores(file: Path, config: EvalConfig, scores: dict[str, Scores]) -> None:
+    """Scores with every setting they depend on, as JSON."""
+    settings = _eval_settings(config).to_json()
+    record = {"settings": settings, "scores": {name: asdict(s) for name, s in scores.items()}}
+    write_file(file, json.dumps(record, indent=1))
+
+
+def _eval_settings(config: EvalConfig) -> EvalSettings:
+    return EvalSettings(config.eval_max_new_tokens, config.eval_temperature, config.seed)
+
+
+def _check_run(run: Path, config: TrainConfig) -> None:
+    """Refuse a directory in use, or one to resume that was started with other settings."""
     if config.resume:
         before, now = to_dict(read_config(run)), to_dict(config)
         changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in FREE_ON_RESUME]
@@ -144,53 +165,21 @@ def _open_run(run: Path, config: TrainConfig) -> None:
             raise ConfigError(
                 f"{run} was started with other settings ({'; '.join(changed)}); resume with the same, or start anew"
             )
-        return
-    if run.exists() and any(run.iterdir()):
+    elif run.exists() and any(run.iterdir()):
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
-    run.mkdir(parents=True, exist_ok=True)
-    write_file(run / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _before(run: Path, config: TrainConfig, pair: Pair, heldout: Sequence[TokenizedExample]) -> dict[str, Scores]:
     """Teacher's and untrained student's scores, read back where a resumed run has them."""
     file = run / EVALUATION
+    if not heldout:
+        return {}
     if config.resume and file.is_file():
         return {name: Scores(**s) for name, s in json.loads(file.read_text(encoding="utf-8"))["scores"].items()}
-    scores = {
-        name: _evaluate(pair, model, heldout, config, name)
-        for name, model in (("teacher", pair.teacher), ("student before", pair.student))
-    }
-    _write_scores(run, config, scores)
+    models = {"teacher": pair.teacher, "student before": pair.student}
+    scores = {name: score(pair, model, heldout, config, name) for name, model in models.items()}
+    write_scores(file, config, scores)
     return scores
-
-
-def eval_settings(config: EvalConfig, seed: int) -> EvalSettings:
-    """The evaluation settings inside a larger configuration."""
-    return EvalSettings(config.eval_max_new_tokens, config.eval_temperature, seed)
-
-
-def _evaluate(
-    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], config: TrainConfig, name: str
-) -> Scores:
-    return evaluate_with_bar(pair, model, examples, eval_settings(config, config.seed), name)
-
-
-def evaluate_with_bar(
-    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], settings: EvalSettings, name: str
-) -> Scores:
-    """``evaluate`` with a progress bar."""
-    with report.bar(f"evaluate {name}", 2 * len(examples)) as bar:
-        return evaluate(pair, model, examples, settings, bar.advance)
-
-
-def write_scores(file: Path, settings: EvalSettings, scores: dict[str, Scores]) -> None:
-    """Scores with every setting they depend on, as JSON."""
-    record = {"settings": settings.to_json(), "scores": {name: asdict(s) for name, s in scores.items()}}
-    write_file(file, json.dumps(record, indent=1))
-
-
-def _write_scores(run: Path, config: TrainConfig, scores: dict[str, Scores]) -> None:
-    write_scores(run / EVALUATION, eval_settings(config, config.seed), scores)
 
 
 def _train(trainer: Trainer, quiet: bool) -> None:
@@ -215,8 +204,7 @@ def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
     pair = open_pair(config)
     train = load_task(config, pair, config.train_file)
-    if config.eval_samples:
-        load_task(config, pair, config.eval_file, config.eval_samples)
+    load_heldout(config, pair)
     check_context(config, pair)
     trainer = Trainer(pair, train, config)
     models = {
