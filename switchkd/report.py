@@ -91,7 +91,8 @@ def cost_line(cost: DecodeCost) -> str:
 
 def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
     """The completion, the teacher's words in colour (in brackets where there is no terminal), or why there is none."""
-    text = Text(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
+    text = Text()
+    text.append(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
     if rollout.error:
         text.append(rollout.error, style="red")
     for speaker, run in groupby(zip(rollout.speakers, rollout.completion_ids, strict=True), key=lambda pair: pair[0]):
@@ -99,7 +100,7 @@ def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
         words = tokenizer.decode([token for _, token in run]).replace("\x1b", "␛")
         if speaker and not console.is_terminal:
             words = f"⟦{words}⟧"
-        text.append(words, style="bold magenta" if speaker else "not dim")
+        text.append(words, style="bold magenta" if speaker else "")
     console.print(text, soft_wrap=True)
 
 
