@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class DemoConfig:
     max_steps: int = 24
     """Optimizer steps."""
     output_dir: str | None = None
-    """The run directory; default runs/demo-METHOD."""
+    """The run directory; default runs/demo-METHOD, numbered if there is one already."""
     seed: int = 0
     """Key of all randomness."""
 
@@ -104,8 +105,14 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         save_steps=12,
         save_total_limit=1,
         seed=config.seed,
-        output_dir=config.output_dir or f"runs/demo-{config.method}",
+        output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
     )
+
+
+def _unused(folder: str) -> str:
+    """``folder``, or the first of folder-2, folder-3, … that is not there yet."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 def generate(config: GenerateConfig) -> None:

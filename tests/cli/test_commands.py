@@ -170,10 +170,13 @@ def test_other_methods_run(place, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["switch", "adaswitch", "on_policy", "supervised"])
-def test_demo_settings_are_the_methods_recipe_in_small(method):
+def test_demo_settings_are_the_methods_recipe_in_small(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = demo_settings(DemoConfig(method=method, seed=4))
     assert config.seed == 4 and config.output_dir == f"runs/demo-{method}"
     assert config.teacher_model_name_or_path == config.student_model_name_or_path == "demo"
+    Path(config.output_dir).mkdir(parents=True)
+    assert demo_settings(DemoConfig(method=method)).output_dir == f"runs/demo-{method}-2"
 
 
 BAD = {
