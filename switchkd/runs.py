@@ -195,7 +195,10 @@ def _train(trainer: Trainer, quiet: bool) -> None:
                 f"step {metrics['step']}/{trainer.total_steps}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
             )
 
-        trainer.train(on_step)
+        def on_round(now: DecodeCost) -> None:
+            bar.advance(0, f"writing: {now.kept_tokens} tokens, {now.kept_tokens / now.seconds:.0f} tok/s")
+
+        trainer.train(on_step, on_round)
     if not quiet and cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 

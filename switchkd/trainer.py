@@ -58,14 +58,20 @@ class Trainer:
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
         pair.teacher.to(self.accelerator.device)
 
-    def train(self, on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None) -> None:
+    def train(
+        self,
+        on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None,
+        on_round: Callable[[DecodeCost], None] | None = None,
+    ) -> None:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
+
+        ``on_step`` is told of every step's metrics, ``on_round`` of every decoding round's cost so far in its step.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
         """
         while self.step < self.total_steps:
-            metrics, rollouts = self.train_step()
+            metrics, rollouts = self.train_step(on_round)
             if self.accelerator.is_main_process:
                 _append(self.run / "metrics.jsonl", [metrics])
                 _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
@@ -73,12 +79,12 @@ class Trainer:
             if self.step == self.total_steps or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
 
-    def train_step(self) -> tuple[Metrics, Rollouts]:
+    def train_step(self, on_round: Callable[[DecodeCost], None] | None = None) -> tuple[Metrics, Rollouts]:
         """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data)."""
         start = time.perf_counter()
         examples = self._next_examples()
         generated = self._generates()
-        rollouts = self._generate(examples) if generated else Rollouts()
+        rollouts = self._generate(examples, on_round) if generated else Rollouts()
         generated_at = time.perf_counter()
         pairs = rollouts if generated else examples
         loss, tokens, grad_norm = self._update([(row.prompt_ids, row.completion_ids) for row in pairs])
@@ -133,7 +139,9 @@ class Trainer:
         """GKD's coin: with probability lmbda this step trains on generated text; the same on every rank."""
         return noise_key(self.config.seed, self.step, _CHOICE) / 2**64 < self.config.lmbda
 
-    def _generate(self, examples: Sequence[TokenizedExample]) -> Rollouts:
+    def _generate(
+        self, examples: Sequence[TokenizedExample], on_round: Callable[[DecodeCost], None] | None
+    ) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         config = self.config
         first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
@@ -150,6 +158,7 @@ class Trainer:
             eos_token_ids=self.pair.eos_token_ids,
             batch_size=config.generation_batch_size,
             vocab_size=self.pair.vocab_size,
+            progress=on_round,
         )
         for rollout, example in zip(rollouts, examples, strict=True):
             if rollout.error:

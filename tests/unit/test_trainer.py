@@ -300,7 +300,9 @@ def test_a_frozen_student_is_refused(tmp_path):
 
 def test_metrics_say_who_spoke_and_what_it_cost(tmp_path):
     t = trainer(tmp_path, lmbda=1.0, policy=AdaSwitch(window=1, ratio=0.0))
-    metrics, rollouts = t.train_step()
+    seen = []
+    metrics, rollouts = t.train_step(seen.append)
+    assert seen[-1].kept_tokens == rollouts.cost.kept_tokens == sum(len(r.completion_ids) for r in rollouts)
     assert all(r.speakers == [0] + [1] * (len(r.speakers) - 1) for r in rollouts)
     tokens = sum(len(r.speakers) for r in rollouts)
     assert metrics["switch/teacher_share"] == pytest.approx(sum(sum(r.speakers) for r in rollouts) / tokens)
