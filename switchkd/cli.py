@@ -16,8 +16,6 @@ import tyro
 from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe
 from switchkd.errors import ConfigError, SwitchKDError, nearest
 
-METHODS = ("switch", "adaswitch", "on_policy", "supervised")
-
 Config = TypeVar("Config")
 
 

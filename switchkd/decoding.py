@@ -58,7 +58,7 @@ def decode_reference(
             t = len(row.completion)
             with _evaluating(student, teacher):
                 logq, logp = (_next_log_probs(model, row.tokens, job.vocab_size) for model in (student, teacher))
-            if not row.check_finite(logq, logp):
+            if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
             state = decision.state
@@ -166,10 +166,10 @@ class _Row:
     def fail(self, reason: str, error: str) -> None:
         self.stop_reason, self.error = reason, error
 
-    def check_finite(self, logq: Tensor, logp: Tensor) -> bool:
-        """Stop the row if a model's log-probabilities are NaN (log-softmax spreads one NaN or +inf to all entries)."""
-        for name, logs in (("student", logq), ("teacher", logp)):
-            if self.stop_reason is None and logs.isnan().any():
+    def check_finite(self, logq: Tensor, logp: Tensor, reads: Sequence[bool]) -> bool:
+        """Stop the row if a model that is read has NaN log-probabilities (log-softmax spreads one NaN or +inf to all)."""
+        for name, logs, read in zip(("student", "teacher"), (logq, logp), reads, strict=True):
+            if self.stop_reason is None and read and logs.isnan().any():
                 where = f"sample {self.sample_id}, response position {len(self.completion)}"
                 self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
         return self.stop_reason is None
@@ -363,9 +363,11 @@ class _BlockEngine:
         """Decide the positions in order; a row stops at the first token that its draft did not foresee."""
         start = [len(row.completion) for row in self.rows]
         alive = [True] * len(self.rows)
+        reads = self._reads(self.state)
         for k, g in enumerate(noise):
             for b, row in enumerate(self.rows):
-                alive[b] = alive[b] and row.check_finite(logq[k][b, :1], logp[k][b, :1])
+                read = [bool(r[b]) for r in reads]
+                alive[b] = alive[b] and row.check_finite(logq[k][b, :1], logp[k][b, :1], read)
             position = torch.tensor([t + k for t in start], device=self.device)
             decision = self.job.policy.step(self.state, logq[k], logp[k], position)
             token = draw(decision.log_probs, g, self.job.temperature)

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-FINISHED = ("eos", "length")  # stop reasons of rows that were decoded; any other row carries an error
-
 
 @dataclass(frozen=True)
 class Rollout:

@@ -111,6 +111,18 @@ def test_nan_logits_name_model_sample_and_position_and_spare_other_rows(llamas, 
         assert texts([rollouts[i] for i in (0, 2, 3)]) == texts(clean)
 
 
+def test_only_a_model_that_is_read_can_fail_a_row_and_it_is_named(llamas):
+    with torch.no_grad():
+        llamas[1].get_input_embeddings().weight[21] = math.nan
+    for call in (decode, decode_reference):
+        [row] = call(*llamas, [[5, 21]], TeacherOnly(), 4)
+        assert row.stop_reason == "non_finite" and "the teacher's logits" in row.error
+        [row] = call(*llamas, [[5, 21]], StudentOnly(), 4, eos_token_ids=[])
+        assert row.stop_reason == "length"
+    [row] = decode(*reversed(llamas), [[5, 21]], TeacherOnly(), 4, eos_token_ids=[], drafter="student")
+    assert row.stop_reason == "length"  # broken drafts cost time, not the row
+
+
 def test_modes_weights_and_random_state_are_left_alone(llamas):
     student, teacher = llamas
     student.train()
