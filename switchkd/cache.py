@@ -7,14 +7,16 @@ what keeps learned positions (GPT-2, OPT), rotary positions and sliding windows 
 Shapes: B rows in the cache, b rows in a forward, T new tokens, S slots, H key/value heads, D head size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from switchkd.errors import ModelError
+from switchkd.models import refuse_recurrent
 
 
 class _Layer(CacheLayerMixin):
@@ -174,17 +176,12 @@ def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
     Raises:
         ModelError: for layers that are neither full nor sliding-window attention; their state cannot be rolled back.
     """
+    refuse_recurrent(model)
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    odd = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if odd:
-        raise ModelError(
-            f"{config.model_type} has {', '.join(odd)} layers; only full_attention and sliding_attention can be rolled "
-            "back after a rejected draft. Choose a model with attention layers only."
-        )
     return [(kind, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
@@ -199,17 +196,15 @@ def verify_cache(model: PreTrainedModel) -> None:
     """
     vocab_size = model.config.get_text_config().vocab_size
     rows = [[(7 * i + row) % vocab_size for i in range(length)] for row, length in enumerate((9, 4))]
-    training = model.training
-    model.eval()
-    cached = CachedModel(model, len(rows), 12, vocab_size)
-    cached.catch_up([0, 1], rows)
-    wrong = torch.full((2, 2), 1 % vocab_size, device=cached.device)
-    cached.extend([0, 1], wrong, [12, 12])
-    cached.lengths = [len(row) - 2 for row in rows]
-    tails = torch.tensor([row[-2:] for row in rows], device=cached.device)
-    logits = cached.extend([0, 1], tails, [12, 12])
-    plain = [model(torch.tensor([row], device=cached.device)).logits[0, -2:, :vocab_size] for row in rows]
-    model.train(training)
+    with evaluating(model):
+        cached = CachedModel(model, len(rows), 12, vocab_size)
+        cached.catch_up([0, 1], rows)
+        wrong = torch.full((2, 2), 1 % vocab_size, device=cached.device)
+        cached.extend([0, 1], wrong, [12, 12])
+        cached.lengths = [len(row) - 2 for row in rows]
+        tails = torch.tensor([row[-2:] for row in rows], device=cached.device)
+        logits = cached.extend([0, 1], tails, [12, 12])
+        plain = [model(torch.tensor([row], device=cached.device)).logits[0, -2:, :vocab_size] for row in rows]
     expected = torch.stack(plain).float()
     error = (logits.float() - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
     if not error < {torch.float64: 1e-9, torch.float32: 1e-3}.get(model.dtype, 0.1):
@@ -217,3 +212,13 @@ def verify_cache(model: PreTrainedModel) -> None:
             f"{model.config.model_type} cannot be decoded exactly with the ragged cache: on a probe its logits are off by "
             f"{error:.2g} (relative). Its attention is not plain full or sliding-window attention; choose another model"
         )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, cache allowed under gradient checkpointing), each model's own mode restored after."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        yield

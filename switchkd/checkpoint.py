@@ -26,10 +26,10 @@ PREFIX = "checkpoint-"
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """An empty sibling of ``target`` that takes its place if the block ends well, and is removed otherwise.
 
-    An empty ``target`` is replaced; OSError if something else is there by then.
+    An empty ``target`` is replaced; OSError if something else is there by then, unless ``replace`` says to remove it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{uuid4().hex}")
@@ -39,6 +39,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
         for path in staging.rglob("*"):
             _sync(path)
         _sync(staging)
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
         _sync(target.parent)
     finally:
@@ -58,13 +60,9 @@ def write_file(path: Path, text: str) -> None:
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both; replaces what is there."""
-    with staged_folder(folder.with_name(f"{folder.name}.new")) as staging:
+    with staged_folder(folder, replace=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-    new = folder.with_name(f"{folder.name}.new")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(new, folder)
 
 
 def save_checkpoint(

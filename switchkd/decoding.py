@@ -10,18 +10,18 @@ Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the st
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from switchkd.cache import CachedModel
+from switchkd.cache import CachedModel, evaluating
 from switchkd.divergences import log_probs
 from switchkd.errors import ConfigError
+from switchkd.models import context_length, declared_eos
 from switchkd.policies import STUDENT, TEACHER, Policy, State
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.sampling import draw, gumbel_noise, noise_key
@@ -56,7 +56,7 @@ def decode_reference(
         state = policy.init(1)
         while row.stop_reason is None:
             t = len(row.completion)
-            with _evaluating(student, teacher):
+            with evaluating(student, teacher):
                 logq, logp = (_next_log_probs(model, row.tokens, job.vocab_size) for model in (student, teacher))
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
@@ -129,7 +129,7 @@ def decode(
     cost = DecodeCost()
     if queue := deque(row for row in job.rows if row.stop_reason is None):
         engine = _BlockEngine(job, queue, batch_size or DEFAULT_BATCH, block_size, drafter)
-        with _evaluating(student, teacher):
+        with evaluating(student, teacher):
             while engine.rows:
                 engine.round()
                 cost = engine.cost(time.perf_counter() - start)
@@ -218,10 +218,16 @@ class _Job:
         shared = min(model.config.get_text_config().vocab_size for model in (student, teacher))
         if vocab_size is not None and not 0 < vocab_size <= shared:
             raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
-        eos = _default_eos(student, teacher) if eos_token_ids is None else frozenset(eos_token_ids)
+        named = (
+            declared_eos(student.generation_config, teacher.generation_config)
+            if eos_token_ids is None
+            else eos_token_ids
+        )
         rows = [_Row(i, list(prompt)) for i, prompt in zip(ids, prompt_ids, strict=True)]
-        job = _Job(student, teacher, policy, rows, max_new_tokens, temperature, seed, eos, vocab_size or shared)
-        limit = min(_context(student), _context(teacher))
+        job = _Job(
+            student, teacher, policy, rows, max_new_tokens, temperature, seed, frozenset(named), vocab_size or shared
+        )
+        limit = min(context_length(student), context_length(teacher))
         for row in rows:
             _check_prompt(row, job, limit)
         return job
@@ -243,18 +249,6 @@ def _check_prompt(row: _Row, job: _Job, context: float) -> None:
         )
     elif job.max_new_tokens == 0:
         row.stop_reason = "length"
-
-
-def _context(model: PreTrainedModel) -> float:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-
-
-def _default_eos(*models: PreTrainedModel) -> frozenset[int]:
-    ids: set[int] = set()
-    for model in models:
-        named = model.generation_config.eos_token_id if model.generation_config is not None else None
-        ids.update(named if isinstance(named, (list, tuple)) else [] if named is None else [named])
-    return frozenset(ids)
 
 
 class _BlockEngine:
@@ -428,13 +422,3 @@ class _BlockEngine:
     def _limits(self) -> list[int]:
         """First position beyond each row's budget."""
         return [len(row.prompt) + self.job.max_new_tokens for row in self.rows]
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, cache allowed under gradient checkpointing), each model's own mode restored after."""
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.train, model.training)
-            model.eval()
-        yield

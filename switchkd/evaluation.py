@@ -11,6 +11,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
+from switchkd.cache import evaluating
 from switchkd.data import Batch, TokenizedExample, collate
 from switchkd.decoding import decode
 from switchkd.divergences import forward_kl, log_probs
@@ -116,18 +117,16 @@ def _likelihood(
     """Summed forward KL to the teacher, summed negative log-likelihood (nats) and number of the reference tokens."""
     kl = nll = 0.0
     tokens = 0
-    training = model.training
-    model.eval()
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        batch: Batch = collate([(example.prompt_ids, example.completion_ids) for example in part]).to(model.device)
-        logq = log_probs(response_logits(model, batch, pair.vocab_size))
-        if model is not pair.teacher:
-            logp = log_probs(response_logits(pair.teacher, batch, pair.vocab_size))
-            kl += forward_kl(logp, logq).double().sum().item()
-        targets = response_tokens(batch)
-        nll -= logq.gather(1, targets.unsqueeze(1)).double().sum().item()
-        tokens += targets.numel()
-        progress(len(part))
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            batch: Batch = collate([(example.prompt_ids, example.completion_ids) for example in part]).to(model.device)
+            logq = log_probs(response_logits(model, batch, pair.vocab_size))
+            if model is not pair.teacher:
+                logp = log_probs(response_logits(pair.teacher, batch, pair.vocab_size))
+                kl += forward_kl(logp, logq).double().sum().item()
+            targets = response_tokens(batch)
+            nll -= logq.gather(1, targets.unsqueeze(1)).double().sum().item()
+            tokens += targets.numel()
+            progress(len(part))
     return kl, nll, tokens

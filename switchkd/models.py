@@ -129,17 +129,27 @@ def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 
     Raises ModelError if none of the three names one.
     """
-    named = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
-    found: set[int] = set()
-    for source in named:
-        value = getattr(source, "eos_token_id", None)
-        found.update([] if value is None else [value] if isinstance(value, int) else value)
+    found = declared_eos(model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
     if not found:
         raise ModelError(
             f"{model.config.model_type}: no EOS token in generation_config.json, config.json or the tokenizer, so no "
             "text would ever end; set eos_token_id in generation_config.json"
         )
     return tuple(sorted(found))
+
+
+def declared_eos(*sources: object) -> set[int]:
+    """All ids that these configs or tokenizers name as ``eos_token_id``: one, several or none each."""
+    found: set[int] = set()
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        found.update([] if value is None else [value] if isinstance(value, int) else value)
+    return found
+
+
+def context_length(model: "PreTrainedModel") -> float:
+    """Tokens that fit into the model's context; infinite where its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:

@@ -24,7 +24,7 @@ from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, fr
 from switchkd.data import Example, Message, TokenizedExample, load_examples, tokenize
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
-from switchkd.models import Pair, load_pair, num_parameters, parameter_bytes
+from switchkd.models import Pair, context_length, load_pair, num_parameters, parameter_bytes
 from switchkd.rollouts import DecodeCost
 from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
@@ -120,12 +120,12 @@ def prompt_ids(texts: Sequence[str], template: str, pair: Pair) -> list[list[int
 def check_context(config: TrainConfig, pair: Pair) -> None:
     """Raise ConfigError if a prompt and its completion may not fit into the models' context."""
     for name, model in (("teacher", pair.teacher), ("student", pair.student)):
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(model)
         longest = config.max_prompt_length + max(config.max_new_tokens, config.max_completion_length)
-        if context is not None and longest > context:
+        if longest > context:
             raise ConfigError(
                 f"max_prompt_length {config.max_prompt_length} + completion {longest - config.max_prompt_length} tokens exceed "
-                f"the {name}'s context of {context}; lower max_prompt_length, max_new_tokens or max_completion_length"
+                f"the {name}'s context of {context:g}; lower max_prompt_length, max_new_tokens or max_completion_length"
             )
 
 

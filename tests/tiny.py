@@ -159,12 +159,12 @@ class TabularModel(nn.Module):
 
     dtype = torch.float64
     generation_config = None
+    _is_stateful = False
 
     def __init__(self, probabilities: list[list[float]]):
         super().__init__()
         self.table = nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log())
-        self.config = SimpleNamespace(vocab_size=len(probabilities[0]), layer_types=["full_attention"])
-        self.config.get_text_config = lambda: self.config
+        self.config = LlamaConfig(**_ROPE | {"vocab_size": len(probabilities[0]), "num_hidden_layers": 1})
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0, **_) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])

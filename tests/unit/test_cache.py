@@ -1,11 +1,11 @@
 """The ragged cache on every family, and the probe that refuses what it cannot do."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, tiny_model
+from transformers import MambaConfig, MambaForCausalLM
 
+from switchkd import Switch, decode
 from switchkd.cache import CachedModel, attention_windows, verify_cache
 from switchkd.errors import ModelError
 
@@ -86,6 +86,8 @@ def test_the_probe_refuses_attention_that_is_not_what_its_config_says():
     reference = tiny_model("mistral-sliding")
 
     class Lying(torch.nn.Module):
+        _is_stateful = False
+
         def __init__(self):
             super().__init__()
             self.inner, self.config, self.dtype = model, model.config, torch.float64
@@ -97,8 +99,16 @@ def test_the_probe_refuses_attention_that_is_not_what_its_config_says():
         verify_cache(Lying())
 
 
-def test_layers_that_cannot_be_rolled_back_are_refused_by_name():
-    config = SimpleNamespace(layer_types=["linear_attention", "full_attention"], model_type="qwen3_next")
-    config.get_text_config = lambda: config
-    with pytest.raises(ModelError, match=r"qwen3_next has linear_attention layers.*attention layers only"):
-        attention_windows(SimpleNamespace(config=config))
+def test_models_that_cannot_be_rolled_back_are_refused_by_name():
+    """Also by ``decode``, for a model that its caller loaded."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    mamba = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    for refuse in (attention_windows, lambda model: decode(model, tiny_model(), [[3]], Switch(), 4)):
+        with pytest.raises(
+            ModelError, match=r"mamba has layers of kind linear_attention.*full or sliding-window attention"
+        ):
+            refuse(mamba)
+    model = tiny_model("qwen3")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match=r"qwen3 has layers of kind linear_attention"):
+        attention_windows(model)
