@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly
+from switchkd.divergences import LN2, jsd
 from switchkd.errors import ConfigError
 
 
@@ -55,6 +56,12 @@ def test_switch_returns_control():
 def test_first_token_is_the_students_even_for_disjoint_distributions():
     disjoint = at(Switch(), 0, logs([1.0, 0.0]), logs([0.0, 1.0]))
     assert disjoint.speaker.item() == 0 and disjoint.divergence.item() <= 1.0
+    # In fp32 the JSD of these two is 1.0000001 bits before it is held within [0, 1].
+    z = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(9))
+    z[0, 32:] = z[1, :32] = -math.inf
+    q, p = z.log_softmax(-1).split(1)
+    assert (jsd(p, q) / LN2).item() > 1.0
+    assert Switch().step((), q, p, torch.tensor([0])).speaker.item() == 0
     in_single = Switch().step((), logs([1.0, 0.0]).float(), logs([0.0, 1.0]).float(), torch.tensor([0]))
     assert in_single.speaker.item() == 0
 
@@ -105,6 +112,8 @@ def test_adaswitch_window_slides():
     # Over all five the mean would be 1.88 and 6 > 5.64 would switch; the last two have mean 4.
     assert spoken(AdaSwitch(window=2, ratio=3.0), [0.2, 0.5, 0.7, 1.0, 7.0, 6.0])[0] == [0, 0, 0, 0, 1, 1]
     assert spoken(AdaSwitch(window=2, ratio=3.0), [1.0, 1.0, 1.0, 2.9, 5.0, 6.0])[0] == [0] * 6
+    # The oldest goes first: the last two have mean 2, the first and the third would have 1.5 and 5.5 > 4.5 would switch.
+    assert spoken(AdaSwitch(window=2, ratio=3.0), [1.0, 2.0, 2.0, 5.5])[0] == [0] * 4
 
 
 def test_adaswitch_options():
