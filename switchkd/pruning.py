@@ -50,7 +50,7 @@ def prune(
 def default_texts(seed: int) -> list[str]:
     """Questions with answers from the packaged GSM8K sample, drawn without replacement by ``seed`` alone.
 
-    Answers alone mislead: halving SmolLM2-135M by them gives a held-out perplexity of 1273, with the questions 199.
+    Halving SmolLM2-135M by them gives a perplexity of 199 on held-out answers; its teacher has 4.2.
     """
     import torch
 
