@@ -76,19 +76,25 @@ class RaggedCache(Cache):
         self.rows_b, self.slots_bT, self.end = torch.empty(0), torch.empty(0), 0
 
 
+# Unread tokens of a row that are read in the forward of a block; a row with more first gets a forward of its own.
+_JOINED = 2
+
+
 class CachedModel:
     """A causal language model over a ragged cache: ``lengths[row]`` tokens of each row have been read by the model.
 
-    ``forwards`` counts rows times forwards of ``extend``, ``prefill_tokens`` the tokens fed by ``catch_up``.
+    ``forwards`` counts rows times forwards of ``extend``, ``prefill_tokens`` the tokens read before the last known one.
+    With ``keep_hidden``, ``hidden`` holds what entered the output layer in the last forward, ``[b, T, hidden size]``.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, vocab_size: int):
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, vocab_size: int, keep_hidden: bool = False):
         self.model, self.capacity, self.vocab_size = model, capacity, vocab_size
         self.device = next(model.parameters()).device
         self.windows = attention_windows(model)
         self.cache = RaggedCache(len(self.windows), rows, capacity)
         self.lengths = [0] * rows
         self.forwards = self.prefill_tokens = 0
+        self.keep_hidden, self.hidden = keep_hidden, torch.empty(0)
 
     def reset(self, row: int) -> None:
         """Empty a row for a new prompt. Zeroing matters: a masked slot that holds NaN still gives 0 · NaN = NaN."""
@@ -104,57 +110,89 @@ class CachedModel:
         self.cache.rows = len(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
-    def catch_up(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Read ``tokens[i]``, the whole of row ``rows[i]``, as far as it has not been read, but for its last token.
+    def catch_up(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
+        """Read what rows that are far behind have not read of ``texts[i]``, the whole of row ``rows[i]``, but its last token.
 
-        The last token is left for ``extend``, whose logits give the next one. A new prompt catches up from nothing.
+        A new prompt catches up from nothing. A token or two are left to ``extend``, which reads them in its own forward.
         """
-        behind = [(row, ids[self.lengths[row] : -1]) for row, ids in zip(rows, tokens, strict=True)]
-        behind = [(row, ids) for row, ids in behind if ids]
-        if not behind:
-            return
-        width = max(len(ids) for _, ids in behind)
-        padded = torch.tensor([list(ids) + [0] * (width - len(ids)) for _, ids in behind], device=self.device)
-        starts = [self.lengths[row] for row, _ in behind]
-        ends = [start + len(ids) for start, (_, ids) in zip(starts, behind, strict=True)]
-        self._forward([row for row, _ in behind], padded, starts, ends, keep=1)
-        for end, (row, ids) in zip(ends, behind, strict=True):
-            self.lengths[row] = end
-            self.prefill_tokens += len(ids)
+        far = [(row, text) for row, text in zip(rows, texts, strict=True) if len(text) - self.lengths[row] > _JOINED]
+        if far:
+            behind = [row for row, _ in far]
+            tails = [text[self.lengths[row] : -1] for row, text in far]
+            self._forward(behind, tails, None, [len(text) - 1 for _, text in far], keep=1)
+            self.prefill_tokens += sum(map(len, tails))
 
-    def extend(self, rows: Sequence[int], tokens_bT: Tensor, limits: Sequence[int]) -> Tensor:
-        """Read T more tokens of each of ``rows`` and return their logits ``[b, T, V]``.
+    def extend(
+        self,
+        rows: Sequence[int],
+        texts: Sequence[Sequence[int]] | None,
+        drafts_bT: Tensor | None,
+        limits: Sequence[int],
+    ) -> Tensor:
+        """Read the rest of each row's text and then its T drafts: logits ``[b, T + 1, V]``, or ``[b, T, V]`` without texts.
 
-        Tokens at positions from ``limits[i]`` on (drafts beyond a row's budget) are not stored; their logits mean nothing.
+        The first of the T + 1 follow the text, the others the drafts. Drafts at positions from ``limits[i]`` on (beyond a
+        row's budget) are not stored; their logits mean nothing.
         """
-        starts = [self.lengths[row] for row in rows]
-        width = tokens_bT.shape[1]
-        logits = self._forward(rows, tokens_bT, starts, limits, keep=width)
-        for row, start, limit in zip(rows, starts, limits, strict=True):
-            self.lengths[row] = min(start + width, limit)
+        tails = [[]] * len(rows) if texts is None else [t[self.lengths[r] :] for r, t in zip(rows, texts, strict=True)]
+        drafts = 0 if drafts_bT is None else drafts_bT.shape[1]
+        logits = self._forward(rows, tails, drafts_bT, limits, keep=drafts + (texts is not None))
         self.forwards += len(rows)
+        self.prefill_tokens += sum(len(tail) - 1 for tail in tails if tail)
         return logits
 
     def _forward(
-        self, rows: Sequence[int], tokens_bT: Tensor, starts: Sequence[int], limits: Sequence[int], keep: int
+        self,
+        rows: Sequence[int],
+        tails: Sequence[Sequence[int]],
+        drafts_bT: Tensor | None,
+        limits: Sequence[int],
+        keep: int,
     ) -> Tensor:
-        start, limit = torch.tensor([list(starts), list(limits)], device=self.device).unsqueeze(2).unbind(0)
-        positions = start + torch.arange(tokens_bT.shape[1], device=self.device)
-        valid = positions < limit
+        """Read ``tails`` and drafts; tails are aligned on the right, so that what follows them stands in one column."""
+        width = max(len(tail) for tail in tails)
+        tokens = torch.tensor([[0] * (width - len(tail)) + list(tail) for tail in tails], device=self.device)
+        if drafts_bT is not None:
+            tokens = torch.cat([tokens.to(drafts_bT.dtype), drafts_bT], 1)
+        starts = [self.lengths[row] for row in rows]
+        shifts = [start - width + len(tail) for start, tail in zip(starts, tails, strict=True)]
+        ends = [min(shift + tokens.shape[1], limit) for shift, limit in zip(shifts, limits, strict=True)]
+        shift, start, end = torch.tensor([shifts, starts, ends], device=self.device).unsqueeze(2).unbind(0)
+        positions = shift + torch.arange(tokens.shape[1], device=self.device)
+        valid = (positions >= start) & (positions < end)
         positions = torch.where(valid, positions, 0)
         cache = self.cache
         cache.rows_b = torch.tensor(rows, device=self.device)
         cache.slots_bT = torch.where(valid, positions, self.capacity)
-        cache.end = max(min(s + tokens_bT.shape[1], e) for s, e in zip(starts, limits, strict=True))
-        output = self.model(
-            input_ids=tokens_bT,
-            attention_mask=self._mask(positions),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        cache.end = max(ends)
+        with self._capture():
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=self._mask(positions),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        for row, length in zip(rows, ends, strict=True):
+            self.lengths[row] = length
         return output.logits[..., : self.vocab_size]
+
+    @contextmanager
+    def _capture(self) -> Iterator[None]:
+        """Note what enters the output layer."""
+        if not self.keep_hidden:
+            yield
+            return
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.hidden = inputs[0]
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _mask(self, positions_bT: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks ``[b, 1, T, S]``: one tensor, or one for each kind of layer of a hybrid model."""
@@ -199,11 +237,11 @@ def verify_cache(model: PreTrainedModel) -> None:
     with evaluating(model):
         cached = CachedModel(model, len(rows), 12, vocab_size)
         cached.catch_up([0, 1], rows)
-        wrong = torch.full((2, 2), 1 % vocab_size, device=cached.device)
-        cached.extend([0, 1], wrong, [12, 12])
-        cached.lengths = [len(row) - 2 for row in rows]
-        tails = torch.tensor([row[-2:] for row in rows], device=cached.device)
-        logits = cached.extend([0, 1], tails, [12, 12])
+        wrong = torch.full((2, 1), 1 % vocab_size, device=cached.device)
+        cached.extend([0, 1], rows, wrong, [12, 12])
+        cached.lengths = [len(rows[0]) - 2, len(rows[1]) - 3]  # one row is further behind than the other
+        last = torch.tensor([row[-1:] for row in rows], device=cached.device)
+        logits = cached.extend([0, 1], [row[:-1] for row in rows], last, [12, 12])
         plain = [model(torch.tensor([row], device=cached.device)).logits[0, -2:, :vocab_size] for row in rows]
     expected = torch.stack(plain).float()
     error = (logits.float() - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)

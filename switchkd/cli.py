@@ -142,6 +142,8 @@ def generate(config: GenerateConfig) -> None:
             block_size=config.block_size or "auto",
             eos_token_ids=pair.eos_token_ids,
             batch_size=config.generation_batch_size,
+            repeatable=config.repeatable,
+            memory_gib=config.generation_memory_gib or None,
             vocab_size=pair.vocab_size,
             progress=on_round,
         )

@@ -68,6 +68,10 @@ class DecodeConfig:
     """Positions decided in one round; 0 lets the engine choose. Moves time, never tokens."""
     generation_batch_size: int = 32
     """Rows decoded together. Moves time, never tokens."""
+    generation_memory_gib: float = 0.0
+    """GiB for key/value caches and block buffers, which may allow fewer rows; 0 sets no limit."""
+    repeatable: bool = True
+    """Plan rounds without looking at the clock, so that equal runs are equal to the last bit; false measures costs."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     def __post_init__(self) -> None:
         at_least = {
             "max_prompt_length": 1, "max_completion_length": 1, "skip_bad": 0, "max_new_tokens": 1, "block_size": 0,
-            "generation_batch_size": 1, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
+            "generation_batch_size": 1, "generation_memory_gib": 0.0, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
             "temperature": 0.0, "eval_temperature": 0.0,

@@ -32,7 +32,8 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
     """``KL(p ‖ q) = Σ p log(p/q)``, the teacher's expectation; covers the teacher's modes (Hinton et al., 2015)."""
-    return _kl(_at_least_fp32(logp), _at_least_fp32(logq))
+    logp, logq = _at_least_fp32(logp), _at_least_fp32(logq)
+    return _kl(logp.exp(), logp, logq)
 
 
 def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -47,8 +48,9 @@ def jsd(logp: Tensor, logq: Tensor, beta: float = 0.5) -> Tensor:
     """
     _check_open_interval("beta", beta, "forward_kl or reverse_kl")
     logp, logq = _at_least_fp32(logp), _at_least_fp32(logq)
-    logm = _log_mixture(logp, logq, beta)
-    return beta * _kl(logp, logm) + (1 - beta) * _kl(logq, logm)
+    p, q = logp.exp(), logq.exp()
+    logm = _log_mixture(p, q, beta)
+    return beta * _kl(p, logp, logm) + (1 - beta) * _kl(q, logq, logm)
 
 
 def tvd(logp: Tensor, logq: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ def skew_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
     """DistiLLM's skew KL ``KL(p ‖ α p + (1−α) q)`` (arXiv 2402.03898, eq. 3); finite wherever p has mass."""
     _check_open_interval("alpha", alpha, "forward_kl")
     logp, logq = _at_least_fp32(logp), _at_least_fp32(logq)
-    return _kl(logp, _log_mixture(logp, logq, alpha))
+    p = logp.exp()
+    return _kl(p, logp, _log_mixture(p, logq.exp(), alpha))
 
 
 def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
@@ -96,19 +99,15 @@ def by_name(name: str, *, alpha: float = 0.1, beta: float = 0.5) -> Divergence:
     return partial(function, **values) if values else function  # type: ignore[arg-type]
 
 
-def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    # Where p = 0 both logs are replaced before the subtraction: a masked −inf − x would still give NaN gradients.
-    dead = logp.isneginf()
-    ratio = logp.masked_fill(dead, 0.0) - logq.masked_fill(dead, 0.0)
-    return (logp.exp() * ratio).sum(-1)
+def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    # Where p = 0 the difference may be −inf + inf; filled with 0 it adds nothing to the value and nothing to a gradient.
+    return (p * (logp - logq).masked_fill(p == 0, 0.0)).sum(-1)
 
 
-def _log_mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
-    """``log(weight · p + (1 − weight) · q)``."""
-    # logaddexp(−inf, −inf) has a NaN gradient, so entries dead under both are computed at 0 and put back.
-    dead = logp.isneginf() & logq.isneginf()
-    first, second = logp.masked_fill(dead, 0.0) + math.log(weight), logq.masked_fill(dead, 0.0) + math.log1p(-weight)
-    return first.logaddexp(second).masked_fill(dead, -math.inf)
+def _log_mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    """``log(weight · p + (1 − weight) · q)``, finite also where both vanish: nothing with mass is compared with it there."""
+    smallest = 1.2e-38 if p.element_size() == 4 else 2.3e-308  # normal numbers of fp32 and float64
+    return (weight * p + (1 - weight) * q).clamp(min=smallest).log()
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

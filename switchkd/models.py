@@ -189,6 +189,14 @@ def parameter_bytes(model: "torch.nn.Module") -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def cache_bytes_per_token(model: "PreTrainedModel") -> int:
+    """Bytes that the keys and values of one token take."""
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head * model.dtype.itemsize
+
+
 def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
     if student is None and teacher != DEMO:
         raise ConfigError(

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,9 @@ class Rollout:
     the policy saw there, in the policy's own divergence and unit, NaN where it did not look. ``stop_reason`` is ``eos``
     (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
     ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``.
+
+    ``teacher_hidden``, if it was asked for and the teacher read every token: what entered the teacher's output layer at the
+    positions that predict the completion, ``[tokens, hidden size]``. The loss then needs no second forward of the teacher.
     """
 
     sample_id: int
@@ -23,6 +29,7 @@ class Rollout:
     divergences: list[float]
     stop_reason: str
     error: str | None = None
+    teacher_hidden: "Tensor | None" = field(default=None, repr=False, compare=False)
 
     @property
     def teacher_share(self) -> float:
@@ -30,8 +37,8 @@ class Rollout:
         return mean(self.speakers)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; a NaN divergence becomes null."""
-        record = asdict(self)
+        """A JSON-ready dictionary of everything but the hidden states; a NaN divergence becomes null."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher_hidden"}
         record["divergences"] = [None if math.isnan(d) else d for d in self.divergences]
         return record
 

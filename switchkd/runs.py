@@ -24,14 +24,17 @@ from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, fr
 from switchkd.data import Example, Message, TokenizedExample, load_examples, tokenize
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
-from switchkd.models import Pair, context_length, load_pair, num_parameters, parameter_bytes
+from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
 from switchkd.rollouts import DecodeCost
 from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
-# Settings that may change between a run and its continuation: they move time or disk, never a token or a gradient.
-FREE_ON_RESUME = {"resume", "save_steps", "save_total_limit", "block_size", "generation_batch_size", "output_dir"}
+# Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
+FREE_ON_RESUME = {
+    "resume", "save_steps", "save_total_limit", "output_dir",
+    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable",
+}  # fmt: skip
 
 
 def distil(config: TrainConfig) -> dict[str, Scores]:
@@ -232,13 +235,8 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     student = parameter_bytes(pair.student)
     tokens = config.per_device_train_batch_size * max(config.max_new_tokens, config.max_completion_length)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    cache = 0.0
-    for model in (pair.teacher, pair.student):
-        text = model.config.get_text_config()
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        slots = rows * (config.max_prompt_length + config.max_new_tokens)
-        cache += 2 * slots * text.num_hidden_layers * heads * head * model.dtype.itemsize
+    slots = rows * (config.max_prompt_length + config.max_new_tokens)
+    cache = slots * sum(map(cache_bytes_per_token, (pair.teacher, pair.student)))
     return {
         "teacher": parameter_bytes(pair.teacher),
         "student": student,

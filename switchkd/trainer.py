@@ -157,6 +157,8 @@ class Trainer:
             block_size=config.block_size or "auto",
             eos_token_ids=self.pair.eos_token_ids,
             batch_size=config.generation_batch_size,
+            repeatable=config.repeatable,
+            memory_gib=config.generation_memory_gib or None,
             vocab_size=self.pair.vocab_size,
             progress=on_round,
         )

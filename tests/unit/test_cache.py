@@ -22,13 +22,16 @@ def test_rolled_back_and_extended_rows_have_the_plain_logits(family):
     model = tiny_model(family, 3)
     cached = CachedModel(model, 3, 20, VOCAB)
     cached.catch_up(range(3), ROWS)
-    assert cached.lengths == [6, 1, 4]
-    cached.extend(range(3), torch.tensor([[9, 8, 7]] * 3), [20] * 3)
-    cached.lengths = [6, 1, 4]  # roll back
-    more = [[9, 5], [8, 10], [6, 12]]
-    logits = cached.extend(range(3), torch.tensor(more), [20] * 3)
+    assert cached.lengths == [6, 0, 4]  # two tokens are left to the next forward
+    cached.extend(range(3), ROWS, torch.tensor([[9, 8]] * 3), [20] * 3)
+    cached.lengths = [6, 0, 3]  # roll back, one row further than the text
+    more = [[5], [10], [12]]
+    logits = cached.extend(range(3), ROWS, torch.tensor(more), [20] * 3)
     for row, tail, ours in zip(ROWS, more, logits, strict=True):
-        torch.testing.assert_close(ours, plain_logits(model, row[:-1] + tail, 2), atol=1e-11, rtol=1e-11)
+        torch.testing.assert_close(ours, plain_logits(model, row + tail, 2), atol=1e-11, rtol=1e-11)
+    assert cached.lengths == [8, 3, 6]
+    logits = cached.extend(range(3), None, torch.tensor([[3, 4]] * 3), [20] * 3)
+    torch.testing.assert_close(logits[2], plain_logits(model, [*ROWS[2], 12, 3, 4], 2), atol=1e-11, rtol=1e-11)
 
 
 @torch.no_grad()
@@ -36,10 +39,11 @@ def test_some_rows_may_be_left_behind_and_catch_up_later():
     model = tiny_model("mistral-sliding", 3)
     cached = CachedModel(model, 3, 20, VOCAB)
     cached.catch_up(range(3), ROWS)
-    cached.extend([0, 2], torch.tensor([[9], [6]]), [20, 20])
-    texts = [[*ROWS[0][:-1], 9, 5], [*ROWS[1], 4, 4, 8], [*ROWS[2][:-1], 6, 7]]
+    cached.extend([0, 2], [ROWS[0], ROWS[2]], None, [20, 20])
+    texts = [[*ROWS[0], 5], [*ROWS[1], 4, 4, 8], [*ROWS[2], 7]]
     cached.catch_up(range(3), texts)
-    logits = cached.extend(range(3), torch.tensor([[t[-1]] for t in texts]), [20] * 3)
+    assert cached.lengths == [7, 4, 5]
+    logits = cached.extend(range(3), texts, None, [20] * 3)
     for text, ours in zip(texts, logits, strict=True):
         torch.testing.assert_close(ours, plain_logits(model, text, 1), atol=1e-11, rtol=1e-11)
 
@@ -55,7 +59,7 @@ def test_selected_and_reused_rows():
     cached.reset(1)
     cached.select([2, 1])
     cached.catch_up([1], [[5, 6, 7]])
-    logits = cached.extend([0, 1], torch.tensor([[6], [7]]), [20, 20])
+    logits = cached.extend([0, 1], [ROWS[2], [5, 6, 7]], None, [20, 20])
     torch.testing.assert_close(logits[0], plain_logits(model, ROWS[2], 1), atol=1e-11, rtol=1e-11)
     torch.testing.assert_close(logits[1], plain_logits(model, [5, 6, 7], 1), atol=1e-11, rtol=1e-11)
 
@@ -67,7 +71,7 @@ def test_drafts_beyond_the_limit_are_not_stored():
     row = [3] * 62
     cached = CachedModel(model, 1, 64, VOCAB)
     cached.catch_up([0], [row])
-    logits = cached.extend([0], torch.tensor([[3, 4, 5, 6, 7]]), [64])
+    logits = cached.extend([0], [row], torch.tensor([[4, 5, 6, 7]]), [64])
     assert cached.lengths == [64]
     torch.testing.assert_close(logits[0, :3], plain_logits(model, [*row, 4, 5], 3), atol=1e-11, rtol=1e-11)
 

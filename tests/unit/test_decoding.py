@@ -54,10 +54,12 @@ def test_threshold_above_one_is_the_student_and_below_zero_the_teacher(llamas):
 
 
 def test_a_lone_models_partner_is_never_called(llamas):
+    """But for a student whose drafts pay for the teacher's text."""
     student, teacher = llamas
-    only_student = decode(student, teacher, PROMPTS, StudentOnly(), 10)
-    assert only_student.cost.teacher_forwards == only_student.cost.teacher_prefill_tokens == 0
-    only_teacher = decode(student, teacher, PROMPTS, TeacherOnly(), 10)
+    for block in (1, "auto"):
+        only_student = decode(student, teacher, PROMPTS, StudentOnly(), 10, block_size=block)
+        assert only_student.cost.teacher_forwards == only_student.cost.teacher_prefill_tokens == 0
+    only_teacher = decode(student, teacher, PROMPTS, TeacherOnly(), 10, block_size=1)
     assert only_teacher.cost.student_forwards == only_teacher.cost.student_prefill_tokens == 0
 
 

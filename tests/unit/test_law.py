@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import POLICIES, Spell, TabularModel
 
-from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding
+from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding, engine
 
 QUARTERS, LENGTH, VOCAB = 4, 5, 3
 STUDENT = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]
@@ -37,9 +37,10 @@ def quartered_noise(monkeypatch):
     def draw(log_probs, noise, temperature=1.0):
         return (noise > log_probs.exp().cumsum(-1)).sum(-1)
 
-    monkeypatch.setattr(decoding, "noise_key", lambda seed, sample_id, position: (sample_id, position))
-    monkeypatch.setattr(decoding, "gumbel_noise", gumbel_noise)
-    monkeypatch.setattr(decoding, "draw", draw)
+    for module in (decoding, engine):
+        monkeypatch.setattr(module, "noise_key", lambda seed, sample_id, position: (sample_id, position))
+        monkeypatch.setattr(module, "gumbel_noise", gumbel_noise)
+        monkeypatch.setattr(module, "draw", draw)
 
 
 def exact_law(policy, first):

@@ -1,9 +1,13 @@
 """The block engine gives the reference loop's tokens, one by one, whatever the block, batch, order and drafter."""
 
+import random
+
 import pytest
 from tiny import FAMILIES, POLICIES, assert_same, tiny_model
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, load_pair
+from switchkd.pace import Pace
+from switchkd.policies import STUDENT, TEACHER
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 BUDGET = 9
@@ -122,6 +126,20 @@ def test_vocabulary_can_be_cut(llamas):
     reference = decode_reference(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[])
     assert max(max(r.completion_ids) for r in reference) < 12
     assert_same(decode(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[]), reference)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_choice_of_drafter_and_length_gives_the_same_text(llamas, policy, seed, monkeypatch):
+    """Every round another drafter and another length, drawn at random, whatever they cost."""
+    choices = random.Random(seed)
+
+    def plan(self, reads, left):
+        return self._plan(choices.choice([STUDENT, TEACHER]), choices.randint(1, min(6, left)), reads)
+
+    monkeypatch.setattr(Pace, "plan", plan)
+    reference = decode_reference(*llamas, PROMPTS, POLICIES[policy], BUDGET, seed=seed)
+    assert_same(decode(*llamas, PROMPTS, POLICIES[policy], BUDGET, seed=seed, batch_size=3), reference)
 
 
 @pytest.mark.demo_pair

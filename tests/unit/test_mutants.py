@@ -7,50 +7,56 @@ from pathlib import Path
 import pytest
 from tiny import POLICIES, assert_same, tiny_model
 
-from switchkd import Switch, decode_reference, decoding
+from switchkd import Switch, decode_reference, decoding, engine
 
-SOURCE = Path(decoding.__file__).read_text(encoding="utf-8")
+SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
 BUDGET = 10
 
+STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
 MUTANTS = {
-    "accept every draft": [("token = draw(decision.log_probs, g, self.job.temperature)", "token = drafts_BK[:, k]")],
+    "accept every draft": [
+        ("token = draw(decision.log_probs, g, self.job.temperature)", "token = (block.drafts + [start])[k]")
+    ],
     "speaker decided once per block": [
         (
-            "decision = self.job.policy.step(self.state, logq[k], logp[k], position)",
-            "decision = self.job.policy.step(self.state, logq[k], logp[k], position)\n"
+            STEP,
+            f"{STEP}\n"
             "            first = decision.speaker if k == 0 else first\n"
-            "            target = torch.where(first.bool().unsqueeze(1), logp[k], logq[k])\n"
+            "            target = torch.where(first.bool().unsqueeze(1), logp, logq)\n"
             "            decision = decision._replace(log_probs=target, speaker=first)",
         )
     ],
-    "threshold by block instead of position": [
-        ("torch.tensor([t + k for t in start]", "torch.tensor([t for t in start]")
-    ],
+    "threshold by block instead of position": [(STEP, STEP.replace("start + k", "start"))],
     "state not rolled back over discarded drafts": [
-        ("self._keep_state(alive, decision.state)", "self.state = decision.state")
+        ("self._keep_state(sound, decision.state)", "self.state = decision.state")
     ],
     "cache one long after a rejection": [("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens))")],
     # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
     "cache one short after a rejection": [
         ("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens) - 2)"),
-        ("model.catch_up(rows, [row.tokens", "if not max(model.lengths): model.catch_up(rows, [row.tokens"),
-        ("model.catch_up(rows, [self.rows", "if not max(model.lengths): model.catch_up(rows, [self.rows"),
-    ],
-    "policy sees the draft at another temperature": [
         (
-            "log_probs(model.extend(rows, token.to(model.device), self._limits())[:, 0])",
-            "log_probs(model.extend(rows, token.to(model.device), self._limits())[:, 0], 0.8)",
+            "whole = [self.rows[row].tokens for row in rows]",
+            "read = self.models[who].lengths\n"
+            "        whole = [self.rows[row].tokens for row in rows]\n"
+            "        whole = [text[: read[row]] + text[-1:] if read[row] else text for row, text in zip(rows, whole)]\n"
+            "        whole = whole",
+        ),
+    ],
+    "policy sees the draft at another temperature": [("log_probs(logits[:, 0])", "log_probs(logits[:, 0], 0.8)")],
+    "another temperature in the draft than reported": [
+        (
+            "block.drafts.append(draw(logs, block.noise[k], self.job.temperature))",
+            "block.drafts.append(draw(logs, block.noise[k], 1.5 * self.job.temperature))",
         )
     ],
-    "another temperature in the draft than reported": [
-        ("draft = draw(logp, g, self.job.temperature)", "draft = draw(logp, g, 1.5 * self.job.temperature)")
-    ],
     "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
+    "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
 }
 
 
 def mutated_decode(edits):
+    """``decode`` over an engine with the edits in its source."""
     source = SOURCE
     for old, new in edits:
         assert source.count(old) == 1, f"the mutant no longer fits the source: {old}"
@@ -58,7 +64,13 @@ def mutated_decode(edits):
     module = types.ModuleType("switchkd_mutant")
     sys.modules[module.__name__] = module
     exec(compile(source, "mutant", "exec"), module.__dict__)
-    return module.decode
+
+    def decode(*args, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "BlockEngine", module.BlockEngine)
+            return decoding.decode(*args, **settings)
+
+    return decode
 
 
 def check_engine(decode):

@@ -1,0 +1,234 @@
+"""The block engine: one model drafts K tokens, the other scores them in one forward, the policy walks them in order.
+
+Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the student.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from switchkd.cache import CachedModel
+from switchkd.divergences import log_probs
+from switchkd.pace import Pace, Plan, Stopwatch
+from switchkd.policies import STUDENT, TEACHER, State
+from switchkd.rollouts import DecodeCost
+from switchkd.rows import Job, Row
+from switchkd.sampling import draw, gumbel_noise, noise_key
+
+
+class _Block:
+    """What two models say about the K positions of a round. Lists are indexed by STUDENT, TEACHER, then by position."""
+
+    def __init__(self, plan: Plan, noise: list[Tensor], reads: list[Tensor]):
+        self.plan, self.noise = plan, noise
+        self.drafts: list[Tensor] = []  # [B] each; none for the last position if nobody asks the drafter about it
+        self.logs: list[list[Tensor]] = [[], []]  # [B, V] each
+        self.hidden: dict[
+            int, Tensor
+        ] = {}  # for a row what entered the teacher's output layer, [positions, hidden size]
+        # [B] bool each: whether the row of ``logs`` is the model's own, and not the other's in its place
+        drafted = [torch.full_like(reads[STUDENT], k < plan.forwards) for k in range(plan.block)]
+        verified = [reads[1 - plan.drafter]] * plan.block
+        self.has = [drafted, verified] if plan.drafter == STUDENT else [verified, drafted]
+
+
+class BlockEngine:
+    """Rounds over a batch of rows: draft, verify, walk, roll back; finished rows give their place to waiting prompts."""
+
+    def __init__(self, job: Job, queue: deque[Row], batch_size: int, pace: Pace, keep_hidden: bool = False):
+        self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, keep_hidden
+        self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+        capacity = max(len(row.prompt) for row in job.rows if row.stop_reason is None) + job.max_new_tokens
+        self.models = [  # indexed by STUDENT, TEACHER
+            CachedModel(model, len(self.rows), capacity, job.vocab_size, keep_hidden and who == TEACHER)
+            for who, model in enumerate((job.student, job.teacher))
+        ]
+        self.device = self.models[STUDENT].device
+        self.watches = [Stopwatch(model.device) for model in self.models]
+        self.eos = torch.tensor(sorted(job.eos_token_ids), dtype=torch.int64, device=self.device)
+        self.state: State = job.policy.init(len(self.rows), self.device)
+        self.reads = self._reads()
+        self.rounds = 0
+
+    def round(self) -> None:
+        """Decide up to K tokens of every row, then retire finished rows and admit new ones."""
+        watch = Stopwatch(self.device)
+        start = watch.now()
+        reads = torch.stack(self.reads, 1).tolist()
+        plan = self.pace.plan(reads, max(self.job.max_new_tokens - len(row.completion) for row in self.rows))
+        block = _Block(plan, [self._noise(k) for k in range(plan.block)], self.reads)
+        self._draft(block)
+        self._verify(block)
+        self._keep(block, self._walk(block))
+        watch.lap(plan.block, start)
+        self._measure(plan, watch)
+        self._retire()
+        self.rounds += 1
+
+    def cost(self, seconds: float) -> DecodeCost:
+        student, teacher = self.models
+        kept = sum(len(row.completion) for row in self.job.rows)
+        by_teacher = sum(sum(row.speakers) for row in self.job.rows)
+        return DecodeCost(
+            seconds, kept, by_teacher, student.forwards, teacher.forwards,
+            student.prefill_tokens, teacher.prefill_tokens, self.rounds,
+        )  # fmt: skip
+
+    def _reads(self) -> list[Tensor]:
+        """Which model the policy looks at next, for each row: two ``[B]`` bool tensors."""
+        pair = self.job.policy.reads(self.state)
+        return [torch.as_tensor(read, device=self.device).expand(len(self.rows)).clone() for read in pair]
+
+    def _noise(self, offset: int) -> Tensor:
+        keys = [noise_key(self.job.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
+        return gumbel_noise(keys, self.job.vocab_size, self.device)
+
+    def _draft(self, block: _Block) -> None:
+        """Draws of one model, each read by it before the next."""
+        who, rows = block.plan.drafter, range(len(self.rows))
+        hidden = []
+        for k in range(block.plan.forwards):
+            draft = block.drafts[-1].unsqueeze(1) if k else None
+            logits = self._forward(who, rows, draft, texts=k == 0)
+            logs = log_probs(logits[:, 0])
+            block.logs[who].append(logs)
+            block.drafts.append(draw(logs, block.noise[k], self.job.temperature))
+            hidden.append(self.models[who].hidden)
+        if who == TEACHER and self.keep_hidden and hidden:
+            block.hidden = dict(enumerate(torch.cat(hidden, 1)))
+
+    def _verify(self, block: _Block) -> None:
+        """What the other model says about all positions, in one forward over the rows that read it.
+
+        The K-th draft is not read: its successor lies outside the block.
+        """
+        drafter, who = block.plan.drafter, 1 - block.plan.drafter
+        rows = self.reads[who].nonzero().flatten().tolist()
+        block.logs[who] = list(block.logs[drafter])
+        if rows:
+            index = torch.tensor(rows, device=self.device)
+            drafts = torch.stack(block.drafts, 1)[index, : block.plan.block - 1] if block.plan.block > 1 else None
+            logits = self._forward(who, rows, drafts, texts=True)
+            own = [log_probs(logits[:, k]) for k in range(block.plan.block)]
+            if len(rows) < len(self.rows):
+                own = [logs.index_copy(0, index, part) for logs, part in zip(block.logs[drafter], own, strict=True)]
+            block.logs[who] = own
+            block.logs[drafter] += own[len(block.logs[drafter]) :]
+            if who == TEACHER and self.keep_hidden:
+                block.hidden = dict(zip(rows, self.models[who].hidden, strict=True))
+
+    def _forward(self, who: int, rows: Sequence[int], drafts_bT: Tensor | None, texts: bool) -> Tensor:
+        """Logits ``[b, T, V]`` after the rest of the rows' texts, if told to read them, and after each draft."""
+        model, watch = self.models[who], self.watches[who]
+        whole = [self.rows[row].tokens for row in rows] if texts else None
+        limits = [len(self.rows[row].prompt) + self.job.max_new_tokens for row in rows]
+        if whole is not None:
+            start = watch.now()
+            model.catch_up(rows, whole)
+            watch.lap(0, start)
+        start = watch.now()
+        logits = model.extend(rows, whole, None if drafts_bT is None else drafts_bT.to(model.device), limits)
+        watch.lap(len(rows) * logits.shape[1], start)
+        return logits.to(self.device)
+
+    def _walk(self, block: _Block) -> list[list[list[float]]]:
+        """Decide the positions in order; a row stops at the first token that its draft did not foresee.
+
+        Everything stays on the device until the end, where one transfer brings home for each position and row:
+        alive, token, speaker, divergence, and ``_evidence``.
+        """
+        start = torch.tensor([len(row.completion) for row in self.rows], device=self.device)
+        alive = torch.ones_like(start, dtype=torch.bool)
+        reads, columns = self.reads, []
+        for k, g in enumerate(block.noise):
+            logq, logp = block.logs[STUDENT][k], block.logs[TEACHER][k]
+            # Log-softmax spreads one NaN or +inf over its whole row.
+            broken = [reads[s] & block.logs[s][k][:, 0].isnan() for s in (STUDENT, TEACHER)]
+            sound = alive & ~(broken[STUDENT] | broken[TEACHER])
+            decision = self.job.policy.step(self.state, logq, logp, start + k)
+            token = draw(decision.log_probs, g, self.job.temperature)
+            self._keep_state(sound, decision.state)
+            evidence = self._evidence(block, k, token, sound)
+            numbers = (alive, token, decision.speaker, decision.divergence, *broken, *evidence)
+            columns.append(torch.stack([n.double() for n in numbers], 1))
+            ends = torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
+            if k + 1 == block.plan.block:
+                break
+            reads = self._reads()
+            # A policy may want a model again that this block did not run for the row: the block ends there.
+            lacks = [reads[s] & ~block.has[s][k + 1] for s in (STUDENT, TEACHER)]
+            alive = sound & ~ends & (token == block.drafts[k]) & ~(lacks[STUDENT] | lacks[TEACHER])
+            if self.device.type == "cpu" and not alive.any():  # elsewhere the question would cost more than the steps
+                break
+        return torch.stack(columns).tolist()
+
+    def _evidence(self, block: _Block, k: int, token: Tensor, sound: Tensor) -> list[Tensor]:
+        """``[B]`` bools: both models were run, the student's draw is final, the teacher's is, the two are equal."""
+        both = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
+        other = draw(block.logs[1 - block.plan.drafter][k], block.noise[k], self.job.temperature)
+        draws = [block.drafts[k] if k < len(block.drafts) else other, other]
+        student, teacher = draws if block.plan.drafter == STUDENT else draws[::-1]
+        return [both, both & (student == token), both & (teacher == token), both & (student == teacher)]
+
+    def _keep(self, block: _Block, columns: list[list[list[float]]]) -> None:
+        """Write the decided tokens into their rows, and roll both models back to them."""
+        evidence = [0, 0, 0, 0]
+        for b, row in enumerate(self.rows):
+            kept = 0
+            for alive, token, speaker, divergence, *broken, both, student, teacher, equal in (c[b] for c in columns):
+                if not alive:
+                    break
+                if any(broken):
+                    row.fail_non_finite("student" if broken[STUDENT] else "teacher")
+                    break
+                row.append(int(token), int(speaker), divergence, self.job)
+                kept += 1
+                evidence = [n + int(m) for n, m in zip(evidence, (student, teacher, equal, both), strict=True)]
+            if self.keep_hidden:
+                row.keep_hidden(block.hidden.get(b), kept)
+        # Both models have read the last token but one at most; the last one may differ from what was drafted.
+        for model in self.models:
+            model.lengths = [
+                min(length, len(row.tokens) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
+            ]
+        self.pace.tick()
+        if evidence[-1]:
+            self.pace.observe(evidence[:3], evidence[-1])
+
+    def _keep_state(self, alive: Tensor, new: State) -> None:
+        """Rows whose block was cut keep the state of their last kept token."""
+        self.state = tuple(
+            torch.where(alive.view(-1, *[1] * (n.dim() - 1)), n, old) for n, old in zip(new, self.state, strict=True)
+        )
+
+    def _measure(self, plan: Plan, watch: Stopwatch) -> None:
+        """Tell the pace what the forwards of this round cost, and what the rest of it did."""
+        laps = [each.take() for each in self.watches]
+        [(_, whole)] = watch.take()
+        rest = whole - sum(seconds for each in laps for _, seconds in each)
+        blocks = [
+            [(tokens, seconds) for tokens, seconds in each if tokens] for each in laps
+        ]  # catching up is not a block
+        self.pace.measure(blocks, rest, plan.block * len(self.rows))
+
+    def _retire(self) -> None:
+        """Give the places of finished rows to waiting prompts; when none waits, shrink the batch."""
+        for place, row in enumerate(self.rows):
+            if row.stop_reason is not None and self.queue:
+                self.rows[place] = self.queue.popleft()
+                for model in self.models:
+                    model.reset(place)
+                fresh = self.job.policy.init(1, self.device)
+                for whole, first in zip(self.state, fresh, strict=True):
+                    whole[place] = first[0]
+        left = [place for place, row in enumerate(self.rows) if row.stop_reason is None]
+        if left and len(left) < len(self.rows):
+            for model in self.models:
+                model.select(left)
+            index = torch.tensor(left, device=self.device)
+            self.state = tuple(part[index] for part in self.state)
+        self.rows = [self.rows[place] for place in left]
+        if self.rows:
+            self.reads = self._reads()

@@ -1,0 +1,164 @@
+"""Who drafts, and how far: chosen before every round from the running agreement and from what each model's forwards cost.
+
+A round decides K positions. The drafter runs once for each of them, the other model once for all. If a draft is final with
+probability a, a row keeps ``1 + a + … + a^(K−1)`` tokens of the round. The choice that keeps the most tokens a second wins;
+the tokens themselves never depend on it.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from switchkd.policies import STUDENT, TEACHER
+
+Drafter = Literal["auto", "student", "teacher"]
+
+BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+# First guesses, and all there is where no clock may be looked at: two runs on one machine then make equal choices.
+_SECONDS_PER_PARAMETER = 4e-10
+_SECONDS_PER_TOKEN_ID = 2.5e-8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A round: ``drafter`` runs ``forwards`` times for a block of ``block`` positions."""
+
+    drafter: int
+    block: int
+    forwards: int
+
+
+class Pace:
+    """Plans rounds for two models with so many ``parameters`` (student, teacher) on one device.
+
+    ``timed``: what forwards cost is measured; otherwise it is taken from the numbers of parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: tuple[int, int],
+        vocab_size: int,
+        device: torch.device,
+        block_size: int | Literal["auto"] = "auto",
+        drafter: Drafter = "auto",
+        timed: bool = True,
+    ):
+        self.drafter, self.block_size, self.timed = drafter, block_size, timed
+        knee = 32 if device.type == "cpu" else 512
+        self.forward = [_ForwardTime(_SECONDS_PER_PARAMETER * size, knee) for size in parameters]
+        # Seconds that a position of a row takes beside the forwards: noise, policy, draws.
+        self.position = _Running(_SECONDS_PER_TOKEN_ID * vocab_size)
+        # How often the student's and the teacher's draw is the final token, and how often the two are equal.
+        self.agreement = [_Running(0.7), _Running(0.7)]
+        self.equal = _Running(0.7)
+
+    def plan(self, reads: Sequence[tuple[bool, bool]], left: int) -> Plan:
+        """The next round for rows that read (student, teacher), of which the longest has ``left`` tokens to go."""
+        blocks = [k for k in BLOCKS if k <= left] if self.block_size == "auto" else [min(self.block_size, left)]
+        # A teacher that nobody reads is never the cheaper drafter.
+        either = (STUDENT, TEACHER) if any(teacher for _, teacher in reads) else (STUDENT,)
+        drafters = {"auto": either, "student": (STUDENT,), "teacher": (TEACHER,)}[self.drafter]
+        plans = [self._plan(drafter, block, reads) for drafter in drafters for block in blocks]
+        return max(plans, key=lambda plan: self._rate(plan, reads))  # of equal ones the first, with the shortest block
+
+    def observe(self, hits: Sequence[int], positions: int) -> None:
+        """Of ``positions`` where both models were run: final draws of the student, of the teacher, and equal draws."""
+        for running, count in zip((*self.agreement, self.equal), hits, strict=True):
+            running.add(count / positions, 1 - (1 - 1 / 64) ** positions)
+
+    def measure(self, forwards: Sequence[Sequence[tuple[int, float]]], rest: float, positions: int) -> None:
+        """Of a round: tokens and seconds of each model's forwards, and the other seconds, over positions of all rows."""
+        if self.timed:
+            for timing, laps in zip(self.forward, forwards, strict=True):
+                for tokens, seconds in laps:
+                    timing.observe(tokens, seconds)
+            self.position.add(max(rest, 0.0) / positions, 0.2)
+
+    def tick(self) -> None:
+        """Let what has not been seen for long come back to its first guess, so that it is tried again."""
+        for running in (*self.agreement, self.equal):
+            running.add(running.first, 1 / 1024)
+
+    def _plan(self, drafter: int, block: int, reads: Sequence[tuple[bool, bool]]) -> Plan:
+        # The last position needs no draft, only the drafter's distribution, if someone looks at it.
+        read, verified = any(row[drafter] for row in reads), any(row[1 - drafter] for row in reads)
+        return Plan(drafter, block, block if read or not verified else block - 1)
+
+    def _rate(self, plan: Plan, reads: Sequence[tuple[bool, bool]]) -> float:
+        """Expected tokens kept a second."""
+        verified = sum(row[1 - plan.drafter] for row in reads)
+        seconds = plan.forwards * self.forward[plan.drafter](len(reads)) + plan.block * len(reads) * self.position.value
+        if verified:
+            seconds += self.forward[1 - plan.drafter](verified * plan.block)
+        elif self.block_size == "auto" and plan.block > 1:
+            return 0.0  # nothing to verify: a block would only run past the end of rows that stop in it
+        return sum(self._kept(plan, row) for row in reads) / seconds
+
+    def _kept(self, plan: Plan, row: tuple[bool, bool]) -> float:
+        if not row[1 - plan.drafter]:
+            return plan.block  # the drafter's own text
+        a = (self.agreement[plan.drafter] if row[plan.drafter] else self.equal).value
+        return (1 - a**plan.block) / (1 - a) if a < 1 else plan.block
+
+
+class _Running:
+    """An exponentially weighted mean."""
+
+    def __init__(self, first: float):
+        self.first = self.value = first
+
+    def add(self, x: float, weight: float) -> None:
+        self.value += (x - self.value) * weight
+
+
+class _ForwardTime:
+    """Seconds of a forward over n tokens: ``s · (1 + n / knee)`` with a scale s for each power of two of n.
+
+    Sizes not met yet take the scale of the nearest that was; ``knee`` is where a forward begins to cost by its tokens.
+    """
+
+    def __init__(self, guess: float, knee: int):
+        self.knee, self.guess = knee, guess
+        self.scales: dict[int, _Running] = {}
+
+    def __call__(self, tokens: int) -> float:
+        size = _size(tokens)
+        nearest = min(self.scales, key=lambda known: abs(known - size), default=None)
+        scale = self.guess if nearest is None else self.scales[nearest].value
+        return scale * (1 + tokens / self.knee)
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        scale = seconds / (1 + tokens / self.knee)
+        self.scales.setdefault(_size(tokens), _Running(scale)).add(scale, 0.2)
+
+
+def _size(tokens: int) -> int:
+    return round(math.log2(tokens))
+
+
+class Stopwatch:
+    """Time of work on a device: laps are marked as it is queued, and read once the device has been waited for."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[int, object, object]] = []
+
+    def now(self) -> object:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, size: int, start: object) -> None:
+        """Work on ``size`` tokens that began at ``start`` has been queued."""
+        self.laps.append((size, start, self.now()))
+
+    def take(self) -> list[tuple[int, float]]:
+        """Sizes and seconds of the laps since the last call. On CUDA the device must have been synchronised."""
+        laps, self.laps = self.laps, []
+        return [(n, a.elapsed_time(b) / 1e3 if self.cuda else b - a) for n, a, b in laps]  # type: ignore[attr-defined,operator]

@@ -1,0 +1,138 @@
+"""What the reference loop and the block engine share: a checked job and its rows on their way to rollouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from switchkd.errors import ConfigError
+from switchkd.models import context_length, declared_eos
+from switchkd.policies import Policy
+from switchkd.rollouts import Rollout
+
+
+@dataclass
+class Row:
+    """One prompt on its way to a rollout."""
+
+    sample_id: int
+    prompt: list[int]
+    completion: list[int] = field(default_factory=list)
+    speakers: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    stop_reason: str | None = None
+    error: str | None = None
+    hidden: list[Tensor] | None = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.completion
+
+    def append(self, token: int, speaker: int, divergence: float, job: "Job") -> None:
+        self.completion.append(token)
+        self.speakers.append(speaker)
+        self.divergences.append(divergence)
+        if token in job.eos_token_ids:
+            self.stop_reason = "eos"
+        elif len(self.completion) == job.max_new_tokens:
+            self.stop_reason = "length"
+
+    def fail(self, reason: str, error: str) -> None:
+        self.stop_reason, self.error = reason, error
+
+    def check_finite(self, logq: Tensor, logp: Tensor, reads: Sequence[bool]) -> bool:
+        """Stop the row if a model that is read has NaN log-probabilities (log-softmax spreads one NaN or +inf to all)."""
+        for name, logs, read in zip(("student", "teacher"), (logq, logp), reads, strict=True):
+            if self.stop_reason is None and read and logs.isnan().any():
+                self.fail_non_finite(name)
+        return self.stop_reason is None
+
+    def fail_non_finite(self, name: str) -> None:
+        where = f"sample {self.sample_id}, response position {len(self.completion)}"
+        self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
+
+    def keep_hidden(self, hidden: Tensor | None, count: int) -> None:
+        """Note what entered the teacher's output layer for the last ``count`` tokens; a gap makes the whole useless."""
+        if hidden is None or len(hidden) < count:
+            self.hidden = None
+        elif self.hidden is not None:
+            self.hidden.append(hidden[:count].clone())  # the rest of the block is let go
+
+    def rollout(self) -> Rollout:
+        assert self.stop_reason is not None
+        return Rollout(
+            self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.stop_reason, self.error,
+            torch.cat(self.hidden) if self.hidden else None,
+        )  # fmt: skip
+
+
+@dataclass
+class Job:
+    """Checked arguments, shared by the two loops."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    policy: Policy
+    rows: list[Row]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    @staticmethod
+    def of(
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        policy: Policy,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        sample_ids: Sequence[int] | None,
+        eos_token_ids: Sequence[int] | None,
+        vocab_size: int | None,
+    ) -> "Job":
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if not 0 <= temperature < float("inf"):
+            raise ConfigError(f"temperature must be finite and at least 0 (0 is greedy), got {temperature}")
+        ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
+        if len(ids) != len(prompt_ids):
+            raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
+        shared = min(model.config.get_text_config().vocab_size for model in (student, teacher))
+        if vocab_size is not None and not 0 < vocab_size <= shared:
+            raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
+        named = (
+            declared_eos(student.generation_config, teacher.generation_config)
+            if eos_token_ids is None
+            else eos_token_ids
+        )
+        rows = [Row(i, list(prompt)) for i, prompt in zip(ids, prompt_ids, strict=True)]
+        job = Job(
+            student, teacher, policy, rows, max_new_tokens, temperature, seed, frozenset(named), vocab_size or shared
+        )
+        limit = min(context_length(student), context_length(teacher))
+        for row in rows:
+            _check_prompt(row, job, limit)
+        return job
+
+
+def _check_prompt(row: Row, job: Job, context: float) -> None:
+    wanted = len(row.prompt) + job.max_new_tokens
+    if not row.prompt:
+        row.fail("empty_prompt", f"sample {row.sample_id} has an empty prompt; give it at least one token")
+    elif bad := [i for i in row.prompt if not 0 <= i < job.vocab_size]:
+        row.fail(
+            "invalid_token", f"sample {row.sample_id} has token id {bad[0]}; ids must lie in 0..{job.vocab_size - 1}"
+        )
+    elif wanted > context:
+        row.fail(
+            "prompt_too_long",
+            f"sample {row.sample_id}: {len(row.prompt)} prompt tokens + max_new_tokens {job.max_new_tokens} exceed the "
+            f"models' context of {context:g}; shorten the prompt or lower max_new_tokens",
+        )
+    elif job.max_new_tokens == 0:
+        row.stop_reason = "length"
