@@ -17,6 +17,9 @@ from switchkd.rollouts import DecodeCost
 from switchkd.rows import Job, Row
 from switchkd.sampling import draw, gumbel_noise, noise_key
 
+# Hidden states of a call that may stay on the teacher's device; larger ones go to the host.
+HIDDEN_BYTES = 2**30
+
 
 class _Block:
     """What two models say about the K positions of a round. Lists are indexed by STUDENT, TEACHER, then by position."""
@@ -47,6 +50,9 @@ class BlockEngine:
         ]
         self.device = self.models[STUDENT].device
         self.watches = [Stopwatch(model.device) for model in self.models]
+        width = job.teacher.config.get_text_config().hidden_size * job.teacher.dtype.itemsize
+        fits = len(job.rows) * job.max_new_tokens * width <= HIDDEN_BYTES
+        self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
         self.eos = torch.tensor(sorted(job.eos_token_ids), dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
@@ -187,7 +193,8 @@ class BlockEngine:
                 kept += 1
                 evidence = [n + int(m) for n, m in zip(evidence, (student, teacher, equal, both), strict=True)]
             if self.keep_hidden:
-                row.keep_hidden(block.hidden.get(b), kept)
+                hidden = block.hidden.get(b)
+                row.keep_hidden(None if hidden is None else hidden[:kept].to(self.hidden_device, copy=True), kept)
         # Both models have read the last token but one at most; the last one may differ from what was drafted.
         for model in self.models:
             model.lengths = [

@@ -17,7 +17,7 @@ from switchkd.decoding import decode
 from switchkd.divergences import forward_kl, log_probs
 from switchkd.errors import DataError
 from switchkd.models import Pair
-from switchkd.objectives import response_logits, response_tokens
+from switchkd.objectives import Head, response_hidden, response_tokens
 from switchkd.policies import StudentOnly
 from switchkd.rollouts import Rollout, mean
 
@@ -117,13 +117,14 @@ def _likelihood(
     """Summed forward KL to the teacher, summed negative log-likelihood (nats) and number of the reference tokens."""
     kl = nll = 0.0
     tokens = 0
+    head_p, head_q = (Head.of(scored, pair.vocab_size) for scored in (pair.teacher, model))
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch: Batch = collate([(example.prompt_ids, example.completion_ids) for example in part]).to(model.device)
-            logq = log_probs(response_logits(model, batch, pair.vocab_size))
+            logq = log_probs(head_q(response_hidden(model, batch)))
             if model is not pair.teacher:
-                logp = log_probs(response_logits(pair.teacher, batch, pair.vocab_size))
+                logp = log_probs(head_p(response_hidden(pair.teacher, batch)))
                 kl += forward_kl(logp, logq).double().sum().item()
             targets = response_tokens(batch)
             nll -= logq.gather(1, targets.unsqueeze(1)).double().sum().item()

@@ -58,7 +58,7 @@ class Row:
         if hidden is None or len(hidden) < count:
             self.hidden = None
         elif self.hidden is not None:
-            self.hidden.append(hidden[:count].clone())  # the rest of the block is let go
+            self.hidden.append(hidden)
 
     def rollout(self) -> Rollout:
         assert self.stop_reason is not None

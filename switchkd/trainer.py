@@ -22,13 +22,13 @@ from switchkd.data import TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from switchkd.models import Pair
-from switchkd.objectives import Objective, response_logits
-from switchkd.policies import TEACHER
-from switchkd.rollouts import DecodeCost, Rollouts, mean
+from switchkd.objectives import Head, Objective, response_hidden
+from switchkd.policies import STUDENT, TEACHER
+from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.sampling import noise_key
 
 Metrics = dict[str, Any]
-Sequences = list[tuple[list[int], list[int]]]  # (prompt_ids, completion_ids)
+Rows = Sequence[Rollout | TokenizedExample]
 
 # Words that part the uses of (seed, step): whether to generate, and dropout.
 _CHOICE, _DROPOUT = 1, 2
@@ -57,6 +57,7 @@ class Trainer:
         optimizer = _adamw(pair.student, config)
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
         pair.teacher.to(self.accelerator.device)
+        self.heads = [Head.of(model, pair.vocab_size) for model in (pair.student, pair.teacher)]
 
     def train(
         self,
@@ -86,8 +87,7 @@ class Trainer:
         generated = self._generates()
         rollouts = self._generate(examples, on_round) if generated else Rollouts()
         generated_at = time.perf_counter()
-        pairs = rollouts if generated else examples
-        loss, tokens, grad_norm = self._update([(row.prompt_ids, row.completion_ids) for row in pairs])
+        loss, tokens, grad_norm = self._update(rollouts if generated else examples)
         self.num_tokens += tokens
         metrics = {
             "step": self.step,
@@ -159,6 +159,7 @@ class Trainer:
             batch_size=config.generation_batch_size,
             repeatable=config.repeatable,
             memory_gib=config.generation_memory_gib or None,
+            keep_hidden=True,
             vocab_size=self.pair.vocab_size,
             progress=on_round,
         )
@@ -168,17 +169,17 @@ class Trainer:
                 raise error(f"step {self.step + 1}, {example.source}: {rollout.error}")
         return rollouts
 
-    def _update(self, sequences: Sequences) -> tuple[float, int, float]:
+    def _update(self, rows: Rows) -> tuple[float, int, float]:
         """Gradient over the window, finite check, clip, AdamW: (loss per token, tokens trained on, gradient norm)."""
         accelerator, size = self.accelerator, self.config.per_device_train_batch_size
-        local = torch.tensor(sum(len(completion) for _, completion in sequences), device=accelerator.device)
+        local = torch.tensor(sum(len(row.completion_ids) for row in rows), device=accelerator.device)
         tokens = int(accelerator.reduce(local, "sum"))
-        starts = range(0, len(sequences), size)
+        starts = range(0, len(rows), size)
         total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
         for micro, start in enumerate(starts):
             syncs = nullcontext() if micro == len(starts) - 1 else accelerator.no_sync(self.student)
             with syncs, self._keyed_dropout(micro):
-                loss = self._loss(sequences[start : start + size]) / max(tokens, 1)
+                loss = self._loss(rows[start : start + size]) / max(tokens, 1)
                 # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -192,13 +193,20 @@ class Trainer:
         self.step += 1
         return loss_value, tokens, grad_norm
 
-    def _loss(self, sequences: Sequences) -> torch.Tensor:
-        """Sum of the divergence over the response tokens of one micro-batch."""
-        batch = collate(sequences).to(self.accelerator.device)
-        with torch.no_grad():
-            teacher_logits = response_logits(self.pair.teacher, batch, self.pair.vocab_size)
-        model = self.accelerator.unwrap_model(self.student)
-        return self.objective.total(teacher_logits, response_logits(model, batch, self.pair.vocab_size, self.student))
+    def _loss(self, rows: Rows) -> torch.Tensor:
+        """Sum of the divergence over the response tokens of one micro-batch.
+
+        What the teacher computed while it wrote or judged the text is used again; otherwise it reads the rows once.
+        """
+        batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
+        known = [row.teacher_hidden for row in rows if isinstance(row, Rollout) and row.teacher_hidden is not None]
+        if len(known) == len(rows):
+            hidden_p = torch.cat([hidden.to(batch.input_ids.device) for hidden in known])
+        else:
+            with torch.no_grad():
+                hidden_p = response_hidden(self.pair.teacher, batch)
+        hidden_q = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
+        return self.objective.total(self.heads[TEACHER], hidden_p, self.heads[STUDENT], hidden_q)
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

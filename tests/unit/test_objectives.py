@@ -4,11 +4,21 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_model
+from tiny import FAMILIES, POLICIES, VOCAB, tiny_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
-from switchkd import objectives
+from switchkd import decode, objectives
 from switchkd.data import collate
-from switchkd.objectives import Objective, response_logits, response_tokens
+from switchkd.divergences import log_probs
+from switchkd.errors import ModelError
+from switchkd.objectives import Head, Objective, response_hidden, response_tokens
 
 ROWS = [([3, 4, 5], [6, 7, 1]), ([8], [9, 9, 1, 9, 9]), ([4, 4], [])]
 NAMES = ["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl"]
@@ -20,15 +30,38 @@ FORWARD_KL = Objective("forward_kl")
 def total(student, teacher, rows, objective=FORWARD_KL, **batch_settings):
     batch = collate(rows, **batch_settings)
     with torch.no_grad():
-        teacher_logits = response_logits(teacher, batch, VOCAB)
-    return objective.total(teacher_logits, response_logits(student, batch, VOCAB))
+        hidden_p = response_hidden(teacher, batch)
+    return objective.total(Head.of(teacher, VOCAB), hidden_p, Head.of(student, VOCAB), response_hidden(student, batch))
+
+
+def response_logits(model, batch, vocab_size=VOCAB):
+    return Head.of(model, vocab_size)(response_hidden(model, batch))
+
+
+def transformed_models():
+    """A soft cap (Gemma 2), a scale (Cohere), a divisor (Granite) and a bias on the output layer."""
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    gemma = Gemma2Config(**sizes, head_dim=4, final_logit_softcapping=0.05, attn_implementation="eager")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {
+            "capped": Gemma2ForCausalLM(gemma),
+            "scaled": CohereForCausalLM(CohereConfig(**sizes, logit_scale=7.0)),
+            "divided": GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=0.3)),
+        }
+    biased = tiny_model("llama")
+    biased.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 3, VOCAB, dtype=torch.float64))
+    return {name: model.double().eval() for name, model in models.items()} | {"biased": biased}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_response_logits_are_the_models_own(family):
     """Padded and ragged rows give the logits of each row alone, at the position before each response token."""
     model = tiny_model(family)
-    ours = response_logits(model, collate(ROWS), VOCAB)
+    ours = response_logits(model, collate(ROWS))
     alone = [model(torch.tensor([p + c])).logits[0, len(p) - 1 : len(p) + len(c) - 1] for p, c in ROWS]
     torch.testing.assert_close(ours, torch.cat(alone), atol=1e-11, rtol=1e-11)
     assert response_tokens(collate(ROWS)).tolist() == [6, 7, 1, 9, 9, 1, 9, 9]
@@ -42,28 +75,50 @@ def test_a_one_hot_teacher_gives_the_models_own_labels_loss(family):
     own = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, labels=labels)
     one_hot = torch.full((8, VOCAB), -math.inf, dtype=torch.float64)
     one_hot[torch.arange(8), response_tokens(batch)] = 0.0
-    ours = Objective("forward_kl").total(one_hot, response_logits(model, batch, VOCAB)) / 8
+    ours = Objective("forward_kl").per_token(one_hot, response_logits(model, batch)).mean()
     torch.testing.assert_close(ours, own.loss.double(), atol=1e-6, rtol=1e-6)
 
 
-def test_soft_capping_scale_and_bias_of_the_head_are_never_missed():
-    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize("name", ["capped", "scaled", "divided", "biased"])
+def test_soft_capping_scale_and_bias_of_the_head_are_never_missed(name):
+    model = transformed_models()[name]
+    batch = collate(ROWS)
+    full = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+    expected = full[:, :-1][batch.loss_mask[:, 1:]]
+    torch.testing.assert_close(response_logits(model, batch), expected, atol=1e-12, rtol=1e-12)
 
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(**sizes, final_logit_softcapping=0.05, attn_implementation="eager")
-    ).double()
-    scaled = CohereForCausalLM(CohereConfig(**sizes, logit_scale=7.0)).double()
-    biased = tiny_model("llama")
-    biased.lm_head.bias = torch.nn.Parameter(torch.arange(VOCAB, dtype=torch.float64))
-    for model in (capped.eval(), scaled.eval(), biased):
-        batch = collate(ROWS)
-        ours = response_logits(model, batch, VOCAB)
-        full = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
-        torch.testing.assert_close(ours, full[:, :-1][batch.loss_mask[:, 1:]], atol=1e-12, rtol=1e-12)
+
+def test_heads_that_are_not_what_they_seem_are_refused():
+    model = tiny_model("llama")
+    model.config.final_logit_softcapping = 2.0  # named, and not done by this architecture
+    with pytest.raises(ModelError, match="after the output layer"):
+        Head.of(model, VOCAB)
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ModelError, match="adapt the layers of the body only"):
+        Head.of(model, VOCAB)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("student", ["llama", "capped", "scaled", "divided", "biased"])
+def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
+    """Value and every gradient of the student, at three chunk sizes, against plain autograd through all logits."""
+    monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * VOCAB * 3)
+    student = tiny_model("llama", 1) if student == "llama" else transformed_models()[student]
+    teacher = tiny_model("qwen2", 2)
+    objective = Objective(name, alpha=0.2, beta=0.3, temperature=1.7)
+    batch = collate(ROWS)
+    with torch.no_grad():
+        teacher_logits = response_logits(teacher, batch)
+    dense = objective.per_token(teacher_logits, response_logits(student, batch)).sum()
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    expected = torch.autograd.grad(dense / 7, parameters)
+    for rows in (100, 3, 1):
+        monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * VOCAB * rows)
+        loss = total(student, teacher, ROWS, objective)
+        torch.testing.assert_close(loss, dense, atol=1e-12, rtol=1e-12)
+        for name, ours, wanted in zip(names, torch.autograd.grad(loss / 7, parameters), expected, strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,25 +127,91 @@ def test_reported_loss_is_what_is_back_propagated(name, temperature):
     """Finite differences of the reported scalar equal the gradient, also at a temperature (no factor on one of them)."""
     objective = Objective(name, alpha=0.2, beta=0.3, temperature=temperature)
     generator = torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: objective.total(teacher, z), (student,), eps=1e-6, atol=1e-8)
-    p, q = (z / temperature for z in (teacher, student))
-    assert torch.equal(objective.total(teacher, student), Objective(name, 0.2, 0.3).total(p, q))
+    shapes = (5, 4), (3, 4), (5, 4), (5,), (3, 4)
+    weight_p, hidden_p, weight, bias, hidden = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes
+    )
+
+    def loss(weight, bias, hidden):
+        heads = [torch.nn.Linear(4, 5).double() for _ in range(2)]
+        for linear, values in zip(heads, ((weight_p, weight_p[:, 0]), (weight, bias)), strict=True):
+            del linear.weight, linear.bias
+            linear.weight, linear.bias = values
+        return objective.total(Head(heads[0], 5), hidden_p, Head(heads[1], 5, scale=1.5, softcap=2.0), hidden)
+
+    inputs = weight, bias, hidden
+    for i, gradient in enumerate(torch.autograd.grad(loss(*inputs), inputs)):
+        direction = torch.randn(inputs[i].shape, dtype=torch.float64, generator=generator)
+        ahead, behind = (
+            loss(*(x + sign * 1e-6 * direction if i == j else x for j, x in enumerate(inputs))) for sign in (1, -1)
+        )
+        torch.testing.assert_close((ahead - behind) / 2e-6, (gradient * direction).sum(), atol=1e-7, rtol=1e-6)
+    assert hidden_p.grad is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_chunks_change_neither_value_nor_gradient(name, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(7, 5, dtype=torch.float64, generator=generator) for _ in range(2))
-    student.requires_grad_()
-    values = []
-    for chunk in (100, 3, 1):
-        monkeypatch.setattr(objectives, "CHUNK", chunk)
-        loss = Objective(name).total(teacher, student)
-        values.append((loss, *torch.autograd.grad(loss, student)))
-    for other in values[1:]:
-        torch.testing.assert_close(other, values[0], atol=1e-12, rtol=1e-12)
+def test_with_adapters_in_the_body_the_head_keeps_its_weight():
+    """As with LoRA: the head is frozen, and the gradient of a low-rank update in the body is the dense loss's."""
+    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
+    student.requires_grad_(False)
+    layer = student.model.layers[0].self_attn.q_proj
+    down, up = (torch.full(s, 0.1, dtype=torch.float64, requires_grad=True) for s in ((16, 2), (2, 16)))
+    layer.register_forward_hook(lambda _, args, output: output + args[0] @ down @ up)
+    batch = collate(ROWS)
+    dense = FORWARD_KL.per_token(response_logits(teacher, batch), response_logits(student, batch)).sum()
+    expected = torch.autograd.grad(dense, (down, up))
+    for ours, wanted in zip(torch.autograd.grad(total(student, teacher, ROWS), (down, up)), expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-10)
+    assert student.lm_head.weight.grad is None
+
+
+def test_a_second_backward_pass_is_refused():
+    loss = total(tiny_model("llama", 1), tiny_model("llama", 2), ROWS)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="back-propagated once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_lower_precision_stays_near(dtype, tolerance):
+    """The divergence is fp32 whatever the weights; head gradients of several chunks are summed in fp32."""
+    wide = total(tiny_model("llama", 1), tiny_model("llama", 2), ROWS)
+    student = tiny_model("llama", 1).to(dtype)
+    loss = total(student, tiny_model("llama", 2).to(dtype), ROWS)
+    loss.backward()
+    assert loss.dtype == torch.float32 and student.lm_head.weight.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), wide, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "student_only"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"block_size": 4, "drafter": "teacher"}, {"block_size": 3, "drafter": "student"}]
+)
+def test_hidden_states_of_decoding_are_those_of_a_fresh_forward(policy, settings):
+    """So is the loss, and its gradient, to 1e-10; rows stop at different lengths and enter late."""
+    student, teacher = tiny_model("llama", 1), tiny_model("gpt2", 2)
+    prompts = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 6]]
+    rollouts = decode(student, teacher, prompts, POLICIES[policy], 9, batch_size=2, keep_hidden=True, **settings)
+    batch = collate([(r.prompt_ids, r.completion_ids) for r in rollouts])
+    kept = torch.cat([r.teacher_hidden for r in rollouts])
+    with torch.no_grad():
+        fresh = response_hidden(teacher, batch)
+    torch.testing.assert_close(kept, fresh, atol=1e-10, rtol=1e-10)
+    results = []
+    for hidden_p in (kept, fresh):
+        loss = FORWARD_KL.total(
+            Head.of(teacher, VOCAB), hidden_p, Head.of(student, VOCAB), response_hidden(student, batch)
+        )
+        results.append((loss, *torch.autograd.grad(loss, list(student.parameters()))))
+    torch.testing.assert_close(results[0], results[1], atol=1e-10, rtol=1e-10)
+
+
+def test_hidden_states_are_kept_only_if_asked_for_and_only_whole():
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    assert decode(*pair, [[3, 4]], POLICIES["spell"], 6)[0].teacher_hidden is None
+    assert decode(*pair, [[3, 4]], POLICIES["student_only"], 6, keep_hidden=True)[0].teacher_hidden is None
+    [row] = decode(*pair, [[3, 4]], POLICIES["spell"], 6, keep_hidden=True, eos_token_ids=[])
+    assert row.teacher_hidden.shape == (6, 16)
+    assert "teacher_hidden" not in row.to_json()
 
 
 def test_prompt_and_padding_are_never_scored():
@@ -126,9 +247,13 @@ def test_padding_rows_of_the_logits_carry_no_mass():
     batch = collate(ROWS)
     with torch.no_grad():
         teacher.lm_head.weight[20:] = 5.0
-    p, q = (response_logits(m, batch, 20) for m in (teacher, student))
-    expected = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
-    torch.testing.assert_close(Objective("forward_kl").total(p, q), expected)
+    heads, hidden = zip(*((Head.of(m, 20), response_hidden(m, batch)) for m in (teacher, student)), strict=True)
+    p, q = (log_probs(head(h)) for head, h in zip(heads, hidden, strict=True))
+    assert p.shape == (8, 20)
+    loss = FORWARD_KL.total(heads[0], hidden[0], heads[1], hidden[1])
+    torch.testing.assert_close(loss, (p.exp() * (p - q)).sum())
+    loss.backward()
+    assert not student.lm_head.weight.grad[20:].any() and student.lm_head.weight.grad[:20].all(1).all()
 
 
 def test_gradients_reach_every_student_weight():

@@ -86,10 +86,22 @@ def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
 def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):
     gradients, metrics, rollouts = gradient_step(tmp_path, lmbda=1.0)
     t = trainer(tmp_path, lmbda=0.0)
-    rows = [(r.prompt_ids, r.completion_ids) for r in rollouts]
-    loss, tokens, norm = t._update(rows)
-    assert (loss, tokens, norm) == (metrics["loss"], metrics["num_tokens"], metrics["grad_norm"])
-    assert gradients
+    loss, tokens, norm = t._update([dataclasses.replace(r, teacher_hidden=None) for r in rollouts])
+    assert (loss, norm) == pytest.approx((metrics["loss"], metrics["grad_norm"]), abs=1e-10)
+    assert gradients and tokens == metrics["num_tokens"]
+
+
+def test_the_teacher_reads_generated_text_once(tmp_path):
+    """What it computed while decoding serves the loss; text that it has not seen is read in one forward."""
+    t = trainer(tmp_path, lmbda=1.0)
+    rollouts = t._generate(t._next_examples(), None)
+    assert all(len(r.teacher_hidden) == len(r.completion_ids) for r in rollouts)
+    calls = []
+    t.pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    t._update(rollouts)
+    assert not calls
+    t._update([dataclasses.replace(r, teacher_hidden=None) for r in rollouts])
+    assert len(calls) == t.config.gradient_accumulation_steps
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
