@@ -76,7 +76,7 @@ class RaggedCache(Cache):
         self.rows_b, self.slots_bT, self.end = torch.empty(0), torch.empty(0), 0
 
 
-# Unread tokens of a row that are read in the forward of a block; a row with more first gets a forward of its own.
+# A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
 _JOINED = 2
 
 
@@ -113,13 +113,16 @@ class CachedModel:
     def catch_up(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         """Read what rows that are far behind have not read of ``texts[i]``, the whole of row ``rows[i]``, but its last token.
 
-        A new prompt catches up from nothing. A token or two are left to ``extend``, which reads them in its own forward.
+        A new prompt catches up from nothing. A row that lags by a token or two is left to ``extend``.
         """
-        far = [(row, text) for row, text in zip(rows, texts, strict=True) if len(text) - self.lengths[row] > _JOINED]
-        if far:
-            behind = [row for row, _ in far]
-            tails = [text[self.lengths[row] : -1] for row, text in far]
-            self._forward(behind, tails, None, [len(text) - 1 for _, text in far], keep=1)
+        behind = {row: text[self.lengths[row] : -1] for row, text in zip(rows, texts, strict=True)}
+        far = sorted((row for row in rows if len(behind[row]) >= _JOINED), key=lambda row: -len(behind[row]))
+        while far:  # in groups of nearly equal length, so that little padding is read
+            group = [row for row in far if len(behind[row]) >= 0.8 * len(behind[far[0]])]
+            far = far[len(group) :]
+            tails = [behind[row] for row in group]
+            ends = [self.lengths[row] + len(tail) for row, tail in zip(group, tails, strict=True)]
+            self._forward(group, tails, None, ends, keep=1)
             self.prefill_tokens += sum(map(len, tails))
 
     def extend(

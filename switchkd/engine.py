@@ -200,9 +200,7 @@ class BlockEngine:
             model.lengths = [
                 min(length, len(row.tokens) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
             ]
-        self.pace.tick()
-        if evidence[-1]:
-            self.pace.observe(evidence[:3], evidence[-1])
+        self.pace.observe(evidence[:3], evidence[-1])
 
     def _keep_state(self, alive: Tensor, new: State) -> None:
         """Rows whose block was cut keep the state of their last kept token."""

@@ -51,10 +51,10 @@ class Pace:
         knee = 32 if device.type == "cpu" else 512
         self.forward = [_ForwardTime(_SECONDS_PER_PARAMETER * size, knee) for size in parameters]
         # Seconds that a position of a row takes beside the forwards: noise, policy, draws.
-        self.position = _Running(_SECONDS_PER_TOKEN_ID * vocab_size)
+        self.position = _Running(_SECONDS_PER_TOKEN_ID * vocab_size, seen=0, window=4)
         # How often the student's and the teacher's draw is the final token, and how often the two are equal.
-        self.agreement = [_Running(0.7), _Running(0.7)]
-        self.equal = _Running(0.7)
+        self.agreement = [_Running(0.7, seen=4, window=32) for _ in (STUDENT, TEACHER)]
+        self.equal = _Running(0.7, seen=4, window=32)
 
     def plan(self, reads: Sequence[tuple[bool, bool]], left: int) -> Plan:
         """The next round for rows that read (student, teacher), of which the longest has ``left`` tokens to go."""
@@ -68,7 +68,9 @@ class Pace:
     def observe(self, hits: Sequence[int], positions: int) -> None:
         """Of ``positions`` where both models were run: final draws of the student, of the teacher, and equal draws."""
         for running, count in zip((*self.agreement, self.equal), hits, strict=True):
-            running.add(count / positions, 1 - (1 - 1 / 64) ** positions)
+            running.fade()
+            if positions:
+                running.add(count / positions, positions)
 
     def measure(self, forwards: Sequence[Sequence[tuple[int, float]]], rest: float, positions: int) -> None:
         """Of a round: tokens and seconds of each model's forwards, and the other seconds, over positions of all rows."""
@@ -76,12 +78,7 @@ class Pace:
             for timing, laps in zip(self.forward, forwards, strict=True):
                 for tokens, seconds in laps:
                     timing.observe(tokens, seconds)
-            self.position.add(max(rest, 0.0) / positions, 0.2)
-
-    def tick(self) -> None:
-        """Let what has not been seen for long come back to its first guess, so that it is tried again."""
-        for running in (*self.agreement, self.equal):
-            running.add(running.first, 1 / 1024)
+            self.position.add(max(rest, 0.0) / positions)
 
     def _plan(self, drafter: int, block: int, reads: Sequence[tuple[bool, bool]]) -> Plan:
         # The last position needs no draft, only the drafter's distribution, if someone looks at it.
@@ -106,13 +103,19 @@ class Pace:
 
 
 class _Running:
-    """An exponentially weighted mean."""
+    """A mean that begins at a first guess, worth ``seen`` observations, and remembers about ``window`` of them."""
 
-    def __init__(self, first: float):
+    def __init__(self, first: float, seen: int, window: int):
         self.first = self.value = first
+        self.seen, self.window = seen, window
 
-    def add(self, x: float, weight: float) -> None:
-        self.value += (x - self.value) * weight
+    def add(self, mean: float, count: int = 1) -> None:
+        self.value += (mean - self.value) * count / (self.seen + count)
+        self.seen = min(self.seen + count, self.window)
+
+    def fade(self) -> None:
+        """What is not seen for long comes back to its first guess, so that it is tried again."""
+        self.value += (self.first - self.value) / 1024
 
 
 class _ForwardTime:
@@ -124,6 +127,7 @@ class _ForwardTime:
     def __init__(self, guess: float, knee: int):
         self.knee, self.guess = knee, guess
         self.scales: dict[int, _Running] = {}
+        self.met: set[int] = set()
 
     def __call__(self, tokens: int) -> float:
         size = _size(tokens)
@@ -132,8 +136,11 @@ class _ForwardTime:
         return scale * (1 + tokens / self.knee)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        scale = seconds / (1 + tokens / self.knee)
-        self.scales.setdefault(_size(tokens), _Running(scale)).add(scale, 0.2)
+        size, scale = _size(tokens), seconds / (1 + tokens / self.knee)
+        if size not in self.met:
+            self.met.add(size)  # the first forward of a size prepares kernels and says nothing of the next
+        else:
+            self.scales.setdefault(size, _Running(scale, seen=1, window=4)).add(scale)
 
 
 def _size(tokens: int) -> int:

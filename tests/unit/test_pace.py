@@ -1,0 +1,167 @@
+"""Who drafts and how far: the plan with the most tokens a second, from what was seen and measured."""
+
+import random
+
+import pytest
+import torch
+from tiny import POLICIES, tiny_model
+
+from switchkd import AdaSwitch, Switch, TeacherOnly, decode, decoding
+from switchkd.pace import BLOCKS, Pace, Plan, Stopwatch
+from switchkd.policies import STUDENT, TEACHER
+
+CPU = torch.device("cpu")
+BOTH, ONLY_STUDENT, ONLY_TEACHER = (True, True), (True, False), (False, True)
+
+
+def pace(student=1e8, teacher=1e9, **settings):
+    return Pace((int(student), int(teacher)), 1000, CPU, **settings)
+
+
+def settle(p, student, teacher, equal):
+    """So many of 100 draws were final, and equal, for long."""
+    for _ in range(50):
+        p.observe((student, teacher, equal), 100)
+    return p
+
+
+def test_the_plan_is_the_one_of_most_tokens_a_second():
+    """Against a simulation: rows keep tokens until their first draft that fails, forwards take their time."""
+    p = settle(pace(), 80, 30, 30)
+    plan = p.plan([BOTH] * 4, left=100)
+    assert plan.drafter == STUDENT and plan.forwards == plan.block > 1
+    coin = random.Random(0)
+
+    def rate(block):
+        kept = 0
+        for _ in range(4000):
+            kept += next((k for k in range(1, block) if coin.random() > 0.8), block)
+        seconds = block * p.forward[STUDENT](4) + p.forward[TEACHER](4 * block) + block * 4 * p.position.value
+        return kept / seconds
+
+    rates = {block: rate(block) for block in BLOCKS}
+    assert rates[plan.block] > 0.97 * max(rates.values())
+
+
+def test_who_agrees_drafts():
+    assert settle(pace(1e9, 1e9), 90, 40, 40).plan([BOTH], 50).drafter == STUDENT
+    assert settle(pace(1e9, 1e9), 40, 90, 40).plan([BOTH], 50).drafter == TEACHER
+    # A teacher ten times as dear may agree more often and still not pay.
+    assert settle(pace(1e8, 1e9), 85, 95, 80).plan([BOTH], 50).drafter == STUDENT
+
+
+def test_hopeless_drafts_are_not_made():
+    assert settle(pace(), 0, 0, 0).plan([BOTH] * 8, 50).block == 1
+
+
+def test_exploration_grows_while_the_student_goes_on():
+    p = pace()
+    blocks = []
+    for _ in range(12):
+        blocks.append(p.plan([BOTH] * 2, 200).block)
+        p.observe((40, 10, 10), 40)
+    assert blocks == sorted(blocks) and blocks[-1] > 2 * blocks[0]
+
+
+def test_a_resting_student_is_asked_for_drafts_only_if_they_pay():
+    assert settle(pace(), 90, 90, 85).plan([ONLY_TEACHER] * 2, 50).drafter == STUDENT
+    assert settle(pace(), 90, 90, 5).plan([ONLY_TEACHER] * 2, 50).block == 1
+    assert settle(pace(1e9, 1e9), 90, 90, 60).plan([ONLY_TEACHER] * 2, 50).block == 1
+
+
+def test_the_last_draft_of_a_block_is_not_made_where_nobody_asks_for_its_distribution():
+    plan = settle(pace(drafter="student", block_size=5), 50, 50, 50).plan([ONLY_TEACHER], 50)
+    assert plan == Plan(STUDENT, 5, 4)
+    assert pace(drafter="student", block_size=5).plan([ONLY_TEACHER, BOTH], 50).forwards == 5
+
+
+def test_a_lone_student_writes_one_token_a_round_and_never_runs_the_teacher():
+    for p in (pace(), settle(pace(1e9, 1), 90, 90, 99)):
+        assert p.plan([ONLY_STUDENT] * 3, 50) == Plan(STUDENT, 1, 1)
+
+
+def test_blocks_end_with_the_budget():
+    p = settle(pace(), 99, 99, 99)
+    assert p.plan([BOTH], 3).block == 3 and p.plan([BOTH], 1).block == 1
+    assert pace(block_size=7).plan([BOTH], 4).block == 4
+
+
+def test_what_is_not_seen_for_long_is_tried_again():
+    p = settle(pace(), 90, 90, 0)
+    for _ in range(4000):
+        p.observe((0, 0, 0), 0)
+    assert p.plan([ONLY_TEACHER], 50).drafter == STUDENT
+
+
+def test_measured_forwards_change_the_plan_and_sizes_not_met_take_the_nearest():
+    p = settle(pace(), 90, 90, 90)
+    assert p.plan([BOTH], 50).drafter == STUDENT
+    for _ in range(20):  # the small model turns out to be the slow one
+        p.measure([[(1, 1.0)], [(1, 0.01)]], 0.0, 1)
+    assert p.plan([BOTH], 50).drafter == TEACHER
+    assert p.forward[STUDENT](64) == pytest.approx(1.0 * (1 + 64 / 32) / (1 + 1 / 32))
+
+
+def test_a_repeatable_run_does_not_look_at_the_clock(monkeypatch):
+    """The same plans whatever the clock says; without ``repeatable`` the clock is heard."""
+
+    def plans(seconds, **settings):
+        made = []
+        monkeypatch.setattr(
+            Stopwatch, "take", lambda self: [(n, seconds * n) for n, *_ in self.laps if not self.laps.clear()]
+        )
+        original = Pace.plan
+        with monkeypatch.context() as patch:
+            patch.setattr(Pace, "plan", lambda *args: made.append(original(*args)) or made[-1])
+            decode(
+                tiny_model("llama", 1),
+                tiny_model("llama", 2),
+                [[3], [4, 5]],
+                Switch(),
+                30,
+                eos_token_ids=[],
+                **settings,
+            )
+        return made
+
+    assert plans(1e-6, repeatable=True) == plans(1e3, repeatable=True)
+    assert plans(1e-6, block_size=3) == plans(1e3, block_size=3)
+
+
+def test_forwards_and_the_rest_of_a_round_are_measured(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Pace, "measure", lambda self, *args: seen.append(args))
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    decode(*pair, [[3, 4, 5, 6]] * 2, Switch(), 8, block_size=3, drafter="student", eos_token_ids=[])
+    forwards, rest, positions = seen[0]
+    assert [tokens for tokens, _ in forwards[STUDENT]] == [2, 2, 2] and [n for n, _ in forwards[TEACHER]] == [6]
+    assert positions == 6 and rest > 0 and all(s > 0 for each in forwards for _, s in each)
+
+
+@pytest.mark.parametrize("policy", [Switch(), AdaSwitch(window=2, ratio=1.5), TeacherOnly(), POLICIES["student_only"]])
+def test_automatic_choices_decode_to_the_end(policy):
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    for settings in ({}, {"repeatable": True}):
+        rollouts = decode(*pair, [[3], [4, 5], [6]] * 3, policy, 40, eos_token_ids=[], batch_size=4, **settings)
+        assert all(len(r.completion_ids) == 40 for r in rollouts)
+
+
+def test_a_memory_budget_sets_the_batch():
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    widths = []
+    original = decoding.BlockEngine
+
+    def engine(job, queue, rows, *rest):
+        widths.append(rows)
+        return original(job, queue, rows, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "BlockEngine", engine)
+        texts = [
+            [r.completion_ids for r in decode(*pair, [[3, 4]] * 6, Switch(), 8, batch_size=batch, memory_gib=gib)]
+            for batch, gib in ((None, None), (None, 7e-5), (2, 7e-5), (None, 1.0))
+        ]
+    assert widths[0] == 6 and 1 < widths[1] < 6 and widths[2] == 2 and widths[3] >= 6
+    assert texts[1] == texts[2] == texts[3] == texts[0]
+    with pytest.raises(decoding.ConfigError, match="memory_gib is 1e-06; raise it"):
+        decode(*pair, [[3, 4]], Switch(), 8, memory_gib=1e-6)
