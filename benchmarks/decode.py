@@ -33,6 +33,7 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.naive import SpeculativeKD, left_padded, naive_decode
+from switchkd.linear import packed
 from switchkd.models import Pair
 from switchkd.policies import AdaSwitch, Policy, StudentOnly, Switch, TeacherOnly
 from switchkd.rollouts import DecodeCost
@@ -77,7 +78,9 @@ def measure(cell: dict[str, Any], pair: Pair, prompts: list[list[int]], new_toke
         results[key] = grid[policy][name]()
 
     title = " ".join(f"{key} {value}" for key, value in cell.items())
-    seconds = side_by_side({key: partial(run, key) for key in names}, repeats, title)
+    short = contenders(pair, prompts, 8)
+    warm_up = {key: short[policy][name] for key, (policy, name) in names.items()}
+    seconds = side_by_side({key: partial(run, key) for key in names}, repeats, title, warm_up)
     rows = []
     for key, (policy, name) in names.items():
         row = Row({**cell, "policy": policy}, name, seconds[key])
@@ -96,9 +99,11 @@ def contenders(pair: Pair, prompts: list[list[int]], new_tokens: int) -> dict[st
     grid: dict[str, dict[str, Contender]] = {
         name: {
             "plain loop": partial(plain, policy, new_tokens, pair.vocab_size),
+            "plain loop, packed weights": packed_loop(pair, partial(plain, policy, new_tokens, pair.vocab_size)),
             "block engine": partial(block, policy),
         }
         for name, policy in POLICIES.items()
+        if len(prompts) <= 8 or name == "SWITCH"  # the widest batch takes minutes a run
     }
     grid["student only"] = {
         "generate": partial(generate, pair.student),
@@ -114,6 +119,16 @@ def contenders(pair: Pair, prompts: list[list[int]], new_tokens: int) -> dict[st
             "block engine, student drafts": partial(block, TeacherOnly(), drafter="student"),
         }
     return grid
+
+
+def packed_loop(pair: Pair, loop: Contender) -> Contender:
+    """The plain loop with the engine's CPU layers: what is left is the gain of drafting and verifying."""
+
+    def run() -> object:
+        with packed(pair.student, pair.teacher):
+            return loop()
+
+    return run
 
 
 def hf_generate(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, **settings: Any) -> Tensor:

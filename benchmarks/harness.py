@@ -128,12 +128,17 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def side_by_side(contenders: dict[str, Contender], repeats: int, title: str = "measure") -> dict[str, list[float]]:
-    """Seconds of ``repeats`` runs of each contender in turn, after one unmeasured run of each."""
+def side_by_side(
+    contenders: dict[str, Contender],
+    repeats: int,
+    title: str = "measure",
+    warm_up: dict[str, Contender] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of ``repeats`` runs of each contender in turn, after one unmeasured run of each (or of a shorter one)."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with bar(title, (repeats + 1) * len(contenders)) as progress:
         for repeat in range(repeats + 1):
-            for name, run in contenders.items():
+            for name, run in (contenders if repeat else warm_up or contenders).items():
                 progress.advance(0, name)
                 taken = timed(run)
                 if repeat:

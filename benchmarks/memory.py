@@ -121,7 +121,7 @@ LOSSES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every cell, print the table, write memory.json and memory.png."""
     options = parse(argv, "memory", __doc__)
-    vocabs, tokens = ((300,), (16,)) if options.quick else ((32_000, 49_152, 152_000), (256, 1024, 4096))
+    vocabs, tokens = ((300,), (16,)) if options.quick else ((32_000, 49_152, 152_000), (256, 1024))
     rows: list[Row] = []
     runs = len(vocabs) * len(tokens) * len(LOSSES) * options.repeats
     with bar("memory of the loss", runs) as progress:
