@@ -84,10 +84,19 @@ class CachedModel:
     """A causal language model over a ragged cache: ``lengths[row]`` tokens of each row have been read by the model.
 
     ``forwards`` counts rows times forwards of ``extend``, ``prefill_tokens`` the tokens read before the last known one.
-    With ``keep_hidden``, ``hidden`` holds what entered the output layer in the last forward, ``[b, T, hidden size]``.
+    With ``keep_hidden``, ``hidden`` holds what entered the output layer in the last forward, ``[b, T, hidden size]``. With
+    ``static``, forwards of one token of every row work on tensors that never move, on CUDA as one replayed graph.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, vocab_size: int, keep_hidden: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        capacity: int,
+        vocab_size: int,
+        keep_hidden: bool = False,
+        static: bool = False,
+    ):
         self.model, self.capacity, self.vocab_size = model, capacity, vocab_size
         self.device = next(model.parameters()).device
         self.windows = attention_windows(model)
@@ -95,6 +104,8 @@ class CachedModel:
         self.lengths = [0] * rows
         self.forwards = self.prefill_tokens = 0
         self.keep_hidden, self.hidden = keep_hidden, torch.empty(0)
+        self.static = static
+        self.step: _Step | None = None
 
     def reset(self, row: int) -> None:
         """Empty a row for a new prompt. Zeroing matters: a masked slot that holds NaN still gives 0 · NaN = NaN."""
@@ -107,7 +118,7 @@ class CachedModel:
         index = torch.tensor(rows, device=self.device)
         for layer in self.cache.layers:
             layer.select(index)
-        self.cache.rows = len(rows)
+        self.cache.rows, self.step = len(rows), None
         self.lengths = [self.lengths[row] for row in rows]
 
     def catch_up(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
@@ -163,22 +174,27 @@ class CachedModel:
         shift, start, end = torch.tensor([shifts, starts, ends], device=self.device).unsqueeze(2).unbind(0)
         positions = shift + torch.arange(tokens.shape[1], device=self.device)
         valid = (positions >= start) & (positions < end)
-        positions = torch.where(valid, positions, 0)
-        cache = self.cache
-        cache.rows_b = torch.tensor(rows, device=self.device)
-        cache.slots_bT = torch.where(valid, positions, self.capacity)
-        cache.end = max(ends)
+        positions, slots = torch.where(valid, positions, 0), torch.where(valid, positions, self.capacity)
+        for row, length in zip(rows, ends, strict=True):
+            self.lengths[row] = length
+        if self.static and tokens.shape[1] == 1 and len(rows) == self.cache.rows:
+            self.step = self.step or _Step(self)
+            return self.step(tokens, positions, slots)
+        self.cache.end = max(ends)
+        return self.run(tokens, positions, slots, torch.tensor(rows, device=self.device), keep)
+
+    def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor, keep: int) -> Tensor:
+        """One forward over the first ``cache.end`` slots: logits ``[b, keep, V]``. Nothing here waits for the device."""
+        self.cache.rows_b, self.cache.slots_bT = rows, slots
         with self._capture():
             output = self.model(
                 input_ids=tokens,
                 attention_mask=self._mask(positions),
                 position_ids=positions,
-                past_key_values=cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        for row, length in zip(rows, ends, strict=True):
-            self.lengths[row] = length
         return output.logits[..., : self.vocab_size]
 
     @contextmanager
@@ -209,6 +225,51 @@ class CachedModel:
             zero = torch.zeros((), dtype=self.model.dtype, device=self.device)
             masks[kind] = torch.where(seen, zero, torch.finfo(self.model.dtype).min)
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class _Step:
+    """The forward of one token of every row, over whole buffers: on CUDA captured as a graph at first and then replayed.
+
+    In eager mode a small model's step waits for its launches; a graph is one launch.
+    """
+
+    def __init__(self, cached: CachedModel):
+        self.cached = cached
+        shape = (cached.cache.rows, 1)
+        self.tokens, self.positions, self.slots = torch.zeros(3, *shape, dtype=torch.int64, device=cached.device)
+        self.rows = torch.arange(shape[0], device=cached.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = self.hidden = torch.empty(0)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Of ``[B, 1]`` each, to logits ``[B, 1, V]``, which the next call may overwrite."""
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.slots.copy_(slots)
+        if self.cached.device.type != "cuda":
+            self._run()
+        elif self.graph is None:
+            self._record()
+        else:
+            self.graph.replay()
+        self.cached.hidden = self.hidden.clone()
+        return self.logits
+
+    def _run(self) -> None:
+        self.cached.cache.end = self.cached.capacity
+        self.logits = self.cached.run(self.tokens, self.positions, self.slots, self.rows, keep=1)
+        self.hidden = self.cached.hidden
+
+    def _record(self) -> None:
+        side = torch.cuda.Stream()  # capture wants a run outside the main stream first, which prepares kernels
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run()
+        self.graph.replay()
 
 
 def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:

@@ -143,6 +143,7 @@ def generate(config: GenerateConfig) -> None:
             eos_token_ids=pair.eos_token_ids,
             batch_size=config.generation_batch_size,
             repeatable=config.repeatable,
+            static_step=config.static_step,
             memory_gib=config.generation_memory_gib or None,
             vocab_size=pair.vocab_size,
             progress=on_round,

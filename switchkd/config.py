@@ -70,6 +70,8 @@ class DecodeConfig:
     """Rows decoded together. Moves time, never tokens."""
     generation_memory_gib: float = 0.0
     """GiB for key/value caches and block buffers, which may allow fewer rows; 0 sets no limit."""
+    static_step: bool = False
+    """Run the student's one-token steps on buffers that never move, on CUDA as one graph."""
     repeatable: bool = True
     """Plan rounds without looking at the clock, so that equal runs are equal to the last bit; false measures costs."""
 

@@ -92,6 +92,7 @@ def decode(
     repeatable: bool = False,
     memory_gib: float | None = None,
     keep_hidden: bool = False,
+    static_step: bool = False,
     vocab_size: int | None = None,
     progress: Callable[[DecodeCost], None] | None = None,
 ) -> Rollouts:
@@ -113,6 +114,8 @@ def decode(
         repeatable: take the models' sizes for their costs and do not look at the clock: rounding too is then the same each time.
         memory_gib: GiB that key/value caches and block buffers may take; fewer rows are then decoded together.
         keep_hidden: whether rollouts carry ``teacher_hidden``.
+        static_step: run the student's one-token steps on buffers that never move, on CUDA as one graph. Worth a try where
+            the student is small; each change in the number of rows records the graph anew.
         vocab_size: ids that may be drawn (default: the rows that both models' logits have). Padding rows lie beyond.
         progress: called after every round with the cost so far.
 
@@ -139,7 +142,7 @@ def decode(
         sizes = (num_parameters(student), num_parameters(teacher))
         timed = block_size == "auto" and not repeatable
         pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, timed)
-        engine = BlockEngine(job, queue, rows, pace, keep_hidden)
+        engine = BlockEngine(job, queue, rows, pace, keep_hidden, static_step)
         with evaluating(student, teacher), packed(student, teacher):
             while engine.rows:
                 engine.round()

@@ -40,13 +40,21 @@ class _Block:
 class BlockEngine:
     """Rounds over a batch of rows: draft, verify, walk, roll back; finished rows give their place to waiting prompts."""
 
-    def __init__(self, job: Job, queue: deque[Row], batch_size: int, pace: Pace, keep_hidden: bool = False):
+    def __init__(
+        self,
+        job: Job,
+        queue: deque[Row],
+        batch_size: int,
+        pace: Pace,
+        keep_hidden: bool = False,
+        static_step: bool = False,
+    ):
         self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
         capacity = max(len(row.prompt) for row in job.rows if row.stop_reason is None) + job.max_new_tokens
         self.models = [  # indexed by STUDENT, TEACHER
-            CachedModel(model, len(self.rows), capacity, job.vocab_size, keep_hidden and who == TEACHER)
-            for who, model in enumerate((job.student, job.teacher))
+            CachedModel(job.student, len(self.rows), capacity, job.vocab_size, static=static_step),
+            CachedModel(job.teacher, len(self.rows), capacity, job.vocab_size, keep_hidden),
         ]
         self.device = self.models[STUDENT].device
         self.watches = [Stopwatch(model.device) for model in self.models]

@@ -33,7 +33,7 @@ CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir",
-    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable",
+    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step",
 }  # fmt: skip
 
 

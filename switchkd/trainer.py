@@ -158,6 +158,7 @@ class Trainer:
             eos_token_ids=self.pair.eos_token_ids,
             batch_size=config.generation_batch_size,
             repeatable=config.repeatable,
+            static_step=config.static_step,
             memory_gib=config.generation_memory_gib or None,
             keep_hidden=True,
             vocab_size=self.pair.vocab_size,

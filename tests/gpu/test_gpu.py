@@ -19,9 +19,20 @@ PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
 def test_lossless_on_cuda(family, policy):
     student, teacher = tiny_model(family, 1).cuda(), tiny_model(family, 2).cuda()
     reference = decode_reference(student, teacher, PROMPTS, POLICIES[policy], 9)
-    for drafter in ("student", "teacher"):
-        out = decode(student, teacher, PROMPTS, POLICIES[policy], 9, block_size=4, drafter=drafter, batch_size=2)
-        assert_same(out, reference)
+    for drafter in ("student", "teacher", "auto"):
+        for static in (False, True):
+            out = decode(
+                student,
+                teacher,
+                PROMPTS,
+                POLICIES[policy],
+                9,
+                block_size=4,
+                drafter=drafter,
+                batch_size=2,
+                static_step=static,
+            )
+            assert_same(out, reference)
 
 
 def test_a_training_step_on_cuda(tmp_path):

@@ -34,6 +34,29 @@ def test_rolled_back_and_extended_rows_have_the_plain_logits(family):
     torch.testing.assert_close(logits[2], plain_logits(model, [*ROWS[2], 12, 3, 4], 2), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_static_steps_keep_their_tensors_and_give_the_same(family):
+    """The tensors that a graph would hold on to are the same ones at every step, and so are the caches."""
+    model = tiny_model(family, 3)
+    static, plain = (CachedModel(model, 3, 20, VOCAB, keep_hidden=True, static=static) for static in (True, False))
+    places = set()
+    for cached in (static, plain):
+        cached.catch_up(range(3), ROWS)
+        cached.extend(range(3), ROWS, None, [20] * 3)
+    for token in range(5, 9):
+        drafts = torch.full((3, 1), token)
+        ours, expected = (cached.extend(range(3), None, drafts, [20] * 3) for cached in (static, plain))
+        torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-11)
+        torch.testing.assert_close(static.hidden, plain.hidden, atol=1e-11, rtol=1e-11)
+        inputs = static.step.tokens, static.step.positions, static.step.slots
+        held = [*inputs, *(b for layer in static.cache.layers for b in (layer.keys, layer.values))]
+        places.add(tuple(tensor.data_ptr() for tensor in held))
+    assert len(places) == 1 and static.cache.end == 20
+    static.select([0, 2])
+    assert static.step is None
+
+
 @torch.no_grad()
 def test_some_rows_may_be_left_behind_and_catch_up_later():
     model = tiny_model("mistral-sliding", 3)

@@ -128,6 +128,20 @@ def test_vocabulary_can_be_cut(llamas):
     assert_same(decode(*llamas, PROMPTS[:2], POLICIES["spell"], BUDGET, vocab_size=12, eos_token_ids=[]), reference)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["student_only", "spell"])
+def test_steps_on_static_buffers(family, policy):
+    """What a CUDA graph would replay: whole caches, fixed tensors, also while rows enter, lag and leave."""
+    student, teacher = tiny_model(family, 1), tiny_model(family, 2)
+    reference = decode_reference(student, teacher, PROMPTS, POLICIES[policy], BUDGET)
+    for block, batch, drafter in (("auto", 3, "auto"), (3, 5, "student"), (2, 2, "teacher")):
+        out = decode(
+            student, teacher, PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=batch, drafter=drafter,
+            static_step=True,
+        )  # fmt: skip
+        assert_same(out, reference)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_choice_of_drafter_and_length_gives_the_same_text(llamas, policy, seed, monkeypatch):
