@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs: dict[str, Any] = {}
     for name, (pair, examples), batches in _workloads(options):
         pairs[name] = describe(pair, examples)
-        for batch in batches:
+        for batch in [batch for batch in batches if batch <= options.max_batch]:
             prompts = [example.prompt_ids for example in examples[:batch]]
             rows += measure({"pair": name, "batch": batch}, pair, prompts, new_tokens, options.repeats)
     print_table(f"{new_tokens} new tokens a row", rows)
@@ -64,7 +64,7 @@ def _workloads(options: Options) -> Iterator[tuple[str, Workload, tuple[int, ...
         pair = distilled_pair(DISTILLED_STEPS, options.device)
         yield "demo", (pair, question_examples(pair, 32)), (1, 8, 32)
     pair = random_pair(options.device, options.quick)
-    yield "random", (pair, random_examples(pair, 8)), (1, 2) if options.quick else (1, 8)
+    yield "random", (pair, random_examples(pair, 8)), (1, 2) if options.quick else (1,)
 
 
 def measure(cell: dict[str, Any], pair: Pair, prompts: list[list[int]], new_tokens: int, repeats: int) -> list[Row]:

@@ -65,6 +65,8 @@ class Options:
     """Folder for NAME.json and NAME.png."""
     repeats: int = 3
     """Measured runs of each contender."""
+    max_batch: int = 32
+    """Wider batches are left out."""
     quick: bool = False
     """Tiny random models and sizes: shows that the program works, measures nothing worth knowing."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,9 +28,8 @@ class _Block:
         self.plan, self.noise = plan, noise
         self.drafts: list[Tensor] = []  # [B] each; none for the last position if nobody asks the drafter about it
         self.logs: list[list[Tensor]] = [[], []]  # [B, V] each
-        self.hidden: dict[
-            int, Tensor
-        ] = {}  # for a row what entered the teacher's output layer, [positions, hidden size]
+        # For a row what entered the teacher's output layer, [positions, hidden size].
+        self.hidden: dict[int, Tensor] = {}
         # [B] bool each: whether the row of ``logs`` is the model's own, and not the other's in its place
         drafted = [torch.full_like(reads[STUDENT], k < plan.forwards) for k in range(plan.block)]
         verified = [reads[1 - plan.drafter]] * plan.block
@@ -164,7 +163,7 @@ class BlockEngine:
             decision = self.job.policy.step(self.state, logq, logp, start + k)
             token = draw(decision.log_probs, g, self.job.temperature)
             self._keep_state(sound, decision.state)
-            evidence = self._evidence(block, k, token, sound)
+            evidence = self._evidence(block, k, token, sound, reads)
             numbers = (alive, token, decision.speaker, decision.divergence, *broken, *evidence)
             columns.append(torch.stack([n.double() for n in numbers], 1))
             ends = torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
@@ -178,20 +177,22 @@ class BlockEngine:
                 break
         return torch.stack(columns).tolist()
 
-    def _evidence(self, block: _Block, k: int, token: Tensor, sound: Tensor) -> list[Tensor]:
-        """``[B]`` bools: both models were run, the student's draw is final, the teacher's is, the two are equal."""
-        both = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
+    def _evidence(self, block: _Block, k: int, token: Tensor, sound: Tensor, reads: list[Tensor]) -> list[Tensor]:
+        """``[B]`` bools: the policy asked both models, the student's draw is final, the teacher's is; both ran, draws equal."""
         other = draw(block.logs[1 - block.plan.drafter][k], block.noise[k], self.job.temperature)
         draws = [block.drafts[k] if k < len(block.drafts) else other, other]
         student, teacher = draws if block.plan.drafter == STUDENT else draws[::-1]
-        return [both, both & (student == token), both & (teacher == token), both & (student == teacher)]
+        ran = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
+        asked = ran & reads[STUDENT] & reads[TEACHER]
+        return [asked, asked & (student == token), asked & (teacher == token), ran, ran & (student == teacher)]
 
     def _keep(self, block: _Block, columns: list[list[list[float]]]) -> None:
         """Write the decided tokens into their rows, and roll both models back to them."""
-        evidence = [0, 0, 0, 0]
+        evidence = [0] * 5
         for b, row in enumerate(self.rows):
             kept = 0
-            for alive, token, speaker, divergence, *broken, both, student, teacher, equal in (c[b] for c in columns):
+            for alive, token, speaker, divergence, *rest in (column[b] for column in columns):
+                broken, seen = rest[:2], rest[2:]
                 if not alive:
                     break
                 if any(broken):
@@ -199,7 +200,7 @@ class BlockEngine:
                     break
                 row.append(int(token), int(speaker), divergence, self.job)
                 kept += 1
-                evidence = [n + int(m) for n, m in zip(evidence, (student, teacher, equal, both), strict=True)]
+                evidence = [n + int(m) for n, m in zip(evidence, seen, strict=True)]
             if self.keep_hidden:
                 hidden = block.hidden.get(b)
                 row.keep_hidden(None if hidden is None else hidden[:kept].to(self.hidden_device, copy=True), kept)
@@ -208,7 +209,7 @@ class BlockEngine:
             model.lengths = [
                 min(length, len(row.tokens) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
             ]
-        self.pace.observe(evidence[:3], evidence[-1])
+        self.pace.observe(*evidence)
 
     def _keep_state(self, alive: Tensor, new: State) -> None:
         """Rows whose block was cut keep the state of their last kept token."""

@@ -65,12 +65,13 @@ class Pace:
         plans = [self._plan(drafter, block, reads) for drafter in drafters for block in blocks]
         return max(plans, key=lambda plan: self._rate(plan, reads))  # of equal ones the first, with the shortest block
 
-    def observe(self, hits: Sequence[int], positions: int) -> None:
-        """Of ``positions`` where both models were run: final draws of the student, of the teacher, and equal draws."""
-        for running, count in zip((*self.agreement, self.equal), hits, strict=True):
+    def observe(self, asked: int, student: int, teacher: int, ran: int, equal: int) -> None:
+        """Where the policy ``asked`` both models, final draws of each; where both ``ran``, equal draws."""
+        evidence = (asked, student), (asked, teacher), (ran, equal)
+        for running, (positions, hits) in zip((*self.agreement, self.equal), evidence, strict=True):
             running.fade()
             if positions:
-                running.add(count / positions, positions)
+                running.add(hits / positions, positions)
 
     def measure(self, forwards: Sequence[Sequence[tuple[int, float]]], rest: float, positions: int) -> None:
         """Of a round: tokens and seconds of each model's forwards, and the other seconds, over positions of all rows."""

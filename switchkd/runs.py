@@ -25,6 +25,7 @@ from switchkd.data import Example, Message, TokenizedExample, load_examples, tok
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
 from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
+from switchkd.objectives import CHUNK_BYTES
 from switchkd.rollouts import DecodeCost
 from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
@@ -233,7 +234,6 @@ def check_run(config: TrainConfig) -> list[str]:
 def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
     student = parameter_bytes(pair.student)
-    tokens = config.per_device_train_batch_size * max(config.max_new_tokens, config.max_completion_length)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
     slots = rows * (config.max_prompt_length + config.max_new_tokens)
     cache = slots * sum(map(cache_bytes_per_token, (pair.teacher, pair.student)))
@@ -242,6 +242,6 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
         "student": student,
         "gradients": student,
         "optimizer": 2 * student,
-        "logits": 3.0 * tokens * pair.vocab_size * pair.student.dtype.itemsize,
+        "loss": 8 * CHUNK_BYTES + 2.0 * parameter_bytes(pair.student.get_output_embeddings()),
         "key/value caches": cache if config.lmbda > 0 else 0.0,
     }

@@ -21,7 +21,7 @@ def pace(student=1e8, teacher=1e9, **settings):
 def settle(p, student, teacher, equal):
     """So many of 100 draws were final, and equal, for long."""
     for _ in range(50):
-        p.observe((student, teacher, equal), 100)
+        p.observe(100, student, teacher, 100, equal)
     return p
 
 
@@ -59,7 +59,7 @@ def test_exploration_grows_while_the_student_goes_on():
     blocks = []
     for _ in range(12):
         blocks.append(p.plan([BOTH] * 2, 200).block)
-        p.observe((40, 10, 10), 40)
+        p.observe(40, 40, 10, 40, 10)
     assert blocks == sorted(blocks) and blocks[-1] > 2 * blocks[0]
 
 
@@ -80,6 +80,17 @@ def test_a_lone_student_writes_one_token_a_round_and_never_runs_the_teacher():
         assert p.plan([ONLY_STUDENT] * 3, 50) == Plan(STUDENT, 1, 1)
 
 
+def test_rows_that_have_switched_say_nothing_of_those_that_explore():
+    """AdaSwitch in one batch: a row past its switch is the teacher's, whatever the student would have written there."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "observe", lambda self, *evidence: seen.append(evidence))
+        pair = tiny_model("llama", 1), tiny_model("llama", 2)
+        decode(*pair, [[3], [4]], AdaSwitch(window=1, ratio=0.0), 8, block_size=4, drafter="student", eos_token_ids=[])
+    asked, _, _, ran, _ = (sum(column) for column in zip(*seen, strict=True))
+    assert asked == 4 and ran > asked  # two tokens a row until the switch; drafts go on after it
+
+
 def test_blocks_end_with_the_budget():
     p = settle(pace(), 99, 99, 99)
     assert p.plan([BOTH], 3).block == 3 and p.plan([BOTH], 1).block == 1
@@ -89,7 +100,7 @@ def test_blocks_end_with_the_budget():
 def test_what_is_not_seen_for_long_is_tried_again():
     p = settle(pace(), 90, 90, 0)
     for _ in range(4000):
-        p.observe((0, 0, 0), 0)
+        p.observe(0, 0, 0, 0, 0)
     assert p.plan([ONLY_TEACHER], 50).drafter == STUDENT
 
 
