@@ -18,6 +18,8 @@ from switchkd.policies import STUDENT, TEACHER
 Drafter = Literal["auto", "student", "teacher"]
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+# Rows times positions of a round, each of which holds noise and two log-distributions over the vocabulary.
+_MAX_TOKENS = 256
 # First guesses, and all there is where no clock may be looked at: two runs on one machine then make equal choices.
 _SECONDS_PER_PARAMETER = 4e-10
 _SECONDS_PER_TOKEN_ID = 2.5e-8
@@ -58,7 +60,8 @@ class Pace:
 
     def plan(self, reads: Sequence[tuple[bool, bool]], left: int) -> Plan:
         """The next round for rows that read (student, teacher), of which the longest has ``left`` tokens to go."""
-        blocks = [k for k in BLOCKS if k <= left] if self.block_size == "auto" else [min(self.block_size, left)]
+        fitting = [k for k in BLOCKS if k <= left and (k == 1 or k * len(reads) <= _MAX_TOKENS)]
+        blocks = fitting if self.block_size == "auto" else [min(self.block_size, left)]
         # A teacher that nobody reads is never the cheaper drafter.
         either = (STUDENT, TEACHER) if any(teacher for _, teacher in reads) else (STUDENT,)
         drafters = {"auto": either, "student": (STUDENT,), "teacher": (TEACHER,)}[self.drafter]

@@ -97,6 +97,13 @@ def test_blocks_end_with_the_budget():
     assert pace(block_size=7).plan([BOTH], 4).block == 4
 
 
+def test_wide_batches_take_shorter_blocks():
+    """What a round holds grows with rows times positions times the vocabulary."""
+    p = settle(pace(), 99, 99, 99)
+    assert p.plan([BOTH] * 64, 100).block <= 4 < p.plan([BOTH] * 4, 100).block
+    assert p.plan([BOTH] * 1000, 100).block == 1
+
+
 def test_what_is_not_seen_for_long_is_tried_again():
     p = settle(pace(), 90, 90, 0)
     for _ in range(4000):
