@@ -6,7 +6,7 @@ of tokens at a time, the gradient together with the value, so that nothing is co
 Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N response tokens of a batch in row-major order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from switchkd.cache import evaluating
 from switchkd.data import Batch
 from switchkd.errors import ModelError
 
-# Bytes of fp32 logits of one chunk; about eight tensors of this size live at once.
+# Bytes of fp32 logits of one model that exist at once: enough tokens for efficient matrix products.
 CHUNK_BYTES = 2**24
+# Of these, what the divergence works on at once; autograd holds about sixteen tensors of this size, best in the CPU's cache.
+PIECE_BYTES = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,10 @@ class Head:
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[vocab_size, H]`` and bias ``[vocab_size]``, if there is one."""
-        bias = self.linear.bias
-        return self.linear.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        weight, bias = self.linear.weight, self.linear.bias
+        if len(weight) == self.vocab_size:
+            return weight, bias  # a slice would cost a second gradient of the weight's size
+        return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
@@ -135,23 +139,22 @@ class _Total(torch.autograd.Function):
             torch.zeros_like(x, dtype=wide) if want and x is not None else None
             for want, x in zip(wants, (hidden_q, weight, bias), strict=True)
         )
-        size = max(1, CHUNK_BYTES // (4 * head_q.vocab_size))
-        for start in range(0, len(hidden_q), size):
-            rows = slice(start, start + size)
+        for rows in _slices(len(hidden_q), CHUNK_BYTES, head_q.vocab_size):
             h = hidden_q[rows].to(weight.dtype)
-            with torch.enable_grad():
-                raw = head_q.raw(h).detach().requires_grad_(any(wants))
-                loss = objective.per_token(head_p(hidden_p[rows]), head_q.finish(raw)).sum()
-            total += loss.detach()
-            if not any(wants):
-                continue
-            (d_raw,) = torch.autograd.grad(loss, raw)
+            raw, logits_p = head_q.raw(h), head_p(hidden_p[rows])
+            for piece in _slices(len(h), PIECE_BYTES, head_q.vocab_size):
+                with torch.enable_grad():
+                    leaf = raw[piece].detach().requires_grad_(any(wants))
+                    loss = objective.per_token(logits_p[piece], head_q.finish(leaf)).sum()
+                total += loss.detach()
+                if any(wants):
+                    (raw[piece],) = torch.autograd.grad(loss, leaf)  # the logits are not needed any more
             if d_hidden is not None:
-                d_hidden[rows] = d_raw @ weight
+                d_hidden[rows] = raw @ weight
             if d_weight is not None:
-                _add_product(d_weight, d_raw.T, h)
+                _add_product(d_weight, raw.T, h)
             if d_bias is not None:
-                d_bias += d_raw.sum(0)
+                d_bias += raw.sum(0)
         grads = zip((d_hidden, d_weight, d_bias), (hidden_q, weight, bias), strict=True)
         ctx.gradients = [None if d is None or x is None else d.to(x.dtype) for d, x in grads]
         return total
@@ -165,6 +168,12 @@ class _Total(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
+
+
+def _slices(tokens: int, size: int, vocab_size: int) -> Iterator[slice]:
+    """Consecutive slices of ``tokens`` whose fp32 logits take about ``size`` bytes."""
+    step = max(1, size // (4 * vocab_size))
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

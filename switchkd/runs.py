@@ -242,6 +242,6 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
         "student": student,
         "gradients": student,
         "optimizer": 2 * student,
-        "loss": 8 * CHUNK_BYTES + 2.0 * parameter_bytes(pair.student.get_output_embeddings()),
+        "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
         "key/value caches": cache if config.lmbda > 0 else 0.0,
     }

@@ -102,8 +102,7 @@ def test_heads_that_are_not_what_they_seem_are_refused():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("student", ["llama", "capped", "scaled", "divided", "biased"])
 def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
-    """Value and every gradient of the student, at three chunk sizes, against plain autograd through all logits."""
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * VOCAB * 3)
+    """Value and every gradient of the student, at several sizes of chunk and piece, against plain autograd through all logits."""
     student = tiny_model("llama", 1) if student == "llama" else transformed_models()[student]
     teacher = tiny_model("qwen2", 2)
     objective = Objective(name, alpha=0.2, beta=0.3, temperature=1.7)
@@ -113,8 +112,9 @@ def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
     dense = objective.per_token(teacher_logits, response_logits(student, batch)).sum()
     names, parameters = zip(*student.named_parameters(), strict=True)
     expected = torch.autograd.grad(dense / 7, parameters)
-    for rows in (100, 3, 1):
+    for rows, piece in ((100, 100), (5, 2), (3, 3), (1, 1)):
         monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * VOCAB * rows)
+        monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * VOCAB * piece)
         loss = total(student, teacher, ROWS, objective)
         torch.testing.assert_close(loss, dense, atol=1e-12, rtol=1e-12)
         for name, ours, wanted in zip(names, torch.autograd.grad(loss / 7, parameters), expected, strict=True):
