@@ -1,7 +1,7 @@
 """Linear layers for decoding on a CPU.
 
 A decoding step multiplies a handful of rows by every weight of the model. torch hands that product to a BLAS made for tall
-matrices; oneDNN with the weight laid out for it beforehand does the same work 1.5 to 3 times sooner (``benchmarks/RESULTS.md``).
+matrices; oneDNN with the weight laid out for it beforehand does the same work sooner (``benchmarks/RESULTS.md``).
 Nothing changes on a GPU, in other dtypes than fp32, or in training.
 """
 
