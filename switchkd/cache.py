@@ -7,7 +7,7 @@ what keeps learned positions (GPT-2, OPT), rotary positions and sliding windows 
 Shapes: B rows in the cache, b rows in a forward, T new tokens, S slots, H key/value heads, D head size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -186,7 +186,8 @@ class CachedModel:
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor, keep: int) -> Tensor:
         """One forward over the first ``cache.end`` slots: logits ``[b, keep, V]``. Nothing here waits for the device."""
         self.cache.rows_b, self.cache.slots_bT = rows, slots
-        with self._capture():
+        with ExitStack() as stack:
+            entered = stack.enter_context(head_inputs(self.model)) if self.keep_hidden else []
             output = self.model(
                 input_ids=tokens,
                 attention_mask=self._mask(positions),
@@ -195,23 +196,8 @@ class CachedModel:
                 use_cache=True,
                 logits_to_keep=keep,
             )
+        self.hidden = entered[-1] if entered else self.hidden
         return output.logits[..., : self.vocab_size]
-
-    @contextmanager
-    def _capture(self) -> Iterator[None]:
-        """Note what enters the output layer."""
-        if not self.keep_hidden:
-            yield
-            return
-
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.hidden = inputs[0]
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(note)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _mask(self, positions_bT: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks ``[b, 1, T, S]``: one tensor, or one for each kind of layer of a hybrid model."""
@@ -314,6 +300,22 @@ def verify_cache(model: PreTrainedModel) -> None:
             f"{model.config.model_type} cannot be decoded exactly with the ragged cache: on a probe its logits are off by "
             f"{error:.2g} (relative). Its attention is not plain full or sliding-window attention; choose another model"
         )
+
+
+@contextmanager
+def head_inputs(model: PreTrainedModel, passes_on: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Tensor]]:
+    """Collect what enters the model's output layer within the context; the layer itself is given ``passes_on`` of it."""
+    entered: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        entered.append(args[0])
+        return (passes_on(args[0]), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield entered
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -75,6 +75,19 @@ class DecodeConfig:
     repeatable: bool = True
     """Plan rounds without looking at the clock, so that equal runs are equal to the last bit; false measures costs."""
 
+    def decode_arguments(self) -> dict[str, Any]:
+        """What these settings say to ``decode``."""
+        return {
+            "policy": self.policy,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "block_size": self.block_size or "auto",
+            "batch_size": self.generation_batch_size,
+            "memory_gib": self.generation_memory_gib or None,
+            "static_step": self.static_step,
+            "repeatable": self.repeatable,
+        }
+
 
 @dataclass(frozen=True)
 class EvalConfig:

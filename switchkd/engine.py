@@ -119,8 +119,9 @@ class BlockEngine:
         """
         drafter, who = block.plan.drafter, 1 - block.plan.drafter
         rows = self.reads[who].nonzero().flatten().tolist()
-        block.logs[who] = list(block.logs[drafter])
-        if rows:
+        if not rows:
+            block.logs[who] = block.logs[drafter]
+        else:
             index = torch.tensor(rows, device=self.device)
             drafts = torch.stack(block.drafts, 1)[index, : block.plan.block - 1] if block.plan.block > 1 else None
             logits = self._forward(who, rows, drafts, texts=True)
@@ -179,9 +180,11 @@ class BlockEngine:
 
     def _evidence(self, block: _Block, k: int, token: Tensor, sound: Tensor, reads: list[Tensor]) -> list[Tensor]:
         """``[B]`` bools: the policy asked both models, the student's draw is final, the teacher's is; both ran, draws equal."""
-        other = draw(block.logs[1 - block.plan.drafter][k], block.noise[k], self.job.temperature)
-        draws = [block.drafts[k] if k < len(block.drafts) else other, other]
-        student, teacher = draws if block.plan.drafter == STUDENT else draws[::-1]
+        who = 1 - block.plan.drafter
+        if k == len(block.drafts) or block.logs[who] is block.logs[1 - who]:
+            return [torch.zeros_like(sound)] * 5  # one of the two was not run
+        draws = [block.drafts[k], draw(block.logs[who][k], block.noise[k], self.job.temperature)]
+        student, teacher = draws if who == TEACHER else draws[::-1]
         ran = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
         asked = ran & reads[STUDENT] & reads[TEACHER]
         return [asked, asked & (student == token), asked & (teacher == token), ran, ran & (student == teacher)]
@@ -222,9 +225,8 @@ class BlockEngine:
         laps = [each.take() for each in self.watches]
         [(_, whole)] = watch.take()
         rest = whole - sum(seconds for each in laps for _, seconds in each)
-        blocks = [
-            [(tokens, seconds) for tokens, seconds in each if tokens] for each in laps
-        ]  # catching up is not a block
+        # Catching up, a lap of size 0, is not a block.
+        blocks = [[(tokens, seconds) for tokens, seconds in each if tokens] for each in laps]
         self.pace.measure(blocks, rest, plan.block * len(self.rows))
 
     def _retire(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd import divergences
-from switchkd.cache import evaluating
+from switchkd.cache import evaluating, head_inputs
 from switchkd.data import Batch
 from switchkd.errors import ModelError
 
@@ -80,10 +80,10 @@ class Head:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(4, device=self.linear.weight.device).remainder(self.vocab_size).unsqueeze(0)
-        with evaluating(model):
-            hidden, output = _into_head(model, lambda hidden: hidden, input_ids=ids, use_cache=False)
+        with evaluating(model), head_inputs(model) as entered:
+            output = model(input_ids=ids, use_cache=False)
         expected = output.logits[..., : self.vocab_size].double()
-        error = (self(hidden).double() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
+        error = (self(entered[0]).double() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
         if not error < {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.1):
             raise ModelError(
                 f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a "
@@ -191,39 +191,16 @@ def response_hidden(model: PreTrainedModel, batch: Batch, forward: Callable[...,
     """
     predicts = batch.loss_mask.roll(-1, dims=1)
     predicts[:, -1] = False
-    hidden, _ = _into_head(
-        model,
-        lambda hidden: hidden[:1, :1],
-        forward,
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return hidden[predicts]
+    with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
+        (forward or model)(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+    return entered[0][predicts]
 
 
 def response_tokens(batch: Batch) -> Tensor:
     """The response token ids ``[N]`` that ``response_hidden`` predicts."""
     return batch.input_ids[batch.loss_mask]
-
-
-def _into_head(
-    model: PreTrainedModel,
-    passes_on: Callable[[Tensor], Tensor],
-    forward: Callable[..., Any] | None = None,
-    **inputs: Any,
-) -> tuple[Tensor, Any]:
-    """A forward that notes what enters the output layer and hands on a part of it: what entered, and the output."""
-    entered: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(args[0])
-        return (passes_on(args[0]), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        output = (forward or model)(**inputs)
-    finally:
-        handle.remove()
-    return entered[0], output

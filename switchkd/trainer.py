@@ -143,23 +143,15 @@ class Trainer:
         self, examples: Sequence[TokenizedExample], on_round: Callable[[DecodeCost], None] | None
     ) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
-        config = self.config
         first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
         rollouts = decode(
             self.accelerator.unwrap_model(self.student),
             self.pair.teacher,
             [example.prompt_ids for example in examples],
-            config.policy,
-            config.max_new_tokens,
-            config.temperature,
-            config.seed,
+            **self.config.decode_arguments(),
+            seed=self.config.seed,
             sample_ids=range(first, first + len(examples)),
-            block_size=config.block_size or "auto",
             eos_token_ids=self.pair.eos_token_ids,
-            batch_size=config.generation_batch_size,
-            repeatable=config.repeatable,
-            static_step=config.static_step,
-            memory_gib=config.generation_memory_gib or None,
             keep_hidden=True,
             vocab_size=self.pair.vocab_size,
             progress=on_round,
