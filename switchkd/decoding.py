@@ -160,13 +160,13 @@ def _rows_within(memory_gib: float | None, job: Job) -> int:
     """
     if memory_gib is None:
         return len(job.rows)
-    tokens = max(len(row.prompt) for row in job.rows) + job.max_new_tokens
-    caches = tokens * sum(cache_bytes_per_token(model) for model in (job.student, job.teacher))
+    caches = job.capacity * sum(cache_bytes_per_token(model) for model in (job.student, job.teacher))
     # Noise and two log-distributions of a block, and the logits they are made of.
     buffers = max(BLOCKS) * job.vocab_size * 4 * 4
-    if memory_gib * 2**30 < caches + buffers:
+    row = caches + buffers
+    if memory_gib * 2**30 < row:
         raise ConfigError(
-            f"one row of {tokens} tokens needs {(caches + buffers) / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
+            f"one row of {job.capacity} tokens needs {row / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
             "raise it, shorten the prompts or lower max_new_tokens"
         )
-    return int(memory_gib * 2**30 / (caches + buffers))
+    return int(memory_gib * 2**30 / row)

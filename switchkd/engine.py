@@ -50,10 +50,9 @@ class BlockEngine:
     ):
         self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-        capacity = max(len(row.prompt) for row in job.rows if row.stop_reason is None) + job.max_new_tokens
         self.models = [  # indexed by STUDENT, TEACHER
-            CachedModel(job.student, len(self.rows), capacity, job.vocab_size, static=static_step),
-            CachedModel(job.teacher, len(self.rows), capacity, job.vocab_size, keep_hidden),
+            CachedModel(job.student, len(self.rows), job.capacity, job.vocab_size, static=static_step),
+            CachedModel(job.teacher, len(self.rows), job.capacity, job.vocab_size, keep_hidden),
         ]
         self.device = self.models[STUDENT].device
         self.watches = [Stopwatch(model.device) for model in self.models]

@@ -82,6 +82,11 @@ class Job:
     eos_token_ids: frozenset[int]
     vocab_size: int
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest row that is still to be decoded, its budget included."""
+        return max(len(row.prompt) for row in self.rows if row.stop_reason is None) + self.max_new_tokens
+
     @staticmethod
     def of(
         student: PreTrainedModel,

@@ -7,7 +7,7 @@ import torch
 from tiny import POLICIES, tiny_model
 
 from switchkd import AdaSwitch, Switch, TeacherOnly, decode, decoding
-from switchkd.pace import BLOCKS, Pace, Plan, Stopwatch
+from switchkd.pace import BLOCKS, Pace, Plan
 from switchkd.policies import STUDENT, TEACHER
 
 CPU = torch.device("cpu")
@@ -120,30 +120,38 @@ def test_measured_forwards_change_the_plan_and_sizes_not_met_take_the_nearest():
     assert p.forward[STUDENT](64) == pytest.approx(1.0 * (1 + 64 / 32) / (1 + 1 / 32))
 
 
-def test_a_repeatable_run_does_not_look_at_the_clock(monkeypatch):
-    """The same plans whatever the clock says; without ``repeatable`` the clock is heard."""
+def test_the_first_forward_of_a_size_is_not_measured():
+    """It prepares kernels; as a measurement it would keep the size from ever being tried again."""
+    p = pace()
+    before = p.forward[TEACHER](8)
+    p.measure([[], [(8, 100.0)]], 0.0, 1)
+    assert p.forward[TEACHER](8) == before
+    p.measure([[], [(8, 0.5)]], 0.0, 1)
+    assert p.forward[TEACHER](8) == pytest.approx(0.5)
 
-    def plans(seconds, **settings):
+
+def test_a_repeatable_run_does_not_look_at_the_clock(monkeypatch):
+    """The same plans whatever the clock says, also with a block size of one's own; otherwise the clock is heard."""
+    measure, plan = Pace.measure, Pace.plan
+
+    def plans(slow, **settings):
+        """Plans of a run on whose clock the model ``slow`` takes a thousand times as long as the other."""
         made = []
-        monkeypatch.setattr(
-            Stopwatch, "take", lambda self: [(n, seconds * n) for n, *_ in self.laps if not self.laps.clear()]
-        )
-        original = Pace.plan
+
+        def clock(self, forwards, rest, positions):
+            laps = [[(n, 1.0 if who == slow else 1e-3) for n, _ in each] for who, each in enumerate(forwards)]
+            measure(self, laps, 1e-6, positions)
+
         with monkeypatch.context() as patch:
-            patch.setattr(Pace, "plan", lambda *args: made.append(original(*args)) or made[-1])
-            decode(
-                tiny_model("llama", 1),
-                tiny_model("llama", 2),
-                [[3], [4, 5]],
-                Switch(),
-                30,
-                eos_token_ids=[],
-                **settings,
-            )
+            patch.setattr(Pace, "measure", clock)
+            patch.setattr(Pace, "plan", lambda *args: made.append(plan(*args)) or made[-1])
+            pair = tiny_model("llama", 1), tiny_model("llama", 2)
+            decode(*pair, [[3], [4, 5]], Switch(), 30, eos_token_ids=[], **settings)
         return made
 
-    assert plans(1e-6, repeatable=True) == plans(1e3, repeatable=True)
-    assert plans(1e-6, block_size=3) == plans(1e3, block_size=3)
+    assert plans(STUDENT) != plans(TEACHER)
+    assert plans(STUDENT, repeatable=True) == plans(TEACHER, repeatable=True)
+    assert plans(STUDENT, block_size=3) == plans(TEACHER, block_size=3)
 
 
 def test_forwards_and_the_rest_of_a_round_are_measured(monkeypatch):
@@ -181,5 +189,8 @@ def test_a_memory_budget_sets_the_batch():
         ]
     assert widths[0] == 6 and 1 < widths[1] < 6 and widths[2] == 2 and widths[3] >= 6
     assert texts[1] == texts[2] == texts[3] == texts[0]
+    # A row that is refused for its length takes none of the budget.
+    refused = decode(*pair, [[3, 4], [5] * 2000], Switch(), 8, memory_gib=7e-5)
+    assert [r.stop_reason for r in refused][1] == "prompt_too_long" and refused[0].completion_ids == texts[0][0]
     with pytest.raises(decoding.ConfigError, match="memory_gib is 1e-06; raise it"):
         decode(*pair, [[3, 4]], Switch(), 8, memory_gib=1e-6)
