@@ -27,7 +27,7 @@ from switchkd.pace import BLOCKS, Drafter, Pace
 from switchkd.policies import Policy
 from switchkd.rollouts import DecodeCost, Rollouts
 from switchkd.rows import Job
-from switchkd.sampling import draw, gumbel_noise, noise_key
+from switchkd.sampling import draw, gumbel_noise, noise_key, speakers
 
 DEFAULT_BATCH = 32
 
@@ -61,10 +61,10 @@ def decode_reference(
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
-            state = decision.state
-            noise = gumbel_noise([noise_key(seed, row.sample_id, t)], job.vocab_size)
-            token = draw(decision.log_probs, noise, temperature)
-            row.append(int(token), int(decision.speaker), float(decision.divergence), job)
+            key = noise_key(seed, row.sample_id, t)
+            token = draw(decision.log_probs, gumbel_noise([key], job.vocab_size), temperature)
+            state = policy.observe(decision.state, token)
+            row.append(int(token), int(speakers(decision, token, [key])), float(decision.divergence), job)
     return Rollouts([row.rollout() for row in job.rows])
 
 

@@ -15,7 +15,7 @@ from switchkd.pace import Pace, Plan, Stopwatch
 from switchkd.policies import STUDENT, TEACHER, State
 from switchkd.rollouts import DecodeCost
 from switchkd.rows import Job, Row
-from switchkd.sampling import draw, gumbel_noise, noise_key
+from switchkd.sampling import draw, gumbel_noise, noise_key, speakers
 
 # Hidden states of a call that may stay on the teacher's device; larger ones go to the host.
 HIDDEN_BYTES = 2**30
@@ -24,8 +24,8 @@ HIDDEN_BYTES = 2**30
 class _Block:
     """What two models say about the K positions of a round. Lists are indexed by STUDENT, TEACHER, then by position."""
 
-    def __init__(self, plan: Plan, noise: list[Tensor], reads: list[Tensor]):
-        self.plan, self.noise = plan, noise
+    def __init__(self, plan: Plan, keys: list[list[int]], noise: list[Tensor], reads: list[Tensor]):
+        self.plan, self.keys, self.noise = plan, keys, noise
         self.drafts: list[Tensor] = []  # [B] each; none for the last position if nobody asks the drafter about it
         self.logs: list[list[Tensor]] = [[], []]  # [B, V] each
         # For a row what entered the teacher's output layer, [positions, hidden size].
@@ -70,7 +70,8 @@ class BlockEngine:
         start = watch.now()
         reads = torch.stack(self.reads, 1).tolist()
         plan = self.pace.plan(reads, max(self.job.max_new_tokens - len(row.completion) for row in self.rows))
-        block = _Block(plan, [self._noise(k) for k in range(plan.block)], self.reads)
+        keys = [self._keys(k) for k in range(plan.block)]
+        block = _Block(plan, keys, [gumbel_noise(each, self.job.vocab_size, self.device) for each in keys], self.reads)
         self._draft(block)
         self._verify(block)
         self._keep(block, self._walk(block))
@@ -93,9 +94,9 @@ class BlockEngine:
         pair = self.job.policy.reads(self.state)
         return [torch.as_tensor(read, device=self.device).expand(len(self.rows)).clone() for read in pair]
 
-    def _noise(self, offset: int) -> Tensor:
-        keys = [noise_key(self.job.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
-        return gumbel_noise(keys, self.job.vocab_size, self.device)
+    def _keys(self, offset: int) -> list[int]:
+        """The keys of every row's draw ``offset`` positions from here."""
+        return [noise_key(self.job.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
 
     def _draft(self, block: _Block) -> None:
         """Draws of one model, each read by it before the next."""
@@ -162,9 +163,10 @@ class BlockEngine:
             sound = alive & ~(broken[STUDENT] | broken[TEACHER])
             decision = self.job.policy.step(self.state, logq, logp, start + k)
             token = draw(decision.log_probs, g, self.job.temperature)
-            self._keep_state(sound, decision.state)
+            speaker = speakers(decision, token, block.keys[k])
+            self._keep_state(sound, self.job.policy.observe(decision.state, token))
             evidence = self._evidence(block, k, token, sound, reads)
-            numbers = (alive, token, decision.speaker, decision.divergence, *broken, *evidence)
+            numbers = (alive, token, speaker, decision.divergence, *broken, *evidence)
             columns.append(torch.stack([n.double() for n in numbers], 1))
             ends = torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
             if k + 1 == block.plan.block:

@@ -4,13 +4,17 @@ A policy maps the two next-token distributions at a position to the **target dis
 says who speaks. It knows no model, no tokenizer, no cache. Its state is a tuple of tensors whose first dimension is the
 row, so that the engine can undo a step, row by row, by keeping the old state.
 
+A rule may blend: then the target is a sum of a student's and a teacher's part, and who spoke is drawn, given the token,
+with the odds of the two parts there. Tokens and speakers have exactly the joint law of the published procedures that
+propose, test and resample.
+
 Shapes: B rows, V vocabulary. ``p`` is the teacher, ``q`` the student, ``t`` the response position (0 for the first token).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from switchkd import divergences
@@ -19,6 +23,7 @@ from switchkd.errors import ConfigError, nearest
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 STUDENT, TEACHER = 0, 1
 
@@ -32,11 +37,27 @@ class Decision(NamedTuple):
     speaker: Tensor  # [B] int64, 0 student, 1 teacher
     divergence: Tensor  # [B] what the policy compared, in its own unit; NaN where it did not look
     state: State
+    teacher_part: Tensor | None = (
+        None  # [B, V] log of the teacher's part of a blended target; ``speaker`` is then not used
+    )
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A rule for who speaks. Subclass, implement ``step``; override ``init`` if it has state, ``reads`` if it can."""
+    """A rule for who speaks. Subclass and implement ``step``.
+
+    A rule with state overrides ``init``, and ``observe`` if its state depends on the tokens drawn; one that may leave a
+    model unread overrides ``reads``. One that needs the tokenizer or the length of texts resolves them in ``bind``, one
+    that changes over training does so in ``at``.
+    """
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Policy:
+        """This rule with what only a run knows filled in. Called once, before any text is written."""
+        return self
+
+    def at(self, progress: float) -> Policy:
+        """This rule at a share ``progress`` (0 to 1) of the training steps."""
+        return self
 
     def init(self, batch: int, device: torch.device | str = "cpu") -> State:
         """The state before the first token of ``batch`` rows."""
@@ -52,6 +73,10 @@ class Policy:
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         """Decide the token at ``position`` ``[B]`` from the two ``[B, V]`` log-distributions."""
         raise NotImplementedError
+
+    def observe(self, state: State, token: Tensor) -> State:
+        """The state once ``token`` ``[B]`` has been drawn."""
+        return state
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ class Switch(Policy):
     The divergence is the JSD in bits, so it lies between 0 and 1, and ``tau(t)`` is
 
     * ``exponential``: ``tau_0 · exp(−decay · t)``, the paper's rule with its tau_0 = 1 and decay = 1/10;
-    * ``linear``: ``tau_0 · (1 − t / horizon)``, at least 0; the horizon is the maximum response length;
+    * ``linear``: ``tau_0 · (1 − t / horizon)``, at least 0; the horizon is by default the maximum response length;
     * ``constant``: ``tau_0`` (the paper's ablation: 0.2);
     * ``growth``: ``tau_0 · exp(decay · t)``. The paper gives no constants; tau_0 = 0.01 with decay 0.1 mirrors its decay.
 
@@ -103,8 +128,11 @@ class Switch(Policy):
             raise ConfigError(f"tau_0 of Switch must be finite, got {self.tau_0}")
         if not 0 <= self.decay < math.inf:
             raise ConfigError(f"decay of Switch must be at least 0, got {self.decay}; schedule='growth' makes tau grow")
-        if self.schedule == "linear" and (self.horizon is None or self.horizon < 1):
-            raise ConfigError(f"schedule='linear' needs horizon >= 1 (the maximum response length), got {self.horizon}")
+        if self.horizon is not None and self.horizon < 1:
+            raise ConfigError(f"horizon of Switch must be at least 1 token, got {self.horizon}")
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Switch:
+        return replace(self, horizon=max_new_tokens) if self.horizon is None else self
 
     def threshold(self, position: Tensor) -> Tensor:
         """``tau(t)`` in bits for the positions ``[B]``."""
@@ -114,7 +142,11 @@ class Switch(Policy):
         if self.schedule == "growth":
             return self.tau_0 * (self.decay * t).exp()
         if self.schedule == "linear":
-            return self.tau_0 * (1 - t / (self.horizon or 1)).clamp(min=0)
+            if self.horizon is None:
+                raise ConfigError(
+                    "schedule='linear' needs the maximum response length: give horizon, or bind the policy"
+                )
+            return self.tau_0 * (1 - t / self.horizon).clamp(min=0)
         return t.new_full(t.shape, self.tau_0)
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
@@ -177,10 +209,238 @@ class AdaSwitch(Policy):
         return _spoken_where(teacher, logp_student, logp_teacher, d.masked_fill(switched, math.nan), new_state)
 
 
+@dataclass(frozen=True)
+class MixIn(Policy):
+    """MiniLLM's teacher-mixed sampling (arXiv 2306.08543): m = α p + (1 − α) q; the paper's α is 0.2.
+
+    It is also SWITCH's ablation with a random source for each token: a coin with probability α for the teacher, then a
+    draw from whom it names, has the same law.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"alpha of MixIn must lie strictly between 0 and 1, got {self.alpha}")
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        teacher = logp_teacher + math.log(self.alpha)
+        target = (logp_student + math.log1p(-self.alpha)).logaddexp(teacher)
+        return _blend(target, teacher, _unseen(target), state)
+
+
+@dataclass(frozen=True)
+class SKD(Policy):
+    """Speculative Knowledge Distillation (arXiv 2410.11325): a student's proposal outside the teacher's top-K is resampled.
+
+    ``m(y) = q(y) [y in top-K of p] + (1 − q(top-K)) p(y)``. The divergence is the probability of a rejection,
+    ``1 − q(top-K)``. ``student_`` and ``teacher_`` temperature and top_p shape what each proposes, as in the released
+    code (0.5 and 0.5, 0.2 and 0.5); the top-K is of p itself.
+    """
+
+    top_k: int = 25
+    student_temperature: float = 1.0
+    student_top_p: float = 1.0
+    teacher_temperature: float = 1.0
+    teacher_top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError(f"top_k of SKD must be at least 1, got {self.top_k}")
+        for who in ("student", "teacher"):
+            temperature, top_p = getattr(self, f"{who}_temperature"), getattr(self, f"{who}_top_p")
+            if not 0 < temperature < math.inf or not 0 < top_p <= 1:
+                raise ConfigError(
+                    f"SKD needs {who}_temperature > 0 and 0 < {who}_top_p <= 1, got {temperature}, {top_p}"
+                )
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        best = logp_teacher.topk(min(self.top_k, logp_teacher.shape[-1])).indices
+        kept = logp_student.new_zeros(logp_student.shape).scatter(1, best, 1.0).bool()
+        proposal = _sharpened(logp_student, self.student_temperature, self.student_top_p)
+        instead = _sharpened(logp_teacher, self.teacher_temperature, self.teacher_top_p)
+        return _replacing(proposal, kept, instead, state)
+
+
+@dataclass(frozen=True)
+class SSD(Policy):
+    """Speculative self-distillation: the teacher samples where the divergence exceeds a constant ``tau``.
+
+    The divergence is the JSD in nats (at most ln 2); values of tau from 0.2 to 0.5 are reported to be good.
+    """
+
+    tau: float = 0.3
+    divergence: str = "jsd"
+
+    def __post_init__(self) -> None:
+        divergences.by_name(self.divergence)
+        if not math.isfinite(self.tau):
+            raise ConfigError(f"tau of SSD must be finite, got {self.tau}")
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
+        return _spoken_where(d > self.tau, logp_student, logp_teacher, d, state)
+
+
+@dataclass(frozen=True)
+class Hysteresis(Policy):
+    """Two thresholds (DASH-OPD, arXiv 2607.29078): the teacher takes over above ``take`` and keeps on until below ``give``.
+
+    The divergence is the JSD in nats by default. The thresholds are ours. State: whether the teacher holds ``[B]``.
+    """
+
+    take: float = 0.4
+    give: float = 0.1
+    divergence: str = "jsd"
+
+    def __post_init__(self) -> None:
+        divergences.by_name(self.divergence)
+        if not -math.inf < self.give <= self.take < math.inf:
+            raise ConfigError(f"Hysteresis needs finite give <= take, got give={self.give}, take={self.take}")
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        import torch
+
+        return (torch.zeros(batch, dtype=torch.bool, device=device),)
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        (holds,) = state
+        d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
+        teacher = (d >= self.give).where(holds, d > self.take)
+        return _spoken_where(teacher, logp_student, logp_teacher, d, (teacher,))
+
+
+@dataclass(frozen=True)
+class CAOPD(Policy):
+    """CA-OPD: the teacher's argmax replaces a proposal to which the teacher gives a probability below ``alpha``.
+
+    Over training alpha follows half a cosine from ``alpha`` to ``alpha_end``. The divergence is the probability of a
+    replacement, the student's mass on tokens that would be replaced.
+    """
+
+    alpha: float = 0.5
+    alpha_end: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "alpha_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} of CAOPD is a probability, got {getattr(self, name)}")
+
+    def at(self, progress: float) -> CAOPD:
+        share = (1 + math.cos(math.pi * progress)) / 2
+        return replace(self, alpha=self.alpha_end + (self.alpha - self.alpha_end) * share)
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        kept = logp_teacher.exp() >= self.alpha
+        instead = logp_teacher.new_full(logp_teacher.shape, -math.inf)
+        instead = instead.scatter(1, logp_teacher.argmax(1, keepdim=True), 0.0)
+        return _replacing(logp_student, kept, instead, state)
+
+
+@dataclass(frozen=True)
+class TRB(Policy):
+    """Trust-region blending (arXiv 2605.31159): m ∝ q^(1−a) p^a with the largest a for which KL(m ‖ q) is within a budget.
+
+    ``budget`` is in nats and falls linearly to 0 over the first ``warmup`` of training; from there on the student writes.
+    Both numbers are ours. The divergence is KL(m ‖ q). As such a blend is no sum, the teacher's part is what m has above
+    q: it then speaks as seldom as any account of m allows.
+    """
+
+    budget: float = 0.5
+    warmup: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget < math.inf or not 0 < self.warmup <= 1:
+            raise ConfigError(f"TRB needs budget >= 0 and 0 < warmup <= 1, got {self.budget} and {self.warmup}")
+
+    def at(self, progress: float) -> TRB:
+        return replace(self, budget=self.budget * max(0.0, 1 - progress / self.warmup))
+
+    def reads(self, state: State) -> tuple[bool, bool]:
+        return True, self.budget > 0
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        if self.budget == 0:
+            return _spoken_by(STUDENT, logp_student, state)
+        target, kl = _largest_blend(logp_student, logp_teacher, self.budget)
+        above = (target.exp() - logp_student.exp()).clamp(min=0)
+        return _blend(target, above.log(), kl, state)
+
+
+@dataclass(frozen=True)
+class Relay(Policy):
+    """Relay-OPD (arXiv 2607.26057): where the teacher would reflect and the student would not, the teacher takes a leg.
+
+    It takes over where its best token is one of ``triggers`` and not among the student's ``student_top`` best, writes
+    ``paragraphs`` paragraphs and hands back, at most ``legs`` times in a text. ``bind`` finds the tokens that spell the
+    triggers, and those that make a blank line, which ends a paragraph; ids may also be given.
+
+    State: (paragraphs left ``[B]``, legs taken ``[B]``, whether the last token ended a line ``[B]``).
+    """
+
+    triggers: tuple[str, ...] = ("Wait", "But", "Hmm", "However")
+    student_top: int = 5
+    paragraphs: int = 3
+    legs: int = 2
+    trigger_ids: tuple[int, ...] = ()
+    blank_ids: tuple[int, ...] = ()
+    """Tokens that hold a blank line."""
+    line_end_ids: tuple[int, ...] = ()
+    """Tokens that end with a newline: a blank line follows if the next one starts with one."""
+    line_start_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("student_top", "paragraphs", "legs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of Relay must be at least 1, got {getattr(self, name)}")
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Relay:
+        if self.trigger_ids:
+            return self
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        where = lambda holds: tuple(i for i, text in enumerate(texts) if holds(text))  # noqa: E731
+        triggers = where(lambda text: text.strip() in self.triggers)
+        if not triggers:
+            raise ConfigError(
+                f"none of Relay's triggers {self.triggers} is a single token of this tokenizer; give others"
+            )
+        return replace(
+            self,
+            trigger_ids=triggers,
+            blank_ids=where(lambda text: "\n\n" in text),
+            line_end_ids=where(lambda text: text.endswith("\n")),
+            line_start_ids=where(lambda text: text.startswith("\n")),
+        )
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        import torch
+
+        if not self.trigger_ids:
+            raise ConfigError("Relay does not know its trigger tokens: bind it to a tokenizer, or give trigger_ids")
+        counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        return counts, counts.clone(), torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def reads(self, state: State) -> tuple[Tensor, Tensor]:
+        left, taken, _ = state
+        return left == 0, (left > 0) | (taken < self.legs)
+
+    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
+        left, taken, ended = state
+        best = logp_teacher.argmax(1, keepdim=True)
+        favoured = (logp_student.topk(min(self.student_top, logp_student.shape[1])).indices == best).any(1)
+        begins = (left == 0) & (taken < self.legs) & _one_of(best[:, 0], self.trigger_ids) & ~favoured
+        left = left.masked_fill(begins, self.paragraphs)
+        return _spoken_where(left > 0, logp_student, logp_teacher, _unseen(logp_student), (left, taken + begins, ended))
+
+    def observe(self, state: State, token: Tensor) -> State:
+        left, taken, ended = state
+        over = _one_of(token, self.blank_ids) | (ended & _one_of(token, self.line_start_ids))
+        return (left - over.long()).clamp(min=0), taken, _one_of(token, self.line_end_ids) & ~over
+
+
 def _spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:
-    rows = log_probs.shape[0]
-    who = log_probs.new_full((rows,), speaker).long()
-    return Decision(log_probs, who, log_probs.new_full((rows,), math.nan), state)
+    who = log_probs.new_full(log_probs.shape[:1], speaker).long()
+    return Decision(log_probs, who, _unseen(log_probs), state)
 
 
 def _spoken_where(teacher: Tensor, logp_student: Tensor, logp_teacher: Tensor, d: Tensor, state: State) -> Decision:
@@ -189,9 +449,75 @@ def _spoken_where(teacher: Tensor, logp_student: Tensor, logp_teacher: Tensor, d
     return Decision(target, teacher.long(), d, state)
 
 
+def _blend(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:
+    return Decision(target, d.new_zeros(d.shape).long(), d, state, teacher_part)
+
+
+def _replacing(proposal: Tensor, kept: Tensor, instead: Tensor, state: State) -> Decision:
+    """Proposals that are not ``kept`` ``[B, V]`` are drawn again from ``instead``: both ``[B, V]`` log-distributions."""
+    lost = proposal.exp().masked_fill(kept, 0.0).sum(1)
+    teacher = instead + lost.log().unsqueeze(1)
+    target = proposal.masked_fill(~kept, -math.inf).logaddexp(teacher)
+    return _blend(target, teacher, lost, state)
+
+
+def _sharpened(logs: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Log-probabilities at a temperature, cut to the fewest tokens whose mass reaches ``top_p``."""
+    if temperature != 1:
+        logs = (logs / temperature).log_softmax(-1)
+    if top_p < 1:
+        ordered, index = logs.sort(descending=True)
+        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+        cut = ordered.masked_fill(mass_before >= top_p, -math.inf)
+        logs = cut.gather(1, index.argsort()).log_softmax(-1)
+    return logs
+
+
+def _largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """Log of m ∝ q^(1−a) p^a ``[B, V]`` for the largest a in [0, 1] with KL(m ‖ q) <= budget, and that KL ``[B]``.
+
+    KL(m ‖ q) grows with a, so 30 bisections give a to 1e-9. Tokens that one of the two cannot write have no mass for a > 0.
+    """
+    ratio = logp - logq
+    live = ratio.isfinite()
+    ratio, base = ratio.masked_fill(~live, 0.0), logq.masked_fill(~live, -math.inf)
+
+    def blend(a: Tensor) -> tuple[Tensor, Tensor]:
+        unnormalised = base + a.unsqueeze(1) * ratio
+        log_z = unnormalised.logsumexp(1)
+        m = unnormalised - log_z.unsqueeze(1)
+        return m, a * (m.exp() * ratio).sum(1) - log_z
+
+    low, high = logq.new_zeros(len(logq)), logq.new_ones(len(logq))
+    low = high.where(blend(high)[1] <= budget, low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = blend(middle)[1] <= budget
+        low, high = middle.where(fits, low), high.where(fits, middle)
+    m, kl = blend(low)
+    apart = low > 0
+    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0.0 * low)
+
+
+def _one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """``[B]`` bool: which of ``tokens`` ``[B]`` are among ``ids``."""
+    return (tokens.unsqueeze(1) == tokens.new_tensor(ids)).any(1)
+
+
+def _unseen(log_probs: Tensor) -> Tensor:
+    return log_probs.new_full(log_probs.shape[:1], math.nan)
+
+
 POLICIES: dict[str, type[Policy]] = {
     "student_only": StudentOnly,
     "teacher_only": TeacherOnly,
     "switch": Switch,
     "adaswitch": AdaSwitch,
+    "mix_in": MixIn,
+    "skd": SKD,
+    "ssd": SSD,
+    "hysteresis": Hysteresis,
+    "ca_opd": CAOPD,
+    "trb": TRB,
+    "relay": Relay,
 }

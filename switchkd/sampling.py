@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from switchkd.policies import Decision
+
 _MASK64 = (1 << 64) - 1
+_SPEAKER = 1  # parts a token's noise from the draw of who wrote it
 
 
 def _mix64(x: int) -> int:
@@ -51,6 +54,23 @@ def draw(log_probs: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
     if temperature == 0:
         return log_probs.argmax(-1)
     return torch.add(log_probs, noise, alpha=temperature).argmax(-1)
+
+
+def keyed_uniform(seed: int, sample_id: int, position: int) -> float:
+    """A uniform number of [0, 1) that is a function of the three words alone."""
+    return noise_key(seed, sample_id, position) / 2.0**64
+
+
+def speakers(decision: Decision, token: Tensor, keys: Sequence[int]) -> Tensor:
+    """Who wrote ``token`` ``[B]``: the policy's word, or, for a blended target, a draw with the odds of the two parts there.
+
+    ``keys`` are those of the tokens' noise; the draw is independent of it.
+    """
+    if decision.teacher_part is None:
+        return decision.speaker
+    whole, part = (logs.gather(1, token.unsqueeze(1))[:, 0] for logs in (decision.log_probs, decision.teacher_part))
+    uniform = torch.tensor([keyed_uniform(key, _SPEAKER, 0) for key in keys], dtype=torch.float64, device=token.device)
+    return (uniform < (part - whole).double().exp()).long()
 
 
 def _mix32(x: Tensor) -> Tensor:

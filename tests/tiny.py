@@ -32,7 +32,22 @@ from transformers import (
 from switchkd import divergences
 from switchkd.data import TokenizedExample
 from switchkd.models import Pair
-from switchkd.policies import AdaSwitch, Decision, Policy, State, StudentOnly, Switch, TeacherOnly
+from switchkd.policies import (
+    CAOPD,
+    SKD,
+    SSD,
+    TRB,
+    AdaSwitch,
+    Decision,
+    Hysteresis,
+    MixIn,
+    Policy,
+    Relay,
+    State,
+    StudentOnly,
+    Switch,
+    TeacherOnly,
+)
 from switchkd.rollouts import Rollout
 
 VOCAB = 23
@@ -196,6 +211,22 @@ class Spell(Policy):
         return Decision(target, teacher.long(), bits, (torch.clamp(left - 1, min=0),))
 
 
+@dataclass(frozen=True)
+class Parity(Policy):
+    """A rule that hears the text: the teacher writes after an even token. State: whether the last one was ``[B]``."""
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        return (torch.zeros(batch, dtype=torch.bool, device=device),)
+
+    def step(self, state: State, logp_student, logp_teacher, position) -> Decision:
+        (even,) = state
+        target = torch.where(even.unsqueeze(1), logp_teacher, logp_student)
+        return Decision(target, even.long(), torch.full_like(target[:, 0], math.nan), state)
+
+    def observe(self, state: State, token: torch.Tensor) -> State:
+        return (token % 2 == 0,)
+
+
 # Settings under which both models speak on the tiny pairs; a new policy joins here and is covered by every lossless test.
 POLICIES = {
     "student_only": StudentOnly(),
@@ -209,6 +240,22 @@ POLICIES = {
         window=3, ratio=1.2, divergence="tvd", switch_token_by="student", require_full_window=False
     ),
     "spell": Spell(),
+    "parity": Parity(),
+    "mix_in": MixIn(alpha=0.4),
+    "skd": SKD(top_k=3),
+    "skd_sharpened": SKD(3, student_temperature=0.7, student_top_p=0.9, teacher_temperature=0.5, teacher_top_p=0.8),
+    "ssd": SSD(tau=0.3),
+    "hysteresis": Hysteresis(take=0.35, give=0.2),
+    "ca_opd": CAOPD(alpha=0.2),
+    "trb": TRB(budget=0.5),
+    "relay": Relay(
+        student_top=1,
+        paragraphs=1,
+        trigger_ids=tuple(range(2, 14)),
+        blank_ids=(2, 9),
+        line_end_ids=(3, 5, 7, 15),
+        line_start_ids=(4, 6, 7, 8),
+    ),
 }
 
 

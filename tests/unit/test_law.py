@@ -13,6 +13,7 @@ import torch
 from tiny import POLICIES, Spell, TabularModel
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding, engine
+from switchkd.policies import CAOPD, Hysteresis, Relay
 
 QUARTERS, LENGTH, VOCAB = 4, 5, 3
 STUDENT = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]
@@ -21,6 +22,9 @@ POLICY_CASES = {
     "spell": Spell(limit=0.2, length=2),
     "switch": Switch(tau_0=0.5, decay=0.4),
     "adaswitch": AdaSwitch(window=1, ratio=1.45, divergence="tvd"),
+    "hysteresis": Hysteresis(take=0.1, give=0.08),
+    "ca_opd": CAOPD(alpha=0.3),
+    "relay": Relay(student_top=1, paragraphs=1, legs=2, trigger_ids=(1, 2), blank_ids=(1,)),
     "student_only": POLICIES["student_only"],
     "teacher_only": POLICIES["teacher_only"],
 }
@@ -37,6 +41,7 @@ def quartered_noise(monkeypatch):
     def draw(log_probs, noise, temperature=1.0):
         return (noise > log_probs.exp().cumsum(-1)).sum(-1)
 
+    monkeypatch.setattr("switchkd.sampling.keyed_uniform", lambda *_: 0.5)
     for module in (decoding, engine):
         monkeypatch.setattr(module, "noise_key", lambda seed, sample_id, position: (sample_id, position))
         monkeypatch.setattr(module, "gumbel_noise", gumbel_noise)
@@ -52,7 +57,7 @@ def exact_law(policy, first):
         for t, token in enumerate(text):
             decision = policy.step(state, log_student[[last]], log_teacher[[last]], torch.tensor([t]))
             probability *= decision.log_probs[0, token].exp().item()
-            state, last = decision.state, token
+            state, last = policy.observe(decision.state, torch.tensor([token])), token
         if probability > 0:
             law[text] = probability
     return law

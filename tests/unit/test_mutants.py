@@ -29,8 +29,21 @@ MUTANTS = {
     ],
     "threshold by block instead of position": [(STEP, STEP.replace("start + k", "start"))],
     "state not rolled back over discarded drafts": [
-        ("self._keep_state(sound, decision.state)", "self.state = decision.state")
+        (
+            "self._keep_state(sound, self.job.policy.observe(decision.state, token))",
+            "self.state = self.job.policy.observe(decision.state, token)",
+        )
     ],
+    "the state does not hear the token": [
+        (
+            "self._keep_state(sound, self.job.policy.observe(decision.state, token))",
+            "self._keep_state(sound, decision.state)",
+        )
+    ],
+    "the state hears the draft": [
+        ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
+    ],
+    "speakers of a blend by another position": [("block.keys[k])", "block.keys[0])")],
     "cache one long after a rejection": [("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens))")],
     # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
     "cache one short after a rejection": [
@@ -76,7 +89,7 @@ def mutated_decode(edits):
 def check_engine(decode):
     """The guarantees of the engine in one go, for the real one and for the mutants."""
     student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    for name in ("switch_exponential", "adaswitch", "spell"):
+    for name in ("switch_exponential", "adaswitch", "spell", "mix_in", "parity"):
         reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, eos_token_ids=[])
         for drafter in ("student", "teacher"):
             out = decode(

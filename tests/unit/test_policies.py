@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from tiny import byte_level_tokenizer
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly
 from switchkd.divergences import LN2, jsd
 from switchkd.errors import ConfigError
+from switchkd.policies import CAOPD, SKD, SSD, TRB, Hysteresis, MixIn, Relay
+from switchkd.sampling import noise_key, speakers
 
 
 def logs(*rows):
@@ -133,11 +136,181 @@ def test_adaswitch_asks_for_the_student_until_it_has_switched():
     assert policy.reads(state)[0].tolist() == [False] and policy.reads(state)[1] is True
 
 
+# --- blends: the joint law of token and speaker, against the procedure that each paper describes ---------------------
+
+
+def joint_law(policy, q, p):
+    """``[2, V]``: the probability of each token by student and by teacher."""
+    decision = at(policy, 0, q, p)
+    whole, teacher = decision.log_probs[0].exp(), decision.teacher_part[0].exp()
+    assert whole.sum().item() == pytest.approx(1.0, abs=1e-12)
+    return torch.stack([whole - teacher, teacher])
+
+
+def proposed_and_resampled(q, p, accepts, resample):
+    """A proposal from q is kept where it is accepted, else drawn again from ``resample``, by enumeration."""
+    law = torch.zeros(2, len(q), dtype=torch.float64)
+    for y, chance in enumerate(q):
+        if accepts(y):
+            law[0, y] += chance
+        else:
+            law[1] += chance * resample
+    return law
+
+
+ROWS = logs([0.4, 0.3, 0.2, 0.1, 0.0]), logs([0.05, 0.1, 0.15, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("q,p", [ROWS, ROWS[::-1], (ROWS[0], ROWS[0])])
+def test_blends_have_the_law_of_their_procedures(q, p):
+    q0, p0 = q[0].exp(), p[0].exp()
+    top2 = set(p0.topk(2).indices.tolist())
+    torch.testing.assert_close(joint_law(SKD(top_k=2), q, p), proposed_and_resampled(q0, p0, top2.__contains__, p0))
+    best = torch.nn.functional.one_hot(p0.argmax(), 5).double()
+    ours = joint_law(CAOPD(alpha=0.25), q, p)
+    torch.testing.assert_close(ours, proposed_and_resampled(q0, p0, lambda y: p0[y] >= 0.25, best))
+    torch.testing.assert_close(joint_law(MixIn(0.2), q, p), torch.stack([0.8 * q0, 0.2 * p0]))
+
+
+def test_blends_report_how_often_the_teacher_steps_in():
+    q, p = ROWS
+    assert at(SKD(top_k=2), 0, q, p).divergence.item() == pytest.approx(0.9)  # q outside tokens 3 and 4
+    assert at(CAOPD(alpha=0.25), 0, q, p).divergence.item() == pytest.approx(0.9)
+    assert math.isnan(at(MixIn(), 0, q, p).divergence.item())
+
+
+def test_skd_shapes_what_each_proposes_and_tests_against_the_plain_teacher():
+    q, p = ROWS
+    cold = torch.tensor([0.16, 0.09, 0.04, 0.01, 0.0]) / 0.30  # q squared: temperature 0.5
+    nucleus = torch.tensor([0.16, 0.09, 0.0, 0.0, 0.0]) / 0.25  # the fewest with a mass of at least 0.6
+    teacher = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.4]) / 0.7
+    policy = SKD(top_k=3, student_temperature=0.5, student_top_p=0.6, teacher_top_p=0.6)
+    expected = proposed_and_resampled(nucleus.double(), None, {2, 3, 4}.__contains__, teacher.double())
+    torch.testing.assert_close(joint_law(policy, q, p).float(), expected.float())
+    kept = joint_law(SKD(top_k=5, student_temperature=0.5), q, p)
+    torch.testing.assert_close(kept[0].float(), cold)
+    assert not kept[1].any()
+
+
+def test_who_spoke_is_drawn_with_the_odds_of_the_two_parts():
+    q, p = (x.repeat(4000, 1) for x in ROWS)
+    decision = MixIn(0.2).step((), q, p, torch.zeros(4000))
+    keys = [noise_key(5, sample, 0) for sample in range(4000)]
+    for y in range(5):
+        token = torch.full((4000,), y)
+        share = speakers(decision, token, keys).double().mean().item()
+        expected = (0.2 * p[0, y].exp() / decision.log_probs[0, y].exp()).item()
+        assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
+    again = speakers(decision, token, keys[::-1])
+    assert torch.equal(again, speakers(decision, token, keys).flip(0))
+
+
+def test_ssd_is_a_constant_threshold_in_nats():
+    nats = jsd(P, Q).item()
+    assert at(SSD(tau=nats - 1e-9), 99).speaker.item() == 1 and at(SSD(tau=nats + 1e-9), 99).speaker.item() == 0
+    assert at(SSD(), 0).divergence.item() == pytest.approx(nats)
+    assert at(SSD(divergence="reverse_kl"), 0).divergence.item() == pytest.approx((Q.exp() * (Q - P)).sum().item())
+
+
+def test_hysteresis_takes_over_high_and_gives_back_low():
+    policy = Hysteresis(take=0.3, give=0.1, divergence="tvd")
+    state, who = policy.init(1), []
+    for distance in (0.2, 0.31, 0.2, 0.11, 0.05, 0.2, 0.4):
+        q = logs([0.5 + distance, 0.5 - distance])
+        decision = policy.step(state, q, logs([0.5, 0.5]), torch.tensor([0]))
+        state = decision.state
+        who.append(decision.speaker.item())
+    assert who == [0, 1, 1, 1, 0, 0, 1]
+
+
+def test_ca_opd_threshold_follows_a_cosine_over_training():
+    policy = CAOPD()
+    assert [policy.at(x).alpha for x in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.375, 0.25])
+    assert policy.at(0.25).alpha == pytest.approx(0.25 + 0.125 * (1 + math.cos(math.pi / 4)))
+    assert policy.at(0.3).at(0.0).alpha == pytest.approx(policy.at(0.3).alpha)  # the trainer always asks the first one
+
+
+@pytest.mark.parametrize("budget", [1e-3, 0.1, 0.5, 1.0])
+def test_trb_is_the_largest_blend_within_its_budget(budget):
+    q, p = logs([0.4, 0.3, 0.2, 0.1]), logs([0.05, 0.1, 0.25, 0.6])
+    decision = at(TRB(budget=budget), 0, q, p)
+    m = decision.log_probs
+    kl = (m.exp() * (m - q)).sum().item()
+    assert kl <= budget + 1e-12 and decision.divergence.item() == pytest.approx(kl)
+    # On the geometric path log m = (1 − a) log q + a log p − log Z, so log-ratios of tokens give a.
+    a = ((m - q)[0, 3] - (m - q)[0, 0]) / ((p - q)[0, 3] - (p - q)[0, 0])
+    torch.testing.assert_close(m, ((1 - a) * q + a * p).log_softmax(1), atol=1e-9, rtol=1e-9)
+    reaches = (p.exp() * (p - q)).sum().item()
+    assert a.item() == pytest.approx(1.0) if reaches <= budget else kl == pytest.approx(budget, abs=1e-6)
+    law = joint_law(TRB(budget=budget), q, p)
+    assert law[1].sum().item() == pytest.approx(0.5 * (m.exp() - q.exp()).abs().sum().item())  # TV: as seldom as can be
+
+
+def test_trb_keeps_to_tokens_that_both_can_write_and_fades_into_the_student():
+    q, p = logs([0.5, 0.5, 0.0]), logs([0.0, 0.5, 0.5])
+    m = at(TRB(budget=1.0), 0, q, p).log_probs.exp()
+    torch.testing.assert_close(m, torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64))
+    tight = at(TRB(budget=0.1), 0, q, p)  # no a > 0 is within the budget: ln 2 > 0.1
+    assert torch.equal(tight.log_probs, q) and tight.divergence.item() == 0
+    policy = TRB(budget=0.8, warmup=0.5)
+    assert [policy.at(x).budget for x in (0.0, 0.25, 0.5, 1.0)] == [0.8, 0.4, 0.0, 0.0]
+    late = policy.at(0.7)
+    assert torch.equal(at(late, 0, q, p).log_probs, q) and late.reads(()) == (True, False)
+
+
+def relayed(policy, tokens, q=Q, p=P):
+    """Who writes each of ``tokens`` where the two distributions stay the same."""
+    state, who = policy.init(1), []
+    for token in tokens:
+        decision = policy.step(state, q, p, torch.tensor([0]))
+        state = policy.observe(decision.state, torch.tensor([token]))
+        who.append(decision.speaker.item())
+    return who, policy.reads(state)
+
+
+def test_relay_takes_legs_of_paragraphs():
+    """Token 0 is the teacher's best and a trigger; 9 holds a blank line, 7 is a newline."""
+    policy = Relay(
+        student_top=1, paragraphs=2, legs=2, trigger_ids=(0,), blank_ids=(9,), line_end_ids=(7,), line_start_ids=(7,)
+    )
+    who, _ = relayed(policy, [0, 9, 5, 9, 0, 9, 9, 0, 0])
+    assert who == [1, 1, 1, 1, 1, 1, 1, 0, 0]  # the second leg begins at once, the third never
+    who, reads = relayed(policy, [0, 7, 5, 7, 7, 7, 7, 7])
+    assert who == [1, 1, 1, 1, 1, 1, 1, 1] and [r.item() for r in reads] == [False, True]
+    who, reads = relayed(policy, [0, 9, 9, 0, 9, 9, 4])
+    assert [r.item() for r in reads] == [True, False]  # no legs left: the teacher need not be run
+
+
+def test_relay_wants_a_trigger_that_the_student_would_not_write():
+    policy = Relay(student_top=1, trigger_ids=(0,))
+    assert relayed(policy, [3])[0] == [1]
+    assert relayed(policy, [3], q=P)[0] == [0]  # the student's best too
+    assert relayed(Relay(student_top=2, trigger_ids=(0,)), [3])[0] == [0]  # among the student's two best
+    assert relayed(policy, [3], p=Q, q=P)[0] == [0]  # the teacher's best is no trigger
+
+
+def test_relay_finds_its_tokens_in_the_tokenizer():
+    tokenizer = byte_level_tokenizer()
+    policy = Relay(triggers=("t", "W")).bind(tokenizer, 8)
+    assert {tokenizer.decode([i]).strip() for i in policy.trigger_ids} == {"t", "W"}
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    assert set(newline) <= set(policy.line_end_ids) & set(policy.line_start_ids)
+    assert all("\n\n" in tokenizer.decode([i]) for i in policy.blank_ids)
+    assert policy.bind(tokenizer, 8) is policy
+
+
+def test_the_linear_schedule_takes_its_horizon_from_the_run():
+    policy = Switch(schedule="linear").bind(None, 40)
+    assert policy.horizon == 40 and Switch(schedule="linear", horizon=7).bind(None, 40).horizon == 7
+    assert policy.threshold(torch.tensor([0, 20, 40, 60])).tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "make,words",
     [
         (lambda: Switch(schedule="expnential"), "did you mean 'exponential'"),
-        (lambda: Switch(schedule="linear"), "needs horizon"),
+        (lambda: Switch(schedule="linear", horizon=0), "at least 1 token"),
+        (lambda: at(Switch(schedule="linear"), 0), "give horizon, or bind"),
         (lambda: Switch(tau_0=math.nan), "finite"),
         (lambda: Switch(decay=-0.1), "growth"),
         (lambda: AdaSwitch(window=0), "at least 1"),
@@ -145,6 +318,19 @@ def test_adaswitch_asks_for_the_student_until_it_has_switched():
         (lambda: AdaSwitch(ratio=math.nan), "at least 0"),
         (lambda: AdaSwitch(divergence="kl_forward"), "unknown divergence"),
         (lambda: AdaSwitch(switch_token_by="nobody"), "'teacher' or 'student'"),
+        (lambda: MixIn(alpha=1.0), "strictly between 0 and 1, got 1.0"),
+        (lambda: SKD(top_k=0), "at least 1, got 0"),
+        (lambda: SKD(teacher_top_p=0.0), "teacher_top_p <= 1, got 1.0, 0.0"),
+        (lambda: SKD(student_temperature=0.0), "student_temperature > 0"),
+        (lambda: SSD(tau=math.inf), "finite"),
+        (lambda: SSD(divergence="js"), "did you mean 'jsd'"),
+        (lambda: Hysteresis(take=0.1, give=0.2), "give <= take"),
+        (lambda: CAOPD(alpha_end=1.5), "alpha_end of CAOPD is a probability"),
+        (lambda: TRB(budget=-1.0), "budget >= 0"),
+        (lambda: TRB(warmup=0.0), "warmup <= 1"),
+        (lambda: Relay(legs=0), "legs of Relay must be at least 1"),
+        (lambda: Relay().init(1), "bind it to a tokenizer"),
+        (lambda: Relay(triggers=("Aha",)).bind(byte_level_tokenizer(), 8), "none of Relay's triggers"),
     ],
 )
 def test_wrong_settings_are_explained(make, words):
