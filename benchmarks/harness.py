@@ -207,7 +207,7 @@ def distilled_pair(steps: int, device: str) -> Pair:
     folder = cache_folder() / f"benchmark-student-{steps}"
     if steps and not folder.is_dir():
         pair = load_pair("demo", device=device)
-        config = demo_settings(DemoConfig(method="supervised", max_steps=steps, output_dir="unused"))
+        config = demo_settings(DemoConfig(method="kd", max_steps=steps, output_dir="unused"))
         trainer = Trainer(pair, load_task(config, pair, config.train_file), config, accelerator(device))
         with bar(f"distil {steps} steps", steps) as progress:
             while trainer.step < trainer.total_steps:

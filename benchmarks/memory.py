@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.harness import NOT_INSTALLED, Options, Row, installed, parse, print_table, publish, synchronize
-from switchkd.objectives import Head, Objective
+from switchkd import loss as chunked
+from switchkd.loss import Head, TeacherStates
+from switchkd.objectives import JSD, Tokens
 from switchkd.report import bar
 
 HIDDEN = 576
@@ -60,7 +62,9 @@ class Inputs:
 def ours(x: Inputs) -> Tensor:
     """switchkd's objective, which never holds the logits of all tokens."""
     vocab = x.head_q.out_features
-    return Objective("jsd").total(Head(x.head_p, vocab), x.hidden_p, Head(x.head_q, vocab), x.hidden_q)
+    none = torch.zeros(len(x.hidden_q), dtype=torch.long, device=x.hidden_q.device)  # the JSD looks at no token
+    teacher = TeacherStates(Head(x.head_p, vocab), x.hidden_p)
+    return chunked.total(JSD(), teacher, Head(x.head_q, vocab), x.hidden_q, Tokens(none, none, none))
 
 
 def dense(x: Inputs) -> Tensor:

@@ -46,14 +46,16 @@ from benchmarks.harness import (
 )
 from switchkd.config import TrainConfig, load_recipe
 from switchkd.data import TokenizedExample
+from switchkd.mixes import Generated
 from switchkd.models import Pair
+from switchkd.objectives import JSD
 from switchkd.trainer import Trainer
 
 BETA = 0.5
 # Which recipe, and what is changed in it.
 OURS: dict[str, dict[str, Any]] = {
-    "switchkd on-policy": {"recipe": "on_policy", "divergence": "jsd", "beta": BETA},
-    "switchkd SWITCH": {"recipe": "switch", "lmbda": 1.0},
+    "switchkd on-policy": {"recipe": "on_policy", "objective": JSD(BETA)},
+    "switchkd SWITCH": {"recipe": "switch", "mix": Generated(1.0)},
     "switchkd AdaSwitch": {"recipe": "adaswitch"},
 }
 PEERS = ("TRL GKDTrainer", "TRL DistillationTrainer")

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe
+from switchkd.config import NOUNS, DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, nearest
 
 Config = TypeVar("Config")
@@ -45,8 +45,8 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 class DemoConfig:
     """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
 
-    method: Literal["switch", "adaswitch", "on_policy", "supervised"] = "switch"
-    """Whose text the student learns from."""
+    method: str = "switch"
+    """A name that `switchkd methods` lists."""
     max_steps: int = 24
     """Optimizer steps."""
     output_dir: str | None = None
@@ -69,6 +69,11 @@ class PruneConfig:
     """Key of the choice of texts that influence is measured on."""
 
 
+@dataclass(frozen=True)
+class MethodsConfig:
+    """List the recipes that ship with the package."""
+
+
 def train(config: TrainConfig) -> None:
     from switchkd.runs import distil
 
@@ -88,12 +93,13 @@ def demo(config: DemoConfig) -> None:
 
 def demo_settings(config: DemoConfig) -> TrainConfig:
     """The method's recipe with the sizes of a demonstration on two cores."""
+    recipe: TrainConfig = load_recipe(config.method)
     return dataclasses.replace(
-        load_recipe(config.method),
+        recipe,
         template="chat",
         max_prompt_length=160,
         max_completion_length=128,
-        max_new_tokens=64,
+        max_new_tokens=min(64, recipe.max_new_tokens),
         per_device_train_batch_size=8,
         learning_rate=5e-4,
         warmup_steps=4,
@@ -135,7 +141,7 @@ def generate(config: GenerateConfig) -> None:
             pair.student,
             pair.teacher,
             prompts,
-            **config.decode_arguments(),
+            **config.decode_arguments() | {"policy": config.policy.bind(pair.tokenizer, config.max_new_tokens)},
             seed=config.seed,
             eos_token_ids=pair.eos_token_ids,
             vocab_size=pair.vocab_size,
@@ -178,12 +184,20 @@ def prune(config: PruneConfig) -> None:
     prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
 
 
+def methods(config: MethodsConfig) -> None:
+    from switchkd.config import recipes
+    from switchkd.report import console, method_table
+
+    console.print(method_table({name: load_recipe(str(file)) for name, file in recipes().items()}))
+
+
 # name: (settings, function, whether a recipe may come first, what it does)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),
     "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
+    "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
     "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
 }
@@ -222,8 +236,31 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
     if takes_recipe and rest and not rest[0].startswith("-"):
         default = _defaults(cls, rest.pop(0))
     usage = f"switchkd {command} [RECIPE.yaml | RUN]" if takes_recipe else f"switchkd {command}"
-    default = cls() if default is None else default
-    return tyro.cli(cls, default=default, args=rest, prog=usage, description=summary, use_underscores=False)
+    typed = _with_rules(cls() if default is None else default, rest)
+    parsed = tyro.cli(type(typed), default=typed, args=rest, prog=usage, description=summary, use_underscores=False)
+    return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _with_rules(config: Any, args: list[str]) -> Any:
+    """``config`` with the rules that ``--policy``, ``--objective`` and ``--mix`` in ``args`` name; takes these out of ``args``.
+
+    Its class names the rules' own classes, so that each rule's settings, and no others, become flags.
+    """
+    named = {}
+    for noun in [noun for noun in NOUNS if hasattr(config, noun)]:
+        for place, argument in enumerate(args):
+            flag, equals, name = argument.partition("=")
+            if flag == f"--{noun}":
+                if not equals and place + 1 == len(args):
+                    raise ConfigError(f"{flag} needs a name: {', '.join(NOUNS[noun][1])}, or my_module:MyClass")
+                named[noun] = rule(noun, name if equals else args[place + 1], flag)
+                del args[place : place + (1 if equals else 2)]
+                break
+    # One step for all: a policy and an objective may only be right together.
+    config = dataclasses.replace(config, **named)
+    fields = [(noun, type(getattr(config, noun)), dataclasses.field()) for noun in NOUNS if hasattr(config, noun)]
+    typed = dataclasses.make_dataclass(type(config).__name__, fields, bases=(type(config),), frozen=True, kw_only=True)
+    return typed(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
 def _defaults(cls: type[Config], path: str) -> Config:

@@ -6,22 +6,29 @@ Names are those that TRL and transformers users know. Nothing here imports torch
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-import tyro
 import yaml
 
-from switchkd import divergences
 from switchkd.errors import ConfigError, nearest
-from switchkd.policies import POLICIES, AdaSwitch, Policy, StudentOnly, Switch, TeacherOnly
+from switchkd.mixes import MIXES, Generated, Mix
+from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
+from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
 
-AnyPolicy = Annotated[StudentOnly | TeacherOnly | Switch | AdaSwitch, tyro.conf.AvoidSubcommands]
+# The settings that name a rule, with the base class of each and the names that ship with the package.
+NOUNS: dict[str, tuple[type, dict[str, type]]] = {
+    "policy": (Policy, dict(POLICIES)),
+    "objective": (Objective, dict(OBJECTIVES)),
+    "mix": (Mix, dict(MIXES)),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ class DataConfig:
 class DecodeConfig:
     """How text is generated."""
 
-    policy: AnyPolicy = field(default_factory=Switch)
-    """Who writes the next token."""
+    policy: Policy = field(default_factory=Switch)
+    """Who writes the next token: a name of `switchkd methods`, or my_module:MyRule."""
     max_new_tokens: int = 256
     """Token budget of a generated completion."""
     temperature: float = 1.0
@@ -107,16 +114,20 @@ class EvalConfig:
 class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Everything that a training run depends on. A YAML recipe holds the same names."""
 
-    lmbda: float = 0.5
-    """Probability that a step trains on text generated under the policy; otherwise it trains on the data."""
-    divergence: str = "skew_reverse_kl"
-    """Objective: forward_kl, reverse_kl, jsd, tvd, skew_kl or skew_reverse_kl, averaged over response tokens."""
-    alpha: float = 0.1
-    """Skew of skew_kl and skew_reverse_kl."""
-    beta: float = 0.5
-    """Teacher's weight in the mixture of jsd."""
-    loss_temperature: float = 1.0
-    """Temperature of both distributions in the loss; reaches neither sampling nor the policy."""
+    method: str = ""
+    """Name and source of the method, for lists; moves nothing."""
+    objective: Objective = field(default_factory=SkewReverseKL)
+    """What is lowered at every response token: a name of `switchkd methods`, or my_module:MyObjective."""
+    mix: Mix = field(default_factory=Generated)
+    """Which text a step reads: ground_truth, teacher_text, generated, pairs or adaptive."""
+    max_new_tokens_start: int = 0
+    """Token budget at the first step, which grows linearly to max_new_tokens; 0 does not grow."""
+    validation_file: str = ""
+    """File of the validation loss that the adaptive mix looks at; default eval_file."""
+    lm_file: str = ""
+    """JSONL of plain `text` rows for a language-modelling loss beside the objective."""
+    lm_weight: float = 1.0
+    """Weight of that loss, a mean over its own tokens."""
     max_steps: int = -1
     """Optimizer steps; -1 counts num_train_epochs."""
     num_train_epochs: float = 1.0
@@ -158,19 +169,36 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "generation_batch_size": 1, "generation_memory_gib": 0.0, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
-            "temperature": 0.0, "eval_temperature": 0.0,
+            "temperature": 0.0, "eval_temperature": 0.0, "max_new_tokens_start": 0, "lm_weight": 0.0,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
             if not low <= value < math.inf:
                 raise ConfigError(f"{name} must be at least {low}, got {value}")
-        if not 0 <= self.lmbda <= 1:
-            raise ConfigError(f"lmbda is a probability, got {self.lmbda}; give a number from 0 to 1")
-        if not 0 < self.loss_temperature < math.inf:
-            raise ConfigError(f"loss_temperature must be above 0, got {self.loss_temperature}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs must be above 0 where max_steps is -1, got {self.num_train_epochs}")
-        divergences.by_name(self.divergence, alpha=self.alpha, beta=self.beta)
+        if self.max_new_tokens_start > self.max_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens_start {self.max_new_tokens_start} is above max_new_tokens {self.max_new_tokens}; a budget grows"
+            )
+        self._check_importance_weights()
+
+    def _check_importance_weights(self) -> None:
+        if not isinstance(self.objective, MiniLLM):
+            return
+        wrote = (
+            self.policy.alpha
+            if isinstance(self.policy, MixIn)
+            else 0.0
+            if isinstance(self.policy, StudentOnly)
+            else None
+        )
+        if wrote != self.objective.alpha:
+            raise ConfigError(
+                f"minillm weighs text back to the student's from a mix-in of alpha={self.objective.alpha:g}, and "
+                f"{name_of(self.policy)} writes {'otherwise' if wrote is None else f'with alpha={wrote:g}'}; use the policy "
+                "mix_in with the same alpha, or student_only with objective.alpha 0"
+            )
 
 
 Config = TypeVar("Config")
@@ -213,32 +241,64 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a settings dataclass, such that ``from_dict`` gives it back."""
     plain = dataclasses.asdict(config)
-    if isinstance(policy := getattr(config, "policy", None), Policy):
-        plain["policy"] = {"name": policy_name(policy), **plain["policy"]}
-    return plain
+    for noun in NOUNS:
+        if hasattr(config, noun):
+            plain[noun] = {"name": name_of(getattr(config, noun)), **_plain(plain[noun])}
+    return _plain(plain)
 
 
-def policy_name(policy: Policy) -> str:
-    """The name by which recipes call this policy."""
-    return next((name for name, cls in POLICIES.items() if cls is type(policy)), type(policy).__name__)
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _policy(value: Any, source: str) -> Policy:
+def name_of(rule: Any) -> str:
+    """The name by which recipes call a policy, objective or mix; a dotted path for one from elsewhere."""
+    known = (name for _, table in NOUNS.values() for name, cls in table.items() if cls is type(rule))
+    return next(known, f"{type(rule).__module__}:{type(rule).__qualname__}")
+
+
+def rule(noun: str, value: Any, source: str) -> Any:
+    """The policy, objective or mix that a recipe's ``name`` or ``{name: …, setting: value}`` means.
+
+    Raises:
+        ConfigError: no such name (the nearest is suggested) or dotted path, or not a dataclass of that kind.
+    """
     settings = {"name": value} if isinstance(value, str) else value
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         raise ConfigError(f"{source} must be a name or `{{name: …, setting: value}}`, got {value!r}")
     name = settings["name"]
-    if name not in POLICIES:
-        raise ConfigError(f"{source}: unknown policy {name!r}{nearest(name, POLICIES)}")
-    return from_dict(POLICIES[name], {k: v for k, v in settings.items() if k != "name"}, f"{source} {name}")
+    cls = _imported(noun, name, source) if ":" in name else NOUNS[noun][1].get(name)
+    if cls is None:
+        raise ConfigError(
+            f"{source}: unknown {noun} {name!r}{nearest(name, NOUNS[noun][1])}; your own is my_module:MyClass"
+        )
+    return from_dict(cls, {k: v for k, v in settings.items() if k != "name"}, f"{source} {name}")
+
+
+def _imported(noun: str, path: str, source: str) -> type:
+    """The class behind ``module:Class``; modules are looked for in the working directory too."""
+    module_name, _, class_name = path.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{source}: cannot import {path!r}: {error}; give it as my_module:MyClass") from error
+    base = NOUNS[noun][0]
+    if not (isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(f"{source}: {path} is not a frozen dataclass that inherits from switchkd.{base.__name__}")
+    return cls
 
 
 def _typed(value: Any, hint: Any, source: str) -> Any:
     """``value`` as the type that the field wants; YAML reads ``1e-4`` as text and ``1`` as an int."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if any(isinstance(o, type) and issubclass(o, Policy) for o in options):
-        return _policy(value, source)
+    for noun, (base, _) in NOUNS.items():
+        if hint is base:
+            return rule(noun, value, source)
     for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_typed(item, typing.get_args(option)[0], source) for item in value)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if option is type(value) or (option is types.NoneType and value is None):

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.policies import REFERENCE
 from switchkd.templates import Encoder
 
 if TYPE_CHECKING:
@@ -244,7 +245,10 @@ def _example(row: dict[str, Any], layout: _Format | None, index: int, source: st
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of one example. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``."""
+    """Token ids of one example. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``.
+
+    ``speaker`` wrote the completion: the data (REFERENCE), or the TEACHER where its text took the data's place.
+    """
 
     id: int
     prompt_ids: list[int]
@@ -252,6 +256,12 @@ class TokenizedExample:
     references: tuple[str, ...]
     truncated: bool
     source: str
+    speaker: int = REFERENCE
+
+    @property
+    def speakers(self) -> list[int]:
+        """Who wrote each token, as a rollout says it."""
+        return [self.speaker] * len(self.completion_ids)
 
 
 @dataclass(frozen=True)
@@ -297,6 +307,26 @@ def tokenize(
             f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token"
         )
     return kept, counts
+
+
+def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedExample]:
+    """The ``text`` fields of a JSONL file for language modelling: all tokens but the first are a completion.
+
+    Texts are cut at ``max_length`` tokens; those of fewer than two have nothing to predict and are left out. Raises
+    DataError for a row without a text, or if nothing is left.
+    """
+    found = []
+    for index, source, line in _rows(path):
+        try:
+            ids = tokenizer(_text(_parse(line), "text"))["input_ids"]
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        if len(ids) > 1:
+            truncated = len(ids) > max_length
+            found.append(TokenizedExample(index, ids[:1], ids[1:max_length], (), truncated, source))
+    if not found:
+        raise DataError(f"{path}: no row has a field 'text' of two tokens or more")
+    return found
 
 
 # --- order and batches --------------------------------------------------------------------------------------------

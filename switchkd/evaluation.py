@@ -16,8 +16,8 @@ from switchkd.data import Batch, TokenizedExample, collate
 from switchkd.decoding import decode
 from switchkd.divergences import forward_kl, log_probs
 from switchkd.errors import DataError
+from switchkd.loss import Head, response_hidden
 from switchkd.models import Pair
-from switchkd.objectives import Head, response_hidden, response_tokens
 from switchkd.policies import StudentOnly
 from switchkd.rollouts import Rollout, mean
 
@@ -126,7 +126,7 @@ def _likelihood(
             if model is not pair.teacher:
                 logp = log_probs(head_p(response_hidden(pair.teacher, batch)))
                 kl += forward_kl(logp, logq).double().sum().item()
-            targets = response_tokens(batch)
+            targets = batch.input_ids[batch.loss_mask]
             nll -= logq.gather(1, targets.unsqueeze(1)).double().sum().item()
             tokens += targets.numel()
             progress(len(part))

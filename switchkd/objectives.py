@@ -1,206 +1,388 @@
-"""The training loss: a divergence between teacher and student at every response token, from hidden states.
+"""What the student is trained on at a response token: each objective is a frozen dataclass with one pure function.
 
-No ``[tokens, V]`` pair of logits ever exists: both output layers, the divergence and its gradient are computed for a chunk
-of tokens at a time, the gradient together with the value, so that nothing is computed twice and only gradients are kept.
+``per_token`` maps the two next-token distributions at N response tokens, and what is known of the tokens themselves, to N
+losses; autograd does the rest. What it returns is what is back-propagated: nothing is added to the value only, and no
+factor T² at a temperature other than 1. The loss of a step is the mean over the tokens trained on.
 
-Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N response tokens of a batch in row-major order.
+Shapes: N response tokens, V vocabulary. ``logp`` is the teacher, ``logq`` the student. "Constant" means: no gradient.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from switchkd import divergences
-from switchkd.cache import evaluating, head_inputs
-from switchkd.data import Batch
-from switchkd.errors import ModelError
+from switchkd.errors import ConfigError
+from switchkd.policies import REFERENCE, STUDENT, TEACHER
 
-# Bytes of fp32 logits of one model that exist at once: enough tokens for efficient matrix products.
-CHUNK_BYTES = 2**24
-# Of these, what the divergence works on at once; autograd holds about sixteen tensors of this size, best in the CPU's cache.
-PIECE_BYTES = 2**21
+if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
+    from torch import Tensor
+
+Memory = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """The way from what enters the output layer, ``[..., H]``, to logits ``[..., vocab_size]``.
+class Tokens:
+    """What is known of N response tokens beside the two distributions there."""
 
-    ``softcap · tanh(scale · (W h + b) / softcap)``, without the cap where it is None.
+    ids: Tensor  # [N] int64
+    speakers: Tensor  # [N] int64: who wrote it, STUDENT, TEACHER or REFERENCE
+    rows: Tensor  # [N] int64, ascending: which row of the batch it is in
+    returns: Tensor | None = None  # [N] rewards to come, for an objective that ``looks_ahead``
+
+    def __getitem__(self, part: slice) -> Tokens:
+        returns = None if self.returns is None else self.returns[part]
+        return Tokens(self.ids[part], self.speakers[part], self.rows[part], returns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Subclass and implement ``per_token``.
+
+    An objective that changes over training keeps what it must in a memory of plain numbers: ``memory`` makes it,
+    ``remember`` moves it after each step, ``at`` gives the objective of the next step. The trainer saves it.
     """
 
-    linear: nn.Linear
-    vocab_size: int
-    scale: float = 1.0
-    softcap: float | None = None
+    reads_teacher: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = False  # whether ``per_token`` needs ``tokens.returns``, which ``look_ahead`` makes
 
-    @staticmethod
-    def of(model: PreTrainedModel, vocab_size: int) -> "Head":
-        """The model's own head, cut to the first ``vocab_size`` ids.
+    temperature: float = 1.0
+    """Temperature of both distributions; reaches neither sampling nor the policy, nor cross-entropy."""
+    ce_weight: float = 0.0
+    """Share of cross-entropy in the loss of a reference text's tokens."""
+    student_weight: float = 1.0
+    """Weight of tokens that the student wrote."""
+    teacher_weight: float = 1.0
+    """Weight of tokens that the teacher wrote."""
 
-        Raises:
-            ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer.
-        """
-        linear = model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(
-                f"the output layer of {model.config.model_type} is a {type(linear).__name__}; the loss needs an nn.Linear. "
-                "If it is an adapter, adapt the layers of the body only"
-            )
-        config = model.config.get_text_config()
-        # Cohere multiplies, Granite divides, Gemma caps.
-        scale = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
-        head = Head(linear, vocab_size, scale, getattr(config, "final_logit_softcapping", None))
-        head._check(model)
-        return head
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature of the objective must be above 0, got {self.temperature}")
+        if not 0 <= self.ce_weight <= 1:
+            raise ConfigError(f"ce_weight is a share of the loss, from 0 to 1, got {self.ce_weight}")
+        if not (0 <= self.student_weight < math.inf and 0 <= self.teacher_weight < math.inf):
+            weights = self.student_weight, self.teacher_weight
+            raise ConfigError(f"student_weight and teacher_weight must be finite and at least 0, got {weights}")
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.finish(self.raw(hidden))
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        """Losses ``[N]`` from ``[N, V]`` log-probabilities at this objective's temperature."""
+        raise NotImplementedError
 
-    def raw(self, hidden: Tensor) -> Tensor:
-        """The linear part, ``W h + b``."""
-        weight, bias = self.parameters()
-        return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    def look_ahead(self, tokens: Tokens, logp: Tensor, logq: Tensor) -> Tokens:
+        """``tokens`` with returns, from the log-probabilities ``[N]`` that the two models give to the tokens written."""
+        return tokens
 
-    def finish(self, raw: Tensor) -> Tensor:
-        """Scale and cap."""
-        logits = raw if self.scale == 1.0 else raw * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+    def memory(self) -> Memory:
+        return {}
 
-    def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[vocab_size, H]`` and bias ``[vocab_size]``, if there is one."""
-        weight, bias = self.linear.weight, self.linear.bias
-        if len(weight) == self.vocab_size:
-            return weight, bias  # a slice would cost a second gradient of the weight's size
-        return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+    def at(self, memory: Memory) -> Objective:
+        return self
 
-    @torch.no_grad()
-    def _check(self, model: PreTrainedModel) -> None:
-        ids = torch.arange(4, device=self.linear.weight.device).remainder(self.vocab_size).unsqueeze(0)
-        with evaluating(model), head_inputs(model) as entered:
-            output = model(input_ids=ids, use_cache=False)
-        expected = output.logits[..., : self.vocab_size].double()
-        error = (self(entered[0]).double() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
-        if not error < {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.1):
-            raise ModelError(
-                f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a "
-                f"soft cap named in its config: on a probe they are off by {error:.2g} (relative); choose another model"
-            )
+    def remember(self, memory: Memory, loss: float, progress: float) -> Memory:
+        """The memory after a step of this ``loss``, at a share ``progress`` of the training steps."""
+        return memory
+
+    def loss(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        """Losses ``[N]`` from log-probabilities at temperature 1: ``per_token``, weighted, with its share of cross-entropy."""
+        value = self.per_token(self.soften(logp), self.soften(logq), tokens)
+        for speaker, weight in ((STUDENT, self.student_weight), (TEACHER, self.teacher_weight)):
+            if weight != 1:
+                value = value.where(tokens.speakers != speaker, weight * value)
+        if self.ce_weight:
+            mixed = (1 - self.ce_weight) * value + self.ce_weight * _cross_entropy(logq, tokens)
+            value = mixed.where(tokens.speakers == REFERENCE, value)
+        return value
+
+    def soften(self, logs: Tensor) -> Tensor:
+        """Log-probabilities ``[..., V]`` at the objective's temperature."""
+        return logs if self.temperature == 1 else (logs / self.temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A divergence by name with its parameters, at a loss temperature.
+class CrossEntropy(Objective):
+    """Negative log-likelihood of the text; no teacher is asked (SFT; SeqKD on the teacher's text)."""
 
-    The value is what is back-propagated: no factor T² is added at a temperature other than 1.
-    """
+    reads_teacher: ClassVar[bool] = False
 
-    divergence: str
-    alpha: float = 0.1
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature != 1:
+            raise ConfigError(f"cross_entropy has no temperature, got {self.temperature}")
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return _cross_entropy(logq, tokens)
+
+
+@dataclass(frozen=True)
+class ForwardKL(Objective):
+    """``KL(p ‖ q)`` (Hinton et al., arXiv 1503.02531)."""
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.forward_kl(logp, logq)
+
+
+@dataclass(frozen=True)
+class ReverseKL(Objective):
+    """``KL(q ‖ p)``, exact over the vocabulary at every token."""
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.reverse_kl(logp, logq)
+
+
+@dataclass(frozen=True)
+class JSD(Objective):
+    """GKD's generalised JSD (arXiv 2306.13649); beta is the teacher's weight in the mixture, and a strength too."""
+
     beta: float = 0.5
-    temperature: float = 1.0
 
-    def per_token(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """Divergence ``[N]`` of logits ``[N, V]``, in the divergence's unit."""
-        function = divergences.by_name(self.divergence, alpha=self.alpha, beta=self.beta)
-        logp = divergences.log_probs(teacher_logits, self.temperature)
-        return function(logp, divergences.log_probs(student_logits, self.temperature))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergences.by_name("jsd", beta=self.beta)
 
-    def total(self, head_p: Head, hidden_p: Tensor, head_q: Head, hidden_q: Tensor) -> Tensor:
-        """Sum over the N tokens of teacher ``hidden_p`` and student ``hidden_q``, both ``[N, H]``; 0 for no tokens.
-
-        Gradients reach ``hidden_q`` and the student's head; the teacher is a constant.
-        """
-        weight, bias = head_q.parameters()
-        return _Total.apply(self, head_p, hidden_p.detach(), head_q, hidden_q, weight, bias)
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.jsd(logp, logq, self.beta)
 
 
-class _Total(torch.autograd.Function):
-    """The loss with its gradient, chunk by chunk over the tokens; the backward pass only scales what is there."""
+@dataclass(frozen=True)
+class TVD(Objective):
+    """Total variation distance (f-distill, arXiv 2307.15190)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        objective: Objective,
-        head_p: Head,
-        hidden_p: Tensor,
-        head_q: Head,
-        hidden_q: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=weight.device)
-        wants = ctx.needs_input_grad[4:]
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x, dtype=wide) if want and x is not None else None
-            for want, x in zip(wants, (hidden_q, weight, bias), strict=True)
-        )
-        for rows in _slices(len(hidden_q), CHUNK_BYTES, head_q.vocab_size):
-            h = hidden_q[rows].to(weight.dtype)
-            raw, logits_p = head_q.raw(h), head_p(hidden_p[rows])
-            for piece in _slices(len(h), PIECE_BYTES, head_q.vocab_size):
-                with torch.enable_grad():
-                    leaf = raw[piece].detach().requires_grad_(any(wants))
-                    loss = objective.per_token(logits_p[piece], head_q.finish(leaf)).sum()
-                total += loss.detach()
-                if any(wants):
-                    (raw[piece],) = torch.autograd.grad(loss, leaf)  # the logits are not needed any more
-            if d_hidden is not None:
-                d_hidden[rows] = raw @ weight
-            if d_weight is not None:
-                _add_product(d_weight, raw.T, h)
-            if d_bias is not None:
-                d_bias += raw.sum(0)
-        grads = zip((d_hidden, d_weight, d_bias), (hidden_q, weight, bias), strict=True)
-        ctx.gradients = [None if d is None or x is None else d.to(x.dtype) for d, x in grads]
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "the loss can be back-propagated once: its gradients are scaled in place; compute it again"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.tvd(logp, logq)
 
 
-def _slices(tokens: int, size: int, vocab_size: int) -> Iterator[slice]:
-    """Consecutive slices of ``tokens`` whose fp32 logits take about ``size`` bytes."""
-    step = max(1, size // (4 * vocab_size))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+@dataclass(frozen=True)
+class _Skewed(Objective):
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergences.by_name("skew_kl", alpha=self.alpha)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, where ``total`` may be wider than the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+@dataclass(frozen=True)
+class SkewKL(_Skewed):
+    """DistiLLM's ``KL(p ‖ α p + (1−α) q)`` (arXiv 2402.03898)."""
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.skew_kl(logp, logq, self.alpha)
 
 
-def response_hidden(model: PreTrainedModel, batch: Batch, forward: Callable[..., Any] | None = None) -> Tensor:
-    """What enters the output layer where the response tokens are predicted, ``[N, H]``: for the token at t, at t − 1.
+@dataclass(frozen=True)
+class SkewReverseKL(_Skewed):
+    """``KL(q ‖ (1−α) p + α q)``: SWITCH's and DistiLLM's objective."""
 
-    The output layer itself is run on one position only. ``forward`` is the model as wrapped for training (DDP), if it is.
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        return divergences.skew_reverse_kl(logp, logq, self.alpha)
+
+
+@dataclass(frozen=True)
+class DistiLLM2(_Skewed):
+    """DistiLLM-2's pair of losses (arXiv 2503.07067): ``(2−β)`` skew KL on teacher text, ``β`` skew reverse KL on student text.
+
+    Reference text counts as a teacher's. The paper moves β; here it is fixed, at 1 by default (ours).
     """
-    predicts = batch.loss_mask.roll(-1, dims=1)
-    predicts[:, -1] = False
-    with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
-        (forward or model)(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-    return entered[0][predicts]
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta <= 2:
+            raise ConfigError(f"beta of distillm2 must lie in 0..2, got {self.beta}")
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        on_teacher = (2 - self.beta) * divergences.skew_kl(logp, logq, self.alpha)
+        on_student = self.beta * divergences.skew_reverse_kl(logp, logq, self.alpha)
+        return on_student.where(tokens.speakers == STUDENT, on_teacher)
 
 
-def response_tokens(batch: Batch) -> Tensor:
-    """The response token ids ``[N]`` that ``response_hidden`` predicts."""
-    return batch.input_ids[batch.loss_mask]
+@dataclass(frozen=True)
+class AKL(Objective):
+    """Adaptive KL (arXiv 2404.02657): forward and reverse KL weighted by the gap on the head and on the tail of p.
+
+    The head is the smallest set of tokens with a mass of at least ``head_mass`` under p; the gap of a set is Σ|p − q| on
+    it. ``(g_head KL(p‖q) + g_tail KL(q‖p)) / (g_head + g_tail)`` with constant weights.
+    """
+
+    head_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.head_mass <= 1:
+            raise ConfigError(f"head_mass of akl must lie in (0, 1], got {self.head_mass}")
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        share = self.head_share(logp, logq.detach())
+        return share * divergences.forward_kl(logp, logq) + (1 - share) * divergences.reverse_kl(logp, logq)
+
+    def head_share(self, logp: Tensor, logq: Tensor) -> Tensor:
+        """``g_head / (g_head + g_tail)`` ``[N]``; a half where the two distributions are equal."""
+        p = logp.exp()
+        gaps = (p - logq.exp()).abs()
+        ordered, index = p.sort(-1, descending=True)
+        is_head = ordered.cumsum(-1) - ordered < self.head_mass
+        head, whole = gaps.gather(-1, index).masked_fill(~is_head, 0.0).sum(-1), gaps.sum(-1)
+        return (head / whole).masked_fill(whole == 0, 0.5)
+
+
+@dataclass(frozen=True)
+class TAID(Objective):
+    """TAID (arXiv 2501.16937): forward KL to a constant target between student and teacher that moves to the teacher.
+
+    Target ``softmax((1−s) · student logits + s · teacher logits)``. s starts at ``s`` and ends at ``s_end``; after each step
+    it grows by ``step · sigmoid(momentum) · (1 − s)``, where momentum averages the relative fall of the loss, and is never
+    behind the straight line from start to end.
+    """
+
+    s: float = 0.4
+    s_end: float = 1.0
+    step: float = 5e-4
+    momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.s <= self.s_end <= 1:
+            raise ConfigError(f"taid needs 0 <= s <= s_end <= 1, got s={self.s}, s_end={self.s_end}")
+        if not 0 <= self.step < math.inf or not 0 <= self.momentum < 1:
+            raise ConfigError(f"taid needs step >= 0 and 0 <= momentum < 1, got {self.step} and {self.momentum}")
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        if self.s == 1:
+            return divergences.forward_kl(logp, logq)
+        target = ((1 - self.s) * logq.detach() + self.s * logp).log_softmax(-1)
+        return divergences.forward_kl(target, logq)
+
+    def memory(self) -> Memory:
+        return {"s": self.s, "fall": 0.0, "loss": None}
+
+    def at(self, memory: Memory) -> TAID:
+        return replace(self, s=memory["s"])
+
+    def remember(self, memory: Memory, loss: float, progress: float) -> Memory:
+        before, fall, s = memory["loss"], memory["fall"], memory["s"]
+        if before is not None:
+            fall = self.momentum * fall + (1 - self.momentum) * (before - loss) / max(before, 1e-15)
+            s = max(s + self.step / (1 + math.exp(-fall)) * (1 - s), self.s + (self.s_end - self.s) * progress)
+        return {"s": min(s, self.s_end), "fall": fall, "loss": loss}
+
+
+@dataclass(frozen=True)
+class Veto(Objective):
+    """Veto (arXiv 2601.07155): forward KL to the constant target ∝ p q^β. β = 0 is forward KL; its default is ours."""
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta < math.inf:
+            raise ConfigError(f"beta of veto must be at least 0, got {self.beta}")
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        target = logp if self.beta == 0 else (logp + self.beta * logq.detach()).log_softmax(-1)
+        return divergences.forward_kl(target, logq)
+
+
+@dataclass(frozen=True)
+class ReplacedCE(Objective):
+    """CA-OPD: cross-entropy on tokens that the teacher put in place of the student's, a divergence on all others.
+
+    The source says KL without a direction; reverse, as in OPD, is ours.
+    """
+
+    divergence: str = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergences.by_name(self.divergence)
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        kept = divergences.by_name(self.divergence)(logp, logq)
+        return kept.where(tokens.speakers != TEACHER, _cross_entropy(logq, tokens))
+
+
+@dataclass(frozen=True)
+class OPD(Objective):
+    """On-policy distillation with the sampled reverse KL as advantage (Thinking Machines, 2025).
+
+    ``−A · q(y) / q_0(y)`` with constants ``A = log p(y) − log q(y)`` and ``q_0 = q``: the value is the sampled reverse KL,
+    the gradient that of its expectation.
+    """
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        p, q = _of_text(logp, tokens), _of_text(logq, tokens)
+        return (q.detach() - p) * (q - q.detach()).exp()
+
+
+@dataclass(frozen=True)
+class MiniLLM(Objective):
+    """Reverse KL of whole texts by policy gradient (arXiv 2306.08543).
+
+    With rewards ``r_t = log p(y_t) − log q(y_t)``, the loss of a token is the exact single step ``w_t KL(q_t ‖ p_t)`` plus
+    ``max(−R w_t, −R clip(w_t, 1 ± clip))``, where R is the mean reward of the tokens after t and
+    ``w_t = q(y_t) / (α p(y_t) + (1−α) q(y_t))`` weighs text of the mix-in back to the student's; the denominator, R and the
+    weight of the single step are constants. ``alpha`` must be the policy's (0 where the student writes alone).
+    """
+
+    looks_ahead: ClassVar[bool] = True
+
+    alpha: float = 0.2
+    clip: float = 0.2
+    length_normalised: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < 1 or not 0 <= self.clip < math.inf:
+            raise ConfigError(f"minillm needs 0 <= alpha < 1 and clip >= 0, got {self.alpha} and {self.clip}")
+
+    def look_ahead(self, tokens: Tokens, logp: Tensor, logq: Tensor) -> Tokens:
+        rewards = (logp - logq).double()
+        from_here = rewards.flip(0).cumsum(0).flip(0)
+        counts = tokens.rows.bincount()
+        ends = counts.cumsum(0)[tokens.rows]  # where each token's row ends
+        beyond = from_here.new_zeros(len(rewards) + 1)
+        beyond[:-1] = from_here
+        returns = from_here - rewards - beyond[ends]
+        if self.length_normalised:
+            left = ends - rewards.new_ones(len(rewards)).cumsum(0)
+            returns = returns / left.clamp(min=1)
+        return replace(tokens, returns=returns)
+
+    def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
+        assert tokens.returns is not None
+        p, q = _of_text(logp, tokens), _of_text(logq, tokens)
+        written = q.detach()
+        if self.alpha > 0:
+            written = (p + math.log(self.alpha)).logaddexp(written + math.log1p(-self.alpha))
+        weight = (q - written).exp()
+        reward = tokens.returns.to(weight.dtype)
+        clipped = weight.clamp(1 - self.clip, 1 + self.clip)
+        return weight.detach() * divergences.reverse_kl(logp, logq) - (reward * weight).minimum(reward * clipped)
+
+
+def _of_text(logs: Tensor, tokens: Tokens) -> Tensor:
+    """Log-probabilities ``[N]`` of the tokens written."""
+    return logs.gather(-1, tokens.ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _cross_entropy(logq: Tensor, tokens: Tokens) -> Tensor:
+    return -_of_text(logq, tokens)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "cross_entropy": CrossEntropy,
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jsd": JSD,
+    "tvd": TVD,
+    "skew_kl": SkewKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "distillm2": DistiLLM2,
+    "akl": AKL,
+    "taid": TAID,
+    "veto": Veto,
+    "replaced_ce": ReplacedCE,
+    "opd": OPD,
+    "minillm": MiniLLM,
+}

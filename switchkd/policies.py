@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` a
     from transformers import PreTrainedTokenizerBase
 
 STUDENT, TEACHER = 0, 1
+REFERENCE = 2  # where a token is from the data, not from either model
 
 State = tuple["Tensor", ...]
 

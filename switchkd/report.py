@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from switchkd.config import name_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from switchkd.config import TrainConfig
     from switchkd.evaluation import Scores
     from switchkd.rollouts import DecodeCost, Rollout
 
@@ -56,12 +60,12 @@ def bar(title: str, total: int | None) -> Iterator[Bar]:
 def step_line(metrics: dict[str, Any]) -> str:
     """One training step in a line: loss, tokens per second and, where text was generated, who spoke."""
     parts = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:.0f} tok/s"]
-    if metrics["generated"]:
+    if "switch/teacher_share" in metrics:
         parts.append(f"teacher {metrics['switch/teacher_share']:.0%}")
         if metrics["switch/divergence_mean"] is not None:
             parts.append(f"divergence {metrics['switch/divergence_mean']:.2f}")
     else:
-        parts.append("data")
+        parts.append(metrics["source"])
     return " · ".join(parts)
 
 
@@ -77,6 +81,23 @@ def score_table(scores: dict[str, Scores]) -> Table:
     for name, s in scores.items():
         table.add_row(name, number(s.forward_kl), number(s.perplexity), number(s.rouge_l))
     return table
+
+
+def method_table(recipes: dict[str, TrainConfig]) -> Table:
+    """The recipes by name: who writes, what is trained, on which text, and where the method is from."""
+    table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
+    for name, config in recipes.items():
+        policy = _settings(config.policy) if config.mix.generates else "–"
+        table.add_row(name, policy, _settings(config.objective), _settings(config.mix), config.method)
+    return table
+
+
+def _settings(rule: Any) -> str:
+    """A rule's name, with the settings that are not its defaults."""
+    default = type(rule)()
+    changed = (f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != getattr(default, f.name))
+    given = ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
+    return name_of(rule) + (f" ({given})" if given else "")
 
 
 def cost_line(cost: DecodeCost) -> str:

@@ -42,6 +42,11 @@ class Rollout:
         record["divergences"] = [None if math.isnan(d) else d for d in self.divergences]
         return record
 
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Rollout":
+        """The rollout that ``to_json`` described."""
+        return Rollout(**record | {"divergences": [math.nan if d is None else d for d in record["divergences"]]})
+
 
 @dataclass
 class DecodeCost:

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from switchkd import report
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
-from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from switchkd.data import Example, Message, TokenizedExample, load_examples, tokenize
+from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
+from switchkd.data import Example, Message, TokenizedExample, load_examples, load_text, tokenize
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
+from switchkd.loss import CHUNK_BYTES
 from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
-from switchkd.objectives import CHUNK_BYTES
 from switchkd.rollouts import DecodeCost
 from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
@@ -51,7 +51,14 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     check_context(config, pair)
     train = load_task(config, pair, config.train_file, quiet=not main)
     heldout = load_heldout(config, pair, quiet=not main)
-    trainer = Trainer(pair, train, config, accelerator)
+    trainer = Trainer(
+        pair,
+        train,
+        config,
+        accelerator,
+        validation=load_validation(config, pair, heldout, quiet=not main),
+        corpus=load_corpus(config, pair, quiet=not main),
+    )
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     scores: dict[str, Scores] = {}
     if main:
@@ -110,6 +117,25 @@ def load_task(
 def load_heldout(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
     """The held-out examples of a run; none if it asks for none."""
     return load_task(config, pair, config.eval_file, config.eval_samples, quiet) if config.eval_samples else []
+
+
+def load_validation(
+    config: TrainConfig, pair: Pair, heldout: list[TokenizedExample], quiet: bool = False
+) -> list[TokenizedExample]:
+    """The examples of the validation loss, if the mix looks at one: those of validation_file, else the held-out ones."""
+    if not config.mix.validation_steps:
+        return []
+    return load_task(config, pair, config.validation_file, quiet=quiet) if config.validation_file else heldout
+
+
+def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
+    """The texts of the language-modelling loss, if a run has one."""
+    if not config.lm_file:
+        return []
+    texts = load_text(config.lm_file, pair.tokenizer, config.max_prompt_length + config.max_completion_length)
+    if not quiet:
+        report.console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
+    return texts
 
 
 def prompt_ids(texts: Sequence[str], template: str, pair: Pair) -> list[list[int]]:
@@ -211,9 +237,15 @@ def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
     pair = open_pair(config)
     train = load_task(config, pair, config.train_file)
-    load_heldout(config, pair)
+    heldout = load_heldout(config, pair)
     check_context(config, pair)
-    trainer = Trainer(pair, train, config)
+    trainer = Trainer(
+        pair,
+        train,
+        config,
+        validation=load_validation(config, pair, heldout),
+        corpus=load_corpus(config, pair),
+    )
     models = {
         "teacher": (config.teacher_model_name_or_path, pair.teacher),
         "student": (config.student_model_name_or_path, pair.student),
@@ -224,7 +256,7 @@ def check_run(config: TrainConfig) -> list[str]:
         for role, (name, model) in models.items()
     ]
     lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
-    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows; lmbda {config.lmbda} generated")
+    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows; text: {name_of(config.mix)}")
     need = memory_estimate(config, pair)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())
     lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB ({parts})")
@@ -243,5 +275,5 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
         "gradients": student,
         "optimizer": 2 * student,
         "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
-        "key/value caches": cache if config.lmbda > 0 else 0.0,
+        "key/value caches": cache if config.mix.generates else 0.0,
     }

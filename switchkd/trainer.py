@@ -1,41 +1,58 @@
-"""One training loop, and all the state that moves: the step, the optimizer, the tokens seen.
+"""One training loop, and all the state that moves: step, optimizer, tokens seen, replay buffer, memories of the rules.
 
-Each optimizer step takes the next prompts, completes them under the policy or takes their reference completions, and lowers
-the divergence to the teacher at every response token. All choices come from (seed, step), so a run that stops and resumes
-is the run that did not stop.
+Each optimizer step takes the next prompts, gets their text from where the mix says, and lowers the objective at every
+response token. All choices come from (seed, step), so a run that stops and resumes is the run that did not stop.
 """
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from switchkd.cache import evaluating
 from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_file
 from switchkd.config import TrainConfig
-from switchkd.data import TokenizedExample, batch_indices, collate
+from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
+from switchkd.mixes import Source
 from switchkd.models import Pair
-from switchkd.objectives import Head, Objective, response_hidden
+from switchkd.objectives import CrossEntropy, Objective
 from switchkd.policies import STUDENT, TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
-from switchkd.sampling import noise_key
+from switchkd.sampling import keyed_uniform, noise_key
 
 Metrics = dict[str, Any]
 Rows = Sequence[Rollout | TokenizedExample]
 
-# Words that part the uses of (seed, step): whether to generate, and dropout.
-_CHOICE, _DROPOUT = 1, 2
+# Words that part the uses of (seed, step): which text, dropout, and what to replay.
+_CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a step and what is lowered on them: the objective's mean over their tokens, times a weight."""
+
+    rows: Rows
+    objective: Objective
+    weight: float = 1.0
 
 
 class Trainer:
-    """Distils ``pair.student`` on ``examples`` as ``config`` says; ``step`` is the number of updates done."""
+    """Distils ``pair.student`` on ``examples`` as ``config`` says; ``step`` is the number of updates done.
+
+    ``validation`` is for a mix that looks at a validation loss, ``corpus`` for a language-modelling loss beside the objective.
+    """
 
     def __init__(
         self,
@@ -43,10 +60,20 @@ class Trainer:
         examples: Sequence[TokenizedExample],
         config: TrainConfig,
         accelerator: Accelerator | None = None,
+        *,
+        validation: Sequence[TokenizedExample] = (),
+        corpus: Sequence[TokenizedExample] = (),
     ):
         self.pair, self.examples, self.config = pair, examples, config
+        self.validation, self.corpus = validation, corpus
+        if config.mix.validation_steps and not validation:
+            raise ConfigError(
+                "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
+            )
         self.accelerator = accelerator or Accelerator()
-        self.objective = Objective(config.divergence, config.alpha, config.beta, config.loss_temperature)
+        self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
+        self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
+        self.replay: list[Rollout] = []
         self.rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows_per_step = self.rows_per_rank * self.accelerator.num_processes
         self.total_steps = _total_steps(config, len(examples), self.rows_per_step)
@@ -83,26 +110,40 @@ class Trainer:
     def train_step(self, on_round: Callable[[DecodeCost], None] | None = None) -> tuple[Metrics, Rollouts]:
         """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data)."""
         start = time.perf_counter()
-        examples = self._next_examples()
-        generated = self._generates()
-        rollouts = self._generate(examples, on_round) if generated else Rollouts()
-        generated_at = time.perf_counter()
-        loss, tokens, grad_norm = self._update(rollouts if generated else examples)
+        self._look_at_validation()
+        source = self._source()
+        rows, rollouts = self._rows(source, on_round)
+        read_at = time.perf_counter()
+        objective = self.config.objective.at(self.objective_memory)
+        parts = [_Part(rows, objective)]
+        if self.corpus:
+            parts.append(_Part(self._next(self.corpus), CrossEntropy(), self.config.lm_weight))
+        losses, tokens, grad_norm = self._update(parts)
         self.num_tokens += tokens
+        self.objective_memory = self.config.objective.remember(self.objective_memory, losses[0], self.progress)
         metrics = {
             "step": self.step,
-            "loss": loss,
+            "loss": losses[0],
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "generated": generated,
+            "source": source,
             "num_tokens": self.num_tokens,
             "seconds": time.perf_counter() - start,
-            "seconds/generate": generated_at - start,
+            "seconds/generate": read_at - start,
             "tokens_per_second": tokens / (time.perf_counter() - start),
         }
-        if generated:
+        if self.corpus:
+            metrics["lm_loss"] = losses[1]
+        for name, memory in (("objective", self.objective_memory), ("mix", self.mix_memory)):
+            metrics |= {f"{name}/{key}": value for key, value in memory.items()}
+        if rollouts:
             metrics |= rollout_metrics(rollouts)
         return metrics, rollouts
+
+    @property
+    def progress(self) -> float:
+        """Share of the training steps that are done."""
+        return self.step / max(self.total_steps, 1)
 
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all."""
@@ -113,7 +154,12 @@ class Trainer:
                 self.accelerator.unwrap_model(self.student),
                 self.pair.tokenizer,
                 _inner(self.optimizer),
-                {"num_tokens": self.num_tokens},
+                {
+                    "num_tokens": self.num_tokens,
+                    "objective": self.objective_memory,
+                    "mix": self.mix_memory,
+                    "replay": [rollout.to_json() for rollout in self.replay],
+                },
                 self.config.save_total_limit,
             )
         self.accelerator.wait_for_everyone()
@@ -125,19 +171,69 @@ class Trainer:
             raise CheckpointError(f"{self.run} holds no checkpoint to resume from; start without --resume")
         state = load_checkpoint(found[-1], self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
         self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.objective_memory, self.mix_memory = state["objective"], state["mix"]
+        self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 _keep_until(self.run / name, self.step)
 
-    def _next_examples(self) -> list[TokenizedExample]:
+    def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
-        indices = batch_indices(len(self.examples), self.rows_per_step, self.step, self.config.seed)
-        first = self.accelerator.process_index * self.rows_per_rank
-        return [self.examples[i] for i in indices[first : first + self.rows_per_rank]]
+        indices = batch_indices(len(examples), self.rows_per_step, self.step, self.config.seed)
+        return [examples[i] for i in indices[self._mine]]
 
-    def _generates(self) -> bool:
-        """GKD's coin: with probability lmbda this step trains on generated text; the same on every rank."""
-        return noise_key(self.config.seed, self.step, _CHOICE) / 2**64 < self.config.lmbda
+    @property
+    def _mine(self) -> slice:
+        """This rank's part of a step's rows."""
+        first = self.accelerator.process_index * self.rows_per_rank
+        return slice(first, first + self.rows_per_rank)
+
+    def _source(self) -> Source:
+        """Where this step's text comes from; the same on every rank."""
+        chance = keyed_uniform(self.config.seed, self.step, _CHOICE)
+        return self.config.mix.source(chance, self.progress, len(self.replay), self.mix_memory)
+
+    def _rows(self, source: Source, on_round: Callable[[DecodeCost], None] | None) -> tuple[Rows, Rollouts]:
+        """This rank's rows, and those of them that were generated now."""
+        examples = self._next(self.examples)
+        if source == "examples":
+            return examples, Rollouts()
+        if source == "replay":
+            return self._replayed(), Rollouts()
+        rollouts = self._generate(examples, on_round)
+        self._remember(rollouts)
+        return ([*examples, *rollouts] if source == "pairs" else rollouts), rollouts
+
+    def _remember(self, rollouts: Rollouts) -> None:
+        """Keep what all ranks generated, without the teacher's states, for replay; the oldest go first."""
+        if self.config.mix.capacity:
+            light = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
+            self.replay = [*self.replay, *gather_object(light)][-self.config.mix.capacity :]
+
+    def _replayed(self) -> list[Rollout]:
+        """Rollouts of earlier steps, drawn by (seed, step) without replacement while there are enough."""
+        keys = [noise_key(noise_key(self.config.seed, self.step, _REPLAY), i, _REPLAY) for i in range(len(self.replay))]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        return [self.replay[order[i % len(order)]] for i in range(self.rows_per_step)[self._mine]]
+
+    @torch.no_grad()
+    def _look_at_validation(self) -> None:
+        """Tell the mix, where it wants to know, the mean negative log-likelihood (nats) of the validation completions."""
+        every, size = self.config.mix.validation_steps, self.config.per_device_train_batch_size
+        if not every or self.step % every:
+            return
+        mine = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        with evaluating(self.student):
+            losses = [self._loss(mine[start : start + size], CrossEntropy()) for start in range(0, len(mine), size)]
+        tokens = sum(len(example.completion_ids) for example in mine)
+        sums = torch.tensor([sum(loss.item() for loss in losses), tokens], dtype=torch.float64)
+        loss, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        self.mix_memory = self.config.mix.remember(self.mix_memory, loss / count)
+
+    def _budget(self) -> int:
+        """Tokens that a completion may have at this step."""
+        start, end = self.config.max_new_tokens_start, self.config.max_new_tokens
+        return round(start + (end - start) * self.progress) if start else end
 
     def _generate(
         self, examples: Sequence[TokenizedExample], on_round: Callable[[DecodeCost], None] | None
@@ -148,11 +244,12 @@ class Trainer:
             self.accelerator.unwrap_model(self.student),
             self.pair.teacher,
             [example.prompt_ids for example in examples],
-            **self.config.decode_arguments(),
+            **self.config.decode_arguments()
+            | {"policy": self.policy.at(self.progress), "max_new_tokens": self._budget()},
             seed=self.config.seed,
             sample_ids=range(first, first + len(examples)),
             eos_token_ids=self.pair.eos_token_ids,
-            keep_hidden=True,
+            keep_hidden=self.config.objective.reads_teacher,
             vocab_size=self.pair.vocab_size,
             progress=on_round,
         )
@@ -162,60 +259,64 @@ class Trainer:
                 raise error(f"step {self.step + 1}, {example.source}: {rollout.error}")
         return rollouts
 
-    def _update(self, rows: Rows) -> tuple[float, int, float]:
-        """Gradient over the window, finite check, clip, AdamW: (loss per token, tokens trained on, gradient norm)."""
+    def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
+        """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
         accelerator, size = self.accelerator, self.config.per_device_train_batch_size
-        local = torch.tensor(sum(len(row.completion_ids) for row in rows), device=accelerator.device)
-        tokens = int(accelerator.reduce(local, "sum"))
-        starts = range(0, len(rows), size)
-        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        for micro, start in enumerate(starts):
-            syncs = nullcontext() if micro == len(starts) - 1 else accelerator.no_sync(self.student)
-            with syncs, self._keyed_dropout(micro):
-                loss = self._loss(rows[start : start + size]) / max(tokens, 1)
+        local = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
+        tokens = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
+        micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
+        sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
+        for micro, (i, start) in enumerate(micros):
+            syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
+            with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
+                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
                 # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        loss_value = accelerator.reduce(total, "sum").item()
+                accelerator.backward(loss * (parts[i].weight * accelerator.num_processes))
+            sums[i] += loss.detach()
+        losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
-        self._check_finite(loss_value, grad_norm)
+        self._check_finite(losses, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss_value, tokens, grad_norm
+        return losses, tokens[0], grad_norm
 
-    def _loss(self, rows: Rows) -> torch.Tensor:
-        """Sum of the divergence over the response tokens of one micro-batch.
-
-        What the teacher computed while it wrote or judged the text is used again; otherwise it reads the rows once.
-        """
+    def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
+        """Sum of the objective over the response tokens of one micro-batch."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
+        teacher = (
+            TeacherStates(self.heads[TEACHER], self._teacher_hidden(rows, batch)) if objective.reads_teacher else None
+        )
+        hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
+        return total(
+            objective, teacher, self.heads[STUDENT], hidden, response_tokens(batch, [r.speakers for r in rows])
+        )
+
+    @torch.no_grad()
+    def _teacher_hidden(self, rows: Rows, batch: Batch) -> torch.Tensor:
+        """The teacher's states at the response tokens: kept ones if it read every row while it was written, else it reads."""
         known = [row.teacher_hidden for row in rows if isinstance(row, Rollout) and row.teacher_hidden is not None]
         if len(known) == len(rows):
-            hidden_p = torch.cat([hidden.to(batch.input_ids.device) for hidden in known])
-        else:
-            with torch.no_grad():
-                hidden_p = response_hidden(self.pair.teacher, batch)
-        hidden_q = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
-        return self.objective.total(self.heads[TEACHER], hidden_p, self.heads[STUDENT], hidden_q)
+            return torch.cat([hidden.to(batch.input_ids.device) for hidden in known])
+        return response_hidden(self.pair.teacher, batch)
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
+        if all(map(math.isfinite, [*losses, grad_norm])):
             return
         self.optimizer.zero_grad()
         first = self.step * self.rows_per_step
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm} (samples {first}..{first + self.rows_per_step - 1}); "
-            "the weights are those of the step before. Lower learning_rate, or look for broken values in the models"
+            f"step {self.step + 1}: loss {' and '.join(map(str, losses))}, gradient norm {grad_norm} (samples {first}.."
+            f"{first + self.rows_per_step - 1}); the weights are those of the step before. Lower learning_rate, or look for "
+            "broken values in the models"
         )
 
     @contextmanager
     def _keyed_dropout(self, micro: int) -> Iterator[None]:
-        """Training mode with dropout keyed by (seed, step, rank and micro-batch); the caller's random state is left alone."""
-        part = self.accelerator.process_index * self.config.gradient_accumulation_steps + micro
-        key = noise_key(noise_key(self.config.seed, self.step, _DROPOUT), part, _DROPOUT)
+        """Training mode with dropout keyed by (seed, step, micro-batch of all ranks); the caller's random state is left alone."""
+        key = noise_key(noise_key(self.config.seed, self.step, _DROPOUT), micro, _DROPOUT)
         with torch.random.fork_rng():
             torch.random.default_generator.manual_seed(key % 2**63)
             if torch.cuda.is_available():

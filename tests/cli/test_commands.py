@@ -71,7 +71,7 @@ def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_
     }  # fmt: skip
     metrics = records(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
-    assert {m["generated"] for m in metrics} == {True, False}
+    assert {m["source"] for m in metrics} == {"policy", "examples"}
     scores = json.loads((run / "evaluation.json").read_text())
     assert list(scores["scores"]) == ["teacher", "student before", "student after"]
     assert scores["settings"]["max_new_tokens"] == 8
@@ -163,13 +163,13 @@ def test_prune(place, tmp_path, capsys):
 
 
 def test_other_methods_run(place, tmp_path):
-    for recipe, share in (("adaswitch", {True}), ("on_policy", {True}), ("supervised", {False})):
+    for recipe, text in (("adaswitch", "policy"), ("relay", "policy"), ("kd", "examples")):
         assert train(place, tmp_path / recipe, recipe=recipe, **{"--eval-samples": "0"}) == 0
-        assert {m["generated"] for m in records(tmp_path / recipe / "metrics.jsonl")} == share
+        assert {m["source"] for m in records(tmp_path / recipe / "metrics.jsonl")} == {text}
         assert (tmp_path / recipe / "student" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["switch", "adaswitch", "on_policy", "supervised"])
+@pytest.mark.parametrize("method", ["switch", "adaswitch", "fast_opd", "kd"])
 def test_demo_settings_are_the_methods_recipe_in_small(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = demo_settings(DemoConfig(method=method, seed=4))
@@ -187,7 +187,9 @@ BAD = {
     "over-long prompts": ({"--max-prompt-length": "3"}, "", "longer than max_prompt_length=3"),
     "context": ({"--max-prompt-length": "600"}, "", "context of 512"),
     "no model": ({"--student-model-name-or-path": "{folder}"}, "", "holds no config.json"),
-    "setting": ({"--policy.schedule": "linear"}, "", "needs horizon"),
+    "setting": ({"--policy.horizon": "0"}, "", "at least 1 token"),
+    "no trigger token": ({"--policy": "relay", "--policy.triggers": "Perhapsnot"}, "", "none of Relay's triggers"),
+    "no such module": ({"--policy": "nowhere:Rule"}, "", "cannot import 'nowhere:Rule'"),
 }
 
 
@@ -215,7 +217,10 @@ def test_bad_input_is_explained_and_writes_nothing(place, tmp_path, capsys, name
         (["trian"], 1, "did you mean 'train'"),
         (["train", "swich"], 1, "did you mean 'switch'"),
         (["train", "--learning-rte", "1"], 2, "--learning-rate"),
-        (["demo", "--method", "magic"], 2, "adaswitch"),
+        (["demo", "--method", "adaswich"], 1, "did you mean 'adaswitch'"),
+        (["train", "--policy", "swich"], 1, "unknown policy 'swich'; did you mean 'switch'"),
+        (["train", "--mix"], 1, "--mix needs a name: ground_truth"),
+        (["methods"], 0, "SWITCH"),
         *[([command, "--help"], 0, "--") for command in COMMANDS],
     ],
 )

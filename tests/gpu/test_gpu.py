@@ -8,6 +8,7 @@ from tiny import FAMILIES, POLICIES, assert_same, tiny_model, toy_examples, toy_
 
 from switchkd import decode, decode_reference
 from switchkd.config import TrainConfig
+from switchkd.mixes import Generated
 from switchkd.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -39,5 +40,5 @@ def test_a_training_step_on_cuda(tmp_path):
     pair = toy_pair()
     pair = dataclasses.replace(pair, teacher=pair.teacher.cuda(), student=pair.student.cuda())
     config = TrainConfig(max_new_tokens=6, max_steps=1, per_device_train_batch_size=4, output_dir=str(tmp_path))
-    metrics, _ = Trainer(pair, toy_examples(), dataclasses.replace(config, lmbda=1.0)).train_step()
+    metrics, _ = Trainer(pair, toy_examples(), dataclasses.replace(config, mix=Generated(1.0))).train_step()
     assert metrics["loss"] > 0

@@ -8,22 +8,28 @@ import yaml
 from switchkd import AdaSwitch, Switch
 from switchkd.config import TrainConfig, from_dict, load_recipe, recipes, to_dict
 from switchkd.errors import ConfigError
+from switchkd.mixes import Generated
+from switchkd.objectives import ForwardKL, SkewReverseKL
 
 
-@pytest.mark.parametrize("name", ["switch", "adaswitch", "on_policy", "supervised"])
+@pytest.mark.parametrize("name", recipes())
 def test_recipes_load_and_round_trip(name):
     config = load_recipe(name)
     assert from_dict(TrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config))), "again") == config
 
 
-def test_every_shipped_recipe_is_named_above():
-    assert set(recipes()) == {"switch", "adaswitch", "on_policy", "supervised"}
+def test_the_recipes_by_name():
+    assert set(recipes()) == {
+        "sft", "kd", "seqkd", "imitkd", "gkd", "on_policy", "minillm", "distillm", "distillm2", "skd", "ssd", "ca_opd", "trb",
+        "relay", "hysteresis", "fast_opd", "opd", "veto", "taid", "akl", "adaswitch", "switch", "switch_linear", "switch_growth",
+        "switch_constant", "switch_mix_in", "switch_random",
+    }  # fmt: skip
 
 
 def test_the_papers_settings():
     switch, ada = load_recipe("switch"), load_recipe("adaswitch")
     assert switch.policy == Switch(schedule="exponential", tau_0=1.0, decay=0.1)
-    assert (switch.divergence, switch.alpha, switch.lmbda) == ("skew_reverse_kl", 0.1, 0.5)
+    assert switch.objective == SkewReverseKL(0.1) and switch.mix == Generated(0.5)
     assert (switch.temperature, switch.template, switch.max_prompt_length, switch.max_new_tokens) == (
         1.0,
         "alpaca",
@@ -32,7 +38,7 @@ def test_the_papers_settings():
     )
     assert switch.learning_rate == 5e-4 and switch.num_train_epochs == 20
     assert isinstance(ada.policy, AdaSwitch) and ada.policy.ratio == 3.0 and ada.policy.divergence == "forward_kl"
-    assert (ada.divergence, ada.lmbda) == ("forward_kl", 1.0)
+    assert ada.objective == ForwardKL() and ada.mix == Generated(1.0)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +54,18 @@ def test_the_papers_settings():
         ({"max_steps": True}, "max_steps must be int, got True"),
         ({"learning_rate": "fast"}, "learning_rate must be float"),
         ({"resume": 1}, "resume must be bool"),
-        ({"lmbda": 1.5}, "lmbda is a probability"),
+        ({"mix": {"name": "generated", "lmbda": 1.5}}, "lmbda is a probability"),
+        ({"mix": "replay"}, "unknown mix 'replay'"),
+        ({"lmbda": 0.5}, "unknown setting 'lmbda'"),
         ({"temperature": -1}, "temperature must be at least 0"),
-        ({"loss_temperature": 0}, "loss_temperature must be above 0"),
-        ({"divergence": "jds"}, "unknown divergence 'jds'; did you mean 'jsd'"),
-        ({"divergence": "jsd", "beta": 1}, "beta must lie strictly between"),
+        ({"objective": {"name": "tvd", "temperature": 0}}, "temperature of the objective must be above 0"),
+        ({"objective": "jds"}, "unknown objective 'jds'; did you mean 'jsd'"),
+        ({"objective": {"name": "jsd", "beta": 1}}, "beta must lie strictly between"),
+        ({"objective": {"name": "tvd", "alpha": 0.1}}, "objective tvd: unknown setting 'alpha'"),
+        ({"objective": "minillm"}, "minillm weighs text .* from a mix-in of alpha=0.2, and switch writes otherwise"),
+        ({"objective": "minillm", "policy": "mix_in", "max_new_tokens_start": 300}, "a budget grows"),
+        ({"objective": "minillm", "policy": "student_only"}, "student_only writes with alpha=0"),
+        ({"policy": {"name": "relay", "triggers": "Wait"}}, "triggers must be"),
         ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
     ],
 )
@@ -63,9 +76,9 @@ def test_wrong_settings_are_explained(values, words):
 
 def test_yaml_numbers_are_read_as_people_write_them(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("learning_rate: 1e-4\nlmbda: 1\npolicy: adaswitch\n")
+    file.write_text("learning_rate: 1e-4\nmix: {name: generated, lmbda: 1}\npolicy: adaswitch\n")
     config = load_recipe(str(file))
-    assert config.learning_rate == 1e-4 and config.lmbda == 1.0 and config.policy == AdaSwitch()
+    assert config.learning_rate == 1e-4 and config.mix == Generated(1.0) and config.policy == AdaSwitch()
 
 
 @pytest.mark.parametrize(

@@ -1,262 +1,256 @@
-"""The loss at the right positions, masked by position, and equal to what is back-propagated."""
+"""Every objective against its formula in probability space, value and gradient, with its constants held constant.
+
+``REFERENCES`` write each formula down once more, from the papers, on float64 probabilities. They take the student's
+distribution twice: ``q`` moves, ``q0`` is where the constants are computed. The gradient of an objective must be the finite
+difference of its reference in ``q`` alone, and its value the reference's.
+"""
 
 import math
 
 import pytest
 import torch
-from tiny import FAMILIES, POLICIES, VOCAB, tiny_model
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
+
+from switchkd import objectives
+from switchkd.errors import ConfigError
+from switchkd.objectives import (
+    AKL,
+    JSD,
+    OBJECTIVES,
+    OPD,
+    TAID,
+    CrossEntropy,
+    DistiLLM2,
+    ForwardKL,
+    MiniLLM,
+    ReplacedCE,
+    SkewKL,
+    Tokens,
+    Veto,
 )
 
-from switchkd import decode, objectives
-from switchkd.data import collate
-from switchkd.divergences import log_probs
-from switchkd.errors import ModelError
-from switchkd.objectives import Head, Objective, response_hidden, response_tokens
-
-ROWS = [([3, 4, 5], [6, 7, 1]), ([8], [9, 9, 1, 9, 9]), ([4, 4], [])]
-NAMES = ["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "skew_reverse_kl"]
+N, V = 7, 5
+GENERATOR = torch.Generator().manual_seed(3)
+LOGITS_P, LOGITS_Q = (2 * torch.randn(N, V, dtype=torch.float64, generator=GENERATOR) for _ in range(2))
+TOKENS = Tokens(
+    torch.tensor([0, 3, 1, 4, 4, 2, 0]), torch.tensor([0, 1, 2, 0, 1, 0, 2]), torch.tensor([0, 0, 0, 1, 1, 1, 3])
+)
 
 
-FORWARD_KL = Objective("forward_kl")
+def kl(a, b):
+    return (a * (a / b).log()).sum(-1)
 
 
-def total(student, teacher, rows, objective=FORWARD_KL, **batch_settings):
-    batch = collate(rows, **batch_settings)
-    with torch.no_grad():
-        hidden_p = response_hidden(teacher, batch)
-    return objective.total(Head.of(teacher, VOCAB), hidden_p, Head.of(student, VOCAB), response_hidden(student, batch))
+def of_text(x):
+    return x[range(N), TOKENS.ids]
 
 
-def response_logits(model, batch, vocab_size=VOCAB):
-    return Head.of(model, vocab_size)(response_hidden(model, batch))
+def akl(p, q, q0):
+    head = torch.zeros_like(p)
+    for n in range(N):
+        mass = 0.0
+        for i in sorted(range(V), key=lambda i: -p[n, i].item()):
+            if mass < 0.5:
+                head[n, i] = 1
+            mass += p[n, i].item()
+    gap = (p - q0).abs()
+    g_head, g_tail = (gap * head).sum(-1), (gap * (1 - head)).sum(-1)
+    return (g_head * kl(p, q) + g_tail * kl(q, p)) / (g_head + g_tail)
 
 
-def transformed_models():
-    """A soft cap (Gemma 2), a scale (Cohere), a divisor (Granite) and a bias on the output layer."""
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    gemma = Gemma2Config(**sizes, head_dim=4, final_logit_softcapping=0.05, attn_implementation="eager")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        models = {
-            "capped": Gemma2ForCausalLM(gemma),
-            "scaled": CohereForCausalLM(CohereConfig(**sizes, logit_scale=7.0)),
-            "divided": GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=0.3)),
-        }
-    biased = tiny_model("llama")
-    biased.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 3, VOCAB, dtype=torch.float64))
-    return {name: model.double().eval() for name, model in models.items()} | {"biased": biased}
+def normalised(x):
+    return x / x.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_response_logits_are_the_models_own(family):
-    """Padded and ragged rows give the logits of each row alone, at the position before each response token."""
-    model = tiny_model(family)
-    ours = response_logits(model, collate(ROWS))
-    alone = [model(torch.tensor([p + c])).logits[0, len(p) - 1 : len(p) + len(c) - 1] for p, c in ROWS]
-    torch.testing.assert_close(ours, torch.cat(alone), atol=1e-11, rtol=1e-11)
-    assert response_tokens(collate(ROWS)).tolist() == [6, 7, 1, 9, 9, 1, 9, 9]
+def minillm(p, q, q0):
+    reward, mixed = (of_text(p) / of_text(q0)).log(), 0.2 * of_text(p) + 0.8 * of_text(q0)
+    losses = []
+    for t in range(N):
+        later = [reward[u] for u in range(t + 1, N) if TOKENS.rows[u] == TOKENS.rows[t]]
+        to_come = sum(later) / len(later) if later else torch.tensor(0.0)
+        w, w0 = (of_text(x)[t] / mixed[t] for x in (q, q0))
+        losses.append(w0 * kl(q, p)[t] + torch.maximum(-to_come * w, -to_come * w.clamp(0.8, 1.2)))
+    return torch.stack(losses)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_one_hot_teacher_gives_the_models_own_labels_loss(family):
-    """Labels shifted by one too many or too few would train the model to copy."""
-    model, batch = tiny_model(family), collate(ROWS)
-    labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
-    own = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, labels=labels)
-    one_hot = torch.full((8, VOCAB), -math.inf, dtype=torch.float64)
-    one_hot[torch.arange(8), response_tokens(batch)] = 0.0
-    ours = Objective("forward_kl").per_token(one_hot, response_logits(model, batch)).mean()
-    torch.testing.assert_close(ours, own.loss.double(), atol=1e-6, rtol=1e-6)
+SPOKEN = [TOKENS.speakers == speaker for speaker in (0, 1, 2)]
+SKEW = lambda p, q: kl(p, 0.1 * p + 0.9 * q)  # noqa: E731
+REFERENCES = {
+    "cross_entropy": lambda p, q, q0: -of_text(q).log(),
+    "forward_kl": lambda p, q, q0: kl(p, q),
+    "reverse_kl": lambda p, q, q0: kl(q, p),
+    "jsd": lambda p, q, q0: 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2),
+    "tvd": lambda p, q, q0: 0.5 * (p - q).abs().sum(-1),
+    "skew_kl": lambda p, q, q0: SKEW(p, q),
+    "skew_reverse_kl": lambda p, q, q0: SKEW(q, p),
+    "distillm2": lambda p, q, q0: torch.where(SPOKEN[0], SKEW(q, p), SKEW(p, q)),
+    "akl": akl,
+    "taid": lambda p, q, q0: kl(normalised(q0**0.6 * p**0.4), q),
+    "veto": lambda p, q, q0: kl(normalised(p * q0**0.5), q),
+    "replaced_ce": lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(q, p)),
+    "opd": lambda p, q, q0: -of_text(q) / of_text(q0) * (of_text(p) / of_text(q0)).log(),
+    "minillm": minillm,
+}
 
 
-@pytest.mark.parametrize("name", ["capped", "scaled", "divided", "biased"])
-def test_soft_capping_scale_and_bias_of_the_head_are_never_missed(name):
-    model = transformed_models()[name]
-    batch = collate(ROWS)
-    full = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
-    expected = full[:, :-1][batch.loss_mask[:, 1:]]
-    torch.testing.assert_close(response_logits(model, batch), expected, atol=1e-12, rtol=1e-12)
+def losses(objective, logits_q):
+    logp, logq = (objectives_logs.log_softmax(-1) for objectives_logs in (LOGITS_P, logits_q))
+    tokens = TOKENS
+    if objective.looks_ahead:
+        written = [objective.soften(logs.detach()).gather(1, TOKENS.ids.unsqueeze(1))[:, 0] for logs in (logp, logq)]
+        tokens = objective.look_ahead(TOKENS, *written)
+    return objective.loss(logp, logq, tokens)
 
 
-def test_heads_that_are_not_what_they_seem_are_refused():
-    model = tiny_model("llama")
-    model.config.final_logit_softcapping = 2.0  # named, and not done by this architecture
-    with pytest.raises(ModelError, match="after the output layer"):
-        Head.of(model, VOCAB)
-    model = tiny_model("llama")
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ModelError, match="adapt the layers of the body only"):
-        Head.of(model, VOCAB)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("student", ["llama", "capped", "scaled", "divided", "biased"])
-def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
-    """Value and every gradient of the student, at several sizes of chunk and piece, against plain autograd through all logits."""
-    student = tiny_model("llama", 1) if student == "llama" else transformed_models()[student]
-    teacher = tiny_model("qwen2", 2)
-    objective = Objective(name, alpha=0.2, beta=0.3, temperature=1.7)
-    batch = collate(ROWS)
-    with torch.no_grad():
-        teacher_logits = response_logits(teacher, batch)
-    dense = objective.per_token(teacher_logits, response_logits(student, batch)).sum()
-    names, parameters = zip(*student.named_parameters(), strict=True)
-    expected = torch.autograd.grad(dense / 7, parameters)
-    for rows, piece in ((100, 100), (5, 2), (3, 3), (1, 1)):
-        monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * VOCAB * rows)
-        monkeypatch.setattr(objectives, "PIECE_BYTES", 4 * VOCAB * piece)
-        loss = total(student, teacher, ROWS, objective)
-        torch.testing.assert_close(loss, dense, atol=1e-12, rtol=1e-12)
-        for name, ours, wanted in zip(names, torch.autograd.grad(loss / 7, parameters), expected, strict=True):
-            torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_reported_loss_is_what_is_back_propagated(name, temperature):
-    """Finite differences of the reported scalar equal the gradient, also at a temperature (no factor on one of them)."""
-    objective = Objective(name, alpha=0.2, beta=0.3, temperature=temperature)
-    generator = torch.Generator().manual_seed(0)
-    shapes = (5, 4), (3, 4), (5, 4), (5,), (3, 4)
-    weight_p, hidden_p, weight, bias, hidden = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes
-    )
-
-    def loss(weight, bias, hidden):
-        heads = [torch.nn.Linear(4, 5).double() for _ in range(2)]
-        for linear, values in zip(heads, ((weight_p, weight_p[:, 0]), (weight, bias)), strict=True):
-            del linear.weight, linear.bias
-            linear.weight, linear.bias = values
-        return objective.total(Head(heads[0], 5), hidden_p, Head(heads[1], 5, scale=1.5, softcap=2.0), hidden)
-
-    inputs = weight, bias, hidden
-    for i, gradient in enumerate(torch.autograd.grad(loss(*inputs), inputs)):
-        direction = torch.randn(inputs[i].shape, dtype=torch.float64, generator=generator)
+def check(objective, reference):
+    """Value and gradient; directions with a token's own weight, so that no token's gradient can hide in another's."""
+    leaf = LOGITS_Q.clone().requires_grad_()
+    values = losses(objective, leaf)
+    q0 = LOGITS_Q.softmax(-1)
+    expected = reference(LOGITS_P.softmax(-1), q0, q0)
+    torch.testing.assert_close(values, expected, atol=1e-12, rtol=1e-12)
+    weights = torch.arange(1.0, N + 1, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((weights * values).sum(), leaf)
+    for direction in torch.eye(V, dtype=torch.float64):
         ahead, behind = (
-            loss(*(x + sign * 1e-6 * direction if i == j else x for j, x in enumerate(inputs))) for sign in (1, -1)
+            reference(LOGITS_P.softmax(-1), (LOGITS_Q + sign * 1e-6 * direction).softmax(-1), q0) for sign in (1, -1)
         )
-        torch.testing.assert_close((ahead - behind) / 2e-6, (gradient * direction).sum(), atol=1e-7, rtol=1e-6)
-    assert hidden_p.grad is None
+        torch.testing.assert_close(gradient @ direction, weights * (ahead - behind) / 2e-6, atol=1e-7, rtol=1e-6)
 
 
-def test_with_adapters_in_the_body_the_head_keeps_its_weight():
-    """As with LoRA: the head is frozen, and the gradient of a low-rank update in the body is the dense loss's."""
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    student.requires_grad_(False)
-    layer = student.model.layers[0].self_attn.q_proj
-    down, up = (torch.full(s, 0.1, dtype=torch.float64, requires_grad=True) for s in ((16, 2), (2, 16)))
-    layer.register_forward_hook(lambda _, args, output: output + args[0] @ down @ up)
-    batch = collate(ROWS)
-    dense = FORWARD_KL.per_token(response_logits(teacher, batch), response_logits(student, batch)).sum()
-    expected = torch.autograd.grad(dense, (down, up))
-    for ours, wanted in zip(torch.autograd.grad(total(student, teacher, ROWS), (down, up)), expected, strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-10)
-    assert student.lm_head.weight.grad is None
+def test_every_objective_has_a_reference():
+    assert REFERENCES.keys() == OBJECTIVES.keys()
 
 
-def test_a_second_backward_pass_is_refused():
-    loss = total(tiny_model("llama", 1), tiny_model("llama", 2), ROWS)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="back-propagated once"):
-        loss.backward()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_value_and_gradient_are_the_papers(name):
+    check(OBJECTIVES[name](), REFERENCES[name])
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_lower_precision_stays_near(dtype, tolerance):
-    """The divergence is fp32 whatever the weights; head gradients of several chunks are summed in fp32."""
-    wide = total(tiny_model("llama", 1), tiny_model("llama", 2), ROWS)
-    student = tiny_model("llama", 1).to(dtype)
-    loss = total(student, tiny_model("llama", 2).to(dtype), ROWS)
-    loss.backward()
-    assert loss.dtype == torch.float32 and student.lm_head.weight.grad.dtype == dtype
-    torch.testing.assert_close(loss.double(), wide, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "cross_entropy"])
+def test_temperature_softens_both_and_adds_no_factor(name):
+    reference = REFERENCES[name]
+
+    def softened(p, q, q0):
+        return reference(*(normalised(x ** (1 / 3)) for x in (p, q, q0)))
+
+    check(OBJECTIVES[name](temperature=3.0), softened)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "student_only"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_weights_by_speaker_and_a_share_of_cross_entropy(name):
+    reference = REFERENCES[name]
+    weights = torch.tensor([0.25, 3.0, 1.0], dtype=torch.float64)[TOKENS.speakers]
+    share = 0.4 * SPOKEN[2].double()
+
+    def mixed(p, q, q0):
+        return (1 - share) * weights * reference(p, q, q0) - share * of_text(q).log()
+
+    check(OBJECTIVES[name](student_weight=0.25, teacher_weight=3.0, ce_weight=0.4), mixed)
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"block_size": 4, "drafter": "teacher"}, {"block_size": 3, "drafter": "student"}]
+    "objective,reference",
+    [
+        (JSD(beta=0.2), lambda p, q, q0: 0.2 * kl(p, 0.2 * p + 0.8 * q) + 0.8 * kl(q, 0.2 * p + 0.8 * q)),
+        (SkewKL(alpha=0.4), lambda p, q, q0: kl(p, 0.4 * p + 0.6 * q)),
+        (DistiLLM2(beta=0.5), lambda p, q, q0: torch.where(SPOKEN[0], 0.5 * SKEW(q, p), 1.5 * SKEW(p, q))),
+        (TAID(s=1.0), REFERENCES["forward_kl"]),
+        (TAID(s=0.0), lambda p, q, q0: kl(q0, q)),
+        (Veto(beta=0.0), REFERENCES["forward_kl"]),
+        (Veto(beta=2.0), lambda p, q, q0: kl(normalised(p * q0**2), q)),
+        (AKL(head_mass=1.0), REFERENCES["forward_kl"]),
+        (ReplacedCE(divergence="forward_kl"), lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(p, q))),
+    ],
 )
-def test_hidden_states_of_decoding_are_those_of_a_fresh_forward(policy, settings):
-    """So is the loss, and its gradient, to 1e-10; rows stop at different lengths and enter late."""
-    student, teacher = tiny_model("llama", 1), tiny_model("gpt2", 2)
-    prompts = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 6]]
-    rollouts = decode(student, teacher, prompts, POLICIES[policy], 9, batch_size=2, keep_hidden=True, **settings)
-    batch = collate([(r.prompt_ids, r.completion_ids) for r in rollouts])
-    kept = torch.cat([r.teacher_hidden for r in rollouts])
-    with torch.no_grad():
-        fresh = response_hidden(teacher, batch)
-    torch.testing.assert_close(kept, fresh, atol=1e-10, rtol=1e-10)
-    results = []
-    for hidden_p in (kept, fresh):
-        loss = FORWARD_KL.total(
-            Head.of(teacher, VOCAB), hidden_p, Head.of(student, VOCAB), response_hidden(student, batch)
-        )
-        results.append((loss, *torch.autograd.grad(loss, list(student.parameters()))))
-    torch.testing.assert_close(results[0], results[1], atol=1e-10, rtol=1e-10)
+def test_settings_reach_their_place(objective, reference):
+    check(objective, reference)
 
 
-def test_hidden_states_are_kept_only_if_asked_for_and_only_whole():
-    pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    assert decode(*pair, [[3, 4]], POLICIES["spell"], 6)[0].teacher_hidden is None
-    assert decode(*pair, [[3, 4]], POLICIES["student_only"], 6, keep_hidden=True)[0].teacher_hidden is None
-    [row] = decode(*pair, [[3, 4]], POLICIES["spell"], 6, keep_hidden=True, eos_token_ids=[])
-    assert row.teacher_hidden.shape == (6, 16)
-    assert "teacher_hidden" not in row.to_json()
+def test_minillm_without_mix_in_clip_or_normalisation():
+    """Weights are 1 in value; R is a sum; on the student's own text the gradient is that of the whole text's reverse KL."""
+
+    def plain(p, q, q0):
+        reward = (of_text(p) / of_text(q0)).log()
+        later = [sum(reward[u] for u in range(t + 1, N) if TOKENS.rows[u] == TOKENS.rows[t]) for t in range(N)]
+        to_come = torch.tensor([float(x) for x in later], dtype=torch.float64)
+        return kl(q, p) - to_come * of_text(q) / of_text(q0)
+
+    check(MiniLLM(alpha=0.0, clip=1e9, length_normalised=False), plain)
 
 
-def test_prompt_and_padding_are_never_scored():
-    """Masks go by position: any padding token gives the same loss, also the end token, and batch equals sum of rows."""
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    loss = total(student, teacher, ROWS)
-    for pad in (1, 9):
-        torch.testing.assert_close(total(student, teacher, ROWS, pad_id=pad), loss, atol=1e-12, rtol=1e-12)
-    parts = sum(total(student, teacher, [row]) for row in ROWS)
-    torch.testing.assert_close(parts, loss, atol=1e-11, rtol=1e-11)
+def test_opd_is_unbiased_for_the_reverse_kl():
+    """Averaged over the student's law of the token, value and gradient are the exact reverse KL's."""
+    leaf = LOGITS_Q.clone().requires_grad_()
+    q = LOGITS_Q.softmax(-1)
+    total = 0.0
+    for y in range(V):
+        tokens = Tokens(torch.full((N,), y), TOKENS.speakers, TOKENS.rows)
+        total = total + q[:, y] * OPD().loss(LOGITS_P.log_softmax(-1), leaf.log_softmax(-1), tokens)
+    exact_leaf = LOGITS_Q.clone().requires_grad_()
+    exact = kl(exact_leaf.softmax(-1), LOGITS_P.softmax(-1))
+    torch.testing.assert_close(total, exact)
+    ours, expected = (torch.autograd.grad(x.sum(), y)[0] for x, y in ((total, leaf), (exact, exact_leaf)))
+    torch.testing.assert_close(ours, expected)
 
 
-def test_eos_is_trained_and_nothing_behind_it():
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    with_eos, without = total(student, teacher, [([3, 4], [6, 1])]), total(student, teacher, [([3, 4], [6])])
-    assert with_eos > without
-    batch = collate([([3, 4], [6, 1]), ([3], [5, 5, 5, 5])], pad_id=1)
-    assert batch.loss_mask[0].tolist() == [False, False, True, True, False]
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("cross_entropy", "veto")])
+def test_a_student_that_is_the_teacher_stays_where_it_is(name):
+    """Also TVD, whose slope is chosen as 0 there. Replaced tokens still have their cross-entropy; Veto's target is sharper."""
+    leaf = LOGITS_P.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses(OBJECTIVES[name](), leaf).sum(), leaf)
+    still = ~SPOKEN[1] if name == "replaced_ce" else slice(None)
+    assert gradient[still].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_empty_responses_give_a_finite_zero(name):
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    loss = total(student, teacher, [([3, 4], []), ([5], [])], Objective(name))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+def test_entries_without_mass_give_finite_values_and_gradients():
+    logits_p, leaf = LOGITS_P.clone(), LOGITS_Q.clone()
+    logits_p[:, 0] = leaf[:, 0] = -math.inf  # padding ids that both leave out
+    leaf.requires_grad_()
+    tokens = Tokens(TOKENS.ids.clamp(min=1), TOKENS.speakers, TOKENS.rows, torch.ones(N))
+    for name, objective in OBJECTIVES.items():
+        values = objective().loss(logits_p.log_softmax(-1), leaf.log_softmax(-1), tokens)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        assert values.isfinite().all() and gradient[:, 1:].isfinite().all(), name
 
 
-def test_padding_rows_of_the_logits_carry_no_mass():
-    """Two models with different padding rows are compared on the shared vocabulary, renormalised."""
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    batch = collate(ROWS)
-    with torch.no_grad():
-        teacher.lm_head.weight[20:] = 5.0
-    heads, hidden = zip(*((Head.of(m, 20), response_hidden(m, batch)) for m in (teacher, student)), strict=True)
-    p, q = (log_probs(head(h)) for head, h in zip(heads, hidden, strict=True))
-    assert p.shape == (8, 20)
-    loss = FORWARD_KL.total(heads[0], hidden[0], heads[1], hidden[1])
-    torch.testing.assert_close(loss, (p.exp() * (p - q)).sum())
-    loss.backward()
-    assert not student.lm_head.weight.grad[20:].any() and student.lm_head.weight.grad[:20].all(1).all()
+def test_taid_moves_to_the_teacher():
+    taid = TAID(s=0.4, s_end=1.0, step=0.1, momentum=0.9)
+    memory = taid.memory()
+    assert taid.at(memory).s == 0.4
+    first = taid.remember(memory, 2.0, 0.0)
+    assert first["s"] == 0.4 and first["loss"] == 2.0  # one loss says nothing yet
+    second = taid.remember(first, 1.5, 0.0)
+    fall = 0.1 * (2.0 - 1.5) / 2.0
+    assert second["fall"] == pytest.approx(fall)
+    assert second["s"] == pytest.approx(0.4 + 0.1 / (1 + math.exp(-fall)) * 0.6)
+    assert taid.remember(second, 9.0, 0.9)["s"] == pytest.approx(0.4 + 0.6 * 0.9)  # never behind the straight line
+    assert taid.remember(second, 1.0, 1.0)["s"] == 1.0
+    slower = taid.remember(first, 2.5, 0.0)
+    assert 0.4 < slower["s"] < second["s"]
 
 
-def test_gradients_reach_every_student_weight():
-    student, teacher = tiny_model("gpt2", 1), tiny_model("gpt2", 2)
-    total(student, teacher, ROWS).backward()
-    assert all(p.grad.abs().sum() > 0 for n, p in student.named_parameters() if "wpe" not in n)
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: ForwardKL(temperature=0.0), "temperature of the objective must be above 0, got 0.0"),
+        (lambda: CrossEntropy(temperature=2.0), "cross_entropy has no temperature"),
+        (lambda: ForwardKL(ce_weight=1.5), "ce_weight is a share"),
+        (lambda: ForwardKL(student_weight=-1.0), "at least 0"),
+        (lambda: JSD(beta=1.0), "strictly between 0 and 1"),
+        (lambda: SkewKL(alpha=0.0), "strictly between 0 and 1"),
+        (lambda: DistiLLM2(beta=2.5), "0..2, got 2.5"),
+        (lambda: AKL(head_mass=0.0), "head_mass"),
+        (lambda: TAID(s=0.9, s_end=0.5), "s <= s_end"),
+        (lambda: TAID(momentum=1.0), "momentum < 1"),
+        (lambda: Veto(beta=-0.1), "at least 0"),
+        (lambda: ReplacedCE(divergence="kl"), "unknown divergence"),
+        (lambda: MiniLLM(alpha=1.0), "alpha < 1"),
+    ],
+)
+def test_wrong_settings_are_explained(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_importing_objectives_needs_no_torch():
+    assert "torch" not in vars(objectives)

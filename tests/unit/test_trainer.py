@@ -14,12 +14,14 @@ from switchkd import AdaSwitch, StudentOnly, Switch
 from switchkd.checkpoint import checkpoints
 from switchkd.config import TrainConfig
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from switchkd.trainer import Trainer, learning_rate
+from switchkd.mixes import Generated
+from switchkd.objectives import ForwardKL
+from switchkd.trainer import Trainer, _Part, learning_rate
 
 SETTINGS = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05),
-    lmbda=0.5,
-    divergence="forward_kl",
+    mix=Generated(0.5),
+    objective=ForwardKL(),
     max_new_tokens=6,
     max_steps=6,
     per_device_train_batch_size=4,
@@ -61,7 +63,11 @@ def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda):
     """Also on ragged rows, where normalising each micro-batch by its own tokens would weigh rows differently."""
     runs = [
         gradient_step(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, lmbda=lmbda, seed=1
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            mix=Generated(lmbda),
+            seed=1,
         )
         for size in (8, 4, 1)
     ]
@@ -73,9 +79,9 @@ def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda):
 
 
 def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
-    _, metrics, rollouts = gradient_step(tmp_path, lmbda=1.0)
+    _, metrics, rollouts = gradient_step(tmp_path, mix=Generated(1.0))
     assert metrics["num_tokens"] == sum(len(r.completion_ids) for r in rollouts)
-    _, metrics, _ = gradient_step(tmp_path, lmbda=0.0)
+    _, metrics, _ = gradient_step(tmp_path, mix=Generated(0.0))
     from switchkd.data import batch_indices
 
     examples = toy_examples()
@@ -84,23 +90,25 @@ def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
 
 
 def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):
-    gradients, metrics, rollouts = gradient_step(tmp_path, lmbda=1.0)
-    t = trainer(tmp_path, lmbda=0.0)
-    loss, tokens, norm = t._update([dataclasses.replace(r, teacher_hidden=None) for r in rollouts])
+    gradients, metrics, rollouts = gradient_step(tmp_path, mix=Generated(1.0))
+    t = trainer(tmp_path, mix=Generated(0.0))
+    [loss], tokens, norm = t._update(
+        [_Part([dataclasses.replace(r, teacher_hidden=None) for r in rollouts], ForwardKL())]
+    )
     assert (loss, norm) == pytest.approx((metrics["loss"], metrics["grad_norm"]), abs=1e-10)
     assert gradients and tokens == metrics["num_tokens"]
 
 
 def test_the_teacher_reads_generated_text_once(tmp_path):
     """What it computed while decoding serves the loss; text that it has not seen is read in one forward."""
-    t = trainer(tmp_path, lmbda=1.0)
-    rollouts = t._generate(t._next_examples(), None)
+    t = trainer(tmp_path, mix=Generated(1.0))
+    rollouts = t._generate(t._next(t.examples), None)
     assert all(len(r.teacher_hidden) == len(r.completion_ids) for r in rollouts)
     calls = []
     t.pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
-    t._update(rollouts)
+    t._update([_Part(rollouts, ForwardKL())])
     assert not calls
-    t._update([dataclasses.replace(r, teacher_hidden=None) for r in rollouts])
+    t._update([_Part([dataclasses.replace(r, teacher_hidden=None) for r in rollouts], ForwardKL())])
     assert len(calls) == t.config.gradient_accumulation_steps
 
 
@@ -145,19 +153,20 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, dropout):
 
 
 def test_steps_choose_data_or_generation_by_seed_and_step_alone(tmp_path):
-    t = trainer(tmp_path, lmbda=0.3)
+    t = trainer(tmp_path, mix=Generated(0.3))
     choices = []
     for t.step in range(400):
-        choices.append(t._generates())
-    assert 90 < sum(choices) < 150
-    other = trainer(tmp_path / "other", lmbda=0.3)
+        choices.append(t._source())
+    assert 90 < choices.count("policy") < 150 and set(choices) == {"policy", "examples"}
+    other = trainer(tmp_path / "other", mix=Generated(0.3))
     other.step = 17
-    assert other._generates() == choices[17]
-    assert not trainer(tmp_path, lmbda=0.0)._generates() and trainer(tmp_path, lmbda=1.0)._generates()
+    assert other._source() == choices[17]
+    assert trainer(tmp_path, mix=Generated(0.0))._source() == "examples"
+    assert trainer(tmp_path, mix=Generated(1.0))._source() == "policy"
 
 
 def test_each_step_draws_other_text_for_the_same_prompts(tmp_path):
-    t = trainer(tmp_path, examples=toy_examples(4), policy=StudentOnly(), lmbda=1.0, learning_rate=0.0)
+    t = trainer(tmp_path, examples=toy_examples(4), policy=StudentOnly(), mix=Generated(1.0), learning_rate=0.0)
     texts = [sorted((r.prompt_ids, r.completion_ids) for r in t.train_step()[1]) for _ in range(3)]
     assert [[p for p, _ in text] for text in texts][1:] == [[p for p, _ in text] for text in texts][:-1]
     assert texts[0] != texts[1] != texts[2]
@@ -165,14 +174,16 @@ def test_each_step_draws_other_text_for_the_same_prompts(tmp_path):
 
 @pytest.mark.parametrize("policy", [StudentOnly(), Switch(tau_0=0.6, decay=0.05), AdaSwitch(window=2, ratio=1.1)])
 def test_the_student_learns(tmp_path, policy):
-    t = trainer(tmp_path, policy=policy, lmbda=1.0, max_steps=40, lr_scheduler_type="constant", learning_rate=1e-2)
+    t = trainer(
+        tmp_path, policy=policy, mix=Generated(1.0), max_steps=40, lr_scheduler_type="constant", learning_rate=1e-2
+    )
     t.train()
     losses = [m["loss"] for m in lines(tmp_path, "metrics.jsonl")]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 def test_teacher_gets_no_gradient_and_does_not_move(tmp_path):
-    t = trainer(tmp_path, lmbda=1.0)
+    t = trainer(tmp_path, mix=Generated(1.0))
     before = [p.clone() for p in t.pair.teacher.parameters()]
     t.train_step()
     assert all(p.grad is None and not p.requires_grad for p in t.pair.teacher.parameters())
@@ -181,19 +192,19 @@ def test_teacher_gets_no_gradient_and_does_not_move(tmp_path):
 
 
 def test_sampling_temperature_and_loss_temperature_each_reach_their_own(tmp_path):
-    _, base, text = gradient_step(tmp_path, lmbda=1.0)
-    _, hotter_loss, same_text = gradient_step(tmp_path, lmbda=1.0, loss_temperature=2.0)
-    _, _, other_text = gradient_step(tmp_path, lmbda=1.0, temperature=2.0)
+    _, base, text = gradient_step(tmp_path, mix=Generated(1.0))
+    _, hotter_loss, same_text = gradient_step(tmp_path, mix=Generated(1.0), objective=ForwardKL(temperature=2.0))
+    _, _, other_text = gradient_step(tmp_path, mix=Generated(1.0), temperature=2.0)
     ids = [[r.completion_ids for r in rollouts] for rollouts in (text, same_text, other_text)]
     assert ids[0] == ids[1] != ids[2]
     assert hotter_loss["loss"] != base["loss"]
-    on_data = [gradient_step(tmp_path, lmbda=0.0, temperature=t)[1]["loss"] for t in (1.0, 2.0)]
+    on_data = [gradient_step(tmp_path, mix=Generated(0.0), temperature=t)[1]["loss"] for t in (1.0, 2.0)]
     assert on_data[0] == on_data[1]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_stops_before_the_update(tmp_path, where):
-    t = trainer(tmp_path, lmbda=0.0, save_steps=1)
+    t = trainer(tmp_path, mix=Generated(0.0), save_steps=1)
     t.train_step()
     t.save()
     before = weights(t)
@@ -210,7 +221,7 @@ def test_a_non_finite_step_stops_before_the_update(tmp_path, where):
 
 
 def test_non_finite_logits_while_generating_name_model_sample_and_position(tmp_path):
-    t = trainer(tmp_path, lmbda=1.0)
+    t = trainer(tmp_path, mix=Generated(1.0))
     with torch.no_grad():
         t.pair.student.lm_head.weight[3, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r"step 1, toy:\d+: the student's logits .*sample \d, response position 0"):
@@ -218,14 +229,14 @@ def test_non_finite_logits_while_generating_name_model_sample_and_position(tmp_p
 
 
 def test_a_prompt_that_cannot_be_decoded_is_named(tmp_path):
-    t = trainer(tmp_path, lmbda=1.0, max_new_tokens=64)
+    t = trainer(tmp_path, mix=Generated(1.0), max_new_tokens=64)
     with pytest.raises(DataError, match=r"toy:\d+: sample \d: \d prompt tokens \+ max_new_tokens 64 exceed"):
         t.train_step()
 
 
 def test_empty_responses_only(tmp_path):
     examples = [dataclasses.replace(e, completion_ids=[]) for e in toy_examples(4)]
-    t = trainer(tmp_path, examples=examples, lmbda=0.0)
+    t = trainer(tmp_path, examples=examples, mix=Generated(0.0))
     metrics, _ = t.train_step()
     assert metrics["loss"] == 0.0 and metrics["num_tokens"] == 0
 
@@ -251,14 +262,14 @@ def test_weight_decay_spares_norms_and_biases(tmp_path):
 
 
 def test_clipping(tmp_path):
-    gradients, metrics, _ = gradient_step(tmp_path, lmbda=0.0, max_grad_norm=1e-3)
+    gradients, metrics, _ = gradient_step(tmp_path, mix=Generated(0.0), max_grad_norm=1e-3)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     assert metrics["grad_norm"] > 1e-2 and norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    plain, _, _ = gradient_step(tmp_path, lmbda=1.0)
-    checkpointed, _, _ = gradient_step(tmp_path, lmbda=1.0, gradient_checkpointing=True)
+    plain, _, _ = gradient_step(tmp_path, mix=Generated(1.0))
+    checkpointed, _, _ = gradient_step(tmp_path, mix=Generated(1.0), gradient_checkpointing=True)
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-12, rtol=1e-9)
 
@@ -312,7 +323,7 @@ def test_a_frozen_student_is_refused(tmp_path):
 
 
 def test_metrics_say_who_spoke_and_what_it_cost(tmp_path):
-    t = trainer(tmp_path, lmbda=1.0, policy=AdaSwitch(window=1, ratio=0.0))
+    t = trainer(tmp_path, mix=Generated(1.0), policy=AdaSwitch(window=1, ratio=0.0))
     seen = []
     metrics, rollouts = t.train_step(seen.append)
     assert seen[-1].kept_tokens == rollouts.cost.kept_tokens == sum(len(r.completion_ids) for r in rollouts)

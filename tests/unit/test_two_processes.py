@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from tiny import toy_examples, toy_pair
 from switchkd import Switch
 from switchkd.config import TrainConfig
+from switchkd.mixes import Generated
+from switchkd.objectives import ForwardKL
 from switchkd.trainer import Trainer
 
 accelerator = Accelerator(cpu=True)
 config = TrainConfig(
-    policy=Switch(tau_0=0.6, decay=0.05), lmbda=0.5, divergence="forward_kl", max_new_tokens=6, max_steps=4, save_steps=0,
+    policy=Switch(tau_0=0.6, decay=0.05), mix=Generated(0.5), objective=ForwardKL(), max_new_tokens=6, max_steps=4, save_steps=0,
     per_device_train_batch_size=4 // accelerator.num_processes, gradient_accumulation_steps=2, learning_rate=3e-3, seed=3,
     output_dir={output!r},
 )

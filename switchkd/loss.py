@@ -1,0 +1,228 @@
+"""The training loss: an objective at every response token, from hidden states of the two models.
+
+No ``[tokens, V]`` pair of logits ever exists: both output layers, the objective and its gradient are computed for a chunk
+of tokens at a time, the gradient together with the value, so that nothing is computed twice and only gradients are kept.
+
+Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N response tokens of a batch in row-major order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from switchkd import divergences
+from switchkd.cache import evaluating, head_inputs
+from switchkd.data import Batch
+from switchkd.errors import ModelError
+from switchkd.objectives import Objective, Tokens
+
+# Bytes of fp32 logits of one model that exist at once: enough tokens for efficient matrix products.
+CHUNK_BYTES = 2**24
+# Of these, what the divergence works on at once; autograd holds about sixteen tensors of this size, best in the CPU's cache.
+PIECE_BYTES = 2**21
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The way from what enters the output layer, ``[..., H]``, to logits ``[..., vocab_size]``.
+
+    ``softcap · tanh(scale · (W h + b) / softcap)``, without the cap where it is None.
+    """
+
+    linear: nn.Linear
+    vocab_size: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(model: PreTrainedModel, vocab_size: int) -> "Head":
+        """The model's own head, cut to the first ``vocab_size`` ids.
+
+        Raises:
+            ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer.
+        """
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(
+                f"the output layer of {model.config.model_type} is a {type(linear).__name__}; the loss needs an nn.Linear. "
+                "If it is an adapter, adapt the layers of the body only"
+            )
+        config = model.config.get_text_config()
+        # Cohere multiplies, Granite divides, Gemma caps.
+        scale = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
+        head = Head(linear, vocab_size, scale, getattr(config, "final_logit_softcapping", None))
+        head._check(model)
+        return head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.finish(self.raw(hidden))
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """The linear part, ``W h + b``."""
+        weight, bias = self.parameters()
+        return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Scale and cap."""
+        logits = raw if self.scale == 1.0 else raw * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[vocab_size, H]`` and bias ``[vocab_size]``, if there is one."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if len(weight) == self.vocab_size:
+            return weight, bias  # a slice would cost a second gradient of the weight's size
+        return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        ids = torch.arange(4, device=self.linear.weight.device).remainder(self.vocab_size).unsqueeze(0)
+        with evaluating(model), head_inputs(model) as entered:
+            output = model(input_ids=ids, use_cache=False)
+        expected = output.logits[..., : self.vocab_size].double()
+        error = (self(entered[0]).double() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
+        if not error < {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.1):
+            raise ModelError(
+                f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a "
+                f"soft cap named in its config: on a probe they are off by {error:.2g} (relative); choose another model"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherStates:
+    """What the teacher says at N tokens, as what enters its output layer there, ``[N, H]``, and the layer."""
+
+    head: Head
+    hidden: Tensor
+
+    def at(self, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+        """For a chunk of the tokens: a function of a piece of it and the student's ``logq`` there to ``(logp, logq)``."""
+        logits = self.head(self.hidden[rows])
+        return lambda piece, logq: (divergences.log_probs(logits[piece]), logq)
+
+
+def total(objective: Objective, teacher: TeacherStates | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:
+    """Sum of the objective over N tokens, from the student's ``hidden`` states ``[N, H]``; 0 for no tokens.
+
+    Gradients reach ``hidden`` and the student's ``head``; the teacher is a constant, and None if the objective does not ask
+    it.
+    """
+    if objective.looks_ahead:
+        assert teacher is not None
+        tokens = objective.look_ahead(tokens, *_of_text(objective, teacher, head, hidden, tokens))
+    weight, bias = head.parameters()
+    return _Total.apply(objective, teacher, head, tokens, hidden, weight, bias)
+
+
+class _Total(torch.autograd.Function):
+    """The loss with its gradient, chunk by chunk over the tokens; the backward pass only scales what is there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        objective: Objective,
+        teacher: TeacherStates | None,
+        head: Head,
+        tokens: Tokens,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=weight.device)
+        wants = ctx.needs_input_grad[4:]
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(x, dtype=wide) if want and x is not None else None
+            for want, x in zip(wants, (hidden, weight, bias), strict=True)
+        )
+        for rows in _slices(len(hidden), CHUNK_BYTES, head.vocab_size):
+            h = hidden[rows].to(weight.dtype)
+            raw, says = head.raw(h), _says(teacher, rows)
+            for piece in _slices(len(h), PIECE_BYTES, head.vocab_size):
+                with torch.enable_grad():
+                    leaf = raw[piece].detach().requires_grad_(any(wants))
+                    logp, logq = says(piece, divergences.log_probs(head.finish(leaf)))
+                    loss = objective.loss(logp, logq, tokens[rows][piece]).sum()
+                total += loss.detach()
+                if any(wants):
+                    (raw[piece],) = torch.autograd.grad(loss, leaf)  # the logits are not needed any more
+            if d_hidden is not None:
+                d_hidden[rows] = raw @ weight
+            if d_weight is not None:
+                _add_product(d_weight, raw.T, h)
+            if d_bias is not None:
+                d_bias += raw.sum(0)
+        grads = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
+        ctx.gradients = [None if d is None or x is None else d.to(x.dtype) for d, x in grads]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the loss can be back-propagated once: its gradients are scaled in place; compute it again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
+
+
+def _says(teacher: TeacherStates | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+    """What the teacher says of a chunk; where none is asked, the student's own words stand in, and nobody looks."""
+    return teacher.at(rows) if teacher is not None else lambda _, logq: (logq.detach(), logq)
+
+
+@torch.no_grad()
+def _of_text(
+    objective: Objective, teacher: TeacherStates, head: Head, hidden: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[N]`` of the tokens written, under teacher and student, at the objective's temperature."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for rows in _slices(len(hidden), CHUNK_BYTES, head.vocab_size):
+        pair = _says(teacher, rows)(slice(None), divergences.log_probs(head(hidden[rows])))
+        for logs, part in zip(pair, found, strict=True):
+            part.append(objective.soften(logs).gather(1, tokens.ids[rows].unsqueeze(1))[:, 0])
+    empty = hidden.new_zeros(0)
+    return torch.cat([empty, *found[0]]), torch.cat([empty, *found[1]])
+
+
+def _slices(tokens: int, size: int, vocab_size: int) -> Iterator[slice]:
+    """Consecutive slices of ``tokens`` whose fp32 logits take about ``size`` bytes."""
+    step = max(1, size // (4 * vocab_size))
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, where ``total`` may be wider than the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def response_hidden(model: PreTrainedModel, batch: Batch, forward: Callable[..., Any] | None = None) -> Tensor:
+    """What enters the output layer where the response tokens are predicted, ``[N, H]``: for the token at t, at t − 1.
+
+    The output layer itself is run on one position only. ``forward`` is the model as wrapped for training (DDP), if it is.
+    """
+    predicts = batch.loss_mask.roll(-1, dims=1)
+    predicts[:, -1] = False
+    with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
+        (forward or model)(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+    return entered[0][predicts]
+
+
+def response_tokens(batch: Batch, speakers: Sequence[Sequence[int]]) -> Tokens:
+    """The N response tokens that ``response_hidden`` predicts; ``speakers`` says for each row who wrote each."""
+    device = batch.input_ids.device
+    said = torch.tensor([speaker for row in speakers for speaker in row], dtype=torch.int64, device=device)
+    return Tokens(batch.input_ids[batch.loss_mask], said, batch.loss_mask.nonzero()[:, 0])
