@@ -163,7 +163,7 @@ def test_prune(place, tmp_path, capsys):
 
 
 def test_other_methods_run(place, tmp_path):
-    for recipe, text in (("adaswitch", "policy"), ("relay", "policy"), ("kd", "examples")):
+    for recipe, text in (("adaswitch", "policy"), ("skd", "policy"), ("kd", "examples")):
         assert train(place, tmp_path / recipe, recipe=recipe, **{"--eval-samples": "0"}) == 0
         assert {m["source"] for m in records(tmp_path / recipe / "metrics.jsonl")} == {text}
         assert (tmp_path / recipe / "student" / "config.json").is_file()

@@ -59,7 +59,7 @@ def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere(monkeypatch):
 
 def test_step_lines():
     data = {"loss": 1.23456, "tokens_per_second": 50.4, "source": "examples"}
-    assert report.step_line(data) == "loss 1.235 · 50 tok/s · data"
+    assert report.step_line(data) == "loss 1.235 · 50 tok/s · examples"
     generated = data | {"source": "policy", "switch/teacher_share": 0.25, "switch/divergence_mean": 0.5}
     assert report.step_line(generated) == "loss 1.235 · 50 tok/s · teacher 25% · divergence 0.50"
     assert report.step_line(generated | {"switch/divergence_mean": None}).endswith("teacher 25%")

@@ -31,9 +31,9 @@ SETTINGS = TrainConfig(
 )
 
 
-def trainer(folder, pair=None, examples=None, **changes):
+def trainer(folder, pair=None, examples=None, validation=(), corpus=(), **changes):
     config = dataclasses.replace(SETTINGS, output_dir=str(folder), **changes)
-    return Trainer(pair or toy_pair(), examples or toy_examples(), config)
+    return Trainer(pair or toy_pair(), examples or toy_examples(), config, validation=validation, corpus=corpus)
 
 
 def weights(t):
