@@ -1,4 +1,4 @@
-"""What the teacher says about fixed text, computed once: for training on data without a teacher in memory or in the loop.
+"""What the teacher says about fixed text, computed once: training on data then needs no forward of the teacher.
 
 manifest.json               what the cache was made from, its layout, where every example lies
 shard-00000.safetensors     ``hidden``, or ``ids`` and ``log_probs``, of consecutive examples; with checksums
@@ -81,6 +81,8 @@ class TeacherCache:
         progress: Progress = lambda _: None,
     ) -> "TeacherCache":
         """Write what is missing in ``folder``, shard by shard, and open it; where all is there, the teacher is not called.
+
+        One process at a time builds in a folder.
 
         Args:
             pair: its teacher reads the examples.

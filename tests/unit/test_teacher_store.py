@@ -143,7 +143,7 @@ def test_killed_anywhere_and_resumed_is_the_straight_file(tmp_path, monkeypatch)
     real = teacher_store.decode
 
     def counting(*arguments, **settings):
-        calls.extend(arguments[7])
+        calls.append(arguments[7])
         return real(*arguments, **settings)
 
     monkeypatch.setattr(teacher_store, "decode", counting)
@@ -155,7 +155,10 @@ def test_killed_anywhere_and_resumed_is_the_straight_file(tmp_path, monkeypatch)
         (folder / "texts.jsonl").write_bytes(whole[:cut])
         calls.clear()
         assert texts(folder) == straight
-        assert calls == [e.id for e in toy_examples(20)][whole[:cut].count(b"\n") :]
+        assert sum(calls, []) == [e.id for e in toy_examples(20)][whole[:cut].count(b"\n") :]
+        assert all(
+            ids[0] % 8 == 0 for ids in calls[1:]
+        )  # the batches of the straight run, whose rounding is then the same
         assert (folder / "texts.jsonl").read_bytes() == whole
         assert {p.name for p in folder.iterdir()} == {"header.json", "texts.jsonl", "complete.json"}
 
@@ -206,6 +209,13 @@ def test_texts_made_under_other_conditions_are_refused(tmp_path, message, finish
         texts(tmp_path / "t", silent(pair), examples, **settings)
     assert str(caught.value).count("there, ") + str(caught.value).count(" there and ") == 1
     texts(tmp_path / "t")
+
+
+@pytest.mark.parametrize("changes", [{"eos_token_ids": (1, 2)}, {"vocab_size": VOCAB - 1}])
+def test_ids_that_end_or_bound_a_text_are_compared_too(tmp_path, changes):
+    texts(tmp_path / "t")
+    with pytest.raises(CheckpointError, match=next(iter(changes)) + " is .* there and .* now"):
+        texts(tmp_path / "t", dataclasses.replace(silent(toy_pair()), **changes))
 
 
 def test_settings_that_move_time_alone_are_free(tmp_path):
