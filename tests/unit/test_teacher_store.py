@@ -155,10 +155,9 @@ def test_killed_anywhere_and_resumed_is_the_straight_file(tmp_path, monkeypatch)
         (folder / "texts.jsonl").write_bytes(whole[:cut])
         calls.clear()
         assert texts(folder) == straight
-        assert sum(calls, []) == [e.id for e in toy_examples(20)][whole[:cut].count(b"\n") :]
-        assert all(
-            ids[0] % 8 == 0 for ids in calls[1:]
-        )  # the batches of the straight run, whose rounding is then the same
+        assert [i for ids in calls for i in ids] == [e.id for e in toy_examples(20)][whole[:cut].count(b"\n") :]
+        # The batches of the straight run, whose rounding is then the same.
+        assert all(ids[0] % 8 == 0 for ids in calls[1:])
         assert (folder / "texts.jsonl").read_bytes() == whole
         assert {p.name for p in folder.iterdir()} == {"header.json", "texts.jsonl", "complete.json"}
 
