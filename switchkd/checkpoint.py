@@ -47,15 +47,23 @@ def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    staging = path.with_name(f".{path.name}.{uuid4().hex}")
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise."""
+    staging = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        staging.write_text(text, encoding="utf-8")
+        yield staging
         _sync(staging)
-        os.replace(staging, path)
+        os.replace(staging, target)
+        _sync(target.parent)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with staged_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

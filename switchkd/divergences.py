@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` a
     from torch import Tensor
 
 LN2 = math.log(2.0)  # nats in one bit
+# The log of no mass: finite, so that no gradient is NaN, and its exponential is 0 in every dtype.
+_NO_MASS = -1e4
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -69,6 +71,30 @@ def skew_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
 def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float = 0.1) -> Tensor:
     """DistiLLM's skew reverse KL ``KL(q ‖ (1−α) p + α q)``, SWITCH's objective at its default α = 0.1."""
     return skew_kl(logq, logp, alpha)
+
+
+def coarsened(logp_topk: Tensor, ids: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+    """Both distributions on k named ids and one tail bucket with all other mass: two tensors of log-probabilities ``[N, k+1]``.
+
+    ``logp_topk`` ``[N, k]`` are the teacher's log-probabilities of the ``ids`` ``[N, k]`` (distinct in a row), ``logq``
+    ``[N, V]`` the student's of all. Any divergence here of the two results is at least 0, at most that of the full
+    distributions, grows with k, and at k = V is it: merging outcomes never moves two distributions apart. Without the bucket,
+    k = 1 would always give 0, and a teacher that was not renormalised could give less.
+
+    What the teacher's tail holds is known to the rounding of 1: below that it counts as that much. So a reverse KL stays
+    finite where the k ids hold all of the teacher's mass. Gradients reach ``logq``.
+    """
+    import torch
+
+    logp_topk, logq, ids = _at_least_fp32(logp_topk), _at_least_fp32(logq), ids.long()
+    tail_q = logq.scatter(-1, ids, _NO_MASS).logsumexp(-1, keepdim=True)
+    if ids.shape[-1] == logq.shape[-1]:
+        tail_p = tail_q.detach().to(logp_topk.dtype)  # nothing is left for either
+    else:
+        rounding = 1.2e-7 if logp_topk.element_size() == 4 else 2.3e-16
+        tail = 1 - logp_topk.double().exp().sum(-1, keepdim=True)
+        tail_p = tail.clamp(min=rounding).log().to(logp_topk.dtype)
+    return torch.cat([logp_topk, tail_p], -1), torch.cat([logq.gather(-1, ids), tail_q], -1)
 
 
 Divergence = Callable[["Tensor", "Tensor"], "Tensor"]

@@ -106,3 +106,93 @@ def test_beta_at_the_ends_is_refused_instead_of_training_on_zero(beta):
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'forward_kl'"):
         divergences.by_name("foward_kl")
+
+
+# --- k named ids and a tail bucket --------------------------------------------------------------------------------
+
+
+def top_k(logp, k):
+    log_probs, ids = logp.topk(k)
+    return log_probs, ids.int()
+
+
+def merged(p, ids):
+    """Brute force: the named probabilities and the sum of the others."""
+    rows = []
+    for row, names in zip(p, ids.tolist(), strict=True):
+        rest = [row[i] for i in range(len(row)) if i not in names]
+        rows.append(torch.stack([row[i] for i in names] + [sum(rest, row.new_zeros(()))]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 10])
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_tail_bucket_holds_the_rest_of_the_mass(name, k):
+    """Value and gradient are the textbook formula's on the merged outcomes, and finite differences agree."""
+    formula, parameters = REFERENCE[name]
+    logp, z = logits(0).log_softmax(-1), logits(1).requires_grad_()
+    log_probs, ids = top_k(logp, k)
+
+    def ours(z):
+        pair = divergences.coarsened(log_probs, ids, divergences.log_probs(z))
+        return divergences.by_name(name, **parameters)(*pair)
+
+    expected = formula(merged(logp.exp(), ids), merged(z.softmax(-1), ids))
+    torch.testing.assert_close(ours(z), expected, atol=1e-12, rtol=1e-9)
+    gradients = [torch.autograd.grad(value.sum(), z)[0] for value in (ours(z), expected)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
+    assert torch.autograd.gradcheck(ours, z)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_merged_divergence_grows_with_k_up_to_the_full_one(name):
+    function = divergences.by_name(name)
+    logp, z = logits(0).log_softmax(-1), logits(1).requires_grad_()
+    full = function(logp, divergences.log_probs(z))
+    values = [function(*divergences.coarsened(*top_k(logp, k), divergences.log_probs(z))) for k in range(1, 12)]
+    assert (values[0] > 1e-4).all()  # one id and no bucket would give 0
+    assert all((low <= high + 1e-12).all() for low, high in zip(values, [*values[1:], full], strict=True))
+    torch.testing.assert_close(values[-1], full, atol=1e-9, rtol=0)
+    gradients = [torch.autograd.grad(value.sum(), z, retain_graph=True)[0] for value in (values[-1], full)]
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("case", ["all mass named", "sum above 1", "sure student", "student without a tail", "k = V"])
+def test_an_empty_tail_gives_finite_values_and_gradients(name, case, dtype):
+    zp, zq = logits(0, dtype), logits(1, dtype)
+    logp, ids = top_k(zp.log_softmax(-1), 11 if case == "k = V" else 3)
+    if case == "all mass named":
+        logp = logp.log_softmax(-1)
+    if case == "sum above 1":
+        logp = logp.log_softmax(-1) + 1e-6
+    if case == "sure student":
+        zq = zq.scatter(1, ids[:, :1].long(), 300.0)
+    if case == "student without a tail":
+        zq = torch.full_like(zq, -math.inf).scatter(1, ids.long(), zq)
+    zq.requires_grad_()
+    value = divergences.by_name(name)(*divergences.coarsened(logp, ids, divergences.log_probs(zq)))
+    (gradient,) = torch.autograd.grad(value.sum(), zq)
+    assert value.dtype == dtype and value.isfinite().all() and gradient.isfinite().all()
+    assert (value > -1e-5).all()
+
+
+def test_a_tiny_tail_keeps_its_logarithm():
+    """The student's to full precision, however small; the teacher's as far as its log-probabilities tell."""
+    z = torch.tensor([[80.0, 1.0, 0.0, 2.0]], dtype=torch.float64)
+    exact = z.log_softmax(-1)
+    expected = exact[:, 1:].logsumexp(-1)
+    for dtype, precision in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        _, logq = divergences.coarsened(torch.zeros(1, 1, dtype=dtype), torch.tensor([[0]]), exact.to(dtype))
+        torch.testing.assert_close(logq[:, 1].double(), expected, atol=0, rtol=precision)
+    for tail in (1e-3, 1e-5):
+        logp = torch.tensor([[math.log1p(-tail)]], dtype=torch.float32)
+        ours, _ = divergences.coarsened(logp, torch.tensor([[0]]), exact.float())
+        assert ours[0, 1].exp().item() == pytest.approx(tail, rel=1e-2)
+        assert ours[0, 1].item() == pytest.approx(math.log(-math.expm1(logp.item())), rel=1e-6)
+    zp = exact.float().requires_grad_()  # a sure student still learns from the teacher's tail
+    divergences.forward_kl(
+        *divergences.coarsened(torch.tensor([[0.9]]).log(), torch.tensor([[0]]), zp)
+    ).sum().backward()
+    assert zp.grad is not None and zp.grad[0, 1:].sum().item() == pytest.approx(-0.1, rel=1e-5)

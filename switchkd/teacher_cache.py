@@ -1,0 +1,318 @@
+"""What the teacher says about fixed text, computed once: training on data then needs no forward of the teacher.
+
+manifest.json               what the cache was made from, its layout, where every example lies
+shard-00000.safetensors     ``hidden``, or ``ids`` and ``log_probs``, of consecutive examples; with checksums
+
+Letters in shapes: H hidden size, V vocabulary, n completion tokens of an example, N tokens of a batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switchkd.cache import evaluating
+from switchkd.checkpoint import staged_file, write_file
+from switchkd.data import TokenizedExample, collate
+from switchkd.divergences import log_probs
+from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from switchkd.models import Pair
+from switchkd.objectives import CHUNK_BYTES, Head, response_hidden
+from switchkd.teacher_store import (
+    Header,
+    Progress,
+    fingerprint,
+    json_sha256,
+    read_json,
+    refuse_foreign,
+    refuse_other,
+    tensors_sha256,
+)
+
+Kind = Literal["hidden", "top_k"]
+
+MANIFEST = "manifest.json"
+_FORMAT = "switchkd teacher cache 1"
+# Of one file: little is lost in a kill, and a large cache is still not thousands of files.
+SHARD_BYTES = 2**26
+# Of one forward, padding included.
+BATCH_TOKENS = 2**13
+
+
+class TopK(NamedTuple):
+    """The k likeliest next tokens at n positions, and their log-probabilities among all V at the cache's temperature."""
+
+    ids: Tensor  # [n, k] int32, the likeliest first
+    log_probs: Tensor  # [n, k] fp32 (float64 of a float64 teacher)
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """What the teacher says at every completion position of every example, read from the disk when it is asked for.
+
+    Two kinds. ``hidden``: what entered the teacher's output layer, in its dtype; the loss is that of the live teacher.
+    ``top_k``: the k largest log-probabilities; all other mass is one bucket (``divergences.coarsened``), the loss a lower bound.
+    """
+
+    folder: Path
+    lengths: tuple[int, ...]
+    shards: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @staticmethod
+    def build(
+        pair: Pair,
+        examples: Sequence[TokenizedExample],
+        folder: Path,
+        kind: Kind,
+        *,
+        top_k: int = 64,
+        temperature: float = 1.0,
+        batch_size: int = 32,
+        progress: Progress = lambda _: None,
+    ) -> "TeacherCache":
+        """Write what is missing in ``folder``, shard by shard, and open it; where all is there, the teacher is not called.
+
+        One process at a time builds in a folder.
+
+        Args:
+            pair: its teacher reads the examples.
+            examples: prompts and completions; a completion may be empty.
+            kind, top_k, temperature: what is kept. The last two, log-probabilities of how many ids and at which temperature of
+                the loss, concern the kind ``top_k`` alone: hidden states serve any temperature.
+            batch_size: most rows in a forward; fewer where they are long.
+            progress: told how many examples are done after every shard.
+
+        Raises:
+            CheckpointError: the folder holds a cache of something else (all that differs is named), or damage.
+            NonFiniteError: the teacher's output is not finite; the example is named. ConfigError: for settings out of range.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        folder, header = Path(folder), _header(pair, examples, kind, top_k, temperature)
+        layout, digest = _open_manifest(folder, header, examples)
+        for half in folder.glob(".shard-*"):
+            half.unlink()  # of a process that was killed while it wrote
+        record: Callable[[Tensor], dict[str, Tensor]] | None = None
+        for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)])):
+            file = _shard_file(folder, number)
+            if file.exists():
+                _check_shard(file, digest)
+            else:
+                record = record or _recorder(pair, kind, top_k, temperature)
+                tensors = _read_teacher(pair, examples[start:end], record, batch_size)
+                with staged_file(file) as staging:
+                    save_file(tensors, staging, _seal(file, digest, tensors))
+            progress(end - start)
+        return _opened(folder, layout, examples)
+
+    @staticmethod
+    def open(
+        pair: Pair,
+        examples: Sequence[TokenizedExample],
+        folder: Path,
+        kind: Kind,
+        *,
+        top_k: int = 64,
+        temperature: float = 1.0,
+    ) -> "TeacherCache":
+        """Open a whole cache after checking it: that it is of this teacher, tokenizer, examples and kind, and every byte.
+
+        Raises:
+            CheckpointError: it is of something else (all that differs is named), unfinished or damaged.
+        """
+        folder, header = Path(folder), _header(pair, examples, kind, top_k, temperature)
+        if not (folder / MANIFEST).exists():
+            raise CheckpointError(f"{folder} holds no teacher cache ({MANIFEST} is missing); build it first")
+        layout, digest = _open_manifest(folder, header, examples)
+        for number in range(len(layout.firsts)):
+            _check_shard(_shard_file(folder, number), digest)
+        return _opened(folder, layout, examples)
+
+    def hidden(self, index: int) -> Tensor:
+        """What entered the teacher's output layer for the completion of example ``index``: ``[n, H]`` on the host."""
+        return self._read(index, "hidden")
+
+    def top_k(self, index: int) -> TopK:
+        """The teacher's likeliest tokens for the completion of example ``index``, on the host."""
+        return TopK(self._read(index, "ids"), self._read(index, "log_probs"))
+
+    def _read(self, index: int, name: str) -> Tensor:
+        start, length = self.offsets[index], self.lengths[index]
+        # Opening maps the file; only the pages of the slice are read. The copy is aligned as torch aligns: where a tensor lies
+        # in the file moves the last bits of a product.
+        with safe_open(_shard_file(self.folder, self.shards[index]), "pt") as shard:
+            return shard.get_slice(name)[start : start + length].clone()
+
+
+# --- what a folder must hold --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The first example of every shard, and where each example's tokens begin in its shard."""
+
+    firsts: list[int]
+    offsets: list[int]
+
+    @staticmethod
+    def of(lengths: Sequence[int], token_bytes: int) -> "_Layout":
+        firsts, offsets, used = [0], [], 0
+        for index, length in enumerate(lengths):
+            if used and (used + length) * token_bytes > SHARD_BYTES:
+                firsts.append(index)
+                used = 0
+            offsets.append(used)
+            used += length
+        return _Layout(firsts, offsets)
+
+
+def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k: int, temperature: float) -> Header:
+    if not examples:
+        raise DataError("no examples to keep the teacher's output of; give a train_file with at least one usable row")
+    if kind not in get_args(Kind):
+        raise ConfigError(f"unknown kind of teacher cache {kind!r}{nearest(kind, get_args(Kind))}")
+    weight = pair.teacher.get_output_embeddings().weight
+    header = {"format": _FORMAT, "kind": kind, "vocab_size": pair.vocab_size}
+    if kind == "hidden":
+        header |= {"dtype": _name(weight.dtype), "hidden_size": weight.shape[1]}
+    elif not 1 <= top_k <= pair.vocab_size:
+        raise ConfigError(f"top_k must lie in 1..{pair.vocab_size} (the vocabulary), got {top_k}")
+    elif not 0 < temperature < float("inf"):
+        raise ConfigError(f"the loss temperature of a top_k cache must be above 0 and finite, got {temperature}")
+    else:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        header |= {"dtype": _name(wide), "top_k": top_k, "temperature": float(temperature)}
+    return header | fingerprint(pair, examples, completions=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _token_bytes(header: Header) -> int:
+    size = getattr(torch, header["dtype"]).itemsize
+    return header["hidden_size"] * size if header["kind"] == "hidden" else header["top_k"] * (size + 4)
+
+
+def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExample]) -> tuple[_Layout, str]:
+    """The layout of the cache and the checksum of its manifest, which is written if there is none."""
+    file = folder / MANIFEST
+    if not file.exists():
+        refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        layout = _Layout.of([len(example.completion_ids) for example in examples], _token_bytes(header))
+        write_file(file, json.dumps({"made_from": header, "firsts": layout.firsts, "offsets": layout.offsets}))
+    manifest = read_json(file)
+    try:
+        stored, layout = manifest["made_from"], _Layout(manifest["firsts"], manifest["offsets"])
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}; delete {folder} and build the cache again") from error
+    refuse_other(folder, stored, header)
+    return layout, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _opened(folder: Path, layout: _Layout, examples: Sequence[TokenizedExample]) -> TeacherCache:
+    shards = [
+        number
+        for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)]))
+        for _ in range(start, end)
+    ]
+    lengths = (len(example.completion_ids) for example in examples)
+    return TeacherCache(folder, tuple(lengths), tuple(shards), tuple(layout.offsets))
+
+
+def _shard_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def _seal(file: Path, digest: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A checksum of a shard's place, of the manifest it belongs to, and of its tensors.
+
+    One entry: safetensors writes several in an order that changes from run to run.
+    """
+    return {"sha256": json_sha256([file.name, digest, tensors_sha256(tensors)])}
+
+
+def _check_shard(file: Path, digest: str) -> None:
+    way_out = f"delete it and build the cache in {file.parent} again; only what is missing is made anew"
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing; build the cache in {file.parent} again; only what is missing is made"
+        )
+    try:
+        with safe_open(file, "pt") as shard:
+            seal, tensors = shard.metadata(), {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); {way_out}") from error
+    if seal != _seal(file, digest, tensors):
+        raise CheckpointError(f"{file} is damaged, or of another cache; {way_out}")
+
+
+# --- what the teacher says ----------------------------------------------------------------------------------------
+
+
+def _recorder(pair: Pair, kind: Kind, top_k: int, temperature: float) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What is kept of hidden states ``[N, H]``: tensors ``[N, …]`` on the host, by name."""
+    if kind == "hidden":
+        dtype = pair.teacher.get_output_embeddings().weight.dtype
+        return lambda hidden: {"hidden": hidden.to(dtype).cpu()}
+    return partial(_largest, Head.of(pair.teacher, pair.vocab_size), top_k, temperature)
+
+
+def _largest(head: Head, k: int, temperature: float, hidden: Tensor) -> dict[str, Tensor]:
+    """The k largest log-probabilities with their ids, a chunk of tokens at a time: ``[N, V]`` never exists."""
+    parts = [
+        log_probs(head(h), temperature).topk(k) for h in hidden.split(max(1, CHUNK_BYTES // (4 * head.vocab_size)))
+    ]
+    values, ids = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return {"ids": ids.int(), "log_probs": values}
+
+
+@torch.no_grad()
+def _read_teacher(
+    pair: Pair, examples: Sequence[TokenizedExample], record: Callable[[Tensor], dict[str, Tensor]], batch_size: int
+) -> dict[str, Tensor]:
+    """The tensors of one shard: what is kept of all examples' completion positions, end to end."""
+    teacher = pair.teacher
+    nothing = record(teacher.get_output_embeddings().weight[:0])  # no tokens: of the right dtypes and shapes
+    kept = [nothing] * len(examples)
+    with evaluating(teacher):
+        for places in _batches(examples, batch_size):
+            rows = [(examples[place].prompt_ids, examples[place].completion_ids) for place in places]
+            tensors = record(response_hidden(teacher, collate(rows).to(teacher.device)))
+            lengths = [len(completion) for _, completion in rows]
+            by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
+            for place, parts in zip(places, by_row, strict=True):
+                kept[place] = dict(zip(tensors, parts, strict=True))
+                _check_finite(kept[place], examples[place])
+    return {name: torch.cat([part[name] for part in kept]) for name in nothing}
+
+
+def _batches(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[list[int]]:
+    """Places of the examples that have a completion, the longest first: rows of nearly equal length, little padding."""
+    sizes = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+    places = [place for place, example in enumerate(examples) if example.completion_ids]
+    places.sort(key=lambda place: -sizes[place])
+    while places:
+        rows = min(batch_size, max(1, BATCH_TOKENS // sizes[places[0]]))
+        yield places[:rows]
+        places = places[rows:]
+
+
+def _check_finite(part: dict[str, Tensor], example: TokenizedExample) -> None:
+    """Log-softmax spreads one NaN or +inf over its row; a log-probability of −inf is a masked token."""
+    broken = ~part["hidden"].isfinite() if "hidden" in part else part["log_probs"].isnan()
+    if broken.any():
+        raise NonFiniteError(
+            f"{example.source}: what the teacher computes for it is not finite; check its weights and dtype"
+        )

@@ -1,0 +1,293 @@
+"""What the teacher does once: its own text for every prompt, and the checksums that bind stored work to what made it.
+
+header.json      what the text depends on: checksums of teacher, tokenizer and prompts, and the settings
+texts.jsonl      a line for every example, in order: id, token ids, whether the budget ran out
+complete.json    number of lines and checksum, once all are there
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from switchkd.checkpoint import write_file
+from switchkd.data import TokenizedExample
+from switchkd.decoding import decode
+from switchkd.errors import CheckpointError, DataError, NonFiniteError
+from switchkd.models import Pair
+from switchkd.policies import TeacherOnly
+from switchkd.rollouts import Rollout
+
+Header = dict[str, Any]  # flat and JSON-ready
+Progress = Callable[[int], None]  # told of every example that is done
+
+HEADER, TEXTS, COMPLETE = "header.json", "texts.jsonl", "complete.json"
+_FORMAT = "switchkd teacher texts 1"
+# Batches decoded between two writes: enough to keep a batch full while rows finish, few enough to lose little.
+_CHUNK_BATCHES = 4
+# They name a place and a release, not what the model computes.
+_CONFIG_NOISE = ("_name_or_path", "transformers_version")
+
+
+# --- checksums ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions: bool) -> dict[str, str]:
+    """SHA-256 of everything that the teacher's work on ``examples`` depends on beside settings, part by part.
+
+    ``teacher_weights``: names, dtypes, shapes and bytes of its parameters and buffers, the same on any device ·
+    ``teacher_config`` · ``tokenizer``: its vocabulary · ``examples``: ids and prompt tokens in order, and the completion
+    tokens if ``completions`` says that they matter.
+    """
+    config = {k: v for k, v in pair.teacher.config.to_dict().items() if k not in _CONFIG_NOISE}
+    return {
+        "teacher_weights": weights_sha256(pair.teacher),
+        "teacher_config": json_sha256(config),
+        "tokenizer": json_sha256(pair.tokenizer.get_vocab()),
+        "examples": _examples_sha256(examples, completions),
+    }
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """One checksum of all parameters and saved buffers; tied ones are read once."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return tensors_sha256({" = ".join(names[key]): tensor for key, tensor in tensors.items()})
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of names, dtypes, shapes and bytes, in the order of the names."""
+    ordered = sorted(tensors)
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter free; few tensors of a GPU are here at a time
+        digests = pool.map(lambda name: _bytes_sha256(tensors[name]), ordered)
+        parts = [
+            [name, str(tensors[name].dtype), list(tensors[name].shape), digest]
+            for name, digest in zip(ordered, digests, strict=True)
+        ]
+    return json_sha256(parts)
+
+
+def json_sha256(value: Any) -> str:
+    """Checksum of a JSON-ready value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
+    """Raise CheckpointError, naming all that differs, unless the work in ``folder`` was done under ``wanted``."""
+    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+    if differing:
+        words = "; ".join(_difference(key, stored.get(key), wanted.get(key)) for key in differing)
+        raise CheckpointError(
+            f"{folder} holds the teacher's work for something else: {words}. Go back to what it was made with, name "
+            "another folder, or delete this one to have the work done again"
+        )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise CheckpointError if a folder that is no store yet holds visible files: they are someone else's."""
+    if folder.exists() and (foreign := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+        raise CheckpointError(
+            f"{folder} is no store of the teacher's work, but holds {foreign[0]}; name an empty folder"
+        )
+
+
+def read_json(file: Path) -> Header:
+    """A stored JSON object; raises CheckpointError if it cannot be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object; {_anew(file.parent)}")
+    return value
+
+
+def _difference(key: str, stored: Any, wanted: Any) -> str:
+    if all(isinstance(value, str) and len(value) == 64 for value in (stored, wanted)):
+        return f"{key} differs (checksum {stored[:8]}… there, {wanted[:8]}… now)"
+    return f"{key} is {stored!r} there and {wanted!r} now"
+
+
+def _anew(folder: Path) -> str:
+    return f"delete {folder} to have the work done again"
+
+
+def _examples_sha256(examples: Sequence[TokenizedExample], completions: bool) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = [example.prompt_ids, example.completion_ids if completions else []]
+        digest.update(np.array([example.id, *map(len, parts), *parts[0], *parts[1]], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _bytes_sha256(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # no copy of what lies in the host's memory in order
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+# --- the teacher's own text ---------------------------------------------------------------------------------------
+
+
+def teacher_texts(
+    pair: Pair,
+    examples: Sequence[TokenizedExample],
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    block_size: int | Literal["auto"] = "auto",
+    memory_gib: float | None = None,
+    static_step: bool = False,
+    repeatable: bool = True,
+    progress: Progress = lambda _: None,
+) -> list[TokenizedExample]:
+    """The examples with the teacher's own completion of each prompt in place of the reference (SeqKD, arXiv 1606.07947).
+
+    A token's noise is keyed by (``seed``, example id, position), so the text depends on no batch. It is stored in
+    ``folder`` as it is made; a call after a kill goes on behind the last whole line, and where all is there, the teacher is
+    not called. One process at a time writes a folder.
+
+    Args:
+        pair: the teacher writes; the student drafts for it, which moves time and never tokens.
+        examples: prompts, ids and references; their completions are not read.
+        max_new_tokens, temperature, seed: what the text depends on; stored, and compared when a folder is opened again.
+        batch_size, block_size, memory_gib, static_step, repeatable: as in ``decode``.
+
+    Returns:
+        One example each, in order; ``truncated`` where the budget ran out before the end token.
+
+    Raises:
+        CheckpointError: the folder holds text made under other conditions (all that differs is named), or is damaged.
+        DataError, NonFiniteError: a prompt cannot be completed; the text before it is kept.
+        ConfigError: for settings out of range.
+    """
+    if not examples:
+        raise DataError("no examples for the teacher to complete; give a train_file with at least one usable row")
+    folder = Path(folder)
+    header = _texts_header(pair, examples, max_new_tokens, temperature, seed)
+    rows = _open_texts(folder, header, examples)
+    progress(len(rows))
+    chunk = _CHUNK_BATCHES * max(batch_size, 1)
+    while len(rows) < len(examples):
+        # Chunks end where they would without a kill, so that the batches behind it are the same ones.
+        part = examples[len(rows) : (len(rows) // chunk + 1) * chunk]
+        rollouts = decode(
+            pair.student,
+            pair.teacher,
+            [example.prompt_ids for example in part],
+            TeacherOnly(),
+            max_new_tokens,
+            temperature,
+            seed,
+            [example.id for example in part],
+            block_size,
+            pair.eos_token_ids,
+            batch_size,
+            memory_gib=memory_gib,
+            static_step=static_step,
+            repeatable=repeatable,
+            vocab_size=pair.vocab_size,
+        )
+        made = _sound_rows(rollouts)
+        _append(folder, header, made)
+        if len(made) < len(part):
+            failed = rollouts[len(made)]
+            error = NonFiniteError if failed.stop_reason == "non_finite" else DataError
+            raise error(f"{part[len(made)].source}: the teacher cannot complete it: {failed.error}")
+        rows += made
+        progress(len(made))
+    _seal(folder, len(rows))
+    return [
+        TokenizedExample(e.id, e.prompt_ids, row["completion_ids"], e.references, row["truncated"], e.source)
+        for e, row in zip(examples, rows, strict=True)
+    ]
+
+
+def _texts_header(
+    pair: Pair, examples: Sequence[TokenizedExample], max_new_tokens: int, temperature: float, seed: int
+) -> Header:
+    return {
+        "format": _FORMAT,
+        **fingerprint(pair, examples, completions=False),
+        "vocab_size": pair.vocab_size,
+        "eos_token_ids": list(pair.eos_token_ids),
+        "max_new_tokens": max_new_tokens,
+        "temperature": float(temperature),
+        "seed": seed,
+    }
+
+
+def _sound_rows(rollouts: Sequence[Rollout]) -> list[Header]:
+    """What is stored of the rollouts before the first that failed."""
+    return [
+        {"id": r.sample_id, "completion_ids": r.completion_ids, "truncated": r.stop_reason == "length"}
+        for r in takewhile(lambda rollout: rollout.error is None, rollouts)
+    ]
+
+
+def _open_texts(folder: Path, header: Header, examples: Sequence[TokenizedExample]) -> list[Header]:
+    """The rows that are there, after every check; a last line that was cut short is taken off the file."""
+    if not (folder / HEADER).exists():
+        refuse_foreign(folder)
+        return []
+    refuse_other(folder, read_json(folder / HEADER), header)
+    file = folder / TEXTS
+    content = file.read_bytes() if file.exists() else b""
+    if (folder / COMPLETE).exists():
+        seal = {"lines": len(examples), "sha256": hashlib.sha256(content).hexdigest()}
+        if read_json(folder / COMPLETE) != seal:
+            raise CheckpointError(f"{file} is damaged (not as written); {_anew(folder)}")
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(whole)
+    lines = content[:whole].splitlines()
+    if len(lines) > len(examples):
+        raise CheckpointError(f"{file} has {len(lines)} lines for {len(examples)} examples; {_anew(folder)}")
+    numbered = enumerate(zip(lines, examples[: len(lines)], strict=True), start=1)
+    return [_row(line, example, header["vocab_size"], f"{file}:{n}") for n, (line, example) in numbered]
+
+
+def _row(line: bytes, example: TokenizedExample, vocab_size: int, where: str) -> Header:
+    try:
+        row = json.loads(line)
+        ids, sound = row["completion_ids"], row["id"] == example.id and isinstance(row["truncated"], bool)
+        if sound and all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            return row
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(
+        f"{where} is damaged: not a completion of example {example.id}; delete the folder to have the work done again"
+    )
+
+
+def _append(folder: Path, header: Header, rows: Sequence[Header]) -> None:
+    """Add whole lines, on the disk before this returns; the header goes before the first."""
+    if not rows:
+        return  # a setting with which nothing could be made binds nobody
+    if not (folder / HEADER).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / HEADER, json.dumps(header, indent=1))
+    with (folder / TEXTS).open("ab") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seal(folder: Path, lines: int) -> None:
+    if not (folder / COMPLETE).exists():
+        digest = hashlib.sha256((folder / TEXTS).read_bytes()).hexdigest()
+        write_file(folder / COMPLETE, json.dumps({"lines": lines, "sha256": digest}))
