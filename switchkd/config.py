@@ -122,6 +122,12 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Which text a step reads: ground_truth, teacher_text, generated, pairs or adaptive."""
     max_new_tokens_start: int = 0
     """Token budget at the first step, which grows linearly to max_new_tokens; 0 does not grow."""
+    teacher_cache: Literal["none", "hidden", "top_k"] = "none"
+    """For runs on fixed text: keep on disk what the teacher says of it, as hidden states (exact) or its top_k probabilities."""
+    teacher_cache_top_k: int = 64
+    """Tokens a position that the top_k cache keeps; all others are one bucket, and the loss a lower bound."""
+    teacher_store_dir: str = ""
+    """Folder of the teacher's stored text or cache; default in the user's cache, by settings. Contents are checked."""
     validation_file: str = ""
     """File of the validation loss that the adaptive mix looks at; default eval_file."""
     lm_file: str = ""
@@ -169,7 +175,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "generation_batch_size": 1, "generation_memory_gib": 0.0, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
-            "temperature": 0.0, "eval_temperature": 0.0, "max_new_tokens_start": 0, "lm_weight": 0.0,
+            "temperature": 0.0, "eval_temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
@@ -182,6 +188,22 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
                 f"max_new_tokens_start {self.max_new_tokens_start} is above max_new_tokens {self.max_new_tokens}; a budget grows"
             )
         self._check_importance_weights()
+        self._check_teacher_cache()
+
+    def _check_teacher_cache(self) -> None:
+        if self.teacher_cache == "none":
+            return
+        name = f"teacher_cache {self.teacher_cache!r}"
+        if self.mix.generates:
+            raise ConfigError(f"{name} is for fixed text, and the mix {name_of(self.mix)} generates; use ground_truth")
+        if not self.objective.reads_teacher:
+            raise ConfigError(f"{name} would never be read: {name_of(self.objective)} asks no teacher")
+        comparing = self.objective.compares and self.objective.temperature == 1 and self.objective.ce_weight == 0
+        if self.teacher_cache == "top_k" and not comparing:
+            raise ConfigError(
+                f"{name} knows the teacher's largest probabilities only, which serve objectives that compare distributions, at "
+                f"temperature 1 and ce_weight 0, not {self.objective}; use teacher_cache 'hidden'"
+            )
 
     def _check_importance_weights(self) -> None:
         if not isinstance(self.objective, MiniLLM):

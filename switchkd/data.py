@@ -11,7 +11,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from switchkd.templates import Encoder
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from switchkd.loss import TeacherTopK
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +259,10 @@ class TokenizedExample:
     truncated: bool
     source: str
     speaker: int = REFERENCE
+    teacher_hidden: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """What enters the teacher's output layer before each completion token, ``[tokens, hidden size]``, where it is known."""
+    teacher_top_k: TeacherTopK | None = field(default=None, repr=False, compare=False)
+    """Or its largest log-probabilities there."""
 
     @property
     def speakers(self) -> list[int]:

@@ -105,7 +105,25 @@ class TeacherStates:
         return lambda piece, logq: (divergences.log_probs(logits[piece]), logq)
 
 
-def total(objective: Objective, teacher: TeacherStates | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class TeacherTopK:
+    """What is known of the teacher at N tokens: its k largest log-probabilities ``[N, k]``, fp32 or wider, and their ``ids``.
+
+    Both models are compared on these and one bucket with all other tokens (``divergences.coarsened``).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def at(self, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+        ids, logs = self.ids[rows], self.log_probs[rows]
+        return lambda piece, logq: divergences.coarsened(logs[piece], ids[piece], logq)
+
+
+Teacher = TeacherStates | TeacherTopK
+
+
+def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:
     """Sum of the objective over N tokens, from the student's ``hidden`` states ``[N, H]``; 0 for no tokens.
 
     Gradients reach ``hidden`` and the student's ``head``; the teacher is a constant, and None if the objective does not ask
@@ -125,7 +143,7 @@ class _Total(torch.autograd.Function):
     def forward(
         ctx: Any,
         objective: Objective,
-        teacher: TeacherStates | None,
+        teacher: Teacher | None,
         head: Head,
         tokens: Tokens,
         hidden: Tensor,
@@ -171,14 +189,14 @@ class _Total(torch.autograd.Function):
         return None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
 
 
-def _says(teacher: TeacherStates | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+def _says(teacher: Teacher | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
     """What the teacher says of a chunk; where none is asked, the student's own words stand in, and nobody looks."""
     return teacher.at(rows) if teacher is not None else lambda _, logq: (logq.detach(), logq)
 
 
 @torch.no_grad()
 def _of_text(
-    objective: Objective, teacher: TeacherStates, head: Head, hidden: Tensor, tokens: Tokens
+    objective: Objective, teacher: Teacher, head: Head, hidden: Tensor, tokens: Tokens
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` of the tokens written, under teacher and student, at the objective's temperature."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -46,6 +46,7 @@ class Objective:
     """
 
     reads_teacher: ClassVar[bool] = True
+    compares: ClassVar[bool] = False  # whether distributions are all it looks at, so that coarse ones will do
     looks_ahead: ClassVar[bool] = False  # whether ``per_token`` needs ``tokens.returns``, which ``look_ahead`` makes
 
     temperature: float = 1.0
@@ -119,6 +120,8 @@ class CrossEntropy(Objective):
 class ForwardKL(Objective):
     """``KL(p ‖ q)`` (Hinton et al., arXiv 1503.02531)."""
 
+    compares: ClassVar[bool] = True
+
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         return divergences.forward_kl(logp, logq)
 
@@ -126,6 +129,8 @@ class ForwardKL(Objective):
 @dataclass(frozen=True)
 class ReverseKL(Objective):
     """``KL(q ‖ p)``, exact over the vocabulary at every token."""
+
+    compares: ClassVar[bool] = True
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         return divergences.reverse_kl(logp, logq)
@@ -135,6 +140,7 @@ class ReverseKL(Objective):
 class JSD(Objective):
     """GKD's generalised JSD (arXiv 2306.13649); beta is the teacher's weight in the mixture, and a strength too."""
 
+    compares: ClassVar[bool] = True
     beta: float = 0.5
 
     def __post_init__(self) -> None:
@@ -149,12 +155,15 @@ class JSD(Objective):
 class TVD(Objective):
     """Total variation distance (f-distill, arXiv 2307.15190)."""
 
+    compares: ClassVar[bool] = True
+
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         return divergences.tvd(logp, logq)
 
 
 @dataclass(frozen=True)
 class _Skewed(Objective):
+    compares: ClassVar[bool] = True
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
@@ -206,6 +215,7 @@ class AKL(Objective):
     it. ``(g_head KL(p‖q) + g_tail KL(q‖p)) / (g_head + g_tail)`` with constant weights.
     """
 
+    compares: ClassVar[bool] = True
     head_mass: float = 0.5
 
     def __post_init__(self) -> None:

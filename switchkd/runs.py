@@ -9,7 +9,8 @@ student/          the result, for ``from_pretrained``
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
 from switchkd.data import Example, Message, TokenizedExample, load_examples, load_text, tokenize
+from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
 from switchkd.loss import CHUNK_BYTES
 from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
 from switchkd.rollouts import DecodeCost
+from switchkd.teacher_cache import TeacherCache
+from switchkd.teacher_store import json_sha256, teacher_texts
 from switchkd.templates import Encoder
 from switchkd.trainer import Metrics, Trainer
 
@@ -35,6 +39,12 @@ CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step",
+}  # fmt: skip
+
+# Settings that name the folder of the teacher's stored work.
+STORE_SETTINGS = {
+    "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
+    "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
 
 
@@ -49,13 +59,15 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     _check_run(run, config)
     pair = open_pair(config, quiet=not main)
     check_context(config, pair)
-    train = load_task(config, pair, config.train_file, quiet=not main)
+    with accelerator.main_process_first():  # the others then find it done
+        train, teacher_cache = load_training_text(config, pair, quiet=not main)
     heldout = load_heldout(config, pair, quiet=not main)
     trainer = Trainer(
         pair,
         train,
         config,
         accelerator,
+        teacher_cache=teacher_cache,
         validation=load_validation(config, pair, heldout, quiet=not main),
         corpus=load_corpus(config, pair, quiet=not main),
     )
@@ -112,6 +124,39 @@ def load_task(
     if not quiet:
         report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
     return tokenized
+
+
+def load_training_text(
+    config: TrainConfig, pair: Pair, quiet: bool = False
+) -> tuple[list[TokenizedExample], TeacherCache | None]:
+    """The examples that a run trains on, and what the teacher says of them where it keeps that; both made where missing."""
+    examples = load_task(config, pair, config.train_file, quiet=quiet)
+    if config.mix.wants_teacher_text:
+        decoding = {k: v for k, v in config.decode_arguments().items() if k != "policy"}
+        with _stored(config, "teacher text", len(examples), quiet) as (folder, advance):
+            examples = teacher_texts(pair, examples, folder, **decoding, seed=config.seed, progress=advance)
+    if config.teacher_cache == "none":
+        return examples, None
+    with _stored(config, f"teacher {config.teacher_cache}", len(examples), quiet) as (folder, advance):
+        cache = TeacherCache.build(
+            pair, examples, folder, config.teacher_cache, top_k=config.teacher_cache_top_k, progress=advance
+        )
+    return examples, cache
+
+
+@contextmanager
+def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """The folder of work that the teacher does once, and a progress bar; by default a folder in the cache.
+
+    Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
+    """
+    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS}
+    name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
+    root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
+    if not quiet:
+        report.console.print(f"{what}: {root / name}", soft_wrap=True)
+    with report.bar(what, examples) if not quiet else nullcontext() as bar:
+        yield root / name, bar.advance if bar is not None else lambda _: None
 
 
 def load_heldout(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:

@@ -6,6 +6,7 @@ shard-00000.safetensors     ``hidden``, or ``ids`` and ``log_probs``, of consecu
 Letters in shapes: H hidden size, V vocabulary, n completion tokens of an example, N tokens of a batch.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +26,8 @@ from switchkd.checkpoint import staged_file, write_file
 from switchkd.data import TokenizedExample, collate
 from switchkd.divergences import log_probs
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from switchkd.loss import CHUNK_BYTES, Head, TeacherTopK, response_hidden
 from switchkd.models import Pair
-from switchkd.objectives import CHUNK_BYTES, Head, response_hidden
 from switchkd.teacher_store import (
     Header,
     Progress,
@@ -48,13 +49,6 @@ SHARD_BYTES = 2**26
 BATCH_TOKENS = 2**13
 
 
-class TopK(NamedTuple):
-    """The k likeliest next tokens at n positions, and their log-probabilities among all V at the cache's temperature."""
-
-    ids: Tensor  # [n, k] int32, the likeliest first
-    log_probs: Tensor  # [n, k] fp32 (float64 of a float64 teacher)
-
-
 @dataclass(frozen=True)
 class TeacherCache:
     """What the teacher says at every completion position of every example, read from the disk when it is asked for.
@@ -64,6 +58,7 @@ class TeacherCache:
     """
 
     folder: Path
+    kind: Kind
     lengths: tuple[int, ...]
     shards: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -76,7 +71,6 @@ class TeacherCache:
         kind: Kind,
         *,
         top_k: int = 64,
-        temperature: float = 1.0,
         batch_size: int = 32,
         progress: Progress = lambda _: None,
     ) -> "TeacherCache":
@@ -87,8 +81,7 @@ class TeacherCache:
         Args:
             pair: its teacher reads the examples.
             examples: prompts and completions; a completion may be empty.
-            kind, top_k, temperature: what is kept. The last two, log-probabilities of how many ids and at which temperature of
-                the loss, concern the kind ``top_k`` alone: hidden states serve any temperature.
+            kind, top_k: what is kept; of how many ids concerns the kind ``top_k`` alone.
             batch_size: most rows in a forward; fewer where they are long.
             progress: told how many examples are done after every shard.
 
@@ -98,7 +91,7 @@ class TeacherCache:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        folder, header = Path(folder), _header(pair, examples, kind, top_k, temperature)
+        folder, header = Path(folder), _header(pair, examples, kind, top_k)
         layout, digest = _open_manifest(folder, header, examples)
         for half in folder.glob(".shard-*"):
             half.unlink()  # of a process that was killed while it wrote
@@ -108,12 +101,12 @@ class TeacherCache:
             if file.exists():
                 _check_shard(file, digest)
             else:
-                record = record or _recorder(pair, kind, top_k, temperature)
+                record = record or _recorder(pair, kind, top_k)
                 tensors = _read_teacher(pair, examples[start:end], record, batch_size)
                 with staged_file(file) as staging:
                     save_file(tensors, staging, _seal(file, digest, tensors))
             progress(end - start)
-        return _opened(folder, layout, examples)
+        return _opened(folder, kind, layout, examples)
 
     @staticmethod
     def open(
@@ -123,28 +116,33 @@ class TeacherCache:
         kind: Kind,
         *,
         top_k: int = 64,
-        temperature: float = 1.0,
     ) -> "TeacherCache":
         """Open a whole cache after checking it: that it is of this teacher, tokenizer, examples and kind, and every byte.
 
         Raises:
             CheckpointError: it is of something else (all that differs is named), unfinished or damaged.
         """
-        folder, header = Path(folder), _header(pair, examples, kind, top_k, temperature)
+        folder, header = Path(folder), _header(pair, examples, kind, top_k)
         if not (folder / MANIFEST).exists():
             raise CheckpointError(f"{folder} holds no teacher cache ({MANIFEST} is missing); build it first")
         layout, digest = _open_manifest(folder, header, examples)
         for number in range(len(layout.firsts)):
             _check_shard(_shard_file(folder, number), digest)
-        return _opened(folder, layout, examples)
+        return _opened(folder, kind, layout, examples)
 
     def hidden(self, index: int) -> Tensor:
         """What entered the teacher's output layer for the completion of example ``index``: ``[n, H]`` on the host."""
         return self._read(index, "hidden")
 
-    def top_k(self, index: int) -> TopK:
-        """The teacher's likeliest tokens for the completion of example ``index``, on the host."""
-        return TopK(self._read(index, "ids"), self._read(index, "log_probs"))
+    def top_k(self, index: int) -> TeacherTopK:
+        """The teacher's likeliest tokens for the completion of example ``index``, on the host, the likeliest first."""
+        return TeacherTopK(self._read(index, "ids"), self._read(index, "log_probs"))
+
+    def attached(self, example: TokenizedExample, index: int) -> TokenizedExample:
+        """Example ``index`` with what is kept of it."""
+        if self.kind == "hidden":
+            return dataclasses.replace(example, teacher_hidden=self.hidden(index))
+        return dataclasses.replace(example, teacher_top_k=self.top_k(index))
 
     def _read(self, index: int, name: str) -> Tensor:
         start, length = self.offsets[index], self.lengths[index]
@@ -176,7 +174,7 @@ class _Layout:
         return _Layout(firsts, offsets)
 
 
-def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k: int, temperature: float) -> Header:
+def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k: int) -> Header:
     if not examples:
         raise DataError("no examples to keep the teacher's output of; give a train_file with at least one usable row")
     if kind not in get_args(Kind):
@@ -187,11 +185,9 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
         header |= {"dtype": _name(weight.dtype), "hidden_size": weight.shape[1]}
     elif not 1 <= top_k <= pair.vocab_size:
         raise ConfigError(f"top_k must lie in 1..{pair.vocab_size} (the vocabulary), got {top_k}")
-    elif not 0 < temperature < float("inf"):
-        raise ConfigError(f"the loss temperature of a top_k cache must be above 0 and finite, got {temperature}")
     else:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        header |= {"dtype": _name(wide), "top_k": top_k, "temperature": float(temperature)}
+        header |= {"dtype": _name(wide), "top_k": top_k}
     return header | fingerprint(pair, examples, completions=True)
 
 
@@ -221,14 +217,14 @@ def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExa
     return layout, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _opened(folder: Path, layout: _Layout, examples: Sequence[TokenizedExample]) -> TeacherCache:
+def _opened(folder: Path, kind: Kind, layout: _Layout, examples: Sequence[TokenizedExample]) -> TeacherCache:
     shards = [
         number
         for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)]))
         for _ in range(start, end)
     ]
     lengths = (len(example.completion_ids) for example in examples)
-    return TeacherCache(folder, tuple(lengths), tuple(shards), tuple(layout.offsets))
+    return TeacherCache(folder, kind, tuple(lengths), tuple(shards), tuple(layout.offsets))
 
 
 def _shard_file(folder: Path, number: int) -> Path:
@@ -261,19 +257,17 @@ def _check_shard(file: Path, digest: str) -> None:
 # --- what the teacher says ----------------------------------------------------------------------------------------
 
 
-def _recorder(pair: Pair, kind: Kind, top_k: int, temperature: float) -> Callable[[Tensor], dict[str, Tensor]]:
+def _recorder(pair: Pair, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str, Tensor]]:
     """What is kept of hidden states ``[N, H]``: tensors ``[N, …]`` on the host, by name."""
     if kind == "hidden":
         dtype = pair.teacher.get_output_embeddings().weight.dtype
         return lambda hidden: {"hidden": hidden.to(dtype).cpu()}
-    return partial(_largest, Head.of(pair.teacher, pair.vocab_size), top_k, temperature)
+    return partial(_largest, Head.of(pair.teacher, pair.vocab_size), top_k)
 
 
-def _largest(head: Head, k: int, temperature: float, hidden: Tensor) -> dict[str, Tensor]:
+def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
     """The k largest log-probabilities with their ids, a chunk of tokens at a time: ``[N, V]`` never exists."""
-    parts = [
-        log_probs(head(h), temperature).topk(k) for h in hidden.split(max(1, CHUNK_BYTES // (4 * head.vocab_size)))
-    ]
+    parts = [log_probs(head(h)).topk(k) for h in hidden.split(max(1, CHUNK_BYTES // (4 * head.vocab_size)))]
     values, ids = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return {"ids": ids.int(), "log_probs": values}
 

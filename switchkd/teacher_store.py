@@ -5,6 +5,7 @@ texts.jsonl      a line for every example, in order: id, token ids, whether the 
 complete.json    number of lines and checksum, once all are there
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from switchkd.data import TokenizedExample
 from switchkd.decoding import decode
 from switchkd.errors import CheckpointError, DataError, NonFiniteError
 from switchkd.models import Pair
-from switchkd.policies import TeacherOnly
+from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 
 Header = dict[str, Any]  # flat and JSON-ready
@@ -211,7 +212,7 @@ def teacher_texts(
         progress(len(made))
     _seal(folder, len(rows))
     return [
-        TokenizedExample(e.id, e.prompt_ids, row["completion_ids"], e.references, row["truncated"], e.source)
+        dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
         for e, row in zip(examples, rows, strict=True)
     ]
 

@@ -24,13 +24,14 @@ from switchkd.config import TrainConfig
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
+from switchkd.loss import Head, Teacher, TeacherStates, TeacherTopK, response_hidden, response_tokens, total
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.objectives import CrossEntropy, Objective
 from switchkd.policies import STUDENT, TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.sampling import keyed_uniform, noise_key
+from switchkd.teacher_cache import TeacherCache
 
 Metrics = dict[str, Any]
 Rows = Sequence[Rollout | TokenizedExample]
@@ -51,7 +52,8 @@ class _Part:
 class Trainer:
     """Distils ``pair.student`` on ``examples`` as ``config`` says; ``step`` is the number of updates done.
 
-    ``validation`` is for a mix that looks at a validation loss, ``corpus`` for a language-modelling loss beside the objective.
+    ``teacher_cache`` is of ``examples``, ``validation`` for a mix that looks at a validation loss, ``corpus`` for a
+    language-modelling loss beside the objective.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Trainer:
         config: TrainConfig,
         accelerator: Accelerator | None = None,
         *,
+        teacher_cache: TeacherCache | None = None,
         validation: Sequence[TokenizedExample] = (),
         corpus: Sequence[TokenizedExample] = (),
     ):
         self.pair, self.examples, self.config = pair, examples, config
-        self.validation, self.corpus = validation, corpus
+        self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
@@ -179,8 +182,10 @@ class Trainer:
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
-        indices = batch_indices(len(examples), self.rows_per_step, self.step, self.config.seed)
-        return [examples[i] for i in indices[self._mine]]
+        indices = batch_indices(len(examples), self.rows_per_step, self.step, self.config.seed)[self._mine]
+        if self.teacher_cache is None or examples is not self.examples:
+            return [examples[i] for i in indices]
+        return [self.teacher_cache.attached(examples[i], i) for i in indices]
 
     @property
     def _mine(self) -> slice:
@@ -286,21 +291,25 @@ class Trainer:
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
-        teacher = (
-            TeacherStates(self.heads[TEACHER], self._teacher_hidden(rows, batch)) if objective.reads_teacher else None
-        )
+        teacher = self._teacher(rows, batch) if objective.reads_teacher else None
         hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
         return total(
             objective, teacher, self.heads[STUDENT], hidden, response_tokens(batch, [r.speakers for r in rows])
         )
 
     @torch.no_grad()
-    def _teacher_hidden(self, rows: Rows, batch: Batch) -> torch.Tensor:
-        """The teacher's states at the response tokens: kept ones if it read every row while it was written, else it reads."""
-        known = [row.teacher_hidden for row in rows if isinstance(row, Rollout) and row.teacher_hidden is not None]
+    def _teacher(self, rows: Rows, batch: Batch) -> Teacher:
+        """What the teacher says at the response tokens: kept if it has read every row before, else it reads them now."""
+        device = batch.input_ids.device
+        if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
+            ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
+            return TeacherTopK(torch.cat(ids).to(device), torch.cat(logs).to(device))
+        known = [row.teacher_hidden for row in rows if row.teacher_hidden is not None]
         if len(known) == len(rows):
-            return torch.cat([hidden.to(batch.input_ids.device) for hidden in known])
-        return response_hidden(self.pair.teacher, batch)
+            hidden = torch.cat([states.to(device) for states in known])
+        else:
+            hidden = response_hidden(self.pair.teacher, batch)
+        return TeacherStates(self.heads[TEACHER], hidden)
 
     def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):

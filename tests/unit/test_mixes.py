@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from test_trainer import lines, trainer, weights, without_times
-from tiny import byte_level_tokenizer, toy_examples, toy_pair
+from tiny import VOCAB, byte_level_tokenizer, toy_examples, toy_pair
 
 from switchkd import StudentOnly, Switch
 from switchkd.data import load_text
@@ -15,6 +15,7 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.mixes import Adaptive, Generated, GroundTruth, Pairs, TeacherText
 from switchkd.objectives import TAID, CrossEntropy, DistiLLM2, ForwardKL
 from switchkd.policies import CAOPD, REFERENCE, STUDENT, TEACHER, TRB
+from switchkd.teacher_cache import TeacherCache
 
 ALWAYS = Adaptive(share=1.0, capacity=8, validation_steps=3)
 
@@ -217,3 +218,33 @@ def test_objectives_that_ask_no_teacher_run_none(tmp_path):
     t.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     metrics, _ = t.train_step()
     assert metrics["source"] == "examples" and metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_runs_on_fixed_text_read_the_teacher_from_a_cache(tmp_path, kind):
+    """The same losses and weights with a teacher that is never run; all ids kept, top_k is exact too."""
+    settings = {"mix": GroundTruth(), "teacher_cache": kind, "teacher_cache_top_k": VOCAB, "max_steps": 5}
+    live = trainer(tmp_path / "live", mix=GroundTruth(), max_steps=5)
+    live.train()
+    cache = TeacherCache.build(toy_pair(), toy_examples(), tmp_path / "cache", kind, top_k=VOCAB)
+    kept = trainer(tmp_path / "kept", cache=cache, **settings)
+    kept.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
+    kept.train()
+    for a, b in zip(lines(tmp_path / "live", "metrics.jsonl"), lines(tmp_path / "kept", "metrics.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    for a, b in zip(weights(live).values(), weights(kept).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"mix": Generated(0.5)}, "is for fixed text, and the mix generated generates"),
+        ({"objective": CrossEntropy()}, "cross_entropy asks no teacher"),
+        ({"objective": TAID(), "teacher_cache": "top_k"}, "use teacher_cache 'hidden'"),
+        ({"objective": ForwardKL(temperature=2.0), "teacher_cache": "top_k"}, "at temperature 1"),
+    ],
+)
+def test_a_cache_that_cannot_serve_is_refused(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        trainer(tmp_path, **{"mix": GroundTruth(), "teacher_cache": "hidden", **settings})

@@ -31,9 +31,10 @@ SETTINGS = TrainConfig(
 )
 
 
-def trainer(folder, pair=None, examples=None, validation=(), corpus=(), **changes):
+def trainer(folder, pair=None, examples=None, cache=None, validation=(), corpus=(), **changes):
     config = dataclasses.replace(SETTINGS, output_dir=str(folder), **changes)
-    return Trainer(pair or toy_pair(), examples or toy_examples(), config, validation=validation, corpus=corpus)
+    more = {"teacher_cache": cache, "validation": validation, "corpus": corpus}
+    return Trainer(pair or toy_pair(), examples or toy_examples(), config, **more)
 
 
 def weights(t):
