@@ -5,7 +5,7 @@ metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences
 checkpoint-N/     whole checkpoints, the newest ones
 evaluation.json   teacher, student before, student after
-student/          the result, for ``from_pretrained``
+student/          the result, for ``from_pretrained``: a model, or the adapter alone
 """
 
 import json
@@ -18,13 +18,22 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import report
+from switchkd.adapters import merged
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from switchkd.data import Example, Message, TokenizedExample, load_examples, tokenize
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
-from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
+from switchkd.models import (
+    BASE,
+    Pair,
+    cache_bytes_per_token,
+    context_length,
+    load_pair,
+    num_parameters,
+    parameter_bytes,
+)
 from switchkd.objectives import CHUNK_BYTES
 from switchkd.rollouts import DecodeCost
 from switchkd.templates import Encoder
@@ -47,7 +56,7 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     accelerator = Accelerator()
     main, run = accelerator.is_main_process, Path(config.output_dir)
     _check_run(run, config)
-    pair = open_pair(config, quiet=not main)
+    pair = open_pair(config, quiet=not main, seed=config.seed)
     check_context(config, pair)
     train = load_task(config, pair, config.train_file, quiet=not main)
     heldout = load_heldout(config, pair, quiet=not main)
@@ -63,7 +72,7 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     _train(trainer, quiet=not main)
     if main:
         student = accelerator.unwrap_model(trainer.student)
-        save_model(run / "student", student, pair.tokenizer)
+        save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
         if heldout:
             scores["student after"] = score(pair, student, heldout, config, "student after")
             write_scores(run / EVALUATION, config, scores)
@@ -73,9 +82,13 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     return scores
 
 
-def open_pair(config: ModelConfig, quiet: bool = False) -> Pair:
-    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models."""
-    pair = load_pair(config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype)
+def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
+    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models.
+
+    ``seed`` is the key of a new adapter's weights.
+    """
+    names = config.teacher_model_name_or_path, config.student_model_name_or_path
+    pair = load_pair(*names, dtype=config.dtype, lora=config if config.use_peft else None, seed=seed)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -209,7 +222,7 @@ def _train(trainer: Trainer, quiet: bool) -> None:
 
 def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
-    pair = open_pair(config)
+    pair = open_pair(config, seed=config.seed)
     train = load_task(config, pair, config.train_file)
     load_heldout(config, pair)
     check_context(config, pair)
@@ -233,15 +246,15 @@ def check_run(config: TrainConfig) -> list[str]:
 
 def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    student = parameter_bytes(pair.student)
+    trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
     slots = rows * (config.max_prompt_length + config.max_new_tokens)
     cache = slots * sum(map(cache_bytes_per_token, (pair.teacher, pair.student)))
     return {
-        "teacher": parameter_bytes(pair.teacher),
-        "student": student,
-        "gradients": student,
-        "optimizer": 2 * student,
+        "teacher": 0.0 if config.teacher_model_name_or_path == BASE else parameter_bytes(pair.teacher),
+        "student": parameter_bytes(pair.student),
+        "gradients": trained,
+        "optimizer": 2 * trained,
         "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
         "key/value caches": cache if config.lmbda > 0 else 0.0,
     }
