@@ -6,6 +6,7 @@ a causal language model as before. Only the adapter is trained and saved. peft i
 
 import copy
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None,),
     "layer_replication": (None,),
+    "lora_bias": (False,),
     "init_lora_weights": (True, False, "gaussian"),
 }
 # Settings of ModelConfig and what peft's LoraConfig calls them.
@@ -54,9 +56,8 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int) -> Non
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_target_modules) or "all-linear",
         task_type="CAUSAL_LM",
-        fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in model.modules()
-        ),  # GPT-2 keeps its weights transposed
+        # GPT-2 keeps its weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(noise_key(seed, 0, 0) % 2**63)
@@ -70,17 +71,18 @@ def open_adapter(model: PreTrainedModel, folder: Path) -> None:
     """
     peft = require("peft")
     try:
-        lora = peft.PeftConfig.from_pretrained(str(folder))
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        lora = peft.LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}; copy the adapter again") from error
     odd = [name for name, plain in PLAIN.items() if getattr(lora, name, plain[0]) not in plain]
-    if lora.peft_type != "LORA" or odd:
-        what = f"{', '.join(odd)} set" if odd else f"peft_type {getattr(lora.peft_type, 'value', lora.peft_type)}"
+    if lora is None or odd:
+        what = f"{', '.join(odd)} set" if lora else f"peft_type {kind}"
         raise ModelError(f"{folder} has {what}; switchkd opens LoRA adapters of linear layers only: merge it with peft")
     lora.inference_mode = False
     try:
         _inject(model, lora)
-    except ValueError as error:  # no layer of that name
+    except (ValueError, TypeError) as error:  # no layer of that name, or no value of that kind
         raise ModelError(f"{folder} does not fit {model.config.model_type}: {error}") from error
     _refuse_outer_layers(model, folder)
     load_adapter(model, folder)
