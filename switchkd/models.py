@@ -81,6 +81,11 @@ def load_pair(
         eos_token_ids(teacher_model, tokenizer), eos_token_ids(student_model, student_tokenizer), vocab_size
     )
     warnings = _prompt_warnings(tokenizer, student_tokenizer)
+    if teacher_name == BASE and not _is_adapter(student_name):
+        warnings += (
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence has no gradient there: "
+            "dropout or what else is in the loss must move it; else name a student that is an adapter already",
+        )
     return Pair(teacher_model, student_model, tokenizer, vocab_size, eos, warnings)
 
 

@@ -7,7 +7,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, save, tiny_model, tiny_tokenizer, toy_examples
+from tiny import (
+    POLICIES,
+    VOCAB,
+    assert_same,
+    byte_level_tokenizer,
+    save,
+    save_llama,
+    tiny_model,
+    tiny_tokenizer,
+    toy_examples,
+)
 from transformers import AutoModelForCausalLM
 
 from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference
@@ -15,6 +25,7 @@ from switchkd.adapters import add_adapter, has_adapter, merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import head_inputs, verify_cache
 from switchkd.checkpoint import checkpoints, save_model
+from switchkd.cli import main
 from switchkd.config import ModelConfig, TrainConfig, from_dict, to_dict
 from switchkd.data import collate
 from switchkd.errors import CheckpointError, ConfigError, ModelError
@@ -367,6 +378,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, other):
 
 def test_base_as_a_teachers_name_gives_the_students_own_weights(base):
     pair = load_pair("base", str(base), device="cpu", lora=LORA)
+    assert "so the student starts as its teacher" in pair.warnings[0]
     assert isinstance(pair.teacher, BaseModel) and pair.teacher.student is pair.student
     assert {n for n, p in pair.student.named_parameters() if p.requires_grad} == set(adapter_parameters(pair.student))
     assert torch.equal(logits(pair.teacher), logits(load_model(str(base), device="cpu")))
@@ -378,7 +390,7 @@ def test_a_saved_adapter_goes_on_with_its_base_as_teacher(base, tmp_path):
     for lora in (None, LORA):
         pair = load_pair("base", str(tmp_path / "student"), device="cpu", lora=lora)
         assert torch.equal(logits(pair.student), logits(first.student))
-        assert torch.equal(logits(pair.teacher), logits(first.teacher))
+        assert torch.equal(logits(pair.teacher), logits(first.teacher)) and pair.warnings == ()
     with pytest.raises(ConfigError, match=r"is an adapter already \(lora_r 2, it has 4\)"):
         load_pair("base", str(tmp_path / "student"), device="cpu", lora=dataclasses.replace(LORA, lora_r=2))
     teacher = load_pair(str(tmp_path / "student"), str(base), device="cpu").teacher  # an adapter may also teach
@@ -537,3 +549,76 @@ def test_a_four_bit_student_trains_and_its_teacher_is_the_four_bit_base(base, tm
     save_model(tmp_path / "student", pair.student, pair.tokenizer)
     opened = load_pair("base", str(tmp_path / "student"), device="cpu", lora=lora)
     assert torch.equal(logits(opened.student), logits(pair.student))
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A student and a data file, as flags of a run that distils the student from its own base."""
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = save_llama(tmp_path / "student", byte_level_tokenizer(), 1, layers=3)
+    own = f"--teacher-model-name-or-path base --student-model-name-or-path {student} --train-file {data} --eval-file {data}"
+    sizes = (
+        "--template none --max-new-tokens 8 --eval-samples 2 --eval-max-new-tokens 6 --per-device-train-batch-size 2"
+    )
+    return [*own.split(), *sizes.split(), "--dtype", "float64"]
+
+
+def run(place, folder, *more, recipe="switch"):
+    """Train an adapter; it starts at its teacher, so that dropout alone moves it."""
+    own = ["--use-peft", "--lora-r", "4", "--lora-dropout", "0.5", "--max-steps", "3", "--save-steps", "1"]
+    return main(["train", recipe, *place, *own, "--learning-rate", "0.05", "--output-dir", str(folder), *more])
+
+
+def scores(file):
+    return {name: s["forward_kl"] for name, s in json.loads(file.read_text())["scores"].items()}
+
+
+def test_a_run_leaves_an_adapter_that_commands_open(place, tmp_path):
+    folder = tmp_path / "run"
+    assert main(["check", "switch", *place, "--use-peft"]) == 0
+    assert run(place, folder) == 0
+    assert (folder / "student" / "adapter_model.safetensors").is_file()
+    assert not list(folder.rglob("model*.safetensors"))
+    kl = scores(folder / "evaluation.json")
+    assert kl["teacher"] == kl["student before"] == 0 < kl["student after"]
+    assert main(["evaluate", str(folder), "--output-file", str(tmp_path / "again.json")]) == 0
+    assert scores(tmp_path / "again.json") == {"teacher": 0, "student": kl["student after"]}
+    assert main(["generate", str(folder), "--prompt", "What is 2 and 2?"]) == 0
+    assert run(place, folder, "--resume") == 0
+    assert scores(folder / "evaluation.json") == kl
+    assert (
+        main(
+            [
+                "prune",
+                "--model-name-or-path",
+                str(folder / "student"),
+                "--layers",
+                "2",
+                "--output-dir",
+                str(tmp_path / "p"),
+            ]
+        )
+        == 0
+    )
+    assert not has_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "p"))
+
+
+def test_a_merged_run_leaves_a_plain_student_whose_teacher_is_the_base_that_it_left(place, tmp_path):
+    """Not the merged student's own weights, which would be a divergence of zero."""
+    assert run(place, tmp_path / "adapter") == 0 and run(place, tmp_path / "merged", "--merge") == 0
+    assert not (tmp_path / "merged" / "student" / "adapter_config.json").exists()
+    expected = scores(tmp_path / "adapter" / "evaluation.json")
+    assert scores(tmp_path / "merged" / "evaluation.json") == expected
+    assert main(["evaluate", str(tmp_path / "merged"), "--output-file", str(tmp_path / "again.json")]) == 0
+    assert scores(tmp_path / "again.json")["student"] == pytest.approx(expected["student after"], rel=1e-9)
+
+
+def test_resuming_with_another_adapter_is_refused(place, tmp_path, capsys):
+    assert run(place, tmp_path / "run") == 0
+    assert run(place, tmp_path / "run", "--resume", "--lora-alpha", "64") == 1
+    assert "lora_alpha: 32 -> 64" in capsys.readouterr().err
