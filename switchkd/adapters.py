@@ -39,6 +39,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
     "lora_bias": (False,),
     "init_lora_weights": (True, False, "gaussian"),
 }
+VERSIONS = {"peft": "0.20", "bitsandbytes": "0.45"}  # as in pyproject.toml
 # Settings of ModelConfig and what peft's LoraConfig calls them.
 SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 
@@ -158,10 +159,8 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        extra = "qlora" if package == "bitsandbytes" else "peft"
-        raise ConfigError(
-            f"{package} is needed and cannot be imported ({error}); pip install 'switchkd[{extra}]'"
-        ) from error
+        command = f"pip install '{package}>={VERSIONS[package]}'"
+        raise ConfigError(f"{package} is needed and cannot be imported ({error}); {command}") from error
 
 
 def _inject(model: PreTrainedModel, lora: "LoraConfig") -> None:
