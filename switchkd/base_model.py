@@ -35,12 +35,8 @@ class BaseModel(nn.Module):
         """Nothing changes: the base always runs in evaluation mode, and the student's mode is its own."""
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> "BaseModel":
-        """Nothing changes: the base is frozen, and the adapter is the student's."""
-        return self
-
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights of the base; the adapter is not part of it."""
+        """The weights of the base. The adapter is not part of it: freezing the base does not freeze the adapter."""
         adapter = set(_adapter_parameters(self.layers))
         return (item for item in super().named_parameters(*args, **kwargs) if item[1] not in adapter)
 
