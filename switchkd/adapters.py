@@ -80,7 +80,6 @@ def open_adapter(model: PreTrainedModel, folder: Path) -> None:
     if lora is None or odd:
         what = f"{', '.join(odd)} set" if lora else f"peft_type {kind}"
         raise ModelError(f"{folder} has {what}; switchkd opens LoRA adapters of linear layers only: merge it with peft")
-    lora.inference_mode = False
     try:
         _inject(model, lora)
     except (ValueError, TypeError) as error:  # no layer of that name, or no value of that kind

@@ -295,6 +295,8 @@ def test_a_saved_adapter_opens_with_equal_logits_and_is_an_adapter_only(tmp_path
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
     assert not {"model.safetensors", "config.json"} & files
     monkeypatch.chdir(tmp_path / "student")  # the base's relative name means nothing here
+    config = tmp_path / "student" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"inference_mode": True}))  # as peft itself saves it
     opened = load_pair(str(tmp_path / "base"), str(tmp_path / "student"), dtype="float64", device="cpu").student
     assert torch.equal(logits(opened), logits(pair.student))
     assert {n for n, p in opened.named_parameters() if p.requires_grad} == set(adapter_parameters(opened))
@@ -615,6 +617,9 @@ def test_a_merged_run_leaves_a_plain_student_whose_teacher_is_the_base_that_it_l
     assert scores(tmp_path / "merged" / "evaluation.json") == expected
     assert main(["evaluate", str(tmp_path / "merged"), "--output-file", str(tmp_path / "again.json")]) == 0
     assert scores(tmp_path / "again.json")["student"] == pytest.approx(expected["student after"], rel=1e-9)
+    assert run(place, tmp_path / "adapter", "--resume", "--merge") == 0  # a change of mind costs no training
+    for name in ("adapter", "merged"):
+        assert {p.name for p in (tmp_path / name / "student").glob("*model*")} == {"model.safetensors"}
 
 
 def test_resuming_with_another_adapter_is_refused(place, tmp_path, capsys):
