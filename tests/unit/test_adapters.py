@@ -180,6 +180,7 @@ def test_the_base_holds_no_second_copy_of_the_weights():
     assert {p.data_ptr() for p in pair.teacher.parameters()} < {p.data_ptr() for p in pair.student.parameters()}
     config = TrainConfig(teacher_model_name_or_path="base", use_peft=True)
     need = memory_estimate(config, pair)
+    assert need["optimizer"] == 2 * need["gradients"]
     assert need["teacher"] == 0 and need["gradients"] == 8 * sum(
         p.numel() for p in adapter_parameters(pair.student).values()
     )
