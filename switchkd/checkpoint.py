@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from switchkd.errors import CheckpointError
+from switchkd.adapters import has_adapter, load_adapter, save_adapter
+from switchkd.errors import CheckpointError, ModelError
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -67,10 +68,12 @@ def write_file(path: Path, text: str) -> None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both; replaces what is there."""
+    """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both; replaces what is there.
+
+    Of a model with an adapter, the adapter alone is saved.
+    """
     with staged_folder(folder, replace=True) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        _write_model(staging, model, tokenizer)
 
 
 def save_checkpoint(
@@ -86,8 +89,7 @@ def save_checkpoint(
     target = run / f"{PREFIX}{step}"
     if not target.exists():
         with staged_folder(target) as staging:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            _write_model(staging, model, tokenizer)
             save_file(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
             (staging / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
             (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
@@ -109,11 +111,9 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
         CheckpointError: a file is missing or damaged, or the checkpoint belongs to another model.
     """
     verify(folder)
-    # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
     try:
-        model.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
+        _read_weights(folder, model)
+    except (RuntimeError, ModelError) as error:
         raise CheckpointError(f"{folder} belongs to another model: {error}") from error
     _load_optimizer(folder, model, optimizer)
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -133,6 +133,23 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged (not as written); resume from another checkpoint of {folder.parent}"
             )
+
+
+def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if has_adapter(model):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read_weights(folder: Path, model: PreTrainedModel) -> None:
+    if has_adapter(model):
+        load_adapter(model, folder)
+    else:
+        # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

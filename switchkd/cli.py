@@ -268,8 +268,20 @@ def _defaults(cls: type[Config], path: str) -> Config:
     folder = Path(path)
     recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     if cls is not TrainConfig and (folder / "student").is_dir():
-        recipe = dataclasses.replace(recipe, student_model_name_or_path=str(folder / "student"))
+        recipe = _with_student(recipe, str(folder / "student"))
     return cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(cls) if hasattr(recipe, f.name)})  # type: ignore[arg-type]
+
+
+def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:
+    """The recipe with the student that it trained. A merged one has no adapter, and its base is the teacher of that name."""
+    from switchkd.models import BASE, student_base
+
+    changes: dict[str, Any] = {"student_model_name_or_path": student}
+    if recipe.merge:
+        changes |= {"use_peft": False, "merge": False}
+        if recipe.teacher_model_name_or_path == BASE:
+            changes["teacher_model_name_or_path"] = student_base(recipe.student_model_name_or_path)
+    return dataclasses.replace(recipe, **changes)
 
 
 def _usage() -> str:

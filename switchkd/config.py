@@ -41,6 +41,30 @@ class ModelConfig:
     """Hub name or local folder of the student; `demo` is the 15-layer student made from the demo teacher."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype of both models' weights. Divergences and decisions are computed in float32 or better in any case."""
+    use_peft: bool = False
+    """Train a LoRA adapter on the frozen student; needs the extra `peft`. Goes on with the student's own if it is an adapter."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """The adapter's update is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on what enters the adapter."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the linear layers to adapt, such as q_proj v_proj; without any, all of the body."""
+    load_in_4bit: bool = False
+    """QLoRA: the frozen student in 4 bits (NF4), products in dtype; needs the extra `qlora`."""
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise ConfigError(f"lora_r and lora_alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+        if self.load_in_4bit and not self.use_peft:
+            raise ConfigError(
+                "load_in_4bit without use_peft: weights in 4 bits cannot be trained; set use_peft, or drop it"
+            )
+        if self.load_in_4bit and self.dtype == "float64":
+            raise ConfigError("load_in_4bit has no products in float64; set dtype to bfloat16 or float32")
 
 
 @dataclass(frozen=True)
@@ -166,10 +190,13 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Checkpoints kept."""
     output_dir: str = "runs/switchkd"
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
+    merge: bool = False
+    """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least = {
             "max_prompt_length": 1, "max_completion_length": 1, "skip_bad": 0, "max_new_tokens": 1, "block_size": 0,
             "generation_batch_size": 1, "generation_memory_gib": 0.0, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
@@ -187,6 +214,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             raise ConfigError(
                 f"max_new_tokens_start {self.max_new_tokens_start} is above max_new_tokens {self.max_new_tokens}; a budget grows"
             )
+        if self.merge and (not self.use_peft or self.load_in_4bit):
+            why = "there is no adapter: set use_peft" if not self.use_peft else "weights in 4 bits would round it away"
+            raise ConfigError(f"merge adds an adapter to the student's weights, and {why}; or drop merge")
         self._check_importance_weights()
         self._check_teacher_cache()
 
@@ -208,13 +238,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     def _check_importance_weights(self) -> None:
         if not isinstance(self.objective, MiniLLM):
             return
-        wrote = (
-            self.policy.alpha
-            if isinstance(self.policy, MixIn)
-            else 0.0
-            if isinstance(self.policy, StudentOnly)
-            else None
-        )
+        wrote = 0.0 if isinstance(self.policy, StudentOnly) else None
+        if isinstance(self.policy, MixIn):
+            wrote = self.policy.alpha
         if wrote != self.objective.alpha:
             raise ConfigError(
                 f"minillm weighs text back to the student's from a mix-in of alpha={self.objective.alpha:g}, and "
@@ -320,7 +346,7 @@ def _typed(value: Any, hint: Any, source: str) -> Any:
             return rule(noun, value, source)
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(_typed(item, typing.get_args(option)[0], source) for item in value)
+            return tuple(_typed(item, typing.get_args(option)[0], f"{source}[{i}]") for i, item in enumerate(value))
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if option is type(value) or (option is types.NoneType and value is None):

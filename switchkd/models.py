@@ -3,6 +3,7 @@
 Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,13 @@ from switchkd.errors import ConfigError, ModelError, VocabularyError, nearest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from switchkd.config import ModelConfig
 
 DEMO = "demo"
+BASE = "base"  # as a teacher: the model under the student's adapter
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -41,30 +46,55 @@ class Pair:
     warnings: tuple[str, ...]
 
 
-def load_pair(teacher: str, student: str | None = None, *, dtype: str = "float32", device: str | None = None) -> Pair:
+def load_pair(
+    teacher: str,
+    student: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    lora: "ModelConfig | None" = None,
+    seed: int = 0,
+) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, or ``"demo"`` (for both if ``student`` is None).
 
+    A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
+    settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
+    The teacher ``"base"`` is the student's own base, on the same weights.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
     tokenizers are not equal id by id or a model has too few logits rows.
     """
     teacher_name, student_name = _pair_names(teacher, student)
-    tokenizer, student_tokenizer = load_tokenizer(teacher_name), load_tokenizer(student_name)
+    if teacher_name == BASE and lora is None and not _is_adapter(student_name):
+        raise ConfigError(
+            f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
+            f"teacher (a folder of that name is './{BASE}')"
+        )
+    student_tokenizer = load_tokenizer(student_name)
+    tokenizer = student_tokenizer if teacher_name == BASE else load_tokenizer(teacher_name)
     vocab_size = check_vocabulary(tokenizer, student_tokenizer)
-    teacher_model = load_model(teacher_name, dtype, device).requires_grad_(False)
-    student_model = load_model(student_name, dtype, device)
+    student_model = _load_student(student_name, dtype, device, lora, seed)
+    teacher_model = _load_teacher(teacher_name, dtype, device, student_model)
     _check_logits_rows(teacher_model, vocab_size, "teacher")
     _check_logits_rows(student_model, vocab_size, "student")
     eos = _shared_eos(
         eos_token_ids(teacher_model, tokenizer), eos_token_ids(student_model, student_tokenizer), vocab_size
     )
     warnings = _prompt_warnings(tokenizer, student_tokenizer)
+    if teacher_name == BASE and not _is_adapter(student_name):
+        warnings += (
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence has no gradient there: "
+            "dropout or what else is in the loss must move it; else name a student that is an adapter already",
+        )
     return Pair(teacher_model, student_model, tokenizer, vocab_size, eos, warnings)
 
 
-def load_model(name: str, dtype: str = "float32", device: str | None = None) -> "PreTrainedModel":
+def load_model(
+    name: str, dtype: str = "float32", device: str | None = None, load_in_4bit: bool = False
+) -> "PreTrainedModel":
     """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo: the teacher).
 
+    Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body.
     Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
     safetensors and JSON, or its architecture cannot be decoded with rollback.
     """
@@ -72,8 +102,15 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
 
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     source, is_local = _locate(name)
+    if _is_adapter(source):
+        from switchkd.adapters import open_adapter
+
+        model = load_model(adapter_base(source), dtype, device, load_in_4bit)
+        open_adapter(model, Path(source))
+        return model
     config = _load_config(source, is_local)
     refuse_recurrent(config)
+    in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
     with _as_model_error(source, is_local):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -84,6 +121,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
             trust_remote_code=False,
             attn_implementation=_attention(config),
             output_loading_info=True,
+            **in_4bit,
         )
     # transformers only warns here and goes on with random weights.
     if unusable := sorted({str(key) for field in ("missing_keys", "mismatched_keys") for key in info[field]}):
@@ -99,13 +137,39 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     source, is_local = _locate(name)
-    if is_local and not any((Path(source) / file).is_file() for file in TOKENIZER_FILES):
+    own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
+    if _is_adapter(source) and not own:
+        return load_tokenizer(adapter_base(source))
+    if is_local and not own:
         raise ModelError(
             f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
             "tokenizer.save_pretrained(folder)"
         )
     with _as_model_error(source, is_local):
         return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+def adapter_base(name: str) -> str:
+    """The model that the adapter in folder ``name`` was trained on; ``name`` itself if it is no adapter.
+
+    Raises ModelError if the adapter names no base, or another adapter as its base.
+    """
+    if not _is_adapter(name):
+        return name
+    file = Path(name).expanduser() / ADAPTER_CONFIG
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ModelError(f"{file} cannot be read: {error}; copy the adapter again") from error
+    if not base or _is_adapter(base):
+        what = f"the adapter {base} as its base; merge that one first" if base else "no base_model_name_or_path"
+        raise ModelError(f"{file} names {what}; write the name or folder of a whole model there")
+    return base
+
+
+def student_base(name: str) -> str:
+    """The model that the teacher ``"base"`` of student ``name`` is."""
+    return adapter_base(_pair_names(BASE, name)[1])
 
 
 def check_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -213,6 +277,42 @@ def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
     )
 
 
+def _is_adapter(name: str | Path) -> bool:
+    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTrainedModel") -> "PreTrainedModel":
+    if name != BASE:
+        return load_model(name, dtype, device).requires_grad_(False)
+    from switchkd.base_model import BaseModel
+
+    return BaseModel(student)
+
+
+def _load_student(
+    name: str, dtype: str, device: str | None, lora: "ModelConfig | None", seed: int
+) -> "PreTrainedModel":
+    model = load_model(name, dtype, device, lora is not None and lora.load_in_4bit)
+    if lora is not None:
+        from switchkd.adapters import add_adapter, check_settings
+
+        if _is_adapter(name):
+            check_settings(model, lora, Path(name))
+        else:
+            add_adapter(model, lora, seed)
+    return model
+
+
+def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """QLoRA's base: 4-bit NormalFloat weights, products in ``dtype``."""
+    from transformers import BitsAndBytesConfig
+
+    from switchkd.adapters import require
+
+    require("bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
 def _locate(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
     if name == DEMO:
@@ -230,11 +330,8 @@ def _locate(name: str) -> tuple[str, bool]:
 
 
 def _check_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder} is a LoRA adapter (adapter_config.json); merge it into its base with peft's merge_and_unload(), "
-            "save the whole model, and name that folder"
-        )
+    if _is_adapter(folder):
+        return  # its base is checked when it is loaded
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; name the folder that model.save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):

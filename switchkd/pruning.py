@@ -35,7 +35,10 @@ def prune(
     target = Path(output_dir).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target} exists already and is not an empty folder; name another, or remove it")
+    from switchkd.adapters import has_adapter, merged
+
     model, tokenizer = load_model(name), load_tokenizer(name)
+    model = merged(model) if has_adapter(model) else model
     rows = influence_rows(tokenizer, default_texts(seed) if texts is None else texts)
     kept = choose_layers(layer_influence(model, rows), layers)
     student = prune_layers(model, kept)

@@ -5,7 +5,7 @@ metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences
 checkpoint-N/     whole checkpoints, the newest ones
 evaluation.json   teacher, student before, student after
-student/          the result, for ``from_pretrained``
+student/          the result, for ``from_pretrained``: a model, or the adapter alone
 """
 
 import json
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import report
+from switchkd.adapters import merged
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
@@ -27,7 +28,15 @@ from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
 from switchkd.loss import CHUNK_BYTES
-from switchkd.models import Pair, cache_bytes_per_token, context_length, load_pair, num_parameters, parameter_bytes
+from switchkd.models import (
+    BASE,
+    Pair,
+    cache_bytes_per_token,
+    context_length,
+    load_pair,
+    num_parameters,
+    parameter_bytes,
+)
 from switchkd.rollouts import DecodeCost
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts
@@ -37,7 +46,7 @@ from switchkd.trainer import Metrics, Trainer
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
-    "resume", "save_steps", "save_total_limit", "output_dir",
+    "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step",
 }  # fmt: skip
 
@@ -57,7 +66,7 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     accelerator = Accelerator()
     main, run = accelerator.is_main_process, Path(config.output_dir)
     _check_run(run, config)
-    pair = open_pair(config, quiet=not main)
+    pair = open_pair(config, quiet=not main, seed=config.seed)
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=not main)
@@ -82,7 +91,7 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     _train(trainer, quiet=not main)
     if main:
         student = accelerator.unwrap_model(trainer.student)
-        save_model(run / "student", student, pair.tokenizer)
+        save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
         if heldout:
             scores["student after"] = score(pair, student, heldout, config, "student after")
             write_scores(run / EVALUATION, config, scores)
@@ -92,9 +101,13 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
     return scores
 
 
-def open_pair(config: ModelConfig, quiet: bool = False) -> Pair:
-    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models."""
-    pair = load_pair(config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype)
+def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
+    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models.
+
+    ``seed`` is the key of a new adapter's weights.
+    """
+    names = config.teacher_model_name_or_path, config.student_model_name_or_path
+    pair = load_pair(*names, dtype=config.dtype, lora=config if config.use_peft else None, seed=seed)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -280,7 +293,7 @@ def _train(trainer: Trainer, quiet: bool) -> None:
 
 def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
-    pair = open_pair(config)
+    pair = open_pair(config, seed=config.seed)
     train = load_task(config, pair, config.train_file)
     heldout = load_heldout(config, pair)
     check_context(config, pair)
@@ -310,15 +323,15 @@ def check_run(config: TrainConfig) -> list[str]:
 
 def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    student = parameter_bytes(pair.student)
+    trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
     slots = rows * (config.max_prompt_length + config.max_new_tokens)
     cache = slots * sum(map(cache_bytes_per_token, (pair.teacher, pair.student)))
     return {
-        "teacher": parameter_bytes(pair.teacher),
-        "student": student,
-        "gradients": student,
-        "optimizer": 2 * student,
+        "teacher": 0.0 if config.teacher_model_name_or_path == BASE else parameter_bytes(pair.teacher),
+        "student": parameter_bytes(pair.student),
+        "gradients": trained,
+        "optimizer": 2 * trained,
         "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
         "key/value caches": cache if config.mix.generates else 0.0,
     }

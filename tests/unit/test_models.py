@@ -123,12 +123,6 @@ def test_a_bin_only_folder_is_refused(folder):
         load_model(str(folder))
 
 
-def test_an_adapter_is_refused(folder):
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/hub-model"}')
-    with pytest.raises(ModelError, match="merge_and_unload"):
-        load_model(str(folder))
-
-
 def test_code_in_a_model_folder_is_refused_and_never_run(folder):
     (folder / "modeling_own.py").write_text("raise SystemExit('code from a model folder ran')")
     edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
