@@ -493,13 +493,14 @@ def test_non_finite_output_is_named_and_not_kept(tmp_path, kind):
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["manifest.json"]
 
 
-def test_forwards_are_capped_in_rows_and_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("switchkd.teacher_cache.BATCH_TOKENS", 24)
+@pytest.mark.parametrize(("batch_size", "tokens"), [(3, 10**6), (32, 20)])
+def test_forwards_are_capped_in_rows_and_tokens(tmp_path, monkeypatch, batch_size, tokens):
+    monkeypatch.setattr("switchkd.teacher_cache.BATCH_TOKENS", tokens)
     pair, shapes = toy_pair(), []
     pair.teacher.model.register_forward_pre_hook(lambda _, a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
-    build(tmp_path / "c", "hidden", pair, batch_size=3)
-    assert max(rows for rows, _ in shapes) == 3 and all(rows * width <= 24 for rows, width in shapes)
-    assert sum(rows for rows, _ in shapes) == 11  # none for the three without a completion
+    build(tmp_path / "c", "hidden", pair, batch_size=batch_size)
+    assert all(rows <= batch_size and rows * width <= tokens for rows, width in shapes)
+    assert sum(rows for rows, _ in shapes) == 11 > len(shapes)  # none for the three without a completion
 
 
 def test_the_teachers_mode_is_given_back(tmp_path):
