@@ -142,7 +142,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Name and source of the method, for lists; moves nothing."""
     objective: Objective = field(default_factory=SkewReverseKL)
     """What is lowered at every response token: a name of `switchkd methods`, or my_module:MyObjective."""
-    mix: Mix = field(default_factory=Generated)
+    mix: Mix = field(default_factory=lambda: Generated(lmbda=0.5))
     """Which text a step reads: ground_truth, teacher_text, generated, pairs or adaptive."""
     max_new_tokens_start: int = 0
     """Token budget at the first step, which grows linearly to max_new_tokens; 0 does not grow."""

@@ -97,6 +97,44 @@ def coarsened(logp_topk: Tensor, ids: Tensor, logq: Tensor) -> tuple[Tensor, Ten
     return torch.cat([logp_topk, tail_p], -1), torch.cat([logq.gather(-1, ids), tail_q], -1)
 
 
+def sharpened(logs: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Log-probabilities at a temperature, cut to the fewest tokens whose mass reaches ``top_p``."""
+    if temperature != 1:
+        logs = (logs / temperature).log_softmax(-1)
+    if top_p < 1:
+        ordered, index = logs.sort(descending=True)
+        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+        cut = ordered.masked_fill(mass_before >= top_p, -math.inf)
+        logs = cut.gather(1, index.argsort()).log_softmax(-1)
+    return logs
+
+
+def largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """Log of m ∝ q^(1−a) p^a ``[B, V]`` for the largest a in [0, 1] with KL(m ‖ q) <= budget, and that KL ``[B]``.
+
+    KL(m ‖ q) grows with a, so 30 bisections give a to 1e-9. Tokens that one of the two cannot write have no mass for a > 0.
+    """
+    ratio = logp - logq
+    live = ratio.isfinite()
+    ratio, base = ratio.masked_fill(~live, 0.0), logq.masked_fill(~live, -math.inf)
+
+    def blend(a: Tensor) -> tuple[Tensor, Tensor]:
+        unnormalised = base + a.unsqueeze(1) * ratio
+        log_z = unnormalised.logsumexp(1)
+        m = unnormalised - log_z.unsqueeze(1)
+        return m, a * (m.exp() * ratio).sum(1) - log_z
+
+    low, high = logq.new_zeros(len(logq)), logq.new_ones(len(logq))
+    low = high.where(blend(high)[1] <= budget, low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = blend(middle)[1] <= budget
+        low, high = middle.where(fits, low), high.where(fits, middle)
+    m, kl = blend(low)
+    apart = low > 0
+    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0.0 * low)
+
+
 Divergence = Callable[["Tensor", "Tensor"], "Tensor"]
 
 _PARAMETERS = {

@@ -7,7 +7,7 @@ on every rank and after a resume.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from switchkd.errors import ConfigError
 
@@ -20,12 +20,10 @@ Memory = dict[str, Any]
 class Mix:
     """Subclass and implement ``source``; one that learns from a validation loss also has a ``memory``."""
 
-    generates: ClassVar[bool] = True  # whether a step may have the policy write
-    wants_teacher_text: ClassVar[bool] = (
-        False  # whether the teacher's completions, made once, replace the examples' own
-    )
-    capacity: ClassVar[int] = 0  # rollouts kept for replay
-    validation_steps: ClassVar[int] = 0  # steps between looks at the validation loss; 0 never looks
+    generates = True  # whether a step may have the policy write
+    wants_teacher_text = False  # whether the teacher's completions, made once, replace the examples' own
+    capacity = 0  # rollouts kept for replay
+    validation_steps = 0  # steps between looks at the validation loss; 0 never looks
 
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         """The text of a step: ``chance`` is uniform in [0, 1), ``buffered`` counts the rollouts that could be replayed."""
@@ -42,7 +40,7 @@ class Mix:
 class GroundTruth(Mix):
     """The data's own completions."""
 
-    generates: ClassVar[bool] = False
+    generates = False
 
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         return "examples"
@@ -52,8 +50,8 @@ class GroundTruth(Mix):
 class TeacherText(Mix):
     """SeqKD (arXiv 1606.07947): the teacher's completion of every prompt, generated once, stored and read again."""
 
-    generates: ClassVar[bool] = False
-    wants_teacher_text: ClassVar[bool] = True
+    generates = False
+    wants_teacher_text = True
 
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         return "examples"
@@ -63,7 +61,7 @@ class TeacherText(Mix):
 class Generated(Mix):
     """With probability ``lmbda`` (GKD's name) the policy writes the step's text, else it is the data's."""
 
-    lmbda: float = 0.5
+    lmbda: float = 1.0  # probability that a step's text is generated
 
     def __post_init__(self) -> None:
         if not 0 <= self.lmbda <= 1:
@@ -77,7 +75,7 @@ class Generated(Mix):
 class Pairs(Mix):
     """DistiLLM-2 (arXiv 2503.07067): for every prompt the teacher's stored completion and a fresh one of the policy."""
 
-    wants_teacher_text: ClassVar[bool] = True
+    wants_teacher_text = True
 
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         return "pairs"
@@ -92,11 +90,11 @@ class Adaptive(Mix):
     φ (1 − progress) generate, as do all until ``capacity`` rollouts are there; the others replay rollouts.
     """
 
-    share: float = 0.0
-    increment: float = 0.1
-    tolerance: float = 0.1
-    capacity: int = 1000  # type: ignore[misc]
-    validation_steps: int = 100  # type: ignore[misc]
+    share: float = 0.0  # of steps on generated text, at the start
+    increment: float = 0.1  # of the share
+    tolerance: float = 0.1  # rise of the validation loss that raises the share, in nats
+    capacity: int = 1000  # rollouts in the buffer
+    validation_steps: int = 100  # steps between looks at the validation loss
 
     def __post_init__(self) -> None:
         if not (0 <= self.share <= 1 and 0 <= self.increment <= 1):

@@ -141,7 +141,7 @@ class JSD(Objective):
     """GKD's generalised JSD (arXiv 2306.13649); beta is the teacher's weight in the mixture, and a strength too."""
 
     compares: ClassVar[bool] = True
-    beta: float = 0.5
+    beta: float = 0.5  # the teacher's weight in the mixture
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +164,7 @@ class TVD(Objective):
 @dataclass(frozen=True)
 class _Skewed(Objective):
     compares: ClassVar[bool] = True
-    alpha: float = 0.1
+    alpha: float = 0.1  # skew
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +194,7 @@ class DistiLLM2(_Skewed):
     Reference text counts as a teacher's. The paper moves β; here it is fixed, at 1 by default (ours).
     """
 
-    beta: float = 1.0
+    beta: float = 1.0  # weight of student text; teacher text has 2 - beta
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +216,7 @@ class AKL(Objective):
     """
 
     compares: ClassVar[bool] = True
-    head_mass: float = 0.5
+    head_mass: float = 0.5  # probability that the head holds
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,10 +246,10 @@ class TAID(Objective):
     behind the straight line from start to end.
     """
 
-    s: float = 0.4
-    s_end: float = 1.0
-    step: float = 5e-4
-    momentum: float = 0.99
+    s: float = 0.4  # the teacher's share at the start
+    s_end: float = 1.0  # and at the end
+    step: float = 5e-4  # growth of s in a step
+    momentum: float = 0.99  # of the relative fall of the loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,7 +282,7 @@ class TAID(Objective):
 class Veto(Objective):
     """Veto (arXiv 2601.07155): forward KL to the constant target ∝ p q^β. β = 0 is forward KL; its default is ours."""
 
-    beta: float = 0.5
+    beta: float = 0.5  # power of q in the target
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,7 +301,7 @@ class ReplacedCE(Objective):
     The source says KL without a direction; reverse, as in OPD, is ours.
     """
 
-    divergence: str = "reverse_kl"
+    divergence: str = "reverse_kl"  # on all other tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,9 +337,9 @@ class MiniLLM(Objective):
 
     looks_ahead: ClassVar[bool] = True
 
-    alpha: float = 0.2
-    clip: float = 0.2
-    length_normalised: bool = True
+    alpha: float = 0.2  # of the mix-in that wrote the text
+    clip: float = 0.2  # of the importance weight, around 1
+    length_normalised: bool = True  # R is the mean reward to come, else the sum
 
     def __post_init__(self) -> None:
         super().__post_init__()

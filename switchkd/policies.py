@@ -116,10 +116,10 @@ class Switch(Policy):
     A threshold of 1 or more never hands over, a negative one always does.
     """
 
-    schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"
-    tau_0: float = 1.0
-    decay: float = 0.1
-    horizon: int | None = None
+    schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"  # how tau moves with the position
+    tau_0: float = 1.0  # tau at the first token, in bits
+    decay: float = 0.1  # per token, of exponential and growth
+    horizon: int | None = None  # of linear, in tokens
 
     def __post_init__(self) -> None:
         schedules = ("exponential", "linear", "constant", "growth")
@@ -170,11 +170,11 @@ class AdaSwitch(Policy):
     State: (window ``[B, L]`` float64, number seen ``[B]``, switched ``[B]``).
     """
 
-    window: int = 8
-    ratio: float = 3.0
-    divergence: str = "forward_kl"
-    switch_token_by: Literal["teacher", "student"] = "teacher"
-    require_full_window: bool = True
+    window: int = 8  # L, in tokens
+    ratio: float = 3.0  # K
+    divergence: str = "forward_kl"  # a name of switchkd.divergences
+    switch_token_by: Literal["teacher", "student"] = "teacher"  # who writes the token at the switching position
+    require_full_window: bool = True  # no switch before L tokens
 
     def __post_init__(self) -> None:
         divergences.by_name(self.divergence)
@@ -218,7 +218,7 @@ class MixIn(Policy):
     draw from whom it names, has the same law.
     """
 
-    alpha: float = 0.2
+    alpha: float = 0.2  # the teacher's share
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -239,11 +239,11 @@ class SKD(Policy):
     code (0.5 and 0.5, 0.2 and 0.5); the top-K is of p itself.
     """
 
-    top_k: int = 25
-    student_temperature: float = 1.0
-    student_top_p: float = 1.0
-    teacher_temperature: float = 1.0
-    teacher_top_p: float = 1.0
+    top_k: int = 25  # K
+    student_temperature: float = 1.0  # of the proposal
+    student_top_p: float = 1.0  # of the proposal
+    teacher_temperature: float = 1.0  # of what is drawn in its place
+    teacher_top_p: float = 1.0  # of what is drawn in its place
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -258,8 +258,8 @@ class SKD(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         best = logp_teacher.topk(min(self.top_k, logp_teacher.shape[-1])).indices
         kept = logp_student.new_zeros(logp_student.shape).scatter(1, best, 1.0).bool()
-        proposal = _sharpened(logp_student, self.student_temperature, self.student_top_p)
-        instead = _sharpened(logp_teacher, self.teacher_temperature, self.teacher_top_p)
+        proposal = divergences.sharpened(logp_student, self.student_temperature, self.student_top_p)
+        instead = divergences.sharpened(logp_teacher, self.teacher_temperature, self.teacher_top_p)
         return _replacing(proposal, kept, instead, state)
 
 
@@ -270,8 +270,8 @@ class SSD(Policy):
     The divergence is the JSD in nats (at most ln 2); values of tau from 0.2 to 0.5 are reported to be good.
     """
 
-    tau: float = 0.3
-    divergence: str = "jsd"
+    tau: float = 0.3  # in nats
+    divergence: str = "jsd"  # a name of switchkd.divergences
 
     def __post_init__(self) -> None:
         divergences.by_name(self.divergence)
@@ -290,9 +290,9 @@ class Hysteresis(Policy):
     The divergence is the JSD in nats by default. The thresholds are ours. State: whether the teacher holds ``[B]``.
     """
 
-    take: float = 0.4
-    give: float = 0.1
-    divergence: str = "jsd"
+    take: float = 0.4  # above it the teacher takes over
+    give: float = 0.1  # below it the teacher gives back
+    divergence: str = "jsd"  # a name of switchkd.divergences
 
     def __post_init__(self) -> None:
         divergences.by_name(self.divergence)
@@ -319,8 +319,8 @@ class CAOPD(Policy):
     replacement, the student's mass on tokens that would be replaced.
     """
 
-    alpha: float = 0.5
-    alpha_end: float = 0.25
+    alpha: float = 0.5  # threshold at the first step
+    alpha_end: float = 0.25  # threshold at the last step
 
     def __post_init__(self) -> None:
         for name in ("alpha", "alpha_end"):
@@ -347,8 +347,8 @@ class TRB(Policy):
     q: it then speaks as seldom as any account of m allows.
     """
 
-    budget: float = 0.5
-    warmup: float = 0.5
+    budget: float = 0.5  # at the first step, in nats
+    warmup: float = 0.5  # share of the steps after which it is 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget < math.inf or not 0 < self.warmup <= 1:
@@ -363,7 +363,7 @@ class TRB(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         if self.budget == 0:
             return _spoken_by(STUDENT, logp_student, state)
-        target, kl = _largest_blend(logp_student, logp_teacher, self.budget)
+        target, kl = divergences.largest_blend(logp_student, logp_teacher, self.budget)
         above = (target.exp() - logp_student.exp()).clamp(min=0)
         return _blend(target, above.log(), kl, state)
 
@@ -379,16 +379,14 @@ class Relay(Policy):
     State: (paragraphs left ``[B]``, legs taken ``[B]``, whether the last token ended a line ``[B]``).
     """
 
-    triggers: tuple[str, ...] = ("Wait", "But", "Hmm", "However")
-    student_top: int = 5
-    paragraphs: int = 3
-    legs: int = 2
-    trigger_ids: tuple[int, ...] = ()
-    blank_ids: tuple[int, ...] = ()
-    """Tokens that hold a blank line."""
-    line_end_ids: tuple[int, ...] = ()
-    """Tokens that end with a newline: a blank line follows if the next one starts with one."""
-    line_start_ids: tuple[int, ...] = ()
+    triggers: tuple[str, ...] = ("Wait", "But", "Hmm", "However")  # single tokens of the tokenizer
+    student_top: int = 5  # ranks among which the student must not have the trigger
+    paragraphs: int = 3  # of a leg
+    legs: int = 2  # of a text
+    trigger_ids: tuple[int, ...] = ()  # tokens that spell a trigger
+    blank_ids: tuple[int, ...] = ()  # tokens that hold a blank line
+    line_end_ids: tuple[int, ...] = ()  # tokens that end with a newline
+    line_start_ids: tuple[int, ...] = ()  # tokens that start with a newline
 
     def __post_init__(self) -> None:
         for name in ("student_top", "paragraphs", "legs"):
@@ -460,44 +458,6 @@ def _replacing(proposal: Tensor, kept: Tensor, instead: Tensor, state: State) ->
     teacher = instead + lost.log().unsqueeze(1)
     target = proposal.masked_fill(~kept, -math.inf).logaddexp(teacher)
     return _blend(target, teacher, lost, state)
-
-
-def _sharpened(logs: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities at a temperature, cut to the fewest tokens whose mass reaches ``top_p``."""
-    if temperature != 1:
-        logs = (logs / temperature).log_softmax(-1)
-    if top_p < 1:
-        ordered, index = logs.sort(descending=True)
-        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = ordered.masked_fill(mass_before >= top_p, -math.inf)
-        logs = cut.gather(1, index.argsort()).log_softmax(-1)
-    return logs
-
-
-def _largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """Log of m ∝ q^(1−a) p^a ``[B, V]`` for the largest a in [0, 1] with KL(m ‖ q) <= budget, and that KL ``[B]``.
-
-    KL(m ‖ q) grows with a, so 30 bisections give a to 1e-9. Tokens that one of the two cannot write have no mass for a > 0.
-    """
-    ratio = logp - logq
-    live = ratio.isfinite()
-    ratio, base = ratio.masked_fill(~live, 0.0), logq.masked_fill(~live, -math.inf)
-
-    def blend(a: Tensor) -> tuple[Tensor, Tensor]:
-        unnormalised = base + a.unsqueeze(1) * ratio
-        log_z = unnormalised.logsumexp(1)
-        m = unnormalised - log_z.unsqueeze(1)
-        return m, a * (m.exp() * ratio).sum(1) - log_z
-
-    low, high = logq.new_zeros(len(logq)), logq.new_ones(len(logq))
-    low = high.where(blend(high)[1] <= budget, low)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = blend(middle)[1] <= budget
-        low, high = middle.where(fits, low), high.where(fits, middle)
-    m, kl = blend(low)
-    apart = low > 0
-    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0.0 * low)
 
 
 def _one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
