@@ -32,13 +32,13 @@ from benchmarks.harness import (
     random_pair,
     side_by_side,
 )
-from benchmarks.naive import SpeculativeKD, left_padded, naive_decode
+from benchmarks.naive import left_padded, naive_decode
 from switchkd.linear import packed
 from switchkd.models import Pair
-from switchkd.policies import AdaSwitch, Policy, StudentOnly, Switch, TeacherOnly
+from switchkd.policies import SKD, AdaSwitch, Policy, StudentOnly, Switch, TeacherOnly
 from switchkd.rollouts import DecodeCost
 
-POLICIES: dict[str, Policy] = {"SWITCH": Switch(), "AdaSwitch": AdaSwitch(), "SKD-like": SpeculativeKD()}
+POLICIES: dict[str, Policy] = {"SWITCH": Switch(), "AdaSwitch": AdaSwitch(), "SKD": SKD()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,31 +1,12 @@
-"""The loop that a researcher would write with transformers, and a policy that mixes the two models token by token."""
+"""The loop that a researcher would write with transformers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.policies import Decision, Policy, State
-
-
-@dataclass(frozen=True)
-class SpeculativeKD(Policy):
-    """After SKD (Xu et al., arXiv 2410.11325): the student proposes, the teacher replaces what is not in its top K.
-
-    m(y) = q(y) · [y in top K of p] + (1 − q(top K)) · p(y). The speaker is the more likely author; the divergence is the
-    probability that the proposal is replaced.
-    """
-
-    top_k: int = 25
-
-    def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
-        top = logp_teacher.topk(min(self.top_k, logp_teacher.shape[1])).indices
-        accepted = logp_student.gather(1, top).exp()
-        replaced = (1 - accepted.sum(1)).clamp(0, 1)
-        target = (replaced.unsqueeze(1) * logp_teacher.exp()).scatter_add(1, top, accepted)
-        return Decision(target.log(), (replaced > 0.5).long(), replaced, state)
+from switchkd.policies import Policy
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -60,8 +41,8 @@ def naive_decode(
             for model, cache in zip((student, teacher), caches, strict=True)
         )
         decision = policy.step(state, logq, logp, torch.full((len(prompts),), t, device=ids.device))
-        state = decision.state
         ids = torch.multinomial(decision.log_probs.exp(), 1, generator=generator)
+        state = policy.observe(decision.state, ids[:, 0])
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         tokens.append(ids)
     return torch.cat(tokens, 1)

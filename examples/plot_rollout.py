@@ -45,7 +45,7 @@ def plot(run: Path, picture: Path) -> None:
     above.set(xlabel="response token", ylabel=unit)
     above.set_title(f"step {rollout['step']}, sample {rollout['sample_id']}", loc="left")
 
-    generated = [m for m in metrics if m["generated"]]
+    generated = [m for m in metrics if "switch/teacher_share" in m]
     below.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="black", label="loss (nats/token)")
     shares = [m["switch/teacher_share"] for m in generated]
     below.plot([m["step"] for m in generated], shares, "o-", color=TEACHER, label="teacher's share of the tokens")

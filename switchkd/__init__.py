@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from switchkd import divergences
     from switchkd.decoding import decode, decode_reference
     from switchkd.models import Pair, load_pair
+    from switchkd.objectives import Objective
     from switchkd.policies import AdaSwitch, Decision, Policy, StudentOnly, Switch, TeacherOnly
     from switchkd.rollouts import Rollout
 
@@ -17,6 +18,7 @@ _HOME = {
     "decode": "decoding",
     "decode_reference": "decoding",
     "Rollout": "rollouts",
+    "Objective": "objectives",
     "Policy": "policies",
     "Decision": "policies",
     "StudentOnly": "policies",
@@ -30,6 +32,7 @@ _HOME = {
 __all__ = [
     "AdaSwitch",
     "Decision",
+    "Objective",
     "Pair",
     "Policy",
     "Rollout",

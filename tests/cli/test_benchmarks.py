@@ -12,6 +12,7 @@ CONTENDERS = {
     "decode": {"plain loop", "block engine", "generate", "assisted generate", "block engine, student drafts"},
     "step": {"switchkd on-policy", "switchkd SWITCH", "switchkd AdaSwitch", "TRL GKDTrainer"},
     "memory": {"dense", "switchkd", "TRL GKD", "TRL chunked", "Liger chunked"},
+    "methods": {"plain loop", "block engine"},
     "scaling": {"1", "2", "4", "auto", "0.0", "0.1", "60"},
 }
 

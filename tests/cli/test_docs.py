@@ -13,10 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from switchkd import demo_pair
 from switchkd.cli import main
+from switchkd.config import recipes
 from switchkd.data import load_examples
+from switchkd.mixes import MIXES
+from switchkd.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "engine", "traps"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "methods", "engine", "traps"))]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
 SHORT = {
@@ -26,6 +29,7 @@ SHORT = {
     "evaluate": ["--eval-samples", "2"],
     "generate": ["--max-new-tokens", "8"],
     "prune": [],
+    "methods": [],
 }
 
 
@@ -39,6 +43,11 @@ COMMANDS = list(dict.fromkeys(
     line.split("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()
     if line.strip() and not line.startswith(NOT_HERE)
 ))  # fmt: skip
+
+
+# Python that the pages tell to put into a file of the name in its first line, and Python to be run.
+FILES = [code for _, code in blocks("python") if re.match(r"# \w+\.py\n", code)]
+SNIPPETS = [code for _, code in blocks("python") if code not in FILES]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +78,8 @@ def workplace(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my_data.jsonl", "my_heldout.jsonl"):
         Path(name).write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 8)
+    for code in FILES:
+        Path(code.splitlines()[0].removeprefix("# ")).write_text(code)
     return tmp_path
 
 
@@ -99,10 +110,9 @@ def test_commands_in_the_order_of_the_pages(workplace, capsys):
     assert Path("rollout.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("number", range(len(list(blocks("python")))))
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_in_the_pages(workplace, number, capsys):
-    _, code = list(blocks("python"))[number]
-    exec(compile(code, "docs", "exec"), {"__name__": "docs"})
+    exec(compile(SNIPPETS[number], "docs", "exec"), {"__name__": "docs"})
     assert "[" in capsys.readouterr().out
 
 
@@ -124,3 +134,9 @@ def test_tests_named_in_the_traps_exist():
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     for name in re.findall(r"`(test_\w+)(?:…)?`", (ROOT / "docs/traps.md").read_text(encoding="utf-8")):
         assert f"def {name}" in source, name
+
+
+def test_the_methods_page_names_every_recipe_rule_and_setting():
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page))
+    assert named >= recipes().keys() | OBJECTIVES.keys() | MIXES.keys()

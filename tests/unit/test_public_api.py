@@ -9,7 +9,7 @@ import switchkd
 
 def test_names():
     assert switchkd.__all__ == [
-        "AdaSwitch", "Decision", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
+        "AdaSwitch", "Decision", "Objective", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
         "decode", "decode_reference", "divergences", "load_pair",
     ]  # fmt: skip
     assert all(getattr(switchkd, name) is not None for name in switchkd.__all__)
