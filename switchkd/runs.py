@@ -47,7 +47,7 @@ CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
-    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step",
+    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
 }  # fmt: skip
 
 # Settings that name the folder of the teacher's stored work.

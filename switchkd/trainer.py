@@ -227,13 +227,19 @@ class Trainer:
         every, size = self.config.mix.validation_steps, self.config.per_device_train_batch_size
         if not every or self.step % every:
             return
-        mine = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        batches = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         with evaluating(self.student):
-            losses = [self._loss(mine[start : start + size], CrossEntropy()) for start in range(0, len(mine), size)]
-        tokens = sum(len(example.completion_ids) for example in mine)
-        sums = torch.tensor([sum(loss.item() for loss in losses), tokens], dtype=torch.float64)
-        loss, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
-        self.mix_memory = self.config.mix.remember(self.mix_memory, loss / count)
+            # Every rank runs as many forwards as any other: a wrapped model may wait for all in each.
+            for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
+                rows = batches[min(place, len(batches) - 1)]
+                loss = self._loss(rows, CrossEntropy())
+                if place < len(batches):
+                    sums[0] += loss
+                    sums[1] += sum(len(row.completion_ids) for row in rows)
+        total_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        self.mix_memory = self.config.mix.remember(self.mix_memory, total_loss / max(tokens, 1))
 
     def _budget(self) -> int:
         """Tokens that a completion may have at this step."""

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,17 +19,17 @@ from safetensors.torch import save_file
 from tiny import toy_examples, toy_pair
 from switchkd import Switch
 from switchkd.config import TrainConfig
-from switchkd.mixes import Generated
+from switchkd.mixes import Adaptive, Generated
 from switchkd.objectives import ForwardKL
 from switchkd.trainer import Trainer
 
 accelerator = Accelerator(cpu=True)
 config = TrainConfig(
-    policy=Switch(tau_0=0.6, decay=0.05), mix=Generated(0.5), objective=ForwardKL(), max_new_tokens=6, max_steps=4, save_steps=0,
+    policy=Switch(tau_0=0.6, decay=0.05), mix={mix}, objective=ForwardKL(), max_new_tokens=6, max_steps=5, save_steps=0,
     per_device_train_batch_size=4 // accelerator.num_processes, gradient_accumulation_steps=2, learning_rate=3e-3, seed=3,
     output_dir={output!r},
 )
-trainer = Trainer(toy_pair(), toy_examples(), config, accelerator)
+trainer = Trainer(toy_pair(), toy_examples(), config, accelerator, validation=toy_examples(5), corpus=toy_examples(9))
 trainer.train()
 if accelerator.is_main_process:
     assert accelerator.num_processes == {processes}
@@ -37,10 +38,10 @@ if accelerator.is_main_process:
 """
 
 
-def trained(folder, processes):
+def trained(folder, processes, mix):
     folder.mkdir()
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(tests=str(TESTS), output=str(folder), processes=processes))
+    script.write_text(SCRIPT.format(tests=str(TESTS), output=str(folder), processes=processes, mix=mix))
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29617"]
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(script)],
@@ -53,7 +54,9 @@ def trained(folder, processes):
     return load_file(folder / "weights.safetensors")
 
 
-def test_two_ranks_are_one(tmp_path):
-    one, two = trained(tmp_path / "one", 1), trained(tmp_path / "two", 2)
+@pytest.mark.parametrize("mix", ["Generated(0.5)", "Adaptive(share=0.9, capacity=8, validation_steps=2)"])
+def test_two_ranks_are_one(tmp_path, mix):
+    """Also with replay, a validation loss (five rows in batches of two, so one rank has none left), and a second corpus."""
+    one, two = trained(tmp_path / "one", 1, mix), trained(tmp_path / "two", 2, mix)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-10, rtol=1e-8)
