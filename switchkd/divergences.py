@@ -110,29 +110,40 @@ def sharpened(logs: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """Log of m ∝ q^(1−a) p^a ``[B, V]`` for the largest a in [0, 1] with KL(m ‖ q) <= budget, and that KL ``[B]``.
+    """Log of m ∝ q^(1−a) p^a ``[B, V]`` for the largest a in [0, 1] with KL(m ‖ q) <= budget (nats), and that KL ``[B]``.
 
-    KL(m ‖ q) grows with a, so 30 bisections give a to 1e-9. Tokens that one of the two cannot write have no mass for a > 0.
+    KL(m ‖ q) grows with a, and its root almost in proportion: Newton steps on the root, within a bracket, come as near to the
+    budget as rounding lets see, from below, in a third of the passes of a bisection. Tokens that one of the two cannot write
+    have no mass where a > 0.
     """
     ratio = logp - logq
     live = ratio.isfinite()
     ratio, base = ratio.masked_fill(~live, 0.0), logq.masked_fill(~live, -math.inf)
+    tiny, slack = (1e-12, 1e-6) if logq.element_size() == 4 else (1e-24, 1e-12)
 
-    def blend(a: Tensor) -> tuple[Tensor, Tensor]:
+    def blend(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log m, KL(m ‖ q) and the slope of its root in a."""
         unnormalised = base + a.unsqueeze(1) * ratio
         log_z = unnormalised.logsumexp(1)
         m = unnormalised - log_z.unsqueeze(1)
-        return m, a * (m.exp() * ratio).sum(1) - log_z
+        weighted = m.exp() * ratio
+        mean = weighted.sum(1)
+        kl = a * mean - log_z
+        return m, kl, a * ((weighted * ratio).sum(1) - mean * mean) / (2 * kl.clamp(min=tiny).sqrt())
 
     low, high = logq.new_zeros(len(logq)), logq.new_ones(len(logq))
-    low = high.where(blend(high)[1] <= budget, low)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = blend(middle)[1] <= budget
-        low, high = middle.where(fits, low), high.where(fits, middle)
-    m, kl = blend(low)
+    all_of_p, target = blend(high)[1], math.sqrt(budget) * (1 - slack)
+    a = (target / all_of_p.clamp(min=tiny).sqrt()).clamp(max=1)
+    for _ in range(10):
+        _, kl, slope = blend(a)
+        fits = kl <= budget
+        low, high = a.where(fits, low), high.where(fits, a)
+        newton = a + (target - kl.clamp(min=0).sqrt()) / slope.clamp(min=tiny)
+        a = newton.where((newton > low) & (newton < high), (low + high) / 2)
+    low = (0 * low + 1).where(all_of_p <= budget, low)
+    m, kl, _ = blend(low)
     apart = low > 0
-    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0.0 * low)
+    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0 * kl)
 
 
 Divergence = Callable[["Tensor", "Tensor"], "Tensor"]

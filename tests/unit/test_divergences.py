@@ -196,3 +196,29 @@ def test_a_tiny_tail_keeps_its_logarithm():
         *divergences.coarsened(torch.tensor([[0.9]]).log(), torch.tensor([[0]]), zp)
     ).sum().backward()
     assert zp.grad is not None and zp.grad[0, 1:].sum().item() == pytest.approx(-0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 5.0])
+@pytest.mark.parametrize("budget", [1e-4, 1e-2, 0.5, 3.0])
+def test_the_largest_blend_uses_its_budget_up_and_never_more(dtype, tolerance, spread, budget):
+    """Against bisection in float64, from close to far distributions; in fp32 KL itself rounds at 1e-7."""
+    generator = torch.Generator().manual_seed(1)
+    q, p = ((spread * torch.randn(40, 300, generator=generator).double()).log_softmax(-1) for _ in range(2))
+    low, high = torch.zeros(40, 1).double(), torch.ones(40, 1).double()
+
+    def spent(a):
+        m = ((1 - a) * q + a * p).log_softmax(-1)
+        return (m.exp() * (m - q)).sum(-1, keepdim=True)
+
+    low = torch.where(spent(high) <= budget, high, low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            torch.where(spent(middle) <= budget, middle, low),
+            torch.where(spent(middle) <= budget, high, middle),
+        )
+    m, found = divergences.largest_blend(q.to(dtype), p.to(dtype), budget)
+    assert (found <= budget).all() and m.dtype == dtype
+    torch.testing.assert_close(found.double(), spent(low)[:, 0], atol=1e-6, rtol=tolerance)
+    torch.testing.assert_close(m.double().exp(), ((1 - low) * q + low * p).softmax(-1), atol=tolerance, rtol=tolerance)
