@@ -171,6 +171,12 @@ def test_a_second_corpus_adds_its_own_mean(tmp_path):
         torch.testing.assert_close(a, b + 0.3 * c, atol=1e-12, rtol=1e-9)
 
 
+def test_schedules_hear_the_objective_and_not_the_corpus(tmp_path):
+    t = trainer(tmp_path, mix=GroundTruth(), objective=TAID(), corpus=toy_examples(9))
+    metrics, _ = t.train_step()
+    assert t.objective_memory["loss"] == metrics["loss"] != metrics["lm_loss"]
+
+
 def test_plain_text_is_all_completion_but_its_first_token(tmp_path):
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"text": "What is two and two?"}\n{"text": ""}\n\n{"text": "abc"}\n')
