@@ -107,10 +107,14 @@ class BlockEngine:
             logits = self._forward(who, rows, draft, texts=k == 0)
             logs = log_probs(logits[:, 0])
             block.logs[who].append(logs)
-            block.drafts.append(draw(logs, block.noise[k], self.job.temperature))
+            block.drafts.append(self._own_draw(who, logs, block.noise[k]))
             hidden.append(self.models[who].hidden)
         if who == TEACHER and self.keep_hidden and hidden:
             block.hidden = dict(enumerate(torch.cat(hidden, 1)))
+
+    def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
+        """The token ``[B]`` that a model alone would write."""
+        return draw(self.job.policy.proposal(who, logs), noise, self.job.temperature)
 
     def _verify(self, block: _Block) -> None:
         """What the other model says about all positions, in one forward over the rows that read it.
@@ -184,7 +188,7 @@ class BlockEngine:
         who = 1 - block.plan.drafter
         if k == len(block.drafts) or block.logs[who] is block.logs[1 - who]:
             return [torch.zeros_like(sound)] * 5  # one of the two was not run
-        draws = [block.drafts[k], draw(block.logs[who][k], block.noise[k], self.job.temperature)]
+        draws = [block.drafts[k], self._own_draw(who, block.logs[who][k], block.noise[k])]
         student, teacher = draws if who == TEACHER else draws[::-1]
         ran = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
         asked = ran & reads[STUDENT] & reads[TEACHER]

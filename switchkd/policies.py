@@ -79,6 +79,10 @@ class Policy:
         """The state once ``token`` ``[B]`` has been drawn."""
         return state
 
+    def proposal(self, speaker: int, log_probs: Tensor) -> Tensor:
+        """What a model's own ``[B, V]`` log-distribution becomes where it speaks; drafts are drawn from it, which moves time."""
+        return log_probs
+
 
 @dataclass(frozen=True)
 class StudentOnly(Policy):
@@ -258,9 +262,12 @@ class SKD(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         best = logp_teacher.topk(min(self.top_k, logp_teacher.shape[-1])).indices
         kept = logp_student.new_zeros(logp_student.shape).scatter(1, best, 1.0).bool()
-        proposal = divergences.sharpened(logp_student, self.student_temperature, self.student_top_p)
-        instead = divergences.sharpened(logp_teacher, self.teacher_temperature, self.teacher_top_p)
-        return _replacing(proposal, kept, instead, state)
+        return _replacing(self.proposal(STUDENT, logp_student), kept, self.proposal(TEACHER, logp_teacher), state)
+
+    def proposal(self, speaker: int, log_probs: Tensor) -> Tensor:
+        if speaker == STUDENT:
+            return divergences.sharpened(log_probs, self.student_temperature, self.student_top_p)
+        return divergences.sharpened(log_probs, self.teacher_temperature, self.teacher_top_p)
 
 
 @dataclass(frozen=True)

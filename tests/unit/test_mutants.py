@@ -5,9 +5,10 @@ import types
 from pathlib import Path
 
 import pytest
-from tiny import POLICIES, assert_same, tiny_model
+from tiny import POLICIES, VOCAB, assert_same, tiny_model
 
 from switchkd import Switch, decode_reference, decoding, engine
+from switchkd.policies import SKD
 
 SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
@@ -59,9 +60,12 @@ MUTANTS = {
     "policy sees the draft at another temperature": [("log_probs(logits[:, 0])", "log_probs(logits[:, 0], 0.8)")],
     "another temperature in the draft than reported": [
         (
-            "block.drafts.append(draw(logs, block.noise[k], self.job.temperature))",
-            "block.drafts.append(draw(logs, block.noise[k], 1.5 * self.job.temperature))",
+            "return draw(self.job.policy.proposal(who, logs), noise, self.job.temperature)",
+            "return draw(self.job.policy.proposal(who, logs), noise, 1.5 * self.job.temperature)",
         )
+    ],
+    "drafts of the plain model where the policy sharpens it": [
+        ("return draw(self.job.policy.proposal(who, logs), noise", "return draw(logs, noise")
     ],
     "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
     "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
@@ -97,9 +101,9 @@ def check_engine(decode):
             )
             assert_same(out, reference)
     # A student that always speaks always agrees with its own drafts: no round is cut.
-    never = Switch(schedule="constant", tau_0=2.0)
-    out = decode(student, teacher, PROMPTS, never, BUDGET, block_size=5, eos_token_ids=[], drafter="student")
-    assert out.cost.rounds == 2
+    for never in (Switch(schedule="constant", tau_0=2.0), SKD(top_k=VOCAB, student_temperature=0.3)):
+        out = decode(student, teacher, PROMPTS, never, BUDGET, block_size=5, eos_token_ids=[], drafter="student")
+        assert out.cost.rounds == 2
 
 
 def test_the_engine_passes():
