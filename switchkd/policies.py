@@ -167,14 +167,14 @@ class AdaSwitch(Policy):
 
     At position t, ``d_t = D(p ‖ q)`` (nats) is compared with ``ratio`` times the mean of the last ``window`` divergences;
     once above it, the teacher writes to the end. The paper's ratio is 3. The window length is not in the text available
-    to us, so its default is ours; so are two further readings: no switch before the window is full, and the teacher
-    writes the token at the switching position (``switch_token_by``). After the switch the student is not looked at and
-    the divergence is NaN.
+    to us: its default is ours, from a sweep (``docs/methods.md``). So are two further readings: no switch before the window
+    is full, and the teacher writes the token at the switching position (``switch_token_by``). After the switch the student
+    is not looked at and the divergence is NaN.
 
     State: (window ``[B, L]`` float64, number seen ``[B]``, switched ``[B]``).
     """
 
-    window: int = 8  # L, in tokens
+    window: int = 4  # L, in tokens
     ratio: float = 3.0  # K
     divergence: str = "forward_kl"  # a name of switchkd.divergences
     switch_token_by: Literal["teacher", "student"] = "teacher"  # who writes the token at the switching position
