@@ -14,6 +14,8 @@ PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
 BUDGET = 10
 
 STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
+ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
+READ = "whole = [self.rows[row].tokens_of(who) for row in rows]"
 MUTANTS = {
     "accept every draft": [
         ("token = draw(decision.log_probs, g, self.job.temperature)", "token = (block.drafts + [start])[k]")
@@ -44,14 +46,14 @@ MUTANTS = {
         ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
     ],
     "speakers of a blend by another position": [("block.keys[k])", "block.keys[0])")],
-    "cache one long after a rejection": [("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens))")],
+    "cache one long after a rejection": [(ROLLBACK, "min(length, len(row.tokens_of(who)))")],
     # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
     "cache one short after a rejection": [
-        ("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens) - 2)"),
+        (ROLLBACK, "min(length, len(row.tokens_of(who)) - 2)"),
         (
-            "whole = [self.rows[row].tokens for row in rows]",
+            READ,
             "read = self.models[who].lengths\n"
-            "        whole = [self.rows[row].tokens for row in rows]\n"
+            f"        {READ}\n"
             "        whole = [text[: read[row]] + text[-1:] if read[row] else text for row, text in zip(rows, whole)]\n"
             "        whole = whole",
         ),
