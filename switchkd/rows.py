@@ -124,9 +124,8 @@ class Job:
             if eos_token_ids is None
             else eos_token_ids
         )
-        rows = [Row(i, list(prompt)) for i, prompt in zip(ids, prompt_ids, strict=True)]
-        for row, prompt in zip(rows, teacher_prompt_ids or (), strict=teacher_prompt_ids is not None):
-            row.teacher_prompt = list(prompt)
+        own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
+        rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
         job = Job(
             student, teacher, policy, rows, max_new_tokens, temperature, seed, frozenset(named), vocab_size or shared
         )

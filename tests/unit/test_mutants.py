@@ -11,6 +11,8 @@ from switchkd import Switch, decode_reference, decoding, engine
 
 SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
+# Longer and shorter ones of the same rows.
+TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]]
 BUDGET = 10
 
 STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
@@ -66,6 +68,9 @@ MUTANTS = {
         )
     ],
     "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
+    "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
+    "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
+    "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],
     "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
 }
 
@@ -91,12 +96,12 @@ def mutated_decode(edits):
 def check_engine(decode):
     """The guarantees of the engine in one go, for the real one and for the mutants."""
     student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    for name in ("switch_exponential", "adaswitch", "spell", "mix_in", "parity"):
-        reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, eos_token_ids=[])
+    names = ("switch_exponential", "adaswitch", "spell", "mix_in", "parity")
+    for name, own in [*((name, None) for name in names), ("spell", TEACHER_PROMPTS), ("parity", TEACHER_PROMPTS)]:
+        settings = {"eos_token_ids": [], "teacher_prompt_ids": own}
+        reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, **settings)
         for drafter in ("student", "teacher"):
-            out = decode(
-                student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, eos_token_ids=[], drafter=drafter
-            )
+            out = decode(student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, drafter=drafter, **settings)
             assert_same(out, reference)
     # A student that always speaks always agrees with its own drafts: no round is cut.
     never = Switch(schedule="constant", tau_0=2.0)
