@@ -120,16 +120,20 @@ def _unused(folder: str) -> str:
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.decoding import decode
+    from switchkd.decoding import decode_examples
     from switchkd.report import bar, console, cost_line, print_rollout
-    from switchkd.runs import load_task, open_pair, prompt_ids
+    from switchkd.runs import load_task, open_pair, prompt_examples
 
     pair = open_pair(config)
     if config.prompt:
-        prompts = prompt_ids(config.prompt, config.template, pair)
+        examples = prompt_examples(config.prompt, config.template, pair)
     else:
-        prompts = [row.prompt_ids for row in load_task(config, pair, config.eval_file, config.limit)]
-    with bar("generate", len(prompts) * config.max_new_tokens) as progress:
+        examples = load_task(config, pair, config.eval_file, config.limit, teacher_prompt=config.teacher_prompt)
+    settings = config.decode_arguments() | {
+        "policy": config.policy.bind(pair.tokenizer, config.max_new_tokens),
+        "seed": config.seed,
+    }
+    with bar("generate", len(examples) * config.max_new_tokens) as progress:
         shown = 0
 
         def on_round(cost: Any) -> None:
@@ -137,16 +141,7 @@ def generate(config: GenerateConfig) -> None:
             progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
             shown = cost.kept_tokens
 
-        rollouts = decode(
-            pair.student,
-            pair.teacher,
-            prompts,
-            **config.decode_arguments() | {"policy": config.policy.bind(pair.tokenizer, config.max_new_tokens)},
-            seed=config.seed,
-            eos_token_ids=pair.eos_token_ids,
-            vocab_size=pair.vocab_size,
-            progress=on_round,
-        )
+        rollouts = decode_examples(pair, examples, settings, range(len(examples)), on_round)
     for rollout in rollouts:
         print_rollout(rollout, pair.tokenizer)
     console.print(cost_line(rollouts.cost), soft_wrap=True)

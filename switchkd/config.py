@@ -22,6 +22,7 @@ from switchkd.errors import ConfigError, nearest
 from switchkd.mixes import MIXES, Generated, Mix
 from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
 from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
+from switchkd.templates import check_teacher_prompt
 
 # The settings that name a rule, with the base class of each and the names that ship with the package.
 NOUNS: dict[str, tuple[type, dict[str, type]]] = {
@@ -31,8 +32,15 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
 }
 
 
+class _Settings:
+    """The end of the chain of checks: a command's settings are checked by every class that they come from."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: str = "demo"
@@ -55,6 +63,7 @@ class ModelConfig:
     """QLoRA: the frozen student in 4 bits (NF4), products in dtype; needs the extra `qlora`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise ConfigError(f"lora_r and lora_alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
@@ -68,7 +77,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Settings):
     """Which text, and how it becomes token ids."""
 
     train_file: str = "gsm8k-sample:train"
@@ -83,6 +92,13 @@ class DataConfig:
     """Longer reference completions are cut, without a false end token."""
     skip_bad: int = 0
     """Unusable rows tolerated in a data file before the run stops."""
+    teacher_prompt: str = ""
+    """What the teacher reads in place of a training row's last user turn; fields {prompt} and {completion}. Not in evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_prompt:
+            check_teacher_prompt(self.teacher_prompt)
 
 
 @dataclass(frozen=True)

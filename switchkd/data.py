@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.policies import REFERENCE
-from switchkd.templates import Encoder
+from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
 
 if TYPE_CHECKING:
     import torch
@@ -263,6 +264,13 @@ class TokenizedExample:
     """What enters the teacher's output layer before each completion token, ``[tokens, hidden size]``, where it is known."""
     teacher_top_k: TeacherTopK | None = field(default=None, repr=False, compare=False)
     """Or its largest log-probabilities there."""
+    teacher_prompt_ids: list[int] | None = None
+    """What the teacher reads in the prompt's place; None where it reads the prompt."""
+
+    @property
+    def teacher_reads(self) -> list[int]:
+        """The prompt as the teacher reads it."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
     @property
     def speakers(self) -> list[int]:
@@ -277,6 +285,7 @@ class DropCounts:
     long_prompts: int
     end_tokens_in_text: int
     truncated: int
+    long_teacher_prompts: int = 0
 
 
 def tokenize(
@@ -286,33 +295,79 @@ def tokenize(
     template: str,
     max_prompt_length: int,
     max_completion_length: int,
+    teacher_prompt: str = "",
 ) -> tuple[list[TokenizedExample], DropCounts]:
     """Prompts and completions as token ids; lengths are in tokens, the end-of-turn token counts.
 
     A prompt longer than ``max_prompt_length`` is dropped: a cut prompt is another question. A longer completion is cut
     and gets no end token. An example whose own text spells out the end token is dropped, since generation would have
-    stopped there. Raises ConfigError for a template or tokenizer that cannot be used, DataError when nothing is left.
+    stopped there. ``teacher_prompt`` is what the teacher reads in place of the last user turn, with the fields {prompt} and
+    {completion}; an example of which that is longer than ``teacher_prompt_limit`` is dropped too. Raises ConfigError for a
+    template or tokenizer that cannot be used, DataError when nothing is left.
     """
     if min(max_prompt_length, max_completion_length) < 1:
         raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
     kept: list[TokenizedExample] = []
-    long_prompts = end_tokens = 0
-    for example, (prompt_ids, completion_ids) in zip(examples, Encoder(tokenizer, template)(examples), strict=True):
+    long_prompts = long_teacher_prompts = end_tokens = 0
+    encode = Encoder(tokenizer, template)
+    limit = teacher_prompt_limit(tokenizer, teacher_prompt, max_prompt_length, max_completion_length)
+    teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
+    for example, (prompt_ids, completion_ids), teacher_ids in zip(
+        examples, encode(examples), teacher_reads, strict=True
+    ):
         if len(prompt_ids) > max_prompt_length:
             long_prompts += 1
+        elif len(teacher_ids or ()) > limit:
+            long_teacher_prompts += 1
         elif {completion_ids[-1], tokenizer.eos_token_id}.intersection(completion_ids[:-1]):
             end_tokens += 1
         else:
             cut = completion_ids[:max_completion_length]
             truncated = len(cut) < len(completion_ids)
-            kept.append(TokenizedExample(example.id, prompt_ids, cut, example.references, truncated, example.source))
-    counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept))
+            kept.append(
+                TokenizedExample(
+                    example.id,
+                    prompt_ids,
+                    cut,
+                    example.references,
+                    truncated,
+                    example.source,
+                    teacher_prompt_ids=teacher_ids,
+                )
+            )
+    counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
     if not kept:
         raise DataError(
             f"none of {len(examples)} examples is left: {long_prompts} prompts are longer than max_prompt_length="
             f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token"
+            + (
+                f", {long_teacher_prompts} prompts of the teacher are longer than {limit} tokens"
+                if teacher_prompt
+                else ""
+            )
         )
     return kept, counts
+
+
+def teacher_prompt_limit(
+    tokenizer: PreTrainedTokenizerBase, teacher_prompt: str, max_prompt_length: int, max_completion_length: int
+) -> int:
+    """Tokens that the teacher's prompt may have: the longest prompt, the longest completion and ``teacher_prompt``'s own words.
+
+    Without a ``teacher_prompt`` the teacher reads the student's prompt.
+    """
+    if not teacher_prompt:
+        return max_prompt_length
+    words = len(tokenizer(teacher_prompt, add_special_tokens=False)["input_ids"])
+    return max_prompt_length + max_completion_length + words
+
+
+def _teacher_prompts(examples: Sequence[Example], encode: Encoder, teacher_prompt: str) -> Iterator[list[int] | None]:
+    """What the teacher reads before each completion, if that is something else than the prompt."""
+    if not teacher_prompt:
+        return repeat(None, len(examples))
+    check_teacher_prompt(teacher_prompt)
+    return (ids for ids, _ in encode([for_teacher(example, teacher_prompt) for example in examples]))
 
 
 def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedExample]:

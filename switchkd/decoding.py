@@ -10,8 +10,8 @@ Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the st
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ from switchkd.errors import ConfigError
 from switchkd.linear import packed
 from switchkd.models import cache_bytes_per_token, num_parameters
 from switchkd.pace import BLOCKS, Drafter, Pace
-from switchkd.policies import Policy
+from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import DecodeCost, Rollouts
 from switchkd.rows import Job
 from switchkd.sampling import draw, gumbel_noise, noise_key, speakers
+
+if TYPE_CHECKING:
+    from switchkd.data import TokenizedExample
+    from switchkd.models import Pair
 
 DEFAULT_BATCH = 32
 
@@ -44,20 +48,24 @@ def decode_reference(
     sample_ids: Sequence[int] | None = None,
     eos_token_ids: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    *,
+    teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
 ) -> Rollouts:
     """Decode one row and one token at a time, both models called on the whole text at every step.
 
     Slow on purpose: it defines what ``decode`` must return, token by token. Arguments and result are ``decode``'s.
     """
     job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size
-    )
+        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size,
+        teacher_prompt_ids,
+    )  # fmt: skip
     for row in job.rows:
         state = policy.init(1)
         while row.stop_reason is None:
             t = len(row.completion)
             with evaluating(student, teacher):
-                logq, logp = (_next_log_probs(model, row.tokens, job.vocab_size) for model in (student, teacher))
+                logq = _next_log_probs(student, row.tokens_of(STUDENT), job.vocab_size)
+                logp = _next_log_probs(teacher, row.tokens_of(TEACHER), job.vocab_size)
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
@@ -94,6 +102,7 @@ def decode(
     keep_hidden: bool = False,
     static_step: bool = False,
     vocab_size: int | None = None,
+    teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
     progress: Callable[[DecodeCost], None] | None = None,
 ) -> Rollouts:
     """Complete every prompt under a policy: the same tokens as ``decode_reference``, in far fewer model calls.
@@ -117,6 +126,8 @@ def decode(
         static_step: run the student's one-token steps on buffers that never move, on CUDA as one graph. Worth a try where
             the student is small; each change in the number of rows records the graph anew.
         vocab_size: ids that may be drawn (default: the rows that both models' logits have). Padding rows lie beyond.
+        teacher_prompt_ids: one list a prompt, which the teacher reads in its place: another instruction, or what the student may
+            not see. Both read the completion; positions are counted in it, so noise and policy see no difference.
         progress: called after every round with the cost so far.
 
     Returns:
@@ -133,8 +144,9 @@ def decode(
     if drafter not in get_args(Drafter):
         raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {drafter!r}")
     job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size
-    )
+        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size,
+        teacher_prompt_ids,
+    )  # fmt: skip
     start = time.perf_counter()
     cost = DecodeCost()
     if queue := deque(row for row in job.rows if row.stop_reason is None):
@@ -152,6 +164,31 @@ def decode(
     return Rollouts([row.rollout() for row in job.rows], cost)
 
 
+def decode_examples(
+    pair: "Pair",
+    examples: "Sequence[TokenizedExample]",
+    settings: Mapping[str, Any],
+    sample_ids: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None = None,
+) -> Rollouts:
+    """Complete examples as a pair's models read them, in their order.
+
+    ``settings`` is what ``decode`` is told beside models, prompts, ids and vocabulary; errors are ``decode``'s.
+    """
+    own = any(example.teacher_prompt_ids is not None for example in examples)
+    return decode(
+        pair.student,
+        pair.teacher,
+        [example.prompt_ids for example in examples],
+        **settings,
+        sample_ids=sample_ids,
+        eos_token_ids=pair.eos_token_ids,
+        vocab_size=pair.vocab_size,
+        teacher_prompt_ids=[example.teacher_reads for example in examples] if own else None,
+        progress=progress,
+    )
+
+
 def _rows_within(memory_gib: float | None, job: Job) -> int:
     """Rows whose key/value caches and block buffers fit into ``memory_gib``.
 
@@ -160,13 +197,14 @@ def _rows_within(memory_gib: float | None, job: Job) -> int:
     """
     if memory_gib is None:
         return len(job.rows)
-    caches = job.capacity * sum(cache_bytes_per_token(model) for model in (job.student, job.teacher))
+    tokens = [job.capacity(who) for who in (STUDENT, TEACHER)]
+    caches = tokens[STUDENT] * cache_bytes_per_token(job.student) + tokens[TEACHER] * cache_bytes_per_token(job.teacher)
     # Noise and two log-distributions of a block, and the logits they are made of.
     buffers = max(BLOCKS) * job.vocab_size * 4 * 4
     row = caches + buffers
     if memory_gib * 2**30 < row:
         raise ConfigError(
-            f"one row of {job.capacity} tokens needs {row / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
+            f"one row of {max(tokens)} tokens needs {row / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
             "raise it, shorten the prompts or lower max_new_tokens"
         )
     return int(memory_gib * 2**30 / row)

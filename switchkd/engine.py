@@ -51,8 +51,8 @@ class BlockEngine:
         self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
         self.models = [  # indexed by STUDENT, TEACHER
-            CachedModel(job.student, len(self.rows), job.capacity, job.vocab_size, static=static_step),
-            CachedModel(job.teacher, len(self.rows), job.capacity, job.vocab_size, keep_hidden),
+            CachedModel(job.student, len(self.rows), job.capacity(STUDENT), job.vocab_size, static=static_step),
+            CachedModel(job.teacher, len(self.rows), job.capacity(TEACHER), job.vocab_size, keep_hidden),
         ]
         self.device = self.models[STUDENT].device
         self.watches = [Stopwatch(model.device) for model in self.models]
@@ -140,8 +140,8 @@ class BlockEngine:
     def _forward(self, who: int, rows: Sequence[int], drafts_bT: Tensor | None, texts: bool) -> Tensor:
         """Logits ``[b, T, V]`` after the rest of the rows' texts, if told to read them, and after each draft."""
         model, watch = self.models[who], self.watches[who]
-        whole = [self.rows[row].tokens for row in rows] if texts else None
-        limits = [len(self.rows[row].prompt) + self.job.max_new_tokens for row in rows]
+        whole = [self.rows[row].tokens_of(who) for row in rows] if texts else None
+        limits = [len(self.rows[row].prompt_of(who)) + self.job.max_new_tokens for row in rows]
         if whole is not None:
             start = watch.now()
             model.catch_up(rows, whole)
@@ -213,9 +213,9 @@ class BlockEngine:
                 hidden = block.hidden.get(b)
                 row.keep_hidden(None if hidden is None else hidden[:kept].to(self.hidden_device, copy=True), kept)
         # Both models have read the last token but one at most; the last one may differ from what was drafted.
-        for model in self.models:
+        for who, model in enumerate(self.models):
             model.lengths = [
-                min(length, len(row.tokens) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
+                min(length, len(row.tokens_of(who)) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
             ]
         self.pace.observe(*evidence)
 

@@ -83,8 +83,9 @@ def load_pair(
     warnings = _prompt_warnings(tokenizer, student_tokenizer)
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
-            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence has no gradient there: "
-            "dropout or what else is in the loss must move it; else name a student that is an adapter already",
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
+            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
+            "adapter already",
         )
     return Pair(teacher_model, student_model, tokenizer, vocab_size, eos, warnings)
 

@@ -16,7 +16,8 @@ class Rollout:
     ``speakers[t]`` is 0 where the student and 1 where the teacher wrote ``completion_ids[t]``; ``divergences[t]`` is what
     the policy saw there, in the policy's own divergence and unit, NaN where it did not look. ``stop_reason`` is ``eos``
     (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
-    ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``.
+    ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read
+    before the completion, None where it read the student's prompt.
 
     ``teacher_hidden``, if it was asked for and the teacher read every token: what entered the teacher's output layer at the
     positions that predict the completion, ``[tokens, hidden size]``. The loss then needs no second forward of the teacher.
@@ -29,7 +30,13 @@ class Rollout:
     divergences: list[float]
     stop_reason: str
     error: str | None = None
+    teacher_prompt_ids: list[int] | None = None
     teacher_hidden: "Tensor | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def teacher_reads(self) -> list[int]:
+        """The prompt as the teacher read it."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
     @property
     def teacher_share(self) -> float:

@@ -9,16 +9,17 @@ from transformers import PreTrainedModel
 
 from switchkd.errors import ConfigError
 from switchkd.models import context_length, declared_eos
-from switchkd.policies import Policy
+from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
 
 
 @dataclass
 class Row:
-    """One prompt on its way to a rollout."""
+    """One prompt on its way to a rollout; ``teacher_prompt`` where the teacher reads another one than the student."""
 
     sample_id: int
     prompt: list[int]
+    teacher_prompt: list[int] | None = None
     completion: list[int] = field(default_factory=list)
     speakers: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -26,9 +27,13 @@ class Row:
     error: str | None = None
     hidden: list[Tensor] | None = field(default_factory=list)
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.completion
+    def prompt_of(self, who: int) -> list[int]:
+        """What STUDENT or TEACHER reads before the completion."""
+        return self.prompt if who == STUDENT or self.teacher_prompt is None else self.teacher_prompt
+
+    def tokens_of(self, who: int) -> list[int]:
+        """The whole text as STUDENT or TEACHER reads it."""
+        return self.prompt_of(who) + self.completion
 
     def append(self, token: int, speaker: int, divergence: float, job: "Job") -> None:
         self.completion.append(token)
@@ -64,7 +69,7 @@ class Row:
         assert self.stop_reason is not None
         return Rollout(
             self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.stop_reason, self.error,
-            torch.cat(self.hidden) if self.hidden else None,
+            self.teacher_prompt, torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
 
 
@@ -82,10 +87,9 @@ class Job:
     eos_token_ids: frozenset[int]
     vocab_size: int
 
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest row that is still to be decoded, its budget included."""
-        return max(len(row.prompt) for row in self.rows if row.stop_reason is None) + self.max_new_tokens
+    def capacity(self, who: int) -> int:
+        """Tokens of the longest row that STUDENT or TEACHER has still to read, its budget included."""
+        return max(len(row.prompt_of(who)) for row in self.rows if row.stop_reason is None) + self.max_new_tokens
 
     @staticmethod
     def of(
@@ -99,6 +103,7 @@ class Job:
         sample_ids: Sequence[int] | None,
         eos_token_ids: Sequence[int] | None,
         vocab_size: int | None,
+        teacher_prompt_ids: Sequence[Sequence[int]] | None,
     ) -> "Job":
         if max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
@@ -107,6 +112,10 @@ class Job:
         ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
         if len(ids) != len(prompt_ids):
             raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
+        if teacher_prompt_ids is not None and len(teacher_prompt_ids) != len(prompt_ids):
+            raise ConfigError(
+                f"{len(teacher_prompt_ids)} teacher_prompt_ids for {len(prompt_ids)} prompts; give one list for each prompt"
+            )
         shared = min(model.config.get_text_config().vocab_size for model in (student, teacher))
         if vocab_size is not None and not 0 < vocab_size <= shared:
             raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
@@ -115,29 +124,41 @@ class Job:
             if eos_token_ids is None
             else eos_token_ids
         )
-        rows = [Row(i, list(prompt)) for i, prompt in zip(ids, prompt_ids, strict=True)]
+        own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
+        rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
         job = Job(
             student, teacher, policy, rows, max_new_tokens, temperature, seed, frozenset(named), vocab_size or shared
         )
-        limit = min(context_length(student), context_length(teacher))
         for row in rows:
-            _check_prompt(row, job, limit)
+            _check_row(row, job)
         return job
 
 
-def _check_prompt(row: Row, job: Job, context: float) -> None:
-    wanted = len(row.prompt) + job.max_new_tokens
-    if not row.prompt:
-        row.fail("empty_prompt", f"sample {row.sample_id} has an empty prompt; give it at least one token")
-    elif bad := [i for i in row.prompt if not 0 <= i < job.vocab_size]:
+def _check_row(row: Row, job: Job) -> None:
+    """Stop a row that cannot be decoded, and one that has no budget."""
+    student, teacher = context_length(job.student), context_length(job.teacher)
+    if row.teacher_prompt is None:
+        _check_prompt(row, STUDENT, "prompt", "models'", min(student, teacher), job)
+    else:
+        _check_prompt(row, STUDENT, "prompt", "student's", student, job)
+        if row.stop_reason is None:
+            _check_prompt(row, TEACHER, "teacher prompt", "teacher's", teacher, job)
+    if row.stop_reason is None and job.max_new_tokens == 0:
+        row.stop_reason = "length"
+
+
+def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job: Job) -> None:
+    prompt = row.prompt_of(who)
+    if not prompt:
+        row.fail("empty_prompt", f"sample {row.sample_id} has an empty {name}; give it at least one token")
+    elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
         row.fail(
-            "invalid_token", f"sample {row.sample_id} has token id {bad[0]}; ids must lie in 0..{job.vocab_size - 1}"
+            "invalid_token",
+            f"sample {row.sample_id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
         )
-    elif wanted > context:
+    elif len(prompt) + job.max_new_tokens > context:
         row.fail(
             "prompt_too_long",
-            f"sample {row.sample_id}: {len(row.prompt)} prompt tokens + max_new_tokens {job.max_new_tokens} exceed the "
-            f"models' context of {context:g}; shorten the prompt or lower max_new_tokens",
+            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.max_new_tokens} exceed the {whose} "
+            f"context of {context:g}; shorten the prompt or lower max_new_tokens",
         )
-    elif job.max_new_tokens == 0:
-        row.stop_reason = "length"

@@ -23,7 +23,15 @@ from switchkd.adapters import merged
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
-from switchkd.data import Example, Message, TokenizedExample, load_examples, load_text, tokenize
+from switchkd.data import (
+    Example,
+    Message,
+    TokenizedExample,
+    load_examples,
+    load_text,
+    teacher_prompt_limit,
+    tokenize,
+)
 from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
@@ -55,6 +63,8 @@ STORE_SETTINGS = {
     "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
     "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
+# And these where they are set: without them a folder keeps the name that it had before they existed.
+STORE_SETTINGS_IF_SET = {"teacher_prompt"}
 
 
 def distil(config: TrainConfig) -> dict[str, Scores]:
@@ -117,9 +127,18 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
 
 
 def load_task(
-    config: DataConfig, pair: Pair, file: str, limit: int | None = None, quiet: bool = False
+    config: DataConfig,
+    pair: Pair,
+    file: str,
+    limit: int | None = None,
+    quiet: bool = False,
+    *,
+    teacher_prompt: str = "",
 ) -> list[TokenizedExample]:
-    """Read and tokenise a data file; prints how many examples are used, and what was left out and why."""
+    """Read and tokenise a data file; prints how many examples are used, and what was left out and why.
+
+    ``teacher_prompt`` is given where a teacher is to judge or write: not in evaluation, which compares models on one prompt.
+    """
     examples = load_examples(file, limit, config.skip_bad)
     tokenized, drops = tokenize(
         examples,
@@ -127,9 +146,11 @@ def load_task(
         template=config.template,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
+        teacher_prompt=teacher_prompt,
     )
     left_out = {
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
+        "prompts of the teacher over their limit left out": drops.long_teacher_prompts,
         "completions that spell out the end token left out": drops.end_tokens_in_text,
         f"completions cut at {config.max_completion_length} tokens": drops.truncated,
     }
@@ -143,7 +164,7 @@ def load_training_text(
     config: TrainConfig, pair: Pair, quiet: bool = False
 ) -> tuple[list[TokenizedExample], TeacherCache | None]:
     """The examples that a run trains on, and what the teacher says of them where it keeps that; both made where missing."""
-    examples = load_task(config, pair, config.train_file, quiet=quiet)
+    examples = load_task(config, pair, config.train_file, quiet=quiet, teacher_prompt=config.teacher_prompt)
     if config.mix.wants_teacher_text:
         decoding = {k: v for k, v in config.decode_arguments().items() if k != "policy"}
         with _stored(config, "teacher text", len(examples), quiet) as (folder, advance):
@@ -163,7 +184,8 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
 
     Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
     """
-    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS}
+    settings = to_dict(config).items()
+    named = {k: v for k, v in settings if k in STORE_SETTINGS or (v and k in STORE_SETTINGS_IF_SET)}
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:
@@ -196,25 +218,36 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     return texts
 
 
-def prompt_ids(texts: Sequence[str], template: str, pair: Pair) -> list[list[int]]:
-    """Token ids of user prompts under a template."""
+def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[TokenizedExample]:
+    """User prompts under a template, without a completion."""
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
     # The template writes whole conversations; the answer is a placeholder that is not used.
     examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
-    return [ids for ids, _ in Encoder(pair.tokenizer, template)(examples)]
+    encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)
+    return [TokenizedExample(example.id, ids, [], (), False, example.source) for example, (ids, _) in encoded]
 
 
 def check_context(config: TrainConfig, pair: Pair) -> None:
     """Raise ConfigError if a prompt and its completion may not fit into the models' context."""
-    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
+    completion = max(config.max_new_tokens, config.max_completion_length)
+    prompts = {"teacher": longest_teacher_prompt(config, pair), "student": config.max_prompt_length}
+    for (name, prompt), model in zip(prompts.items(), (pair.teacher, pair.student), strict=True):
         context = context_length(model)
-        longest = config.max_prompt_length + max(config.max_new_tokens, config.max_completion_length)
-        if longest > context:
-            raise ConfigError(
-                f"max_prompt_length {config.max_prompt_length} + completion {longest - config.max_prompt_length} tokens exceed "
-                f"the {name}'s context of {context:g}; lower max_prompt_length, max_new_tokens or max_completion_length"
+        if prompt + completion > context:
+            what = (
+                "max_prompt_length" if prompt == config.max_prompt_length else "a prompt under teacher_prompt of up to"
             )
+            raise ConfigError(
+                f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}; lower "
+                "max_prompt_length, max_new_tokens or max_completion_length"
+            )
+
+
+def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
+    """Tokens of the longest prompt that the teacher may have to read."""
+    lengths = config.max_prompt_length, config.max_completion_length
+    return teacher_prompt_limit(pair.tokenizer, config.teacher_prompt, *lengths)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -294,7 +327,7 @@ def _train(trainer: Trainer, quiet: bool) -> None:
 def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
     pair = open_pair(config, seed=config.seed)
-    train = load_task(config, pair, config.train_file)
+    train = load_task(config, pair, config.train_file, teacher_prompt=config.teacher_prompt)
     heldout = load_heldout(config, pair)
     check_context(config, pair)
     trainer = Trainer(
@@ -325,8 +358,8 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
     trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    slots = rows * (config.max_prompt_length + config.max_new_tokens)
-    cache = slots * sum(map(cache_bytes_per_token, (pair.teacher, pair.student)))
+    prompts = (pair.teacher, longest_teacher_prompt(config, pair)), (pair.student, config.max_prompt_length)
+    cache = rows * sum((prompt + config.max_new_tokens) * cache_bytes_per_token(model) for model, prompt in prompts)
     return {
         "teacher": 0.0 if config.teacher_model_name_or_path == BASE else parameter_bytes(pair.teacher),
         "student": parameter_bytes(pair.student),

@@ -282,7 +282,7 @@ def _read_teacher(
     kept = [nothing] * len(examples)
     with evaluating(teacher):
         for places in _batches(examples, batch_size):
-            rows = [(examples[place].prompt_ids, examples[place].completion_ids) for place in places]
+            rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
             tensors = record(response_hidden(teacher, collate(rows).to(teacher.device)))
             lengths = [len(completion) for _, completion in rows]
             by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
@@ -294,7 +294,7 @@ def _read_teacher(
 
 def _batches(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[list[int]]:
     """Places of the examples that have a completion, the longest first: rows of nearly equal length, little padding."""
-    sizes = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+    sizes = [len(example.teacher_reads) + len(example.completion_ids) for example in examples]
     places = [place for place, example in enumerate(examples) if example.completion_ids]
     places.sort(key=lambda place: -sizes[place])
     while places:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from switchkd.checkpoint import write_file
 from switchkd.data import TokenizedExample
-from switchkd.decoding import decode
+from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError, NonFiniteError
 from switchkd.models import Pair
 from switchkd.policies import TEACHER, TeacherOnly
@@ -45,8 +45,8 @@ def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions
     """SHA-256 of everything that the teacher's work on ``examples`` depends on beside settings, part by part.
 
     ``teacher_weights``: names, dtypes, shapes and bytes of its parameters and buffers, the same on any device ·
-    ``teacher_config`` · ``tokenizer``: its vocabulary · ``examples``: ids and prompt tokens in order, and the completion
-    tokens if ``completions`` says that they matter.
+    ``teacher_config`` · ``tokenizer``: its vocabulary · ``examples``: ids and prompt tokens (the teacher's too, where it has
+    its own) in order, and the completion tokens if ``completions`` says that they matter.
     """
     config = {k: v for k, v in pair.teacher.config.to_dict().items() if k not in _CONFIG_NOISE}
     return {
@@ -128,7 +128,11 @@ def _examples_sha256(examples: Sequence[TokenizedExample], completions: bool) ->
     digest = hashlib.sha256()
     for example in examples:
         parts = [example.prompt_ids, example.completion_ids if completions else []]
-        digest.update(np.array([example.id, *map(len, parts), *parts[0], *parts[1]], dtype="<i8").tobytes())
+        mark = []  # no id is below 0, so that a teacher's prompt cannot be taken for anything else
+        if example.teacher_prompt_ids is not None:
+            mark, parts = [-1], [*parts, example.teacher_prompt_ids]
+        numbers = [*mark, example.id, *map(len, parts), *chain.from_iterable(parts)]
+        digest.update(np.array(numbers, dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -180,28 +184,17 @@ def teacher_texts(
     folder = Path(folder)
     header = _texts_header(pair, examples, max_new_tokens, temperature, seed)
     rows = _open_texts(folder, header, examples)
+    settings = {
+        "policy": TeacherOnly(), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+        "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
+        "repeatable": repeatable,
+    }  # fmt: skip
     progress(len(rows))
     chunk = _CHUNK_BATCHES * max(batch_size, 1)
     while len(rows) < len(examples):
         # Chunks end where they would without a kill, so that the batches behind it are the same ones.
         part = examples[len(rows) : (len(rows) // chunk + 1) * chunk]
-        rollouts = decode(
-            pair.student,
-            pair.teacher,
-            [example.prompt_ids for example in part],
-            TeacherOnly(),
-            max_new_tokens,
-            temperature,
-            seed,
-            [example.id for example in part],
-            block_size,
-            pair.eos_token_ids,
-            batch_size,
-            memory_gib=memory_gib,
-            static_step=static_step,
-            repeatable=repeatable,
-            vocab_size=pair.vocab_size,
-        )
+        rollouts = decode_examples(pair, part, settings, [example.id for example in part])
         made = _sound_rows(rollouts)
         _append(folder, header, made)
         if len(made) < len(part):

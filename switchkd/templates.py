@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from switchkd.errors import ConfigError, DataError, nearest
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from switchkd.data import Example
 
 TEMPLATES = ("chat", "alpaca", "none")
+TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK = 256
 
 
@@ -31,6 +33,41 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 
 def _plain_prompt(instruction: str, context: str = "") -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
+
+
+def check_teacher_prompt(text: str) -> None:
+    """Raise ConfigError unless ``text`` has at least one of the fields {prompt} and {completion}, and no other."""
+    try:
+        parts = [part for part in Formatter().parse(text) if part[1] is not None]
+    except ValueError as error:
+        raise ConfigError(f"teacher_prompt {text!r}: {error}; write {{{{ and }}}} for braces") from error
+    for _, name, layout, conversion in parts:
+        if name not in TEACHER_FIELDS or layout or conversion:
+            written = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{layout}' if layout else ''}}}"
+            raise ConfigError(
+                f"teacher_prompt {text!r} has the unknown field {written}; known are {{prompt}} and {{completion}}; write {{{{ and "
+                "}} for braces"
+            )
+    if not parts:
+        raise ConfigError(
+            f"teacher_prompt {text!r} has none of the fields {{prompt}} and {{completion}}, so it would be the same for every row"
+        )
+
+
+def for_teacher(example: Example, teacher_prompt: str) -> Example:
+    """The example with its last user turn replaced by ``teacher_prompt``, filled in; an ``input`` stays beside it.
+
+    Raises DataError if it has no user turn.
+    """
+    turns = list(example.messages)
+    users = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        roles = ", ".join(turn.role for turn in turns)
+        raise DataError(f"{example.source}: no user turn that teacher_prompt could replace (roles: {roles})")
+    turn = turns[users[-1]]
+    content = teacher_prompt.format(prompt=turn.content, completion=example.completion)
+    turns[users[-1]] = replace(turn, content=content)
+    return replace(example, messages=tuple(turns))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from accelerate.utils import gather_object
 from switchkd.cache import evaluating
 from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_file
 from switchkd.config import TrainConfig
-from switchkd.data import Batch, TokenizedExample, batch_indices, collate
-from switchkd.decoding import decode
+from switchkd.data import TokenizedExample, batch_indices, collate
+from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from switchkd.loss import Head, Teacher, TeacherStates, TeacherTopK, response_hidden, response_tokens, total
 from switchkd.mixes import Source
@@ -251,19 +251,13 @@ class Trainer:
     ) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
-        rollouts = decode(
-            self.accelerator.unwrap_model(self.student),
-            self.pair.teacher,
-            [example.prompt_ids for example in examples],
-            **self.config.decode_arguments()
-            | {"policy": self.policy.at(self.progress), "max_new_tokens": self._budget()},
-            seed=self.config.seed,
-            sample_ids=range(first, first + len(examples)),
-            eos_token_ids=self.pair.eos_token_ids,
-            keep_hidden=self.config.objective.reads_teacher,
-            vocab_size=self.pair.vocab_size,
-            progress=on_round,
-        )
+        settings = self.config.decode_arguments() | {
+            "policy": self.policy.at(self.progress),
+            "max_new_tokens": self._budget(),
+            "seed": self.config.seed,
+            "keep_hidden": self.config.objective.reads_teacher,
+        }
+        rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
         for rollout, example in zip(rollouts, examples, strict=True):
             if rollout.error:
                 error = NonFiniteError if rollout.stop_reason == "non_finite" else DataError
@@ -297,16 +291,15 @@ class Trainer:
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
-        teacher = self._teacher(rows, batch) if objective.reads_teacher else None
+        teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
         hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
         return total(
             objective, teacher, self.heads[STUDENT], hidden, response_tokens(batch, [r.speakers for r in rows])
         )
 
     @torch.no_grad()
-    def _teacher(self, rows: Rows, batch: Batch) -> Teacher:
+    def _teacher(self, rows: Rows, device: torch.device) -> Teacher:
         """What the teacher says at the response tokens: kept if it has read every row before, else it reads them now."""
-        device = batch.input_ids.device
         if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
             ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
             return TeacherTopK(torch.cat(ids).to(device), torch.cat(logs).to(device))
@@ -314,7 +307,8 @@ class Trainer:
         if len(known) == len(rows):
             hidden = torch.cat([states.to(device) for states in known])
         else:
-            hidden = response_hidden(self.pair.teacher, batch)
+            batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
+            hidden = response_hidden(self.pair.teacher, batch.to(device))
         return TeacherStates(self.heads[TEACHER], hidden)
 
     def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:

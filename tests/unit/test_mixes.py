@@ -212,7 +212,9 @@ def test_a_budget_grows_over_training(tmp_path):
 )
 def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, policy, setting, expected):
     used = []
-    monkeypatch.setattr("switchkd.trainer.decode", lambda *_, **settings: used.append(settings["policy"]) or [])
+    monkeypatch.setattr(
+        "switchkd.trainer.decode_examples", lambda *arguments: used.append(arguments[2]["policy"]) or []
+    )
     t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=8, max_new_tokens_start=2)
     for t.step in (0, 4):
         t._generate([], None)

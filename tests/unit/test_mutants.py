@@ -12,9 +12,13 @@ from switchkd.policies import SKD
 
 SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
+# Longer and shorter ones of the same rows.
+TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]]
 BUDGET = 10
 
 STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
+ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
+READ = "whole = [self.rows[row].tokens_of(who) for row in rows]"
 MUTANTS = {
     "accept every draft": [
         ("token = draw(decision.log_probs, g, self.job.temperature)", "token = (block.drafts + [start])[k]")
@@ -45,14 +49,14 @@ MUTANTS = {
         ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
     ],
     "speakers of a blend by another position": [("block.keys[k])", "block.keys[0])")],
-    "cache one long after a rejection": [("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens))")],
+    "cache one long after a rejection": [(ROLLBACK, "min(length, len(row.tokens_of(who)))")],
     # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
     "cache one short after a rejection": [
-        ("min(length, len(row.tokens) - 1)", "min(length, len(row.tokens) - 2)"),
+        (ROLLBACK, "min(length, len(row.tokens_of(who)) - 2)"),
         (
-            "whole = [self.rows[row].tokens for row in rows]",
+            READ,
             "read = self.models[who].lengths\n"
-            "        whole = [self.rows[row].tokens for row in rows]\n"
+            f"        {READ}\n"
             "        whole = [text[: read[row]] + text[-1:] if read[row] else text for row, text in zip(rows, whole)]\n"
             "        whole = whole",
         ),
@@ -68,6 +72,9 @@ MUTANTS = {
         ("return draw(self.job.policy.proposal(who, logs), noise", "return draw(logs, noise")
     ],
     "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
+    "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
+    "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
+    "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],
     "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
 }
 
@@ -93,12 +100,12 @@ def mutated_decode(edits):
 def check_engine(decode):
     """The guarantees of the engine in one go, for the real one and for the mutants."""
     student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    for name in ("switch_exponential", "adaswitch", "spell", "mix_in", "parity"):
-        reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, eos_token_ids=[])
+    names = ("switch_exponential", "adaswitch", "spell", "mix_in", "parity")
+    for name, own in [*((name, None) for name in names), ("spell", TEACHER_PROMPTS), ("parity", TEACHER_PROMPTS)]:
+        settings = {"eos_token_ids": [], "teacher_prompt_ids": own}
+        reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, **settings)
         for drafter in ("student", "teacher"):
-            out = decode(
-                student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, eos_token_ids=[], drafter=drafter
-            )
+            out = decode(student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, drafter=drafter, **settings)
             assert_same(out, reference)
     # A student that always speaks always agrees with its own drafts: no round is cut.
     for never in (Switch(schedule="constant", tau_0=2.0), SKD(top_k=VOCAB, student_temperature=0.3)):

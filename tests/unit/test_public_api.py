@@ -20,7 +20,8 @@ def test_decode_signature():
     assert {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty} == {
         "max_new_tokens": 128, "temperature": 1.0, "seed": 0, "sample_ids": None, "block_size": "auto",
         "eos_token_ids": None, "batch_size": None, "drafter": "auto", "repeatable": False,
-        "memory_gib": None, "keep_hidden": False, "static_step": False, "vocab_size": None, "progress": None,
+        "memory_gib": None, "keep_hidden": False, "static_step": False, "vocab_size": None,
+        "teacher_prompt_ids": None, "progress": None,
     }  # fmt: skip
     assert list(parameters)[:4] == ["student", "teacher", "prompt_ids", "policy"]
     assert list(inspect.signature(switchkd.load_pair).parameters)[:2] == ["teacher", "student"]
@@ -29,7 +30,7 @@ def test_decode_signature():
 def test_rollout_fields():
     assert list(switchkd.Rollout.__dataclass_fields__) == [
         "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "stop_reason", "error",
-        "teacher_hidden",
+        "teacher_prompt_ids", "teacher_hidden",
     ]  # fmt: skip
 
 

@@ -141,13 +141,13 @@ def test_killed_anywhere_and_resumed_is_the_straight_file(tmp_path, monkeypatch)
     straight = texts(tmp_path / "straight")
     whole = (tmp_path / "straight" / "texts.jsonl").read_bytes()
     calls = []
-    real = teacher_store.decode
+    real = teacher_store.decode_examples
 
-    def counting(*arguments, **settings):
-        calls.append(arguments[7])
-        return real(*arguments, **settings)
+    def counting(*arguments):
+        calls.append(arguments[3])
+        return real(*arguments)
 
-    monkeypatch.setattr(teacher_store, "decode", counting)
+    monkeypatch.setattr(teacher_store, "decode_examples", counting)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     for cut in (0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[7], ends[9] + 20, ends[-2], len(whole) - 1, len(whole)):
         folder = tmp_path / str(cut)
