@@ -61,10 +61,8 @@ FREE_ON_RESUME = {
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
     "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
-    "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
+    "teacher_prompt", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
-# And these where they are set: without them a folder keeps the name that it had before they existed.
-STORE_SETTINGS_IF_SET = {"teacher_prompt"}
 
 
 def distil(config: TrainConfig) -> dict[str, Scores]:
@@ -184,8 +182,7 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
 
     Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
     """
-    settings = to_dict(config).items()
-    named = {k: v for k, v in settings if k in STORE_SETTINGS or (v and k in STORE_SETTINGS_IF_SET)}
+    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS}
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:
