@@ -157,9 +157,8 @@ def evaluate(config: EvaluateConfig) -> None:
     from switchkd.report import console, score_table
     from switchkd.runs import load_task, open_pair, score, write_scores
 
-    pair = open_pair(
-        dataclasses.replace(config, teachers={}, teacher_field="")
-    )  # the default teacher alone is compared with
+    # The default teacher alone is compared with.
+    pair = open_pair(dataclasses.replace(config, teachers={}, teacher_field=""))
     examples = load_task(config, pair, config.eval_file, config.eval_samples)
     models = {"teacher": pair.teacher, "student": pair.student}
     scores = {name: score(pair, model, examples, config, name) for name, model in models.items()}

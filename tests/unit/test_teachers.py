@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from test_teacher_prompt import dense, flags, own_prompt, still
 from test_trainer import gradient_step, lines, trainer, weights, without_times
 from tiny import _ROPE, byte_level_tokenizer, save, save_llama, tiny_model, tiny_tokenizer, toy_examples, toy_pair
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from switchkd import TeacherOnly, decode, decode_reference, load_pair
 from switchkd import loss as loss_module
 from switchkd.base_model import BaseModel
-from switchkd.cli import EvaluateConfig, main, parse
+from switchkd.cli import EvaluateConfig, GenerateConfig, main, parse
 from switchkd.config import ModelConfig, TrainConfig, from_dict, load_recipe, to_dict
 from switchkd.data import Example, Message, by_teacher, load_examples, tokenize
 from switchkd.decoding import decode_examples
@@ -322,6 +323,18 @@ def test_teachers_from_yaml_and_from_the_command_line(tmp_path):
     assert typed == config
     assert parse(TrainConfig, ["train", str(file), "--teachers.code", "mine"]).teachers["code"] == "mine"
     assert parse(EvaluateConfig, ["evaluate", str(file)]).teachers == config.teachers
+
+
+def test_a_merged_students_run_finds_its_base_under_every_name(tmp_path):
+    (tmp_path / "student").mkdir()
+    config = TrainConfig(
+        student_model_name_or_path="some/base", teachers={"self": "base", "code": "other/model"}, teacher_field="t",
+        use_peft=True, merge=True,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    parsed = parse(GenerateConfig, ["generate", str(tmp_path)])
+    assert parsed.teachers == {"self": "some/base", "code": "other/model"} and not parsed.use_peft
+    assert parsed.teacher_model_name_or_path == "demo"
 
 
 def written(tmp_path, *rows):
