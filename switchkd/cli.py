@@ -128,7 +128,8 @@ def generate(config: GenerateConfig) -> None:
     if config.prompt:
         examples = prompt_examples(config.prompt, config.template, pair)
     else:
-        examples = load_task(config, pair, config.eval_file, config.limit, teacher_prompt=config.teacher_prompt)
+        own = config.teacher_prompt, config.teacher_field
+        examples = load_task(config, pair, config.eval_file, config.limit, False, *own)
     settings = config.decode_arguments() | {
         "policy": config.policy.bind(pair.tokenizer, config.max_new_tokens),
         "seed": config.seed,
@@ -156,7 +157,8 @@ def evaluate(config: EvaluateConfig) -> None:
     from switchkd.report import console, score_table
     from switchkd.runs import load_task, open_pair, score, write_scores
 
-    pair = open_pair(config)
+    # The default teacher alone is compared with.
+    pair = open_pair(dataclasses.replace(config, teachers={}, teacher_field=""))
     examples = load_task(config, pair, config.eval_file, config.eval_samples)
     models = {"teacher": pair.teacher, "student": pair.student}
     scores = {name: score(pair, model, examples, config, name) for name, model in models.items()}
@@ -274,8 +276,11 @@ def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:
     changes: dict[str, Any] = {"student_model_name_or_path": student}
     if recipe.merge:
         changes |= {"use_peft": False, "merge": False}
-        if recipe.teacher_model_name_or_path == BASE:
-            changes["teacher_model_name_or_path"] = student_base(recipe.student_model_name_or_path)
+        named = {"": recipe.teacher_model_name_or_path, **recipe.teachers}
+        if BASE in named.values():
+            base = student_base(recipe.student_model_name_or_path)
+            named = {name: base if source == BASE else source for name, source in named.items()}
+            changes |= {"teacher_model_name_or_path": named.pop(""), "teachers": named}
     return dataclasses.replace(recipe, **changes)
 
 

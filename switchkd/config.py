@@ -47,6 +47,10 @@ class ModelConfig(_Settings):
     """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, which needs no hub."""
     student_model_name_or_path: str = "demo"
     """Hub name or local folder of the student; `demo` is the 15-layer student made from the demo teacher."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
+    teacher_field: str = ""
+    """The field of a training row that names its teacher, one of `teachers`."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype of both models' weights. Divergences and decisions are computed in float32 or better in any case."""
     use_peft: bool = False
@@ -64,6 +68,13 @@ class ModelConfig(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.teachers) != bool(self.teacher_field):
+            missing = "teacher_field, the field of a row that names one" if self.teachers else "teachers, by name"
+            raise ConfigError(
+                f"teachers {self.teachers} with teacher_field {self.teacher_field!r}: give {missing}, or neither"
+            )
+        if not all(name and source for name, source in self.teachers.items()):
+            raise ConfigError(f"teachers needs a name and a model in each entry, got {self.teachers}")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise ConfigError(f"lora_r and lora_alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
@@ -240,6 +251,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if self.teacher_cache == "none":
             return
         name = f"teacher_cache {self.teacher_cache!r}"
+        if self.teachers:
+            raise ConfigError(
+                f"{name} keeps the words of one teacher, and there are {len(self.teachers) + 1}; use 'none'"
+            )
         if self.mix.generates:
             raise ConfigError(f"{name} is for fixed text, and the mix {name_of(self.mix)} generates; use ground_truth")
         if not self.objective.reads_teacher:
@@ -363,6 +378,9 @@ def _typed(value: Any, hint: Any, source: str) -> Any:
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(_typed(item, typing.get_args(option)[0], f"{source}[{i}]") for i, item in enumerate(value))
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            items = ((_typed(k, str, f"{source}, the name"), _typed(v, str, f"{source} {k}")) for k, v in value.items())
+            return dict(items)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if option is type(value) or (option is types.NoneType and value is None):

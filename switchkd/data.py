@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import repeat
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.loss import TeacherTopK
+    from switchkd.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class Example:
     ``id`` is the row's index among all rows of its file, so it depends neither on ``limit`` nor on rows that were
     skipped. ``messages`` is the prompt; ``input`` is the text an instruction is about (Alpaca's second field, a
     dialogue to summarise), kept apart because the Alpaca template needs it apart. ``references`` are all the answers
-    to score against, ``completion`` is the one to train on, ``source`` is ``file:line``.
+    to score against, ``completion`` is the one to train on, ``source`` is ``file:line``, ``teacher`` the name of its teacher,
+    "" for the default one.
     """
 
     id: int
@@ -60,6 +62,7 @@ class Example:
     references: tuple[str, ...]
     source: str
     input: str = ""
+    teacher: str = ""
 
 
 # --- reading files ------------------------------------------------------------------------------------------------
@@ -142,7 +145,14 @@ _FORMATS = (
 )
 
 
-def load_examples(path: str, limit: int | None = None, skip_bad: int = 0) -> list[Example]:
+def load_examples(
+    path: str,
+    limit: int | None = None,
+    skip_bad: int = 0,
+    *,
+    teacher_field: str = "",
+    teachers: Collection[str] = (),
+) -> list[Example]:
     """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample.
 
     The fields of the first row decide the file's format; the first of these that fits is taken:
@@ -152,7 +162,8 @@ def load_examples(path: str, limit: int | None = None, skip_bad: int = 0) -> lis
     ``summary`` and/or ``summary1..3``. Blank lines are not rows.
 
     ``limit`` stops after that many usable rows. Up to ``skip_bad`` bad rows are left out, with a logged warning that
-    counts and names them. Raises DataError for a file or row that cannot be used, ConfigError for a bad setting.
+    counts and names them. In ``teacher_field``, if one is given, a row may name its teacher, one of ``teachers``. Raises
+    DataError for a file or row that cannot be used, ConfigError for a bad setting.
     """
     if (limit is not None and limit < 1) or skip_bad < 0:
         raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {skip_bad}")
@@ -163,7 +174,8 @@ def load_examples(path: str, limit: int | None = None, skip_bad: int = 0) -> lis
         try:
             row = _parse(line)
             layout = layout or next((known for known in _FORMATS if known.matches(row)), None)
-            examples.append(_example(row, layout, index, source))
+            teacher = _teacher_name(row, teacher_field, teachers)
+            examples.append(_example(row, layout, index, source, teacher))
         except DataError as error:
             bad.append(f"{source}: {error}")
             if len(bad) > skip_bad:
@@ -231,7 +243,15 @@ def _parse(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _example(row: dict[str, Any], layout: _Format | None, index: int, source: str) -> Example:
+def _teacher_name(row: dict[str, Any], field: str, known: Collection[str]) -> str:
+    """The teacher that the row names; "", the default one, if it has no such field or leaves it empty."""
+    name = _text(row, field) if field else ""
+    if name and name not in known:
+        raise DataError(f"field {field!r} names the teacher {name!r}; known are {', '.join(known)}")
+    return name
+
+
+def _example(row: dict[str, Any], layout: _Format | None, index: int, source: str, teacher: str) -> Example:
     if layout is None or not layout.matches(row):
         wanted = [str(layout)] if layout else [str(known) for known in _FORMATS]
         raise DataError(f"the row has the fields {', '.join(row) or '(none)'}; needed are: {'; or '.join(wanted)}")
@@ -240,7 +260,7 @@ def _example(row: dict[str, Any], layout: _Format | None, index: int, source: st
         raise DataError("empty prompt")
     if not references or not all(text.strip() for text in references):
         raise DataError("empty completion")
-    return Example(index, messages, references[0], references, source, context)
+    return Example(index, messages, references[0], references, source, context, teacher)
 
 
 # --- token ids ----------------------------------------------------------------------------------------------------
@@ -266,6 +286,8 @@ class TokenizedExample:
     """Or its largest log-probabilities there."""
     teacher_prompt_ids: list[int] | None = None
     """What the teacher reads in the prompt's place; None where it reads the prompt."""
+    teacher: str = ""
+    """The name of its teacher; "" is the default one."""
 
     @property
     def teacher_reads(self) -> list[int]:
@@ -333,6 +355,7 @@ def tokenize(
                     truncated,
                     example.source,
                     teacher_prompt_ids=teacher_ids,
+                    teacher=example.teacher,
                 )
             )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
@@ -388,6 +411,14 @@ def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     if not found:
         raise DataError(f"{path}: no row has a field 'text' of two tokens or more")
     return found
+
+
+def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int]]:
+    """Places of each teacher's rows, ascending; teachers in the order of their first row."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.teacher, []).append(place)
+    return places
 
 
 # --- order and batches --------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ the reference loop's, one by one, for any block length, batch, neighbours and dr
 Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the student.
 """
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.cache import evaluating
+from switchkd.data import by_teacher
 from switchkd.divergences import log_probs
 from switchkd.engine import BlockEngine
 from switchkd.errors import ConfigError
@@ -25,7 +28,7 @@ from switchkd.linear import packed
 from switchkd.models import cache_bytes_per_token, num_parameters
 from switchkd.pace import BLOCKS, Drafter, Pace
 from switchkd.policies import STUDENT, TEACHER, Policy
-from switchkd.rollouts import DecodeCost, Rollouts
+from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.rows import Job
 from switchkd.sampling import draw, gumbel_noise, noise_key, speakers
 
@@ -171,14 +174,41 @@ def decode_examples(
     sample_ids: Sequence[int],
     progress: Callable[[DecodeCost], None] | None = None,
 ) -> Rollouts:
-    """Complete examples as a pair's models read them, in their order.
+    """Complete examples as a pair's models read them, each with its own teacher, in their order.
 
-    ``settings`` is what ``decode`` is told beside models, prompts, ids and vocabulary; errors are ``decode``'s.
+    ``settings`` is what ``decode`` is told beside models, prompts, ids and vocabulary; errors are ``decode``'s. Each teacher's
+    rows are decoded together; a row's text depends on its own sample id, prompts and teacher alone.
     """
+    made: dict[int, Rollout] = {}
+    cost = DecodeCost()
+    for name, places in by_teacher(examples).items():
+        mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
+        on_round = None if progress is None else partial(_further, progress, cost)
+        rollouts = _decode_with(pair, name, mine, settings, ids, on_round)
+        for place, example, rollout in zip(places, mine, rollouts, strict=True):
+            own = example.teacher_prompt_ids
+            made[place] = dataclasses.replace(rollout, teacher=name, teacher_prompt_ids=own)
+        cost += rollouts.cost
+    return Rollouts((made[place] for place in range(len(examples))), cost)
+
+
+def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:
+    progress(before + now)
+
+
+def _decode_with(
+    pair: "Pair",
+    teacher: str,
+    examples: "Sequence[TokenizedExample]",
+    settings: Mapping[str, Any],
+    sample_ids: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None,
+) -> Rollouts:
+    """Complete examples of one teacher."""
     own = any(example.teacher_prompt_ids is not None for example in examples)
     return decode(
         pair.student,
-        pair.teacher,
+        pair.teacher_named(teacher),
         [example.prompt_ids for example in examples],
         **settings,
         sample_ids=sample_ids,

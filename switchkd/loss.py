@@ -120,7 +120,25 @@ class TeacherTopK:
         return lambda piece, logq: divergences.coarsened(logs[piece], ids[piece], logq)
 
 
-Teacher = TeacherStates | TeacherTopK
+@dataclass(frozen=True, eq=False)
+class SeveralTeachers:
+    """What several teachers say at N tokens, each at its own: ``places[i]``, ascending, are the tokens of ``parts[i]``."""
+
+    parts: Sequence[TeacherStates]
+    places: Sequence[Tensor]
+
+    def at(self, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+        found = []
+        for part, places in zip(self.parts, self.places, strict=True):
+            inside = (places >= rows.start) & (places < rows.stop)
+            found.append((places[inside] - rows.start, part.head(part.hidden[inside])))
+        logits = torch.cat([own for _, own in found])
+        order = torch.cat([places for places, _ in found]).argsort()
+        logits = logits[order]
+        return lambda piece, logq: (divergences.log_probs(logits[piece]), logq)
+
+
+Teacher = TeacherStates | TeacherTopK | SeveralTeachers
 
 
 def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:

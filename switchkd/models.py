@@ -5,13 +5,14 @@ Only safetensors and JSON are read, no code from a model folder runs, and a loca
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.errors import ConfigError, ModelError, VocabularyError, nearest
+from switchkd.errors import ConfigError, ModelError, SwitchKDError, nearest
+from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,6 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Digits, spaces, contractions, accents and code: where pre-tokenizers over one and the same vocabulary part ways.
-PROBE = "It's 20,483 km/h; isn't   3.14159?\n\n\tdef f(x): return x**2  # naïve café, 東京 42\r\nDON'T stop — №7…"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Pair:
     """A teacher (frozen) and a student (trainable) over one tokenizer, both in eval mode.
 
     ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
-    are padding. ``warnings`` are sentences to print once: the pair can be used, but differs in what they say.
+    are padding. ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
+    more teachers by name, for data rows that name one; all others have ``teacher``.
     """
 
     teacher: "PreTrainedModel"
@@ -44,6 +44,18 @@ class Pair:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     warnings: tuple[str, ...]
+    teachers: "Mapping[str, PreTrainedModel]" = field(default_factory=dict)
+
+    @property
+    def named_teachers(self) -> "dict[str, PreTrainedModel]":
+        """All teachers by name; "" is the default one."""
+        return {"": self.teacher, **self.teachers}
+
+    def teacher_named(self, name: str) -> "PreTrainedModel":
+        """The teacher of that name; raises ConfigError if there is none."""
+        if name not in self.named_teachers:
+            raise ConfigError(f"no teacher {name!r}{nearest(name, self.teachers)}; give it in teachers")
+        return self.named_teachers[name]
 
 
 def load_pair(
@@ -54,40 +66,48 @@ def load_pair(
     device: str | None = None,
     lora: "ModelConfig | None" = None,
     seed: int = 0,
+    teachers: Mapping[str, str] | None = None,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, or ``"demo"`` (for both if ``student`` is None).
 
     A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
-    The teacher ``"base"`` is the student's own base, on the same weights.
+    The teacher ``"base"`` is the student's own base, on the same weights. ``teachers`` are more of them by name; each is checked
+    as the first one is, and equal folders are loaded once.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
     tokenizers are not equal id by id or a model has too few logits rows.
     """
     teacher_name, student_name = _pair_names(teacher, student)
-    if teacher_name == BASE and lora is None and not _is_adapter(student_name):
+    sources = {"": teacher_name} | {name: _teacher_source(source) for name, source in (teachers or {}).items()}
+    if BASE in sources.values() and lora is None and not _is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
             f"teacher (a folder of that name is './{BASE}')"
         )
     student_tokenizer = load_tokenizer(student_name)
-    tokenizer = student_tokenizer if teacher_name == BASE else load_tokenizer(teacher_name)
-    vocab_size = check_vocabulary(tokenizer, student_tokenizer)
+    tokenizers = {}
+    for name, source in sources.items():  # before any weights are read
+        with _naming(name):
+            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
+            vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
     student_model = _load_student(student_name, dtype, device, lora, seed)
-    teacher_model = _load_teacher(teacher_name, dtype, device, student_model)
-    _check_logits_rows(teacher_model, vocab_size, "teacher")
-    _check_logits_rows(student_model, vocab_size, "student")
-    eos = _shared_eos(
-        eos_token_ids(teacher_model, tokenizer), eos_token_ids(student_model, student_tokenizer), vocab_size
-    )
-    warnings = _prompt_warnings(tokenizer, student_tokenizer)
+    models = _load_teachers(sources, dtype, device, student_model)
+    for name, model in models.items():
+        with _naming(name):
+            check_logits_rows(model, vocab_size, "teacher")
+            check_logits_rows(student_model, vocab_size, "student")
+            ends = (eos_token_ids(model, tokenizers[name]), eos_token_ids(student_model, student_tokenizer))
+            eos = shared_eos(*ends, vocab_size)
+    tokenizer = tokenizers.pop("")
+    warnings = prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
             "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
             "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
             "adapter already",
         )
-    return Pair(teacher_model, student_model, tokenizer, vocab_size, eos, warnings)
+    return Pair(models.pop(""), student_model, tokenizer, vocab_size, eos, warnings, models)
 
 
 def load_model(
@@ -171,22 +191,6 @@ def adapter_base(name: str) -> str:
 def student_base(name: str) -> str:
     """The model that the teacher ``"base"`` of student ``name`` is."""
     return adapter_base(_pair_names(BASE, name)[1])
-
-
-def check_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The shared vocabulary size (highest id + 1) of two tokenizers, added tokens included.
-
-    Raises VocabularyError unless both have the same token at every id and cut a probe text into the same ids: a
-    pre-tokenizer that does not split digits has the same vocabulary, and still writes other tokens.
-    """
-    teacher_vocab, student_vocab = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    if differing := sorted({token_id for _, token_id in teacher_vocab.items() ^ student_vocab.items()}):
-        raise VocabularyError(_differing_tokens(differing, teacher_vocab, student_vocab))
-    teacher_ids = teacher_tokenizer.encode(PROBE, add_special_tokens=False)
-    student_ids = student_tokenizer.encode(PROBE, add_special_tokens=False)
-    if teacher_ids != student_ids:
-        raise VocabularyError(_differing_cut(teacher_tokenizer, teacher_ids, student_ids))
-    return max(teacher_vocab.values()) + 1
 
 
 def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -278,6 +282,28 @@ def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
     )
 
 
+def _teacher_source(name: str) -> str:
+    return _locate(name)[0] if name == DEMO else name
+
+
+def _same_model(one: str, other: str) -> bool:
+    folders = [Path(name).expanduser() for name in (one, other)]
+    return one == other or (
+        BASE not in (one, other) and all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])
+    )
+
+
+@contextmanager
+def _naming(teacher: str) -> Iterator[None]:
+    """What is wrong with a named teacher is said with its name."""
+    try:
+        yield
+    except SwitchKDError as error:
+        if not teacher:
+            raise
+        raise type(error)(f"teacher {teacher!r}: {error}") from error
+
+
 def _is_adapter(name: str | Path) -> bool:
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
@@ -288,6 +314,18 @@ def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTraine
     from switchkd.base_model import BaseModel
 
     return BaseModel(student)
+
+
+def _load_teachers(
+    sources: Mapping[str, str], dtype: str, device: str | None, student: "PreTrainedModel"
+) -> "dict[str, PreTrainedModel]":
+    """The teachers by name, one model for equal sources."""
+    models: dict[str, PreTrainedModel] = {}
+    for name, source in sources.items():
+        same = next((other for other in models if _same_model(sources[other], source)), None)
+        with _naming(name):
+            models[name] = _load_teacher(source, dtype, device, student) if same is None else models[same]
+    return models
 
 
 def _load_student(
@@ -403,66 +441,3 @@ def _device(name: str | None) -> "torch.device":
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}, but PyTorch sees no CUDA device; use 'cpu', or leave device out")
     return device
-
-
-def _differing_tokens(ids: list[int], teacher_vocab: dict[str, int], student_vocab: dict[str, int]) -> str:
-    teacher = {token_id: repr(token) for token, token_id in teacher_vocab.items()}
-    student = {token_id: repr(token) for token, token_id in student_vocab.items()}
-    shown = "; ".join(
-        f"id {i}: teacher {teacher.get(i, 'nothing')}, student {student.get(i, 'nothing')}" for i in ids[:5]
-    )
-    return (
-        f"teacher ({len(teacher)} tokens) and student ({len(student)} tokens) differ at {len(ids)} ids: {shown}. "
-        "A pair must share one tokenizer id by id: choose both models from one family"
-    )
-
-
-def _differing_cut(tokenizer: "PreTrainedTokenizerBase", teacher_ids: list[int], student_ids: list[int]) -> str:
-    pairs = zip(teacher_ids, student_ids, strict=False)
-    first = next((i for i, (t, s) in enumerate(pairs) if t != s), min(len(teacher_ids), len(student_ids)))
-    teacher_part = tokenizer.convert_ids_to_tokens(teacher_ids[first : first + 5])
-    student_part = tokenizer.convert_ids_to_tokens(student_ids[first : first + 5])
-    return (
-        f"teacher and student tokenizers have the same tokens but cut text differently: at token {first} of a probe "
-        f"text the teacher writes {teacher_part}, the student {student_part}; copy the teacher's tokenizer files "
-        "into the student's folder if the student was trained with them, else choose another pair"
-    )
-
-
-def _check_logits_rows(model: "PreTrainedModel", vocab_size: int, role: str) -> None:
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise VocabularyError(
-            f"the {role} has {rows} logits rows for {vocab_size} token ids, so some tokens could never be scored; "
-            "take the tokenizer that belongs to this model"
-        )
-
-
-def _shared_eos(teacher: tuple[int, ...], student: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    if teacher != student:
-        raise ModelError(
-            f"teacher and student end texts differently: EOS ids {list(teacher)} and {list(student)}; set "
-            f"eos_token_id to {list(teacher)} in the student's generation_config.json, and check its tokenizer's "
-            "eos_token, or choose a student of the same kind (base or instruct)"
-        )
-    if teacher[-1] >= vocab_size:
-        raise ModelError(
-            f"EOS id {teacher[-1]} lies outside the shared vocabulary of {vocab_size} ids; "
-            "correct eos_token_id in both models' config.json and generation_config.json"
-        )
-    return teacher
-
-
-def _prompt_warnings(teacher: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    found = []
-    if student.chat_template is None and teacher.chat_template is not None:
-        found.append("note: the student has no chat template; the teacher's is used for both")
-    elif student.chat_template != teacher.chat_template:
-        which = "has none, so prompts stay plain" if teacher.chat_template is None else "is used for both"
-        found.append(f"teacher and student have different chat templates; the teacher's {which}")
-    if teacher.encode("a") != student.encode("a"):
-        found.append(
-            f"teacher and student put different special tokens around a text ({teacher.encode('a')} and "
-            f"{student.encode('a')} for 'a'); the teacher's are used for both"
-        )
-    return tuple(found)

@@ -17,7 +17,7 @@ class Rollout:
     the policy saw there, in the policy's own divergence and unit, NaN where it did not look. ``stop_reason`` is ``eos``
     (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
     ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read
-    before the completion, None where it read the student's prompt.
+    before the completion, None where it read the student's prompt; ``teacher`` is the name of the teacher, "" the default one.
 
     ``teacher_hidden``, if it was asked for and the teacher read every token: what entered the teacher's output layer at the
     positions that predict the completion, ``[tokens, hidden size]``. The loss then needs no second forward of the teacher.
@@ -31,6 +31,7 @@ class Rollout:
     stop_reason: str
     error: str | None = None
     teacher_prompt_ids: list[int] | None = None
+    teacher: str = ""
     teacher_hidden: "Tensor | None" = field(default=None, repr=False, compare=False)
 
     @property

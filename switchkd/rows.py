@@ -69,7 +69,7 @@ class Row:
         assert self.stop_reason is not None
         return Rollout(
             self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.stop_reason, self.error,
-            self.teacher_prompt, torch.cat(self.hidden) if self.hidden else None,
+            self.teacher_prompt, teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
 
 

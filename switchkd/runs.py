@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from switchkd import report
 from switchkd.adapters import merged
+from switchkd.base_model import BaseModel
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
@@ -27,6 +28,7 @@ from switchkd.data import (
     Example,
     Message,
     TokenizedExample,
+    by_teacher,
     load_examples,
     load_text,
     teacher_prompt_limit,
@@ -37,7 +39,6 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.evaluation import EvalSettings, Scores, evaluate
 from switchkd.loss import CHUNK_BYTES
 from switchkd.models import (
-    BASE,
     Pair,
     cache_bytes_per_token,
     context_length,
@@ -61,7 +62,7 @@ FREE_ON_RESUME = {
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
     "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
-    "teacher_prompt", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
+    "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
 
 
@@ -115,11 +116,12 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
     ``seed`` is the key of a new adapter's weights.
     """
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
-    pair = load_pair(*names, dtype=config.dtype, lora=config if config.use_peft else None, seed=seed)
+    lora = config if config.use_peft else None
+    pair = load_pair(*names, dtype=config.dtype, lora=lora, seed=seed, teachers=config.teachers)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    for model in (pair.teacher, pair.student):
+    for model in dict.fromkeys([*pair.named_teachers.values(), pair.student]):
         verify_cache(model)
     return pair
 
@@ -130,14 +132,15 @@ def load_task(
     file: str,
     limit: int | None = None,
     quiet: bool = False,
-    *,
     teacher_prompt: str = "",
+    teacher_field: str = "",
 ) -> list[TokenizedExample]:
     """Read and tokenise a data file; prints how many examples are used, and what was left out and why.
 
-    ``teacher_prompt`` is given where a teacher is to judge or write: not in evaluation, which compares models on one prompt.
+    ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
+    models on one prompt with the default teacher.
     """
-    examples = load_examples(file, limit, config.skip_bad)
+    examples = load_examples(file, limit, config.skip_bad, teacher_field=teacher_field, teachers=pair.teachers)
     tokenized, drops = tokenize(
         examples,
         pair.tokenizer,
@@ -153,16 +156,25 @@ def load_task(
         f"completions cut at {config.max_completion_length} tokens": drops.truncated,
     }
     notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
+    if teacher_field:
+        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(tokenized).items())
+        notes += f"; teachers: {', '.join(shares)}"
     if not quiet:
         report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
     return tokenized
+
+
+def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
+    """The examples of train_file, each with its teacher and what that one reads."""
+    own = config.teacher_prompt, config.teacher_field
+    return load_task(config, pair, config.train_file, None, quiet, *own)
 
 
 def load_training_text(
     config: TrainConfig, pair: Pair, quiet: bool = False
 ) -> tuple[list[TokenizedExample], TeacherCache | None]:
     """The examples that a run trains on, and what the teacher says of them where it keeps that; both made where missing."""
-    examples = load_task(config, pair, config.train_file, quiet=quiet, teacher_prompt=config.teacher_prompt)
+    examples = load_train(config, pair, quiet)
     if config.mix.wants_teacher_text:
         decoding = {k: v for k, v in config.decode_arguments().items() if k != "policy"}
         with _stored(config, "teacher text", len(examples), quiet) as (folder, advance):
@@ -228,8 +240,9 @@ def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[Tok
 def check_context(config: TrainConfig, pair: Pair) -> None:
     """Raise ConfigError if a prompt and its completion may not fit into the models' context."""
     completion = max(config.max_new_tokens, config.max_completion_length)
-    prompts = {"teacher": longest_teacher_prompt(config, pair), "student": config.max_prompt_length}
-    for (name, prompt), model in zip(prompts.items(), (pair.teacher, pair.student), strict=True):
+    longest = longest_teacher_prompt(config, pair)
+    reads = [(_role(name), longest, model) for name, model in pair.named_teachers.items()]
+    for name, prompt, model in [*reads, ("student", config.max_prompt_length, pair.student)]:
         context = context_length(model)
         if prompt + completion > context:
             what = (
@@ -239,6 +252,10 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
                 f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}; lower "
                 "max_prompt_length, max_new_tokens or max_completion_length"
             )
+
+
+def _role(teacher: str) -> str:
+    return f"teacher {teacher!r}" if teacher else "teacher"
 
 
 def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
@@ -324,7 +341,7 @@ def _train(trainer: Trainer, quiet: bool) -> None:
 def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
     pair = open_pair(config, seed=config.seed)
-    train = load_task(config, pair, config.train_file, teacher_prompt=config.teacher_prompt)
+    train = load_train(config, pair)
     heldout = load_heldout(config, pair)
     check_context(config, pair)
     trainer = Trainer(
@@ -334,10 +351,9 @@ def check_run(config: TrainConfig) -> list[str]:
         validation=load_validation(config, pair, heldout),
         corpus=load_corpus(config, pair),
     )
-    models = {
-        "teacher": (config.teacher_model_name_or_path, pair.teacher),
-        "student": (config.student_model_name_or_path, pair.student),
-    }
+    sources = {"": config.teacher_model_name_or_path, **config.teachers}
+    models = {_role(name): (sources[name], model) for name, model in pair.named_teachers.items()}
+    models["student"] = config.student_model_name_or_path, pair.student
     lines = [
         f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, {config.dtype}, "
         f"{model.get_output_embeddings().weight.shape[0]} logits rows"
@@ -355,13 +371,15 @@ def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
     trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    prompts = (pair.teacher, longest_teacher_prompt(config, pair)), (pair.student, config.max_prompt_length)
-    cache = rows * sum((prompt + config.max_new_tokens) * cache_bytes_per_token(model) for model, prompt in prompts)
+    teachers = list(dict.fromkeys(pair.named_teachers.values()))
+    # One teacher writes at a time.
+    cache = (longest_teacher_prompt(config, pair) + config.max_new_tokens) * max(map(cache_bytes_per_token, teachers))
+    cache += (config.max_prompt_length + config.max_new_tokens) * cache_bytes_per_token(pair.student)
     return {
-        "teacher": 0.0 if config.teacher_model_name_or_path == BASE else parameter_bytes(pair.teacher),
+        "teacher": float(sum(parameter_bytes(model) for model in teachers if not isinstance(model, BaseModel))),
         "student": parameter_bytes(pair.student),
         "gradients": trained,
         "optimizer": 2 * trained,
         "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
-        "key/value caches": cache if config.mix.generates else 0.0,
+        "key/value caches": rows * cache if config.mix.generates else 0.0,
     }

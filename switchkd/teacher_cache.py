@@ -179,6 +179,8 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
         raise DataError("no examples to keep the teacher's output of; give a train_file with at least one usable row")
     if kind not in get_args(Kind):
         raise ConfigError(f"unknown kind of teacher cache {kind!r}{nearest(kind, get_args(Kind))}")
+    if others := sorted({example.teacher for example in examples} - {""}):
+        raise ConfigError(f"a teacher cache keeps the words of one teacher, and examples name {others[0]!r}; use none")
     weight = pair.teacher.get_output_embeddings().weight
     header = {"format": _FORMAT, "kind": kind, "vocab_size": pair.vocab_size}
     if kind == "hidden":

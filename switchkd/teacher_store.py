@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from switchkd.checkpoint import write_file
 from switchkd.data import TokenizedExample
@@ -46,15 +47,23 @@ def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions
 
     ``teacher_weights``: names, dtypes, shapes and bytes of its parameters and buffers, the same on any device ·
     ``teacher_config`` · ``tokenizer``: its vocabulary · ``examples``: ids and prompt tokens (the teacher's too, where it has
-    its own) in order, and the completion tokens if ``completions`` says that they matter.
+    its own) in order, and the completion tokens if ``completions`` says that they matter · where there are several teachers,
+    ``teachers``: names, weights and configs of the named ones, and ``teacher_of_example``.
     """
-    config = {k: v for k, v in pair.teacher.config.to_dict().items() if k not in _CONFIG_NOISE}
-    return {
+    parts = {
         "teacher_weights": weights_sha256(pair.teacher),
-        "teacher_config": json_sha256(config),
+        "teacher_config": _config_sha256(pair.teacher),
         "tokenizer": json_sha256(pair.tokenizer.get_vocab()),
         "examples": _examples_sha256(examples, completions),
     }
+    if pair.teachers:
+        named = {name: [weights_sha256(model), _config_sha256(model)] for name, model in pair.teachers.items()}
+        parts |= {"teachers": json_sha256(named), "teacher_of_example": json_sha256([e.teacher for e in examples])}
+    return parts
+
+
+def _config_sha256(model: PreTrainedModel) -> str:
+    return json_sha256({k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_NOISE})
 
 
 def weights_sha256(model: nn.Module) -> str:

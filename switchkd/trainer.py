@@ -21,14 +21,23 @@ from accelerate.utils import gather_object
 from switchkd.cache import evaluating
 from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_file
 from switchkd.config import TrainConfig
-from switchkd.data import TokenizedExample, batch_indices, collate
+from switchkd.data import TokenizedExample, batch_indices, by_teacher, collate
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from switchkd.loss import Head, Teacher, TeacherStates, TeacherTopK, response_hidden, response_tokens, total
+from switchkd.loss import (
+    Head,
+    SeveralTeachers,
+    Teacher,
+    TeacherStates,
+    TeacherTopK,
+    response_hidden,
+    response_tokens,
+    total,
+)
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.objectives import CrossEntropy, Objective
-from switchkd.policies import STUDENT, TEACHER
+from switchkd.policies import TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.teacher_cache import TeacherCache
@@ -86,8 +95,10 @@ class Trainer:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = _adamw(pair.student, config)
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
-        pair.teacher.to(self.accelerator.device)
-        self.heads = [Head.of(model, pair.vocab_size) for model in (pair.student, pair.teacher)]
+        self.head, self.teacher_heads = Head.of(pair.student, pair.vocab_size), {}
+        for name, teacher in pair.named_teachers.items():
+            teacher.to(self.accelerator.device)
+            self.teacher_heads[name] = Head.of(teacher, pair.vocab_size)
 
     def train(
         self,
@@ -293,23 +304,31 @@ class Trainer:
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
         hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
-        return total(
-            objective, teacher, self.heads[STUDENT], hidden, response_tokens(batch, [r.speakers for r in rows])
-        )
+        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
 
     @torch.no_grad()
     def _teacher(self, rows: Rows, device: torch.device) -> Teacher:
-        """What the teacher says at the response tokens: kept if it has read every row before, else it reads them now."""
+        """What each row's teacher says at the row's response tokens."""
         if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
             ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
             return TeacherTopK(torch.cat(ids).to(device), torch.cat(logs).to(device))
+        groups = by_teacher(rows)
+        parts = [self._states(name, [rows[place] for place in places], device) for name, places in groups.items()]
+        if len(parts) == 1:
+            return parts[0]
+        tokens = torch.arange(sum(len(row.completion_ids) for row in rows), device=device)
+        own = tokens.split([len(row.completion_ids) for row in rows])
+        return SeveralTeachers(parts, [torch.cat([own[place] for place in places]) for places in groups.values()])
+
+    def _states(self, teacher: str, rows: Rows, device: torch.device) -> TeacherStates:
+        """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
         known = [row.teacher_hidden for row in rows if row.teacher_hidden is not None]
         if len(known) == len(rows):
             hidden = torch.cat([states.to(device) for states in known])
         else:
             batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
-            hidden = response_hidden(self.pair.teacher, batch.to(device))
-        return TeacherStates(self.heads[TEACHER], hidden)
+            hidden = response_hidden(self.pair.teacher_named(teacher), batch.to(device))
+        return TeacherStates(self.teacher_heads[teacher], hidden)
 
     def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
