@@ -62,7 +62,8 @@ FREE_ON_RESUME = {
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
     "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
-    "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache", "teacher_cache_top_k",
+    "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache",
+    "teacher_cache_top_k",
 }  # fmt: skip
 
 
