@@ -66,8 +66,8 @@ def pair(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = CHATML
     return (
-        Path(save_llama(folder / "teacher", tokenizer, 1, layers=25)),
-        Path(save_llama(folder / "student", tokenizer, 2)),
+        Path(save_llama(folder / "teacher", tokenizer, 1, layers=25, max_position_embeddings=1024)),
+        Path(save_llama(folder / "student", tokenizer, 2, max_position_embeddings=1024)),
     )
 
 
