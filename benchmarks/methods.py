@@ -1,6 +1,6 @@
 """Every rule for who writes: the block engine against a plain loop of two models, and what the rule makes of the text.
 
-Rules are those of the recipes, at half of training where they change over it. Rows write their whole budget, sampled at
+Rules are those of the recipes, at a quarter of training where they change over it. Rows write their whole budget, sampled at
 temperature 1; a contender is timed from token ids to token ids, reading the prompts included.
 """
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(name: str, pair: Pair, prompts: list[list[int]], new_tokens: int, repeats: int) -> list[Row]:
     """The two contenders of a rule; none if its trigger words are no tokens of this pair."""
     try:
-        policy: Policy = load_recipe(name).policy.bind(pair.tokenizer, new_tokens).at(0.5)
+        policy: Policy = load_recipe(name).policy.bind(pair.tokenizer, new_tokens).at(0.25)
     except ConfigError:
         return []
     costs = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` a
     from torch import Tensor
 
 LN2 = math.log(2.0)  # nats in one bit
+# Tokens among which a nucleus is looked for first.
+_FEW = 256
 # The log of no mass: finite, so that no gradient is NaN, and its exponential is 0 in every dtype.
 _NO_MASS = -1e4
 
@@ -98,15 +100,25 @@ def coarsened(logp_topk: Tensor, ids: Tensor, logq: Tensor) -> tuple[Tensor, Ten
 
 
 def sharpened(logs: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities at a temperature, cut to the fewest tokens whose mass reaches ``top_p``."""
+    """Log-probabilities ``[B, V]`` at a temperature, cut to the fewest tokens whose mass reaches ``top_p`` and renormalised."""
     if temperature != 1:
         logs = (logs / temperature).log_softmax(-1)
-    if top_p < 1:
-        ordered, index = logs.sort(descending=True)
-        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = ordered.masked_fill(mass_before >= top_p, -math.inf)
-        logs = cut.gather(1, index.argsort()).log_softmax(-1)
-    return logs
+    if top_p == 1:
+        return logs
+    # A nucleus is mostly small, and a CPU sorts slowly; rows where it is not are sorted whole, each for itself.
+    few = _FEW if logs.device.type == "cpu" else logs.shape[-1]
+    best, index = logs.topk(min(few, logs.shape[-1]))
+    cut = logs.new_full(logs.shape, -math.inf).scatter(-1, index, _nucleus(best, top_p))
+    if best.shape[-1] < logs.shape[-1] and (short := best.exp().sum(-1) < top_p).any():
+        ordered, index = logs[short].sort(descending=True)
+        cut[short] = _nucleus(ordered, top_p).gather(-1, index.argsort())
+    return cut.log_softmax(-1)
+
+
+def _nucleus(ordered: Tensor, top_p: float) -> Tensor:
+    """Descending log-probabilities without those behind a mass of ``top_p``."""
+    p = ordered.exp()
+    return ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
 
 
 def largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Tensor]:

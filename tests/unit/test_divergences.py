@@ -222,3 +222,15 @@ def test_the_largest_blend_uses_its_budget_up_and_never_more(dtype, tolerance, s
     assert (found <= budget).all() and m.dtype == dtype
     torch.testing.assert_close(found.double(), spent(low)[:, 0], atol=1e-6, rtol=tolerance)
     torch.testing.assert_close(m.double().exp(), ((1 - low) * q + low * p).softmax(-1), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("few", [1, 3, 256])
+def test_a_nucleus_is_the_fewest_tokens_that_reach_the_mass(few, monkeypatch):
+    """Whether it is found among a few tokens or by a whole sort, row by row."""
+    monkeypatch.setattr(divergences, "_FEW", few)
+    logs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.05, 0.9, 0.03, 0.02], [0.25, 0.24, 0.26, 0.25]]).double().log()
+    expected = [[4 / 7, 3 / 7, 0, 0], [0, 1, 0, 0], [0.25 / 0.76, 0, 0.26 / 0.76, 0.25 / 0.76]]
+    torch.testing.assert_close(divergences.sharpened(logs, 1.0, 0.6).exp(), torch.tensor(expected).double())
+    cooler = (logs / 0.5).log_softmax(-1)
+    torch.testing.assert_close(divergences.sharpened(logs, 0.5, 1.0), cooler)
+    torch.testing.assert_close(divergences.sharpened(logs, 0.5, 0.6), divergences.sharpened(cooler, 1.0, 0.6))
