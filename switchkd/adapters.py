@@ -1,7 +1,7 @@
 """LoRA on a student: put on, opened, saved, merged.
 
-The adapter sits inside the model's own class (transformers' integration of peft), so that decoding, loss and evaluation see
-a causal language model as before. Only the adapter is trained and saved. peft is imported when an adapter is asked for.
+The adapter sits inside the model's own class (peft's injection), so that decoding, loss and evaluation see a causal language
+model as before. Only the adapter is trained and saved. peft is imported when an adapter is asked for.
 """
 
 import copy
@@ -164,7 +164,9 @@ def require(package: str) -> Any:
 
 def _inject(model: PreTrainedModel, lora: "LoraConfig") -> None:
     name = model.name_or_path
-    model.add_adapter(lora, NAME)
+    # What add_adapter does; that one also asks for a peft as new as the transformers, which may not be there yet.
+    require("peft").inject_adapter_in_model(lora, model, NAME)
+    model._hf_peft_config_loaded = True
     model.eval()  # new modules are born in training mode
     # A folder's own name, so that the adapter opens from anywhere; sorted, so that equal adapters have equal files.
     lora.base_model_name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
