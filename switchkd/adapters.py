@@ -165,6 +165,7 @@ def require(package: str) -> Any:
 def _inject(model: PreTrainedModel, lora: "LoraConfig") -> None:
     name = model.name_or_path
     # What add_adapter does; that one also asks for a peft as new as the transformers, which may not be there yet.
+    lora.inference_mode = False  # as which peft saves every adapter
     require("peft").inject_adapter_in_model(lora, model, NAME)
     model._hf_peft_config_loaded = True
     model.eval()  # new modules are born in training mode
