@@ -47,14 +47,10 @@ class GroundTruth(Mix):
 
 
 @dataclass(frozen=True)
-class TeacherText(Mix):
+class TeacherText(GroundTruth):
     """SeqKD (arXiv 1606.07947): the teacher's completion of every prompt, generated once, stored and read again."""
 
-    generates = False
     wants_teacher_text = True
-
-    def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
-        return "examples"
 
 
 @dataclass(frozen=True)

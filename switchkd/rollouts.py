@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from switchkd.errors import DataError, NonFiniteError, SwitchKDError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,6 +40,11 @@ class Rollout:
     def teacher_reads(self) -> list[int]:
         """The prompt as the teacher read it."""
         return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    def failure(self, where: str) -> SwitchKDError:
+        """The error to raise for a row that could not be decoded; ``where`` says what it was for."""
+        error = NonFiniteError if self.stop_reason == "non_finite" else DataError
+        return error(f"{where}: {self.error}")
 
     @property
     def teacher_share(self) -> float:

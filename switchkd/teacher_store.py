@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from switchkd.checkpoint import write_file
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, DataError, NonFiniteError
+from switchkd.errors import CheckpointError, DataError
 from switchkd.models import Pair
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
@@ -207,9 +207,7 @@ def teacher_texts(
         made = _sound_rows(rollouts)
         _append(folder, header, made)
         if len(made) < len(part):
-            failed = rollouts[len(made)]
-            error = NonFiniteError if failed.stop_reason == "non_finite" else DataError
-            raise error(f"{part[len(made)].source}: the teacher cannot complete it: {failed.error}")
+            raise rollouts[len(made)].failure(f"{part[len(made)].source}: the teacher cannot complete it")
         rows += made
         progress(len(made))
     _seal(folder, len(rows))

@@ -23,7 +23,7 @@ from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, w
 from switchkd.config import TrainConfig
 from switchkd.data import TokenizedExample, batch_indices, by_teacher, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchkd.errors import CheckpointError, ConfigError, NonFiniteError
 from switchkd.loss import (
     Head,
     SeveralTeachers,
@@ -271,8 +271,7 @@ class Trainer:
         rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
         for rollout, example in zip(rollouts, examples, strict=True):
             if rollout.error:
-                error = NonFiniteError if rollout.stop_reason == "non_finite" else DataError
-                raise error(f"step {self.step + 1}, {example.source}: {rollout.error}")
+                raise rollout.failure(f"step {self.step + 1}, {example.source}")
         return rollouts
 
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:

@@ -224,6 +224,18 @@ def test_the_largest_blend_uses_its_budget_up_and_never_more(dtype, tolerance, s
     torch.testing.assert_close(m.double().exp(), ((1 - low) * q + low * p).softmax(-1), atol=tolerance, rtol=tolerance)
 
 
+def test_blends_and_nuclei_of_a_row_do_not_depend_on_its_neighbours():
+    """To the last bit: a block of any batch must decide as the row alone does. Rows need different numbers of steps."""
+    generator = torch.Generator().manual_seed(2)
+    spread = torch.tensor([0.3, 1.0, 3.0, 6.0] * 6).double().unsqueeze(1)
+    q, p = ((spread * torch.randn(24, 400, generator=generator).double()).log_softmax(-1) for _ in range(2))
+    together = [*divergences.largest_blend(q, p, 0.2), divergences.sharpened(q, 0.7, 0.9)]
+    for row in range(24):
+        mine = slice(row, row + 1)
+        alone = [*divergences.largest_blend(q[mine], p[mine], 0.2), divergences.sharpened(q[mine], 0.7, 0.9)]
+        assert all(torch.equal(a, b[mine]) for a, b in zip(alone, together, strict=True))
+
+
 @pytest.mark.parametrize("few", [1, 3, 256])
 def test_a_nucleus_is_the_fewest_tokens_that_reach_the_mass(few, monkeypatch):
     """Whether it is found among a few tokens or by a whole sort, row by row."""
