@@ -217,6 +217,15 @@ def distilled_pair(steps: int, device: str) -> Pair:
     return load_pair("demo", str(folder) if steps else None, device=device)
 
 
+def workload(options: Options, rows: int) -> Workload:
+    """The demo pair after some distillation with ``rows`` questions; tiny random models in a quick run."""
+    if options.quick:
+        pair = random_pair(options.device, quick=True)
+        return pair, random_examples(pair, rows)
+    pair = distilled_pair(DISTILLED_STEPS, options.device)
+    return pair, question_examples(pair, rows)
+
+
 def random_pair(device: str, quick: bool = False) -> Pair:
     """Random Llamas, the teacher ten times the student, whose keyed draws agree about nine times in ten.
 

@@ -15,15 +15,12 @@ from benchmarks.harness import (
     Row,
     decode_cost,
     describe,
-    distilled_pair,
     forwards,
     parse,
     print_table,
     publish,
-    question_examples,
-    random_examples,
-    random_pair,
     side_by_side,
+    workload,
 )
 from benchmarks.naive import naive_decode
 from switchkd.config import load_recipe
@@ -38,12 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every rule, print the table, write methods.json and methods.png."""
     options = parse(argv, "methods", __doc__)
     batch, new_tokens = (2, 6) if options.quick else (8, 64)
-    if options.quick:
-        pair = random_pair(options.device, quick=True)
-        examples = random_examples(pair, batch)
-    else:
-        pair = distilled_pair(DISTILLED_STEPS, options.device)
-        examples = question_examples(pair, batch)
+    pair, examples = workload(options, batch)
     prompts = [example.prompt_ids for example in examples]
     rows = [row for name in RECIPES for row in measure(name, pair, prompts, new_tokens, options.repeats)]
     print_table(f"{batch} rows, {new_tokens} new tokens each", rows)

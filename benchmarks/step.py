@@ -32,17 +32,14 @@ from benchmarks.harness import (
     Row,
     accelerator,
     describe,
-    distilled_pair,
     installed,
     parse,
     print_table,
     publish,
-    question_examples,
-    random_examples,
-    random_pair,
     side_by_side,
     synchronize,
     timed,
+    workload,
 )
 from switchkd.config import TrainConfig, load_recipe
 from switchkd.data import TokenizedExample
@@ -67,12 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all contenders, print the table, write step.json and step.png."""
     options = parse(argv, "step", __doc__)
     rows, new_tokens = (2, 4) if options.quick else (8, 64)
-    if options.quick:
-        pair = random_pair(options.device, quick=True)
-        examples = random_examples(pair, rows)
-    else:
-        pair = replace(distilled_pair(DISTILLED_STEPS, options.device), eos_token_ids=())
-        examples = question_examples(pair, rows)
+    pair, examples = workload(options, rows)
+    pair = replace(pair, eos_token_ids=())  # every row writes its whole budget
     settings = {
         "rows": rows,
         "new_tokens": new_tokens,
