@@ -42,7 +42,7 @@ def trained(folder, processes, mix):
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(SCRIPT.format(tests=str(TESTS), output=str(folder), processes=processes, mix=mix))
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29617"]
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(script)],
         capture_output=True,
