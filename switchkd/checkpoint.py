@@ -112,7 +112,7 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
     """
     verify(folder)
     try:
-        _read_weights(folder, model)
+        load_weights(folder, model)
     except (RuntimeError, ModelError) as error:
         raise CheckpointError(f"{folder} belongs to another model: {error}") from error
     _load_optimizer(folder, model, optimizer)
@@ -143,7 +143,8 @@ def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     tokenizer.save_pretrained(folder)
 
 
-def _read_weights(folder: Path, model: PreTrainedModel) -> None:
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Put the weights that ``save_model`` wrote, or the adapter's, into a model of that kind."""
     if has_adapter(model):
         load_adapter(model, folder)
     else:

@@ -7,14 +7,15 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 from switchkd.config import NOUNS, DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, nearest
+from switchkd.policies import Policy, StudentOnly
 
 Config = TypeVar("Config")
 
@@ -37,8 +38,14 @@ class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
 class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
     """Score teacher and student on held-out examples."""
 
-    output_file: str | None = None
-    """Write the scores and every setting here as JSON."""
+    eval_samples: int = -1
+    """Held-out examples to evaluate on, the first of the file; -1 takes all."""
+    policy: Policy = field(default_factory=StudentOnly)
+    """Who writes the completions that are scored as the student's; the teacher always writes its own alone."""
+    only: Literal["", "teacher", "student"] = ""
+    """Evaluate this one alone."""
+    output_file: str = ""
+    """Write scores and settings here as JSON, the text beside it; default evaluation-TASK.json in the run given."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ class PruneConfig:
 @dataclass(frozen=True)
 class MethodsConfig:
     """List the recipes that ship with the package."""
+
+
+# Settings that a command has of its own, and does not take from a recipe or run.
+NOT_FROM_RECIPE: dict[type, tuple[str, ...]] = {EvaluateConfig: ("policy", "eval_samples")}
 
 
 def train(config: TrainConfig) -> None:
@@ -122,14 +133,14 @@ def _unused(folder: str) -> str:
 def generate(config: GenerateConfig) -> None:
     from switchkd.decoding import decode_examples
     from switchkd.report import bar, console, cost_line, print_rollout
-    from switchkd.runs import load_task, open_pair, prompt_examples
+    from switchkd.runs import DEFAULT_HELDOUT, load_task, open_pair, prompt_examples
 
     pair = open_pair(config)
     if config.prompt:
         examples = prompt_examples(config.prompt, config.template, pair)
     else:
         own = config.teacher_prompt, config.teacher_field
-        examples = load_task(config, pair, config.eval_file, config.limit, False, *own)
+        examples = load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, config.limit, False, *own)
     settings = config.decode_arguments() | {
         "policy": config.policy.bind(pair.tokenizer, config.max_new_tokens),
         "seed": config.seed,
@@ -154,17 +165,25 @@ def generate(config: GenerateConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from switchkd.report import console, score_table
-    from switchkd.runs import load_task, open_pair, score, write_scores
+    from switchkd.report import console, print_results
+    from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
 
     # The default teacher alone is compared with.
     pair = open_pair(dataclasses.replace(config, teachers={}, teacher_field=""))
-    examples = load_task(config, pair, config.eval_file, config.eval_samples)
-    models = {"teacher": pair.teacher, "student": pair.student}
-    scores = {name: score(pair, model, examples, config, name) for name, model in models.items()}
-    console.print(score_table(scores))
-    if config.output_file:
-        write_scores(Path(config.output_file), config, scores)
+    heldout = load_heldout(config, pair)
+    models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
+    results = {
+        name: score(pair, model, heldout, eval_settings(config, policy), name)
+        for name, (model, policy) in models.items()
+        if config.only in ("", name)
+    }
+    settings = all_settings(config, heldout, eval_settings(config, config.policy))
+    print_results(results, settings)
+    run = run_of(config.student_model_name_or_path)
+    file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
+    if file:
+        write_scores(file, heldout, settings, results)
+        console.print(f"scores in {file}", soft_wrap=True)
 
 
 def check(config: TrainConfig) -> None:
@@ -266,7 +285,9 @@ def _defaults(cls: type[Config], path: str) -> Config:
     recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     if cls is not TrainConfig and (folder / "student").is_dir():
         recipe = _with_student(recipe, str(folder / "student"))
-    return cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(cls) if hasattr(recipe, f.name)})  # type: ignore[arg-type]
+    own = NOT_FROM_RECIPE.get(cls, ())
+    names = [f.name for f in dataclasses.fields(cls) if hasattr(recipe, f.name) and f.name not in own]  # type: ignore[arg-type]
+    return cls(**{name: getattr(recipe, name) for name in names})
 
 
 def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:

@@ -32,6 +32,14 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
 }
 
 
+def check_at_least(config: Any, least: dict[str, float]) -> None:
+    """Raise ConfigError for the first setting that is below its least value, infinite or NaN."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not low <= value < math.inf:
+            raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
 class _Settings:
     """The end of the chain of checks: a command's settings are checked by every class that they come from."""
 
@@ -93,8 +101,8 @@ class DataConfig(_Settings):
 
     train_file: str = "gsm8k-sample:train"
     """JSONL file, plain or gzip: prompt+completion, messages, Alpaca, GSM8K or DialogSum fields."""
-    eval_file: str = "gsm8k-sample:heldout"
-    """Held-out JSONL file for the table of before and after."""
+    eval_file: str = ""
+    """Held-out JSONL file to score on; default the task's own data on the hub, and for no task `gsm8k-sample:heldout`."""
     template: Literal["chat", "alpaca", "none"] = "chat"
     """The model's chat template, the Alpaca template, or the prompt as it is."""
     max_prompt_length: int = 256
@@ -148,17 +156,34 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """How before and after are compared."""
+class EvalConfig(_Settings):
+    """How a model is scored on held-out examples."""
 
+    task: str = "auto"
+    """How completions are scored: a name of `switchkd tasks`, or auto, which goes by the fields of eval_file."""
     eval_samples: int = 64
-    """Held-out examples to evaluate on."""
+    """Held-out examples to evaluate on, the first of the file; -1 takes all, 0 none."""
     eval_max_new_tokens: int = 128
-    """Token budget of a completion that ROUGE-L is computed on."""
+    """Token budget of a completion that is scored."""
     eval_temperature: float = 0.0
     """Sampling temperature of these completions; 0 is greedy."""
-    seed: int = 0
-    """Key of all randomness, with the step or with the sample and position."""
+    eval_seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    """Seeds of sampled completions, one of each example under each; greedy ones are made once."""
+    eval_own_text: bool = False
+    """Also measure the divergence to the teacher on the completions, and how ROUGE-L goes with it by length."""
+    eval_backend: Literal["engine", "generate"] = "engine"
+    """What writes the completions: this project's engine, or transformers' generate to check it against."""
+    per_device_eval_batch_size: int = 32
+    """Rows decoded together in evaluation. Moves time, never a score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"eval_samples": -1, "eval_max_new_tokens": 1, "eval_temperature": 0.0, "per_device_eval_batch_size": 1}
+        check_at_least(self, least)
+        if self.eval_temperature and not self.eval_seeds:
+            raise ConfigError(f"eval_temperature {self.eval_temperature:g} needs eval_seeds, at least one")
+        if min(self.eval_seeds, default=0) < 0 or len(set(self.eval_seeds)) < len(self.eval_seeds):
+            raise ConfigError(f"eval_seeds must be different numbers from 0, got {list(self.eval_seeds)}")
 
 
 @dataclass(frozen=True)
@@ -185,10 +210,16 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """JSONL of plain `text` rows for a language-modelling loss beside the objective."""
     lm_weight: float = 1.0
     """Weight of that loss, a mean over its own tokens."""
+    seed: int = 0
+    """Key of all randomness in training, with the step or with the sample and position."""
     max_steps: int = -1
-    """Optimizer steps; -1 counts num_train_epochs."""
+    """Optimizer steps; -1 counts num_train_epochs, or goes on until a budget below is spent."""
     num_train_epochs: float = 1.0
-    """Passes over the training file where max_steps is -1."""
+    """Passes over the training file where max_steps is -1 and there is no other budget."""
+    max_train_tokens: int = 0
+    """End after the step in which so many response tokens have been trained on; 0 sets no such budget."""
+    max_train_seconds: float = 0.0
+    """End after the step in which training has taken so long, evaluation not counted; 0 sets no such budget."""
     per_device_train_batch_size: int = 8
     """Rows in one forward and backward of one process."""
     gradient_accumulation_steps: int = 1
@@ -215,6 +246,12 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Steps between checkpoints; 0 saves at the end only."""
     save_total_limit: int = 2
     """Checkpoints kept."""
+    eval_on_start: bool = True
+    """Score teacher and untrained student before the first step."""
+    eval_steps: int = 0
+    """Steps between evaluations of the student in the run, into metrics.jsonl; 0 evaluates at the end only."""
+    metric_for_best_model: str = ""
+    """Score by which the best student that eval_steps saw becomes `student/`; without one, the last does."""
     output_dir: str = "runs/switchkd"
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
     merge: bool = False
@@ -224,17 +261,15 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least = {
+        least = {
             "max_prompt_length": 1, "max_completion_length": 1, "skip_bad": 0, "max_new_tokens": 1, "block_size": 0,
-            "generation_batch_size": 1, "generation_memory_gib": 0.0, "eval_samples": 0, "eval_max_new_tokens": 1, "max_steps": -1,
+            "generation_batch_size": 1, "generation_memory_gib": 0.0, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
-            "temperature": 0.0, "eval_temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
+            "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
+            "eval_steps": 0, "max_train_tokens": 0, "max_train_seconds": 0.0,
         }  # fmt: skip
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise ConfigError(f"{name} must be at least {low}, got {value}")
+        check_at_least(self, least)
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs must be above 0 where max_steps is -1, got {self.num_train_epochs}")
         if self.max_new_tokens_start > self.max_new_tokens:
@@ -244,6 +279,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if self.merge and (not self.use_peft or self.load_in_4bit):
             why = "there is no adapter: set use_peft" if not self.use_peft else "weights in 4 bits would round it away"
             raise ConfigError(f"merge adds an adapter to the student's weights, and {why}; or drop merge")
+        if self.metric_for_best_model and not (self.eval_steps and self.eval_samples):
+            raise ConfigError(
+                f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"
+            )
         self._check_importance_weights()
         self._check_teacher_cache()
 
@@ -379,11 +418,14 @@ def _typed(value: Any, hint: Any, source: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(_typed(item, typing.get_args(option)[0], f"{source}[{i}]") for i, item in enumerate(value))
         if typing.get_origin(option) is dict and isinstance(value, dict):
-            items = ((_typed(k, str, f"{source}, the name"), _typed(v, str, f"{source} {k}")) for k, v in value.items())
+            kind = typing.get_args(option)[1]
+            items = (
+                (_typed(k, str, f"{source}, the name"), _typed(v, kind, f"{source} {k}")) for k, v in value.items()
+            )
             return dict(items)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if option is type(value) or (option is types.NoneType and value is None):
+        if option is Any or option is type(value) or (option is types.NoneType and value is None):
             return value
         if option is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             try:

@@ -1,133 +1,279 @@
-"""Before and after: divergence to the teacher, perplexity and ROUGE-L on held-out examples.
+"""Scores of a model on held-out examples: its own completions against references, and its distributions against the teacher's.
 
-Evaluation draws no random numbers of its own: generated text is keyed by (seed, example id, position).
+Evaluation draws no random numbers of its own: generated text is keyed by (seed, example id, position), so neither the batch
+size nor the other examples can move a score, and training goes on as if nobody had looked.
+
+p is the teacher, q the scored model; N examples, S sampling seeds.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
 from switchkd.cache import evaluating
-from switchkd.data import Batch, TokenizedExample, collate
+from switchkd.data import TokenizedExample, collate
 from switchkd.decoding import decode
 from switchkd.divergences import forward_kl, log_probs
-from switchkd.errors import DataError
+from switchkd.errors import ConfigError, DataError
+from switchkd.generate_backend import complete_by_generate
 from switchkd.loss import Head, response_hidden
 from switchkd.models import Pair
-from switchkd.policies import StudentOnly
-from switchkd.rollouts import Rollout, mean
+from switchkd.policies import Policy, StudentOnly
+from switchkd.results import Completion, Evaluation
+from switchkd.rollouts import DecodeCost
+from switchkd.statistics import Values
+from switchkd.tasks import Task
 
+# Positions in the response, from 0, whose divergence is shown on its own: first and last of each band.
+POSITION_BANDS = {"0-10": (0, 10), "11-50": (11, 50), "51+": (51, 2**63)}
+# Response tokens whose two distributions over the vocabulary are held at a time.
+_TOKENS_AT_ONCE = 512
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one model on held-out examples.
-
-    ``forward_kl`` is KL(teacher ‖ model) in nats per reference token, ``perplexity`` that of the reference tokens,
-    ``rouge_l`` the mean ROUGE-L F1 × 100 (stemmed, best over an example's references) of ``examples`` completions.
-    """
-
-    forward_kl: float
-    perplexity: float
-    rouge_l: float
-    examples: int
-    reference_tokens: int
+Progress = Callable[[int, str | None], None]  # told of examples that are done, and what to show beside the bar
+Prompt = tuple[list[int], list[int]]  # token ids of a prompt and its response
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Everything the scores depend on beside models and examples; stored with them."""
+    """Everything the scores depend on beside task, models and examples; stored with them."""
 
     max_new_tokens: int
     temperature: float = 0.0
-    seed: int = 0
+    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    own_text: bool = False
+    backend: str = "engine"
+    policy: Policy = field(default_factory=StudentOnly)
     batch_size: int = 32
-    score_batch_size: int = 4
+    score_batch_size: int = 8
+
+    @property
+    def passes(self) -> tuple[int | None, ...]:
+        """The seeds of the completions of each example; greedy ones are made once and have none."""
+        return self.seeds if self.temperature else (None,)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rouge": "rouge_score rougeL F1 x 100, use_stemmer=True, best over references"}
-
-
-Progress = Callable[[int], None]  # told of every example whose scoring or completion is done
+        """What moves a score, with the rules and versions that do."""
+        sampling = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        settings = asdict(self) | {"policy": repr(self.policy), "seeds": [s for s in self.passes if s is not None]}
+        del settings["batch_size"], settings["score_batch_size"]  # rounding alone
+        rouge = f"rouge-score {version('rouge-score')}, F1 x 100, use_stemmer=True"
+        return {**settings, **sampling, "rouge": rouge, "intervals": "95 %, percentile bootstrap over examples"}
 
 
 def evaluate(
     pair: Pair,
     model: PreTrainedModel,
     examples: Sequence[TokenizedExample],
+    task: Task,
     settings: EvalSettings,
-    progress: Progress = lambda _: None,
-) -> Scores:
+    progress: Progress = lambda *_: None,
+) -> Evaluation:
     """Score ``model`` (the pair's student or its teacher) against the pair's teacher and the references.
 
-    Calls ``progress`` with a count of examples, twice for each example in all: once scored, once completed.
+    Tells ``progress`` of ``work(examples, settings)`` examples in all.
+
+    Raises:
+        DataError: there is nothing to evaluate on, or a prompt cannot be completed. ConfigError: settings that contradict.
     """
     if not examples:
         raise DataError("no held-out examples to evaluate on; give an eval_file with at least one usable row")
-    kl, nll, tokens = _likelihood(pair, model, examples, settings.score_batch_size, progress)
-    texts = complete(pair, model, examples, settings, progress)
-    rouge = mean(rouge_l(text, example.references) for text, example in zip(texts, examples, strict=True))
-    perplexity = torch.tensor(nll / tokens, dtype=torch.float64).exp().item()  # inf where math.exp would raise
-    return Scores(kl / tokens, perplexity, rouge, len(examples), tokens)
+    if settings.temperature and not settings.seeds:
+        raise ConfigError("sampled completions need at least one of eval_seeds")
+    references = [(example.prompt_ids, example.completion_ids) for example in examples]
+    scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
+    completions, ids = _complete(pair, model, examples, settings, progress)
+    scores |= _text_scores(task, examples, completions)
+    if settings.own_text:
+        own = [(e.prompt_ids, text) for row in ids for e, text in zip(examples, row, strict=True)]
+        kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
+        scores["own_forward_kl"] = Values((kl / tokens).sum(0).reshape(len(ids), len(examples)))
+    groups = [example.group for example in examples]
+    return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row])
 
 
-def complete(
+def work(examples: Sequence[TokenizedExample], settings: EvalSettings) -> int:
+    """Examples that ``evaluate`` reports to its progress: read once, completed under each seed, perhaps read again."""
+    passes = len(settings.passes)
+    return len(examples) * (1 + passes + (passes if settings.own_text else 0))
+
+
+def score_names(task: Task, examples: Sequence[TokenizedExample]) -> list[str]:
+    """The names of the scores that ``evaluate`` gives on these examples."""
+    nothing = [[Completion(example.id, None, "", 0, "length") for example in examples[:1]]]
+    names = [*_text_scores(task, examples[:1], nothing), "forward_kl", "perplexity"]
+    return [*names, *(f"forward_kl@{band}" for band in POSITION_BANDS)]
+
+
+def _text_scores(
+    task: Task, examples: Sequence[TokenizedExample], completions: Sequence[Sequence[Completion]]
+) -> dict[str, Values]:
+    """What the task says of each completion, and how long it is and whether it ended by itself."""
+    rows = [
+        [
+            {
+                **task.score(text.text, example.references, example.group),
+                "length": float(text.tokens),
+                "eos": 100.0 * (text.stop_reason == "eos"),
+            }
+            for text, example in zip(row, examples, strict=True)
+        ]
+        for row in completions
+    ]
+    scores = {name: Values(np.array([[scored[name] for scored in row] for row in rows])) for name in rows[0][0]}
+    for group in task.leave_out:
+        rest = np.array([example.group != group for example in examples])
+        if not rest.all():
+            scores[f"{task.primary}_without_{group.replace(' ', '_')}"] = scores[task.primary].only(rest)
+    return scores
+
+
+# --- completions --------------------------------------------------------------------------------------------------
+
+
+def _complete(
+    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], settings: EvalSettings, progress: Progress
+) -> tuple[list[list[Completion]], list[list[list[int]]]]:
+    """The model's own completions under each seed, ``[S][N]``, and their token ids."""
+    completions, ids = [], []
+    for seed in settings.passes:
+        complete = _by_generate if settings.backend == "generate" else _by_engine
+        written = complete(pair, model, examples, settings, seed or 0, progress)
+        texts = pair.tokenizer.batch_decode([own for own, _ in written], skip_special_tokens=True)
+        completions.append([
+            Completion(example.id, seed, text, len(own), reason)
+            for example, text, (own, reason) in zip(examples, texts, written, strict=True)
+        ])  # fmt: skip
+        ids.append([own for own, _ in written])
+    return completions, ids
+
+
+def _by_engine(
     pair: Pair,
     model: PreTrainedModel,
     examples: Sequence[TokenizedExample],
     settings: EvalSettings,
-    progress: Progress = lambda _: None,
-) -> list[str]:
-    """The model's own completions as text, special tokens left out."""
-    rollouts: list[Rollout] = []
-    for start in range(0, len(examples), settings.batch_size):
-        part = examples[start : start + settings.batch_size]
-        rollouts += decode(
-            model,
-            pair.teacher,
-            [example.prompt_ids for example in part],
-            StudentOnly(),
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.seed,
-            sample_ids=[example.id for example in part],
-            eos_token_ids=pair.eos_token_ids,
-            batch_size=settings.batch_size,
-            vocab_size=pair.vocab_size,
-        )
-        progress(len(part))
+    seed: int,
+    progress: Progress,
+) -> Sequence[tuple[list[int], str]]:
+    told = 0
+
+    def on_round(cost: DecodeCost) -> None:
+        """A row takes at most max_new_tokens, so that so many are done at least."""
+        nonlocal told
+        done = cost.kept_tokens // settings.max_new_tokens
+        progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+        told = done
+
+    rollouts = decode(
+        model,
+        pair.teacher,
+        [example.prompt_ids for example in examples],
+        settings.policy,
+        settings.max_new_tokens,
+        settings.temperature,
+        seed,
+        sample_ids=[example.id for example in examples],
+        eos_token_ids=pair.eos_token_ids,
+        batch_size=settings.batch_size,
+        vocab_size=pair.vocab_size,
+        progress=on_round,
+    )
     if failed := [rollout for rollout in rollouts if rollout.error]:
-        raise DataError(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed: {failed[0].error}")
-    return pair.tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)
+        raise failed[0].failure(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed")
+    progress(len(examples) - told, None)
+    return [(rollout.completion_ids, rollout.stop_reason) for rollout in rollouts]
 
 
-def rouge_l(text: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 × 100 against the best of the references, with the Porter stemmer."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return 100 * max(scorer.score(reference, text)["rougeL"].fmeasure for reference in references)
+def _by_generate(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: EvalSettings,
+    seed: int,
+    progress: Progress,
+) -> Sequence[tuple[list[int], str]]:
+    if settings.policy != StudentOnly():
+        raise ConfigError(f"the backend 'generate' knows no policies; {settings.policy} needs 'engine'")
+    return complete_by_generate(
+        model,
+        [example.prompt_ids for example in examples],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        eos_token_ids=pair.eos_token_ids,
+        vocab_size=pair.vocab_size,
+        batch_size=settings.batch_size,
+        progress=lambda count: progress(count, None),
+    )
+
+
+# --- distributions ------------------------------------------------------------------------------------------------
+
+
+def _likelihood_scores(
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+) -> dict[str, Values]:
+    """Divergence to the teacher, in all and by position, and perplexity, on the reference tokens."""
+    kl, nll, tokens = _token_sums(pair, model, rows, batch_size, progress)
+    whole = tokens.sum(0)
+    scores = {"forward_kl": _per_token(kl.sum(0), whole), "perplexity": _per_token(nll.sum(0), whole)}
+    bands = zip(POSITION_BANDS, kl, tokens, strict=True)
+    return scores | {f"forward_kl@{band}": _per_token(own, count) for band, own, count in bands}
+
+
+def _per_token(sums: np.ndarray, tokens: np.ndarray) -> Values:
+    return Values(sums[None] / np.maximum(tokens, 1), tokens)
 
 
 @torch.no_grad()
-def _likelihood(
-    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], batch_size: int, progress: Progress
-) -> tuple[float, float, int]:
-    """Summed forward KL to the teacher, summed negative log-likelihood (nats) and number of the reference tokens."""
-    kl = nll = 0.0
-    tokens = 0
-    head_p, head_q = (Head.of(scored, pair.vocab_size) for scored in (pair.teacher, model))
+def _token_sums(
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, and tokens there.
+
+    Each ``[bands, rows]`` float64.
+    """
+    sums = np.zeros((3, len(POSITION_BANDS), len(rows)))
+    heads = Head.of(pair.teacher, pair.vocab_size), Head.of(model, pair.vocab_size)
+    order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
     with evaluating(model):
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            batch: Batch = collate([(example.prompt_ids, example.completion_ids) for example in part]).to(model.device)
-            logq = log_probs(head_q(response_hidden(model, batch)))
-            if model is not pair.teacher:
-                logp = log_probs(head_p(response_hidden(pair.teacher, batch)))
-                kl += forward_kl(logp, logq).double().sum().item()
-            targets = batch.input_ids[batch.loss_mask]
-            nll -= logq.gather(1, targets.unsqueeze(1)).double().sum().item()
-            tokens += targets.numel()
-            progress(len(part))
-    return kl, nll, tokens
+        for start in range(0, len(rows), batch_size):
+            places = order[start : start + batch_size]
+            lengths = [len(rows[place][1]) for place in places]
+            positions = np.concatenate([np.arange(length) for length in lengths])
+            owners = np.repeat(places, lengths)
+            per_token = np.stack(
+                [*_token_losses(pair, model, heads, [rows[place] for place in places]), np.ones(len(owners))]
+            )
+            for band, (low, high) in enumerate(POSITION_BANDS.values()):
+                inside = (low <= positions) & (positions <= high)
+                np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
+            progress(len(places), None)
+    return sums[0], sums[1], sums[2]
+
+
+def _token_losses(
+    pair: Pair, model: PreTrainedModel, heads: tuple[Head, Head], rows: Sequence[Prompt]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
+    batch = collate(rows).to(model.device)
+    targets = batch.input_ids[batch.loss_mask]
+    head_p, head_q = heads
+    hidden_q = response_hidden(model, batch)
+    hidden_p = hidden_q if model is pair.teacher else response_hidden(pair.teacher, batch)
+    kl, nll = [], []
+    for part in _chunks(len(targets)):
+        logq = log_probs(head_q(hidden_q[part]))
+        logp = logq if model is pair.teacher else log_probs(head_p(hidden_p[part]))
+        kl.append(forward_kl(logp, logq).double())
+        nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0].double())
+    return torch.cat(kl).cpu().numpy(), torch.cat(nll).cpu().numpy()
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    return (slice(start, start + _TOKENS_AT_ONCE) for start in range(0, max(tokens, 1), _TOKENS_AT_ONCE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.config import TrainConfig
-    from switchkd.evaluation import Scores
+    from switchkd.results import Evaluation
     from switchkd.rollouts import DecodeCost, Rollout
+    from switchkd.statistics import Estimate
+
+# A score over fewer examples than this says little, and is marked.
+FEW, FEW_MARK = 30, "†"
 
 console = Console(emoji=False, markup=False, highlight=False)  # text is data, never markup
 
@@ -69,18 +73,59 @@ def step_line(metrics: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def score_table(scores: dict[str, Scores]) -> Table:
-    """Teacher, student before and student after, side by side."""
-    some = next(iter(scores.values()))
-    table = Table(
-        title=f"{some.examples} held-out examples, {some.reference_tokens} reference tokens", title_justify="left"
+def print_results(results: Mapping[str, Evaluation], settings: Mapping[str, Any]) -> None:
+    """Scores of some models side by side, by group where there are groups, and every setting that they depend on."""
+    console.print(score_table(results))
+    some = next(iter(results.values()))
+    if some.by_group:
+        columns = {name: result.by_group for name, result in results.items()}
+        console.print(_score_columns(f"{some.primary} by group", columns, list(some.by_group)))
+    for name, result in results.items():
+        for band, found in result.length_correlation.items():
+            console.print(
+                f"{name}: Spearman correlation of ROUGE-L with the divergence on its own text, {band} tokens: "
+                f"{number(found['spearman'])} (over {found['completions']} completions)", soft_wrap=True,
+            )  # fmt: skip
+    given = "; ".join(f"{name} {value}" for name, value in settings.items())
+    console.print(f"settings: {given}", style="dim", soft_wrap=True)
+
+
+def score_table(results: Mapping[str, Evaluation]) -> Table:
+    """Every score, a row each, of some models, a column each: mean, deviation over seeds, 95 % interval."""
+    some = next(iter(results.values()))
+    names = [some.primary, *(name for name in some.scores if name != some.primary)]
+    examples = some.scores[some.primary].values.shape[1]
+    return _score_columns(
+        f"{examples} held-out examples", {name: result.summary for name, result in results.items()}, names
     )
-    table.add_column("model")
-    for name in ("KL to teacher (nats/token)", "perplexity", "ROUGE-L"):
-        table.add_column(name, justify="right")
-    for name, s in scores.items():
-        table.add_row(name, number(s.forward_kl), number(s.perplexity), number(s.rouge_l))
+
+
+def _score_columns(title: str, columns: Mapping[str, Mapping[str, Estimate]], rows: Sequence[str]) -> Table:
+    """Estimates as a table. Those over few examples carry a mark, which a caption explains."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("score")
+    for column in columns:
+        table.add_column(column, justify="right")
+    shown = [found[row] for row in rows for found in columns.values()]
+    for row in rows:
+        table.add_row(row, *(estimate_text(found[row]) for found in columns.values()))
+    if any(few(estimate) for estimate in shown):
+        table.caption = f"{FEW_MARK} over fewer than {FEW} examples"
     return table
+
+
+def few(estimate: Estimate) -> bool:
+    """Whether an estimate is over so few examples that it is shown with a mark."""
+    return estimate.examples < FEW
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """Mean ± deviation over seeds where there are several, and the 95 % interval."""
+    deviation = "" if estimate.std is None else f" ± {number(estimate.std)}"
+    interval = (
+        "" if estimate.low is None or estimate.high is None else f" [{number(estimate.low)}, {number(estimate.high)}]"
+    )
+    return f"{number(estimate.mean)}{deviation}{FEW_MARK if few(estimate) else ''}{interval}"
 
 
 def method_table(recipes: dict[str, TrainConfig]) -> Table:

@@ -4,15 +4,17 @@ config.yaml       the settings, every one, usable as a recipe
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences
 checkpoint-N/     whole checkpoints, the newest ones
-evaluation.json   teacher, student before, student after
+evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
+best/             the best student so far, where the run looks for one
 student/          the result, for ``from_pretrained``: a model, or the adapter alone
 """
 
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -22,9 +24,10 @@ from switchkd import report
 from switchkd.adapters import merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import verify_cache
-from switchkd.checkpoint import save_model, write_file
+from switchkd.checkpoint import load_weights, save_model, write_file
 from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
 from switchkd.data import (
+    SAMPLE,
     Example,
     Message,
     TokenizedExample,
@@ -35,8 +38,8 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError
-from switchkd.evaluation import EvalSettings, Scores, evaluate
+from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.loss import CHUNK_BYTES
 from switchkd.models import (
     Pair,
@@ -46,13 +49,17 @@ from switchkd.models import (
     num_parameters,
     parameter_bytes,
 )
+from switchkd.policies import Policy, StudentOnly
+from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import DecodeCost
+from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import json_sha256, teacher_texts
+from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.templates import Encoder
-from switchkd.trainer import Metrics, Trainer
+from switchkd.trainer import BEST, Metrics, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
@@ -67,7 +74,7 @@ STORE_SETTINGS = {
 }  # fmt: skip
 
 
-def distil(config: TrainConfig) -> dict[str, Scores]:
+def distil(config: TrainConfig) -> dict[str, Evaluation]:
     """Train as ``config`` says and write the run directory; returns the scores of before and after.
 
     Raises:
@@ -87,28 +94,37 @@ def distil(config: TrainConfig) -> dict[str, Scores]:
         config,
         accelerator,
         teacher_cache=teacher_cache,
-        validation=load_validation(config, pair, heldout, quiet=not main),
+        validation=load_validation(config, pair, heldout.examples, quiet=not main),
         corpus=load_corpus(config, pair, quiet=not main),
     )
+    _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
-    scores: dict[str, Scores] = {}
+    results, settings = {}, eval_settings(config, StudentOnly())
     if main:
         run.mkdir(parents=True, exist_ok=True)
         write_file(run / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
-        scores = _before(run, config, pair, heldout)
+        results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resume:
         trainer.resume()
-    _train(trainer, quiet=not main)
+    _train(trainer, heldout, settings, quiet=not main)
     if main:
         student = accelerator.unwrap_model(trainer.student)
+        if trainer.best:
+            load_weights(run / BEST, student)
+            report.console.print(
+                f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
+                f"{report.number(trainer.best['score'])}",
+                soft_wrap=True,
+            )
         save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
-        if heldout:
-            scores["student after"] = score(pair, student, heldout, config, "student after")
-            write_scores(run / EVALUATION, config, scores)
-            report.console.print(report.score_table(scores))
+        if heldout.examples:
+            results["student after"] = score(pair, student, heldout, settings, "student after")
+            known = all_settings(config, heldout, settings)
+            write_scores(run / EVALUATION, heldout, known, results)
+            report.print_results(results, known)
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
     accelerator.wait_for_everyone()
-    return scores
+    return results
 
 
 def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
@@ -127,21 +143,20 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
     return pair
 
 
-def load_task(
+def prepared(
     config: DataConfig,
     pair: Pair,
     file: str,
-    limit: int | None = None,
+    examples: Sequence[Example],
     quiet: bool = False,
     teacher_prompt: str = "",
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
-    """Read and tokenise a data file; prints how many examples are used, and what was left out and why.
+    """Tokenise the examples of a file; prints how many are used, and what was left out and why.
 
     ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
     models on one prompt with the default teacher.
     """
-    examples = load_examples(file, limit, config.skip_bad, teacher_field=teacher_field, teachers=pair.teachers)
     tokenized, drops = tokenize(
         examples,
         pair.tokenizer,
@@ -165,10 +180,23 @@ def load_task(
     return tokenized
 
 
+def load_task(
+    config: DataConfig,
+    pair: Pair,
+    file: str,
+    limit: int | None = None,
+    quiet: bool = False,
+    teacher_prompt: str = "",
+    teacher_field: str = "",
+) -> list[TokenizedExample]:
+    """Read and tokenise a data file, as ``prepared`` says."""
+    examples = load_examples(file, limit, config.skip_bad, teacher_field=teacher_field, teachers=pair.teachers)
+    return prepared(config, pair, file, examples, quiet, teacher_prompt, teacher_field)
+
+
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
     """The examples of train_file, each with its teacher and what that one reads."""
-    own = config.teacher_prompt, config.teacher_field
-    return load_task(config, pair, config.train_file, None, quiet, *own)
+    return load_task(config, pair, config.train_file, None, quiet, config.teacher_prompt, config.teacher_field)
 
 
 def load_training_text(
@@ -204,9 +232,30 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
         yield root / name, bar.advance if bar is not None else lambda _: None
 
 
-def load_heldout(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
-    """The held-out examples of a run; none if it asks for none."""
-    return load_task(config, pair, config.eval_file, config.eval_samples, quiet) if config.eval_samples else []
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out examples, the task that they are of, and what they are judged by."""
+
+    task: Task
+    file: str
+    examples: list[TokenizedExample]
+    teacher_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Which examples, with one checksum of prompts, references and ids."""
+        rows = [[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.examples]
+        ids, groups = [e.id for e in self.examples], [e.group for e in self.examples]
+        return {"file": self.file, "sha256": json_sha256(rows), "ids": ids, "groups": groups}
+
+
+def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
+    """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
+    if not config.eval_samples:
+        return Heldout(TASKS["references"], "", [], "")
+    file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
+    task = task_named(config.task, examples[0].format)
+    return Heldout(task, file, prepared(config, pair, file, examples, quiet), weights_sha256(pair.teacher))
 
 
 def load_validation(
@@ -273,23 +322,37 @@ def read_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def score(
-    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], config: EvalConfig, name: str
-) -> Scores:
-    """Evaluate one model of the pair, with a progress bar."""
-    with report.bar(f"evaluate {name}", 2 * len(examples)) as bar:
-        return evaluate(pair, model, examples, _eval_settings(config), bar.advance)
+def score(pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str) -> Evaluation:
+    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
+    with report.bar(f"evaluate {name}", work(heldout.examples, settings)) as bar:
+        result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
+    return replace(result, model={"weights_sha256": weights_sha256(model)})
 
 
-def write_scores(file: Path, config: EvalConfig, scores: dict[str, Scores]) -> None:
-    """Scores with every setting they depend on, as JSON."""
-    settings = _eval_settings(config).to_json()
-    record = {"settings": settings, "scores": {name: asdict(s) for name, s in scores.items()}}
-    write_file(file, json.dumps(record, indent=1))
+def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:
+    """Evaluations with everything they depend on, as JSON."""
+    task = {"name": heldout.task.name, "version": heldout.task.version, "primary": heldout.task.primary}
+    write_results(file, task, heldout.to_json(), settings, results)
 
 
-def _eval_settings(config: EvalConfig) -> EvalSettings:
-    return EvalSettings(config.eval_max_new_tokens, config.eval_temperature, config.seed)
+def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
+    """How completions are made, as ``evaluate`` wants to know it."""
+    return EvalSettings(
+        config.eval_max_new_tokens, config.eval_temperature, config.eval_seeds, config.eval_own_text, config.eval_backend, policy,
+        config.per_device_eval_batch_size,
+    )  # fmt: skip
+
+
+def all_settings(config: Any, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
+    """Every setting that a score depends on, beside the examples."""
+    text = {name: getattr(config, name) for name in ("template", "max_prompt_length", "max_completion_length", "dtype")}
+    return settings.to_json() | text | {"teacher_weights_sha256": heldout.teacher_sha256}
+
+
+def run_of(student: str) -> Path | None:
+    """The run directory that a student lies in, if it is one's."""
+    folder = Path(student).parent
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def _check_run(run: Path, config: TrainConfig) -> None:
@@ -305,22 +368,37 @@ def _check_run(run: Path, config: TrainConfig) -> None:
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
 
 
-def _before(run: Path, config: TrainConfig, pair: Pair, heldout: Sequence[TokenizedExample]) -> dict[str, Scores]:
+def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
+    """Raise ConfigError if the best student is to be chosen by a score that there will not be."""
+    name = config.metric_for_best_model
+    if name and name not in (known := score_names(heldout.task, heldout.examples)):
+        raise ConfigError(
+            f"metric_for_best_model: no score {name!r} in the task {heldout.task.name}{nearest(name, known)}"
+        )
+
+
+def _before(
+    file: Path, config: TrainConfig, pair: Pair, heldout: Heldout, settings: EvalSettings
+) -> dict[str, Evaluation]:
     """Teacher's and untrained student's scores, read back where a resumed run has them."""
-    file = run / EVALUATION
-    if not heldout:
+    if not (heldout.examples and config.eval_on_start):
         return {}
     if config.resume and file.is_file():
-        return {name: Scores(**s) for name, s in json.loads(file.read_text(encoding="utf-8"))["scores"].items()}
+        return read_results(file)
     models = {"teacher": pair.teacher, "student before": pair.student}
-    scores = {name: score(pair, model, heldout, config, name) for name, model in models.items()}
-    write_scores(file, config, scores)
-    return scores
+    results = {name: score(pair, model, heldout, settings, name) for name, model in models.items()}
+    write_scores(file, heldout, all_settings(config, heldout, settings), results)
+    return results
 
 
-def _train(trainer: Trainer, quiet: bool) -> None:
+def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bool) -> None:
     cost = DecodeCost()
-    with report.bar("train", trainer.total_steps) as bar:
+    steps = None if math.isinf(trainer.total_steps) else int(trainer.total_steps)
+
+    def scores(student: PreTrainedModel) -> dict[str, float]:
+        return evaluate(trainer.pair, student, heldout.examples, heldout.task, settings).means()
+
+    with report.bar("train", steps) as bar:
         bar.advance(trainer.step)
 
         def on_step(metrics: Metrics, step_cost: DecodeCost) -> None:
@@ -328,13 +406,13 @@ def _train(trainer: Trainer, quiet: bool) -> None:
             cost += step_cost
             bar.advance(1, report.step_line(metrics))
             bar.line(
-                f"step {metrics['step']}/{trainer.total_steps}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
+                f"step {metrics['step']}{f'/{steps}' if steps else ''}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
             )
 
         def on_round(now: DecodeCost) -> None:
             bar.advance(0, f"writing: {now.kept_tokens} tokens, {now.kept_tokens / now.seconds:.0f} tok/s")
 
-        trainer.train(on_step, on_round)
+        trainer.train(on_step, on_round, scores if heldout.examples else None)
     if not quiet and cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 
@@ -349,7 +427,7 @@ def check_run(config: TrainConfig) -> list[str]:
         pair,
         train,
         config,
-        validation=load_validation(config, pair, heldout),
+        validation=load_validation(config, pair, heldout.examples),
         corpus=load_corpus(config, pair),
     )
     sources = {"": config.teacher_model_name_or_path, **config.teachers}
@@ -361,7 +439,9 @@ def check_run(config: TrainConfig) -> list[str]:
         for role, (name, model) in models.items()
     ]
     lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
-    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows; text: {name_of(config.mix)}")
+    budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
+    until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
+    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows{until}; text: {name_of(config.mix)}")
     need = memory_estimate(config, pair)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())
     lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB ({parts})")

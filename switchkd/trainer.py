@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedModel
 
 from switchkd.cache import evaluating
-from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_file
+from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model, write_file
 from switchkd.config import TrainConfig
 from switchkd.data import TokenizedExample, batch_indices, by_teacher, collate
 from switchkd.decoding import decode_examples
@@ -40,10 +41,13 @@ from switchkd.objectives import CrossEntropy, Objective
 from switchkd.policies import TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.sampling import keyed_uniform, noise_key
+from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
 
 Metrics = dict[str, Any]
 Rows = Sequence[Rollout | TokenizedExample]
+
+BEST = "best"  # the folder of the best student that evaluations in the run saw
 
 # Words that part the uses of (seed, step): which text, dropout, and what to replay.
 _CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
@@ -90,6 +94,8 @@ class Trainer:
         self.rows_per_step = self.rows_per_rank * self.accelerator.num_processes
         self.total_steps = _total_steps(config, len(examples), self.rows_per_step)
         self.step = self.num_tokens = 0
+        self.seconds = 0.0
+        self.best: dict[str, float] = {}
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,21 +110,25 @@ class Trainer:
         self,
         on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None,
         on_round: Callable[[DecodeCost], None] | None = None,
+        evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     ) -> None:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
         ``on_step`` is told of every step's metrics, ``on_round`` of every decoding round's cost so far in its step.
+        ``evaluate`` gives the student's scores every ``eval_steps``; it must leave the student and random states as they are.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
         """
-        while self.step < self.total_steps:
+        while self.progress < 1:
             metrics, rollouts = self.train_step(on_round)
             if self.accelerator.is_main_process:
+                if evaluate and self.config.eval_steps and self.step % self.config.eval_steps == 0:
+                    metrics |= self._evaluated(evaluate)
                 _append(self.run / "metrics.jsonl", [metrics])
                 _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
                 on_step(metrics, rollouts.cost)
-            if self.step == self.total_steps or (self.config.save_steps and self.step % self.config.save_steps == 0):
+            if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
 
     def train_step(self, on_round: Callable[[DecodeCost], None] | None = None) -> tuple[Metrics, Rollouts]:
@@ -134,6 +144,8 @@ class Trainer:
             parts.append(_Part(self._next(self.corpus), CrossEntropy(), self.config.lm_weight))
         losses, tokens, grad_norm = self._update(parts)
         self.num_tokens += tokens
+        seconds = self._agreed(time.perf_counter() - start)
+        self.seconds += seconds
         self.objective_memory = self.config.objective.remember(self.objective_memory, losses[0], self.progress)
         metrics = {
             "step": self.step,
@@ -142,9 +154,9 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "source": source,
             "num_tokens": self.num_tokens,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "seconds/generate": read_at - start,
-            "tokens_per_second": tokens / (time.perf_counter() - start),
+            "tokens_per_second": tokens / seconds,
         }
         if self.corpus:
             metrics["lm_loss"] = losses[1]
@@ -156,8 +168,37 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the training steps that are done."""
-        return self.step / max(self.total_steps, 1)
+        """Share of the run that is done: of its steps, or of the tokens or the time that it may take; 1 at the end."""
+        shares = [self.step / self.total_steps if self.total_steps else 1.0]
+        if self.config.max_train_tokens:
+            shares.append(self.num_tokens / self.config.max_train_tokens)
+        if self.config.max_train_seconds:
+            shares.append(self.seconds / self.config.max_train_seconds)
+        return min(max(shares), 1.0)
+
+    @property
+    def expected_steps(self) -> float:
+        """Steps that the run will have had, as far as its budgets tell by now; infinite before the first step."""
+        budget = self.config.max_train_tokens or self.config.max_train_seconds
+        return self.step / self.progress if budget and self.step else self.total_steps
+
+    def _agreed(self, seconds: float) -> float:
+        """The time of the slowest rank, so that all end at the same step."""
+        mine = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(mine).max().item()
+
+    def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
+        """The student's scores now; the best student so far is kept in ``best/``."""
+        start = time.perf_counter()
+        student = self.accelerator.unwrap_model(self.student)
+        scores = evaluate(student)
+        if name := self.config.metric_for_best_model:
+            sign = -1 if lower_is_better(name) else 1
+            if not self.best or sign * scores[name] > sign * self.best["score"]:
+                self.best = {"step": self.step, "score": scores[name]}
+                save_model(self.run / BEST, student, self.pair.tokenizer)
+        shown = {f"eval/{score}": _or_none(value) for score, value in scores.items()}
+        return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all."""
@@ -170,6 +211,8 @@ class Trainer:
                 _inner(self.optimizer),
                 {
                     "num_tokens": self.num_tokens,
+                    "seconds": self.seconds,
+                    "best": self.best,
                     "objective": self.objective_memory,
                     "mix": self.mix_memory,
                     "replay": [rollout.to_json() for rollout in self.replay],
@@ -184,7 +227,8 @@ class Trainer:
         if not found:
             raise CheckpointError(f"{self.run} holds no checkpoint to resume from; start without --resume")
         state = load_checkpoint(found[-1], self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
+        self.best = state["best"]
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
@@ -292,7 +336,7 @@ class Trainer:
         grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
         self._check_finite(losses, grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.total_steps)
+            group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -353,7 +397,7 @@ class Trainer:
             self.student.eval()
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
     """Rate of the update after ``step`` updates: linear warm-up, then constant or half a cosine down to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -383,9 +427,12 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value  # JSON has no NaN
 
 
-def _total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> int:
+def _total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float:
+    """Steps after which a run ends at the latest; infinite where a budget of tokens or time alone ends it."""
     if config.max_steps >= 0:
         return config.max_steps
+    if config.max_train_tokens or config.max_train_seconds:
+        return math.inf
     return math.ceil(config.num_train_epochs * examples / rows_per_step)
 
 

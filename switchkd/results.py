@@ -1,0 +1,160 @@
+"""The result of an evaluation: every score of every example, what was written, and all that the scores depend on.
+
+``evaluation.json`` holds scores and settings, ``evaluation.completions.jsonl`` beside it the text that was scored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchkd.checkpoint import write_file
+from switchkd.errors import DataError
+from switchkd.statistics import Estimate, Values, estimate, score, spearman
+
+FORMAT = 1
+# Completions of so many tokens are one group where scores are shown by length (SWITCH, table 2).
+LENGTH_BANDS = {"1-10": (1, 10), "11-50": (11, 50), "51+": (51, math.inf)}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion that was scored. ``seed`` is None for a greedy one; ``stop_reason`` as in a Rollout."""
+
+    example: int
+    seed: int | None
+    text: str
+    tokens: int
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's scores on held-out examples.
+
+    ``scores`` by name hold a value for each sampling seed and example, ``groups`` the examples' groups, ``model`` name and
+    checksum. Divergence and perplexity are of the reference tokens: one seed, weighted by tokens.
+    """
+
+    scores: dict[str, Values]
+    primary: str
+    groups: Sequence[str] = ()
+    model: Mapping[str, str] = field(default_factory=dict)
+    completions: Sequence[Completion] = field(default=(), repr=False)
+
+    @cached_property
+    def summary(self) -> dict[str, Estimate]:
+        """Each score's mean with its interval."""
+        return {name: estimate(name, values) for name, values in self.scores.items()}
+
+    @cached_property
+    def by_group(self) -> dict[str, Estimate]:
+        """The primary score of each group of examples; none where all are of one."""
+        values, names = self.scores[self.primary], dict.fromkeys(self.groups)
+        if len(names) < 2:
+            return {}
+        inside = {name: np.array([group == name for group in self.groups]) for name in names}
+        return {name: estimate(self.primary, values.only(mask)) for name, mask in inside.items()}
+
+    @cached_property
+    def length_correlation(self) -> dict[str, dict[str, float]]:
+        """Spearman's correlation of ROUGE-L with the divergence to the teacher on the model's own text, by its length.
+
+        Over completions of all seeds; SWITCH, table 2. None where the own text was not scored.
+        """
+        if "own_forward_kl" not in self.scores or "rouge_l" not in self.scores:
+            return {}
+        loss, rouge, length = (self.scores[name].values.ravel() for name in ("own_forward_kl", "rouge_l", "length"))
+        found = {}
+        for band, (low, high) in LENGTH_BANDS.items():
+            inside = (low <= length) & (length <= high)
+            found[band] = {"spearman": spearman(loss[inside], rouge[inside]), "completions": int(inside.sum())}
+        return found
+
+    def means(self) -> dict[str, float]:
+        """Each score's mean alone."""
+        return {name: score(name, values) for name, values in self.scores.items()}
+
+
+def write_results(
+    file: Path,
+    task: Mapping[str, Any],
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Evaluation],
+) -> None:
+    """Write evaluations by the name of their model, each whole or not at all; what they depend on stands beside them."""
+    record = {
+        "format": FORMAT,
+        "task": task,
+        "data": data,
+        "settings": settings,
+        "results": {name: _to_json(result) for name, result in results.items()},
+    }
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(_no_nan(value))}" for key, value in record.items())
+    texts = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(completions_file(file), "".join(json.dumps(text) + "\n" for text in texts))
+    write_file(file, f"{{\n{lines}\n}}\n")
+
+
+def read_results(file: Path) -> dict[str, Evaluation]:
+    """The evaluations in a file, by the name of their model; raises DataError for one that this version did not write."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        texts: dict[str, list[Completion]] = {}
+        for line in completions_file(file).read_text(encoding="utf-8").splitlines():
+            text = json.loads(line)
+            texts.setdefault(text.pop("model"), []).append(Completion(**text))
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']}, this is {FORMAT}")
+        primary, groups = record["task"]["primary"], record["data"]["groups"]
+        return {
+            model: Evaluation(
+                {name: Values(**values) for name, values in result["scores"].items()},
+                primary,
+                groups,
+                result["model"],
+                texts.get(model, ()),
+            )
+            for model, result in record["results"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} cannot be read as an evaluation: {error!r}; make it again with `switchkd evaluate`"
+        ) from error
+
+
+def completions_file(file: Path) -> Path:
+    """Where the text of an evaluation lies."""
+    return file.with_suffix(".completions.jsonl")
+
+
+def _to_json(result: Evaluation) -> dict[str, Any]:
+    record = {
+        "model": dict(result.model),
+        "summary": {name: found.to_json() for name, found in result.summary.items()},
+        "by_group": {name: found.to_json() for name, found in result.by_group.items()},
+        "length_correlation": result.length_correlation,
+        "scores": {
+            name: {"values": values.values.tolist(), "weights": np.asarray(values.weights).tolist()}
+            for name, values in result.scores.items()
+        },
+    }
+    return {key: value for key, value in record.items() if value}
+
+
+def _no_nan(value: Any) -> Any:
+    """The value with null for NaN, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _no_nan(item) for key, item in value.items()}
+    return [_no_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

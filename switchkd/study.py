@@ -1,0 +1,222 @@
+"""A study: a grid of training runs (methods x pairs x budgets x seeds) that can be stopped anywhere, then one comparison.
+
+A plan is a YAML file. Its folder of results holds
+
+    cells/NAME.yaml   each run's settings, a recipe of its own
+    NAME/             each run, NAME = [PAIR-][BUDGET-]METHOD-seedN
+    logs/NAME.log     what it printed
+    compare*.md …     the comparison, its figures, and study.md, which says what each method cost
+
+Runs are processes of their own, so that one that fails takes no other with it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from switchkd.checkpoint import MANIFEST, PREFIX, write_file
+from switchkd.config import TrainConfig, from_dict, load_recipe, to_dict
+from switchkd.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a plan: what all runs share, and what they are crossed with."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of every run, over its recipe's."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings by the name of a pair; without any, those above name the only one."""
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings by the name of a budget, such as max_train_tokens or max_train_seconds."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further evaluations of each student, by task: settings of `switchkd evaluate`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and what to compare."""
+
+    title: str
+    methods: dict[str, Any]
+    """By name: a recipe, or its settings under `recipe` with others over it."""
+    sizes: dict[str, Size]
+    baseline: str = ""
+    """The method that the others are compared with; default the first."""
+    scores: tuple[str, ...] = ()
+    """Scores to compare; default the task's own."""
+    curves: tuple[str, ...] = ()
+    """Metrics of the training steps to draw, a panel each."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    name: str
+    method: str
+    group: str
+    """The pair and budget that it is compared in; "" if there is one of each."""
+    config: TrainConfig
+
+
+def plans() -> dict[str, Path]:
+    """The plans that ship with the package, by name."""
+    package = Path(str(files("switchkd")))
+    folders = [package / "plans", package.parent / "plans"]  # in a wheel; in a source tree
+    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_plan(path: str) -> Plan:
+    """Read a plan: a YAML file, or the name of one that ships with the package.
+
+    Raises:
+        ConfigError: no such file or plan, no YAML, an unknown name in it, or nothing to run.
+    """
+    file = Path(path) if Path(path).is_file() else plans().get(path)
+    if file is None:
+        raise ConfigError(f"no plan {path!r}: neither a file nor one that ships with switchkd{nearest(path, plans())}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        sizes = {
+            name: from_dict(Size, size or {}, f"{file}: sizes {name}") for name, size in values.pop("sizes").items()
+        }
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is no plan: it needs `title`, `methods` and `sizes` by name ({error!r})") from error
+    plan = from_dict(Plan, values | {"sizes": sizes}, str(file))
+    if not plan.methods or not sizes:
+        raise ConfigError(f"{file}: a plan needs at least one of methods and one of sizes")
+    if plan.baseline and plan.baseline not in plan.methods:
+        raise ConfigError(f"{file}: baseline {plan.baseline!r} is no method{nearest(plan.baseline, plan.methods)}")
+    return plan
+
+
+def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
+    """Every run of a study, seed by seed, so that a study that is stopped has seen every method as often as it can."""
+    pairs, budgets = size.pairs or {"": {}}, size.budgets or {"": {}}
+    made = []
+    for seed, pair, budget, method in itertools.product(size.seeds, pairs, budgets, plan.methods):
+        group = _joined(pair if len(pairs) > 1 else "", budget if len(budgets) > 1 else "")
+        name = _joined(group, method, f"seed{seed}")
+        # The pair's own scores are the same in each of its runs.
+        first = seed == size.seeds[0] and method == next(iter(plan.methods))
+        own = {"seed": seed, "output_dir": str(output_dir / name), "eval_on_start": first}
+        shared = size.settings | pairs[pair] | budgets[budget]
+        made.append(Cell(name, method, group, _config(method, plan.methods[method], shared, own)))
+    return made
+
+
+def _joined(*parts: str) -> str:
+    return "-".join(part for part in parts if part)
+
+
+def _config(method: str, given: Any, shared: dict[str, Any], own: dict[str, Any]) -> TrainConfig:
+    """A method's settings: its recipe's, those that all runs share, those that the plan gives the method, and the run's own."""
+    settings = {"recipe": given} if isinstance(given, str) else dict(given)
+    if "recipe" not in settings:
+        raise ConfigError(f"method {method!r} of the plan names no recipe: {given!r}")
+    recipe: TrainConfig = load_recipe(settings.pop("recipe"))
+    # A rule in the plan replaces the recipe's whole rule.
+    return from_dict(TrainConfig, to_dict(recipe) | shared | settings | own, f"method {method!r} of the plan")
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def run_cells(plan: Plan, size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]) -> list[str]:
+    """Run what is not done yet, ``jobs`` at a time, and tell ``done`` of each; returns the names of those that failed.
+
+    A run that was stopped goes on from its newest checkpoint, or starts anew if it has none.
+    """
+    grid = cells(plan, size, output_dir)
+    for folder in ("cells", "logs"):
+        (output_dir / folder).mkdir(parents=True, exist_ok=True)
+    for cell in grid:
+        _write_cell(output_dir, cell)
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        work = {pool.submit(_run_cell, cell, size, output_dir, jobs): cell for cell in grid}
+        try:
+            for finished in as_completed(work):
+                name, (ok, seconds) = work[finished].name, finished.result()
+                failed += [] if ok else [name]
+                done(f"{name}: {'done' if ok else f'FAILED, see {output_dir}/logs/{name}.log'}", seconds)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _write_cell(output_dir: Path, cell: Cell) -> None:
+    """Write a run's settings, or check that they are those that it has been started with."""
+    file, text = output_dir / "cells" / f"{cell.name}.yaml", yaml.safe_dump(to_dict(cell.config), sort_keys=False)
+    if not file.is_file():
+        write_file(file, text)
+    elif (before := file.read_text(encoding="utf-8")) != text:
+        old, new = yaml.safe_load(before), yaml.safe_load(text)
+        changed = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new if old.get(key) != new[key])
+        raise ConfigError(
+            f"{file.parent.parent} was begun with other settings of {cell.name} ({changed}); go back to them, or name another "
+            "--output-dir"
+        )
+
+
+def _run_cell(cell: Cell, size: Size, output_dir: Path, jobs: int) -> tuple[bool, float]:
+    """Train and evaluate one run in processes of its own: whether it is whole now, and the seconds that took."""
+    start = time.monotonic()
+    run, settings = output_dir / cell.name, str(output_dir / "cells" / f"{cell.name}.yaml")
+    commands = []
+    if not _trained(run):
+        resume = any(run.glob(f"{PREFIX}*/{MANIFEST}"))
+        if run.exists() and not resume:
+            shutil.rmtree(run)
+        commands.append(["train", settings, *(["--resume"] if resume else [])])
+    for task, own in size.evaluations.items():
+        if not (run / f"evaluation-{task}.json").is_file():
+            only = {} if cell.config.eval_on_start else {"only": "student"}
+            commands.append(["evaluate", str(run), *flags({"task": task} | own | only)])
+    with (output_dir / "logs" / f"{cell.name}.log").open("a", encoding="utf-8") as log:
+        ok = all(_command(command, jobs, log) for command in commands)
+    return ok, time.monotonic() - start
+
+
+def _trained(run: Path) -> bool:
+    try:
+        return "student after" in json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _command(arguments: Sequence[str], jobs: int, log: IO[str]) -> bool:
+    """Run a command of switchkd with its share of the cores; ends with this process if that is interrupted."""
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    environment = dict(os.environ) if jobs == 1 else {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    log.write(f"$ switchkd {' '.join(arguments)}\n")
+    log.flush()
+    command = [sys.executable, "-m", "switchkd.cli", *arguments]
+    return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode == 0
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags of a command line."""
+    found = []
+    for name, value in settings.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return found
