@@ -8,9 +8,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import repeat
@@ -20,6 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.formats import Format, Message, examples_of, format_of, text_field
+from switchkd.hub import PREFIX, hub_rows
 from switchkd.policies import REFERENCE
 from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
 
@@ -34,15 +35,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = "gsm8k-sample"
 _SAMPLE_ROWS = {"train": range(512), "heldout": range(512, 576)}
-_DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+_NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,8 @@ class Example:
     skipped. ``messages`` is the prompt; ``input`` is the text an instruction is about (Alpaca's second field, a
     dialogue to summarise), kept apart because the Alpaca template needs it apart. ``references`` are all the answers
     to score against, ``completion`` is the one to train on, ``source`` is ``file:line``, ``teacher`` the name of its teacher,
-    "" for the default one.
+    "" for the default one. ``group`` is the part of its data set that it belongs to (category, topic, kind of perturbation), ""
+    for none; ``format`` names its row's layout (``switchkd.formats``).
     """
 
     id: int
@@ -63,86 +57,11 @@ class Example:
     source: str
     input: str = ""
     teacher: str = ""
+    group: str = ""
+    format: str = ""
 
 
 # --- reading files ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Format:
-    """A row layout: the fields it must have (each with its alternatives) and how to read messages, input, answers."""
-
-    fields: tuple[tuple[str, ...], ...]
-    read: Callable[[dict[str, Any]], tuple[tuple[Message, ...], str, tuple[str, ...]]]
-
-    def matches(self, row: dict[str, Any]) -> bool:
-        return all(any(name in row for name in names) for names in self.fields)
-
-    def __str__(self) -> str:
-        return " + ".join("|".join(names) for names in self.fields)
-
-
-def _text(row: dict[str, Any], *names: str) -> str:
-    """The first of the fields ``names`` that the row has; "" when it has none."""
-    name = next((name for name in names if name in row), "")
-    return _checked_text(row.get(name, ""), name)
-
-
-def _checked_text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"field {name!r} must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"field {name!r} holds half of a surrogate pair at character {error.start}") from error
-    return value
-
-
-def _user(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
-
-
-def _read_pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    return _user(_text(row, "prompt")), "", (_text(row, "completion"),)
-
-
-def _read_conversation(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    turns = row["messages"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError("field 'messages' must be a list of {role, content} objects")
-    messages = tuple(Message(_text(turn, "role"), _text(turn, "content")) for turn in turns)
-    answers = [position for position, message in enumerate(messages) if message.role == "assistant"]
-    if not answers:
-        raise DataError(f"field 'messages' has no assistant turn (roles: {[message.role for message in messages]})")
-    return messages[: answers[-1]], "", (messages[answers[-1]].content,)
-
-
-def _read_alpaca(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    context = next((name for name in ("input", "context") if row.get(name)), "")
-    output = row["output"] if "output" in row else row["response"]
-    answers = output if isinstance(output, list) else [output]
-    return _user(_text(row, "instruction")), _text(row, context), tuple(_checked_text(a, "output") for a in answers)
-
-
-def _read_gsm8k(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    # The marks are inputs to a calculator that no model here has.
-    return _user(_text(row, "question")), "", (re.sub(r"<<[^>]*>>", "", _text(row, "answer")),)
-
-
-def _read_dialogue(row: dict[str, Any]) -> tuple[tuple[Message, ...], str, tuple[str, ...]]:
-    names = [name for name in ("summary", "summary1", "summary2", "summary3") if name in row]
-    dialogue = _text(row, "dialogue")
-    # The fixed instruction must not hide that there is nothing to summarise.
-    return _user(_DIALOGUE_INSTRUCTION if dialogue.strip() else ""), dialogue, tuple(_text(row, name) for name in names)
-
-
-_FORMATS = (
-    _Format((("prompt",), ("completion",)), _read_pair),
-    _Format((("messages",),), _read_conversation),
-    _Format((("instruction",), ("output", "response")), _read_alpaca),
-    _Format((("question",), ("answer",)), _read_gsm8k),
-    _Format((("dialogue",), ("summary", "summary1")), _read_dialogue),
-)
 
 
 def load_examples(
@@ -155,13 +74,16 @@ def load_examples(
 ) -> list[Example]:
     """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample.
 
+    ``hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]`` names a data set on the Hugging Face Hub (``switchkd.hub``).
     The fields of the first row decide the file's format; the first of these that fits is taken:
     ``prompt``, ``completion`` · ``messages`` (the last assistant turn is the completion, the turns before it the
     prompt, turns after it are not used) · ``instruction``, ``input`` or ``context`` if any, ``output`` or ``response``
-    (a list of strings: several references) · ``question``, ``answer`` (GSM8K; calculator marks removed) · ``dialogue``,
-    ``summary`` and/or ``summary1..3``. Blank lines are not rows.
+    (a list of strings: several references) · ``instruction``, ``instances`` (Self-Instruct, Unnatural Instructions; each
+    instance is an example, further ones of a row have the ids index + k·2**32) · ``question``, ``solution``, ``answer``,
+    ``perturbation_type`` (GSM-Plus) · ``question``, ``answer`` (GSM8K; calculator marks removed in both) · ``problem``,
+    ``solution`` (MATH) · ``dialogue``, ``summary`` and/or ``summary1..3``. Blank lines are not rows.
 
-    ``limit`` stops after that many usable rows. Up to ``skip_bad`` bad rows are left out, with a logged warning that
+    ``limit`` stops after that many examples. Up to ``skip_bad`` bad rows are left out, with a logged warning that
     counts and names them. In ``teacher_field``, if one is given, a row may name its teacher, one of ``teachers``. Raises
     DataError for a file or row that cannot be used, ConfigError for a bad setting.
     """
@@ -169,24 +91,41 @@ def load_examples(
         raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {skip_bad}")
     examples: list[Example] = []
     bad: list[str] = []
-    layout: _Format | None = None
+    layout: Format | None = None
     for index, source, line in _rows(path):
         try:
             row = _parse(line)
-            layout = layout or next((known for known in _FORMATS if known.matches(row)), None)
+            layout = layout or format_of(row)
             teacher = _teacher_name(row, teacher_field, teachers)
-            examples.append(_example(row, layout, index, source, teacher))
+            examples += _examples(row, layout, index, source, teacher)
         except DataError as error:
             bad.append(f"{source}: {error}")
             if len(bad) > skip_bad:
                 raise DataError(_bad_rows_message(bad)) from error
-        if len(examples) == limit:
+        if limit is not None and len(examples) >= limit:
             break
     if not examples:
         raise DataError(f"{path}: no usable row" + "".join(f"\n  {line}" for line in bad[:3]))
     if bad:
         logger.warning("%s: skipped %d bad rows (skip_bad=%d): %s", path, len(bad), skip_bad, "; ".join(bad[:3]))
-    return examples
+    return examples[:limit]
+
+
+def _examples(row: dict[str, Any], layout: Format, index: int, source: str, teacher: str) -> list[Example]:
+    return [
+        Example(
+            index + place * _NEXT_INSTANCE,
+            record.messages,
+            record.references[0],
+            record.references,
+            source,
+            record.input,
+            teacher,
+            record.group,
+            layout.name,
+        )
+        for place, record in enumerate(examples_of(row, layout))
+    ]
 
 
 def _bad_rows_message(bad: list[str]) -> str:
@@ -195,8 +134,11 @@ def _bad_rows_message(bad: list[str]) -> str:
     return f"{len(bad)} bad rows, more than skip_bad={len(bad) - 1}: {'; '.join(bad[:3])}"
 
 
-def _rows(path: str) -> Iterator[tuple[int, str, bytes]]:
-    """(row index, ``file:line``, raw line) of every row that ``path`` stands for."""
+def _rows(path: str) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
+    """(row index, ``file:line``, raw line) of every row that ``path`` stands for; rows from the hub come parsed."""
+    if path.startswith(PREFIX):
+        yield from hub_rows(path)
+        return
     file, wanted = _resolve(path)
     number, index = 0, -1
     try:
@@ -231,7 +173,9 @@ def _unzipped(raw: IO[bytes]) -> IO[bytes]:
     return gzip.GzipFile(fileobj=raw) if is_gzip else raw  # type: ignore[return-value]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(line, dict):
+        return line
     try:
         row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
@@ -245,22 +189,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _teacher_name(row: dict[str, Any], field: str, known: Collection[str]) -> str:
     """The teacher that the row names; "", the default one, if it has no such field or leaves it empty."""
-    name = _text(row, field) if field else ""
+    name = text_field(row, field) if field else ""
     if name and name not in known:
         raise DataError(f"field {field!r} names the teacher {name!r}; known are {', '.join(known)}")
     return name
-
-
-def _example(row: dict[str, Any], layout: _Format | None, index: int, source: str, teacher: str) -> Example:
-    if layout is None or not layout.matches(row):
-        wanted = [str(layout)] if layout else [str(known) for known in _FORMATS]
-        raise DataError(f"the row has the fields {', '.join(row) or '(none)'}; needed are: {'; or '.join(wanted)}")
-    messages, context, references = layout.read(row)
-    if not any(message.content.strip() for message in messages if message.role != "system"):
-        raise DataError("empty prompt")
-    if not references or not all(text.strip() for text in references):
-        raise DataError("empty completion")
-    return Example(index, messages, references[0], references, source, context, teacher)
 
 
 # --- token ids ----------------------------------------------------------------------------------------------------
@@ -288,6 +220,8 @@ class TokenizedExample:
     """What the teacher reads in the prompt's place; None where it reads the prompt."""
     teacher: str = ""
     """The name of its teacher; "" is the default one."""
+    group: str = ""
+    """The part of its data set that it belongs to; "" for none."""
 
     @property
     def teacher_reads(self) -> list[int]:
@@ -356,6 +290,7 @@ def tokenize(
                     example.source,
                     teacher_prompt_ids=teacher_ids,
                     teacher=example.teacher,
+                    group=example.group,
                 )
             )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
@@ -402,7 +337,7 @@ def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     found = []
     for index, source, line in _rows(path):
         try:
-            ids = tokenizer(_text(_parse(line), "text"))["input_ids"]
+            ids = tokenizer(text_field(_parse(line), "text"))["input_ids"]
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
         if len(ids) > 1:
