@@ -91,7 +91,7 @@ def evaluate(
     if settings.own_text:
         own = [(e.prompt_ids, text) for row in ids for e, text in zip(examples, row, strict=True)]
         kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
-        scores["own_forward_kl"] = Values((kl / tokens).sum(0).reshape(len(ids), len(examples)))
+        scores["own_forward_kl"] = Values((kl.sum(0) / tokens.sum(0)).reshape(len(ids), len(examples)))
     groups = [example.group for example in examples]
     return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row])
 

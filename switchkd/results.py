@@ -138,7 +138,7 @@ def completions_file(file: Path) -> Path:
 
 
 def _to_json(result: Evaluation) -> dict[str, Any]:
-    record = {
+    return {
         "model": dict(result.model),
         "summary": {name: found.to_json() for name, found in result.summary.items()},
         "by_group": {name: found.to_json() for name, found in result.by_group.items()},
@@ -148,7 +148,6 @@ def _to_json(result: Evaluation) -> dict[str, Any]:
             for name, values in result.scores.items()
         },
     }
-    return {key: value for key, value in record.items() if value}
 
 
 def _no_nan(value: Any) -> Any:
