@@ -26,7 +26,13 @@ _CHUNK = 1 << 20  # resampled examples held at a time
 # By how a score's name begins: what its weighted mean goes through to become the score. Others stay as they are.
 TRANSFORMS: dict[str, Callable[[Array], Array]] = {"perplexity": np.exp}
 # By how a score's name begins: True where lower is better, None where neither end is. Elsewhere higher is better.
-LOWER_IS_BETTER: dict[str, bool | None] = {"forward_kl": True, "perplexity": True, "length": None, "eos": None}
+LOWER_IS_BETTER: dict[str, bool | None] = {
+    "forward_kl": True,
+    "own_forward_kl": True,
+    "perplexity": True,
+    "length": None,
+    "eos": None,
+}
 
 # Student's t at 97.5 % for 1, 2, … degrees of freedom, in standard deviations of the normal law.
 _T_OVER_Z = tuple(
@@ -123,12 +129,15 @@ class Bootstrap:
 
     def estimate(self) -> Estimate:
         """The mean, and the percentile interval of the resamples."""
-        std = float(np.std(self.units, ddof=1)) if len(self.units) > 1 else None
-        low = high = None
-        if self.examples >= 2:
-            tail = (1 - CONFIDENCE) / 2
+        std = low = high = None
+        tail = (1 - CONFIDENCE) / 2
+        with np.errstate(invalid="ignore"):  # inf - inf, of perplexities
+            if len(self.units) > 1:
+                std = float(np.std(self.units, ddof=1))
             # A resample may hold no example of weight; it then says nothing.
-            low, high = map(float, np.nanquantile(self.replicates, (tail, 1 - tail)))
+            said = self.replicates[~np.isnan(self.replicates)]
+            if self.examples >= 2 and said.size:
+                low, high = map(float, np.quantile(said, (tail, 1 - tail)))
         return Estimate(float(self.mean), std, low, high, self.examples)
 
 
@@ -137,9 +146,9 @@ def bootstrap(name: str, runs: Runs, seed: int = 0, resamples: int = RESAMPLES) 
 
     The score of several runs is the mean of theirs. Runs are drawn with a key made of their training seeds, so that methods
     trained with the same seeds are paired in those too. Two or three runs know little of the spread between them, and plain
-    resampling would show less than there is: how a resample's runs depart from all runs is stretched by sqrt(R / (R - 1))
-    and by Student's t over the normal quantile (Hesterberg, What Teachers Should Know about the Bootstrap, 2015, section 5.3).
-    It remains a rough estimate.
+    resampling would show less than there is: how the runs of a resample depart from all runs is stretched by sqrt(R / (R - 1))
+    and by Student's t over the normal quantile ("expanded percentile", Hesterberg, What Teachers Should Know about the
+    Bootstrap, The American Statistician 69, 2015). It remains a rough estimate.
     """
     by_seed = {0: runs} if isinstance(runs, Values) else dict(sorted(runs.items()))
     if not by_seed or len({run.values.shape[1] for run in by_seed.values()}) != 1:
@@ -203,7 +212,7 @@ def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise DataError(f"a rank correlation needs two series of one length, got shapes {a.shape} and {b.shape}")
-    if np.isnan(a).any() or np.isnan(b).any():
+    if not a.size or np.isnan(a).any() or np.isnan(b).any():
         return float("nan")
     ra, rb = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
     spread = np.sqrt((ra @ ra) * (rb @ rb))
@@ -213,7 +222,7 @@ def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
 def _ranks(x: Array) -> Array:
     """Ranks from 1, ties given the mean of theirs."""
     _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place] if x.size else x
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def _resampled_examples(total: int, seed: int, resamples: int) -> Iterator[Array]:

@@ -59,7 +59,11 @@ def test_divergence_by_position_and_perplexity_are_per_reference_token(pair):
     means = result.means()
     assert means["forward_kl"] == pytest.approx(kl.mean())
     assert means["perplexity"] == pytest.approx(math.exp(nll.mean()))
-    for band, inside in {"0-10": position <= 10, "11-50": (position > 10) & (position <= 50), "51+": position > 50}.items():
+    for band, inside in {
+        "0-10": position <= 10,
+        "11-50": (position > 10) & (position <= 50),
+        "51+": position > 50,
+    }.items():
         assert means[f"forward_kl@{band}"] == pytest.approx(kl[inside].mean()), band
         assert result.scores[f"forward_kl@{band}"].weights.sum() == inside.sum()
     assert result.summary["forward_kl@51+"].examples == 2
@@ -77,7 +81,9 @@ def test_the_evaluated_models_own_text_is_scored(pair):
     examples = toy_examples(3)
     assert evaluate(pair, pair.student, examples, TASK, SETTINGS).means()["rouge_l"] == 0.0
     own = own_text(pair, examples, 0.0, 0)
-    examples = [dataclasses.replace(e, references=(words(r.completion_ids),)) for e, r in zip(examples, own, strict=True)]
+    examples = [
+        dataclasses.replace(e, references=(words(r.completion_ids),)) for e, r in zip(examples, own, strict=True)
+    ]
     scores = evaluate(pair, pair.student, examples, TASK, SETTINGS).means()
     assert scores["rouge_l"] == scores["exact_match"] == pytest.approx(100.0)
     assert scores["length"] == np.mean([len(r.completion_ids) for r in own])
@@ -109,7 +115,9 @@ def test_neither_batch_size_nor_the_other_examples_move_a_score(pair):
     )
     for name in one.scores:
         np.testing.assert_allclose(one.scores[name].values, many.scores[name].values[:, ::-1], rtol=1e-10, atol=1e-12)
-    assert {(c.example, c.seed, c.text) for c in one.completions} == {(c.example, c.seed, c.text) for c in many.completions}
+    assert {(c.example, c.seed, c.text) for c in one.completions} == {
+        (c.example, c.seed, c.text) for c in many.completions
+    }
 
 
 def test_divergence_on_its_own_text_and_its_correlation_with_rouge(pair):
@@ -132,7 +140,9 @@ def test_divergence_on_its_own_text_and_its_correlation_with_rouge(pair):
 
 def test_a_policy_may_write_the_text(pair):
     examples = toy_examples(4)
-    result = evaluate(pair, pair.student, examples, TASK, dataclasses.replace(SAMPLED, policy=TeacherOnly(), seeds=(7,)))
+    result = evaluate(
+        pair, pair.student, examples, TASK, dataclasses.replace(SAMPLED, policy=TeacherOnly(), seeds=(7,))
+    )
     assert [c.text for c in result.completions] == [
         words(r.completion_ids) for r in own_text(pair, examples, 1.0, 7, TeacherOnly())
     ]
@@ -148,7 +158,9 @@ def test_generate_is_a_second_opinion(pair):
 
 
 def test_groups_and_the_total_without_one_of_them(pair):
-    task = Task("t", 1, lambda text, references, group: {"hit": float(len(group))}, "hit", "", "", leave_out=("none at all",))
+    task = Task(
+        "t", 1, lambda text, references, group: {"hit": float(len(group))}, "hit", "", "", leave_out=("none at all",)
+    )
     groups = ["ab", "none at all", "ab", "c"]
     examples = [dataclasses.replace(e, group=group) for e, group in zip(toy_examples(4), groups, strict=True)]
     result = evaluate(pair, pair.student, examples, task, SETTINGS)
@@ -171,7 +183,10 @@ def test_what_is_written_can_be_read_back(pair, tmp_path):
     task = {"name": "references", "version": 1, "primary": "rouge_l"}
     write_results(file, task, {"groups": [""] * 4}, SAMPLED.to_json(), results)
     again = read_results(file)["student"]
-    assert again.completions == tuple(results["student"].completions) or again.completions == results["student"].completions
+    assert (
+        again.completions == tuple(results["student"].completions)
+        or again.completions == results["student"].completions
+    )
     for name, values in results["student"].scores.items():
         assert np.array_equal(again.scores[name].values, values.values)
         assert np.array_equal(again.scores[name].weights, values.weights)
@@ -180,7 +195,9 @@ def test_what_is_written_can_be_read_back(pair, tmp_path):
     assert summary["length"]["mean"] == pytest.approx(results["student"].means()["length"])
     assert summary["forward_kl@51+"]["mean"] is None
     settings = record["settings"]
-    assert settings["seeds"] == [10, 20, 30] and settings["temperature"] == 1.0 and settings["no_repeat_ngram_size"] == 0
+    assert (
+        settings["seeds"] == [10, 20, 30] and settings["temperature"] == 1.0 and settings["no_repeat_ngram_size"] == 0
+    )
     file.write_text(file.read_text().replace('"format": 1', '"format": 0'))
     with pytest.raises(DataError, match=r"format 0, this is 1.*switchkd evaluate"):
         read_results(file)
