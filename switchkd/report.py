@@ -73,6 +73,12 @@ def step_line(metrics: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def scores_line(metrics: dict[str, Any], primary: str) -> str:
+    """The main scores of a step after which the student was evaluated; "" for another."""
+    names = [name for name in (primary, "forward_kl", "perplexity") if metrics.get(f"eval/{name}") is not None]
+    return " · ".join(f"{name} {number(metrics[f'eval/{name}'])}" for name in names)
+
+
 def print_results(results: Mapping[str, Evaluation], settings: Mapping[str, Any]) -> None:
     """Scores of some models side by side, by group where there are groups, and every setting that they depend on."""
     console.print(score_table(results))

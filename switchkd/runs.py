@@ -289,7 +289,8 @@ def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[Tok
 
 def check_context(config: TrainConfig, pair: Pair) -> None:
     """Raise ConfigError if a prompt and its completion may not fit into the models' context."""
-    completion = max(config.max_new_tokens, config.max_completion_length)
+    scored = config.eval_max_new_tokens if config.eval_samples else 0
+    completion = max(config.max_new_tokens, config.max_completion_length, scored)
     longest = longest_teacher_prompt(config, pair)
     reads = [(_role(name), longest, model) for name, model in pair.named_teachers.items()]
     for name, prompt, model in [*reads, ("student", config.max_prompt_length, pair.student)]:
@@ -300,7 +301,7 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
             )
             raise ConfigError(
                 f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}; lower "
-                "max_prompt_length, max_new_tokens or max_completion_length"
+                "max_prompt_length, max_new_tokens, max_completion_length or eval_max_new_tokens"
             )
 
 
@@ -408,6 +409,8 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bo
             bar.line(
                 f"step {metrics['step']}{f'/{steps}' if steps else ''}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
             )
+            if scored := report.scores_line(metrics, heldout.task.primary):
+                report.console.print(f"step {metrics['step']}: {scored}", soft_wrap=True)
 
         def on_round(now: DecodeCost) -> None:
             bar.advance(0, f"writing: {now.kept_tokens} tokens, {now.kept_tokens / now.seconds:.0f} tok/s")

@@ -14,8 +14,10 @@ from switchkd import AdaSwitch, StudentOnly, Switch
 from switchkd.checkpoint import checkpoints
 from switchkd.config import TrainConfig
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.mixes import Generated
 from switchkd.objectives import ForwardKL
+from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer, _Part, learning_rate
 
 SETTINGS = TrainConfig(
@@ -334,3 +336,94 @@ def test_metrics_say_who_spoke_and_what_it_cost(tmp_path):
     assert metrics["switch/first_switch"] == 1.0
     assert 0 < metrics["decode/student_forwards_per_token"] < 1
     assert max(max(r.completion_ids) for r in rollouts) < VOCAB
+
+
+@pytest.mark.parametrize("eval_steps", [0, 1, 2])
+def test_evaluating_in_the_run_changes_nothing_in_it(tmp_path, eval_steps):
+    """Weights, moments, tokens and losses, also with dropout and with sampled completions (trap 19)."""
+
+    def run(folder, **changes):
+        pair = toy_pair("gpt2")
+        pair.tokenizer.batch_decode = lambda rows, **_: [str(row) for row in rows]
+        for module in pair.student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        t, calls = trainer(folder, pair, **changes), []
+
+        def scores(student):
+            calls.append(t.step)
+            settings = EvalSettings(max_new_tokens=4, temperature=1.0, seeds=(1, 2), batch_size=3)
+            return evaluate(pair, student, toy_examples(4), TASKS["references"], settings).means()
+
+        t.train(evaluate=scores)
+        return t, calls
+
+    plain, none = run(tmp_path / "plain")
+    seen, calls = run(tmp_path / "seen", eval_steps=eval_steps)
+    assert none == [] and calls == ([] if not eval_steps else list(range(eval_steps, 7, eval_steps)))
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(seen).values(), strict=True))
+    ours, theirs = (without_times(lines(tmp_path / name, "metrics.jsonl")) for name in ("seen", "plain"))
+    assert [m["step"] for m in ours if "eval/rouge_l" in m] == calls
+    assert [{k: v for k, v in m.items() if not k.startswith("eval/")} for m in ours] == theirs
+    assert lines(tmp_path / "seen", "rollouts.jsonl") == lines(tmp_path / "plain", "rollouts.jsonl")
+
+
+@pytest.mark.parametrize(("metric", "best"), [("rouge_l", 2), ("forward_kl", 4)])
+def test_the_best_student_is_kept_also_over_a_stop(tmp_path, metric, best):
+    scores = {1: 3.0, 2: 7.0, 3: 7.0, 4: 1.0, 5: 2.0, 6: 5.0}
+    made = {}
+
+    def part(stop=None):
+        t = trainer(tmp_path, eval_steps=1, metric_for_best_model=metric, save_steps=1)
+        if stop is None:
+            t.resume()
+
+        def evaluate_(student):
+            made[t.step] = {name: p.clone() for name, p in student.named_parameters()}
+            if t.step == stop:
+                raise KeyboardInterrupt
+            return {metric: scores[t.step]}
+
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            t.train(evaluate=evaluate_)
+        return t
+
+    part(stop=4)
+    assert part().best == {"step": best, "score": scores[best]}
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype=torch.float64)
+    assert all(torch.equal(p, made[best][name]) for name, p in kept.named_parameters())
+
+
+def test_a_run_ends_when_its_tokens_are_trained_on(tmp_path):
+    t = trainer(tmp_path, max_steps=-1, max_train_tokens=150, warmup_steps=2, save_steps=3)
+    t.train()
+    metrics = lines(tmp_path, "metrics.jsonl")
+    assert metrics[-2]["num_tokens"] < 150 <= metrics[-1]["num_tokens"] and t.progress == 1
+    rates = [m["learning_rate"] for m in metrics]
+    assert rates[1] == SETTINGS.learning_rate and rates[-1] < 0.4 * rates[1]
+    assert checkpoints(tmp_path)[-1].name == f"checkpoint-{t.step}"
+    again = trainer(tmp_path, max_steps=-1, max_train_tokens=150, warmup_steps=2, save_steps=3)
+    again.resume()
+    assert again.progress == 1
+    capped = trainer(tmp_path / "capped", max_steps=2, max_train_tokens=150)
+    capped.train()
+    assert capped.step == 2
+
+
+def test_a_run_ends_when_its_time_is_over_and_remembers_it(tmp_path):
+    t = trainer(tmp_path, max_steps=-1, max_train_seconds=1e9, save_steps=1)
+    t.train_step()
+    t.save()
+    assert 0 < t.progress < 1
+    seconds = t.seconds
+    t = trainer(tmp_path, max_steps=-1, max_train_seconds=1.5 * seconds, save_steps=1)
+    t.resume()
+    assert t.seconds == seconds and t.progress == pytest.approx(1 / 1.5)
+    t.seconds += 0.49 * seconds
+    t.train()
+    assert t.step == 2 and t.progress == 1
+
+
+def test_a_best_student_needs_evaluations():
+    with pytest.raises(ConfigError, match="give eval_steps, eval_samples"):
+        dataclasses.replace(SETTINGS, metric_for_best_model="rouge_l")
