@@ -122,7 +122,7 @@ def _score_columns(title: str, columns: Mapping[str, Mapping[str, Estimate]], ro
 
 def few(estimate: Estimate) -> bool:
     """Whether an estimate is over so few examples that it is shown with a mark."""
-    return estimate.examples < FEW
+    return 0 < estimate.examples < FEW
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -67,13 +67,15 @@ def run(place, tmp_path_factory):
 
 def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_student(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "checkpoint-2", "checkpoint-3", "evaluation.json", "student",
+        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "checkpoint-2", "checkpoint-3", "evaluation.json",
+        "evaluation.completions.jsonl", "student",
     }  # fmt: skip
     metrics = records(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert {m["source"] for m in metrics} == {"policy", "examples"}
     scores = json.loads((run / "evaluation.json").read_text())
-    assert list(scores["scores"]) == ["teacher", "student before", "student after"]
+    assert list(scores["results"]) == ["teacher", "student before", "student after"]
+    assert scores["task"] == {"name": "references", "version": 1, "primary": "rouge_l"}
     assert scores["settings"]["max_new_tokens"] == 8
     rollout = records(run / "rollouts.jsonl")[0]
     assert len(rollout["completion_ids"]) == len(rollout["speakers"]) == len(rollout["divergences"])
@@ -122,9 +124,9 @@ def test_a_used_output_dir_is_refused(run, place, capsys):
 
 def test_a_run_is_its_own_recipe_and_its_student_can_be_evaluated_and_generate(run, tmp_path, capsys):
     scores, rollouts = tmp_path / "scores.json", tmp_path / "rollouts.jsonl"
-    assert main(["evaluate", str(run), "--output-file", str(scores)]) == 0
-    saved = json.loads((run / "evaluation.json").read_text())["scores"]
-    ours = json.loads(scores.read_text())["scores"]
+    assert main(["evaluate", str(run), "--eval-samples", "3", "--output-file", str(scores)]) == 0
+    saved = json.loads((run / "evaluation.json").read_text())["results"]
+    ours = json.loads(scores.read_text())["results"]
     assert ours["student"] == saved["student after"] and ours["teacher"] == saved["teacher"]
     prompts = ["--prompt", "What is 2 and 2?", "And 3?"]
     assert main(["generate", str(run), *prompts, "--policy.tau-0", "-1", "--output-file", str(rollouts)]) == 0

@@ -3,18 +3,20 @@
 import io
 import math
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tiny import byte_level_tokenizer
 
 from switchkd import Rollout, report
-from switchkd.evaluation import Scores
+from switchkd.results import Evaluation
 from switchkd.rollouts import DecodeCost
+from switchkd.statistics import Values
 
 
-def shown(monkeypatch, show, terminal=False):
+def shown(monkeypatch, show, terminal=False, width=120):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, emoji=False, markup=False, highlight=False)
+    console = Console(file=out, force_terminal=terminal, width=width, emoji=False, markup=False, highlight=False)
     monkeypatch.setattr(report, "console", console)
     show()
     return out.getvalue()
@@ -65,10 +67,50 @@ def test_step_lines():
     assert report.step_line(generated | {"switch/divergence_mean": None}).endswith("teacher 25%")
 
 
-def test_tables_and_costs(monkeypatch):
-    scores = {"teacher": Scores(0.0, 4.0, 26.0, 32, 900), "student": Scores(3.1, 81234.0, math.nan, 32, 900)}
-    table = shown(monkeypatch, lambda: report.console.print(report.score_table(scores)))
-    assert "32 held-out examples, 900 reference tokens" in table and "81,234" in table and " - " in table
+def evaluation(examples=40, seeds=2, groups=(), own=False):
+    rng = np.random.default_rng(0)
+    values = {name: Values(rng.random((seeds, examples)) * 100) for name in ("strict", "rouge_l")}
+    values["perplexity"] = Values(np.full((1, examples), math.log(81234.0)))
+    values["forward_kl@51+"] = Values(np.zeros((1, examples)), np.zeros(examples))
+    if own:
+        values |= {
+            "own_forward_kl": Values(values["rouge_l"].values * -1),
+            "length": Values(np.full((seeds, examples), 7.0)),
+        }
+    return Evaluation(values, "strict", groups or [""] * examples)
+
+
+def test_scores_are_shown_with_deviation_interval_and_settings(monkeypatch):
+    results = {"teacher": evaluation(), "student": evaluation(own=True)}
+    results["teacher"].scores.update(results["student"].scores)
+    out = shown(monkeypatch, lambda: report.print_results(results, {"template": "chat", "seeds": [1, 2]}), width=200)
+    assert "40 held-out examples" in out and "†" not in out and "settings: template chat; seeds [1, 2]" in out
+    [strict] = [line for line in out.splitlines() if " strict " in line]
+    found = results["student"].summary["strict"]
+    assert f"{report.number(found.mean)} ± {report.number(found.std)} [{report.number(found.low)}, " in strict
+    assert out.index(" strict ") < out.index(" rouge_l ") and "81,234 [81,234, 81,234]" in out
+    [empty] = [line for line in out.splitlines() if "forward_kl@51+" in line]
+    assert " - " in empty
+    assert (
+        "correlation of ROUGE-L with the divergence on its own text, 1-10 tokens: -1.000 (over 80 completions)" in out
+    )
+
+
+def test_scores_over_few_examples_carry_a_mark_and_groups_are_shown(monkeypatch):
+    results = {"student": evaluation(groups=["adding"] * 35 + ["taking away"] * 5)}
+    out = shown(monkeypatch, lambda: report.print_results(results, {}))
+    assert "strict by group" in out and "† over fewer than 30 examples" in out
+    marked = {line.split("  ")[0].strip("│ ") for line in out.splitlines() if "†" in line and "over" not in line}
+    assert "taking away" in str(marked) and "adding" not in str(marked)
+
+
+def test_scores_of_a_step():
+    metrics = {"eval/strict": 12.5, "eval/forward_kl": 1.5, "eval/perplexity": None, "eval/eos": 3.0}
+    assert report.scores_line(metrics, "strict") == f"strict 12.5 · forward_kl {report.number(1.5)}"
+    assert report.scores_line({"loss": 1.0}, "strict") == ""
+
+
+def test_costs():
     cost = DecodeCost(seconds=2.0, kept_tokens=10, teacher_tokens=4, student_forwards=20, teacher_forwards=5)
     line = report.cost_line(cost)
     assert (

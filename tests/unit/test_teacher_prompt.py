@@ -34,6 +34,7 @@ from switchkd.objectives import DistiLLM2, ForwardKL
 from switchkd.pace import BLOCKS, Pace
 from switchkd.policies import STUDENT, TEACHER
 from switchkd.runs import check_context, load_task, memory_estimate
+from switchkd.tasks import TASKS
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import fingerprint, teacher_texts
 from switchkd.templates import alpaca_prompt
@@ -262,10 +263,14 @@ def test_a_new_adapter_learns_from_its_own_base_that_sees_more(tmp_path, lmbda):
 
 
 def test_evaluation_reads_the_plain_prompt():
-    pair, settings = toy_pair(), EvalSettings(4, batch_size=3)
-    assert evaluate(pair, pair.student, with_own_prompts(toy_examples(6)), settings) == evaluate(
-        pair, pair.student, toy_examples(6), settings
+    pair, settings, task = toy_pair(), EvalSettings(4, batch_size=3), TASKS["references"]
+    pair.tokenizer.batch_decode = lambda rows, **_: [str(row) for row in rows]
+    own, plain = (
+        evaluate(pair, pair.student, examples, task, settings)
+        for examples in (with_own_prompts(toy_examples(6)), toy_examples(6))
     )
+    assert own.completions == plain.completions
+    assert str(own.means()) == str(plain.means())
 
 
 # --- stored work --------------------------------------------------------------------------------------------------
