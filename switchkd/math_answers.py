@@ -92,12 +92,12 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "switchkd.math_answers"],
+            [sys.executable, "-P", "-m", "switchkd.math_answers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         assert self._process.stdout
         if not self._process.stdout.readline():  # imports take seconds, which are not an answer's

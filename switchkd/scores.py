@@ -185,7 +185,7 @@ def math_equal(text: str, reference: str) -> float:
     """
     from switchkd.math_answers import checker
 
-    return _percent(bool(text.strip()) and checker().equal(text, reference))
+    return _percent(checker().equal(text, reference))
 
 
 def _tail(text: str) -> str:
