@@ -198,14 +198,17 @@ def test_every_instance_is_an_example_with_an_id_of_its_own(tmp_path):
         ({"question_id": 1, "text": "a", "category": "generic"}, "Vicuna's question.jsonl has no answers"),
     ],
 )
-def test_a_row_without_an_answer_is_an_error_or_a_counted_skip(tmp_path, row, message, caplog):
-    path = write(tmp_path / "a.jsonl", row, PAIR)
+def test_a_first_row_without_an_answer_is_an_error(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
-        load_examples(path)
-    good = PAIR if "question_id" in row else {"instruction": "a", "instances": [{"output": "c"}]}
-    if "instances" in row or "question_id" in row:
-        assert len(load_examples(write(tmp_path / "b.jsonl", row, good), skip_bad=1)) == 1
-        assert "skipped 1 bad rows" in caplog.text
+        load_examples(write(tmp_path / "a.jsonl", row))
+
+
+def test_a_row_with_one_bad_instance_is_a_bad_row(tmp_path, caplog):
+    bad = {"instruction": "a", "instances": [{"output": "b"}, {"output": ""}]}
+    good = {"instruction": "a", "instances": [{"output": "c"}]}
+    [read] = load_examples(write(tmp_path / "a.jsonl", bad, good), skip_bad=1)
+    assert (read.id, read.completion) == (1, "c")
+    assert "skipped 1 bad rows" in caplog.text
 
 
 def test_ids_are_row_indices_whatever_is_skipped_or_limited(tmp_path, caplog):
