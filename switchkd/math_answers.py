@@ -115,7 +115,8 @@ def _verdict(text: str, reference: str) -> str:
     gold = _parsed_reference(reference)
     if not gold:
         return "no answer"
-    return "equal" if verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None) else "other"
+    answer = parse(text.rpartition("####")[2], parsing_timeout=None)
+    return "equal" if verify(gold, answer, timeout_seconds=None) else "other"
 
 
 def _parsed_reference(reference: str) -> Any:

@@ -198,6 +198,8 @@ def math_verify():
         (r"\boxed{\text{Friday}}", r"\text{Friday}", 100.0),
         (r"It is 4, so \boxed{5}", r"Since 2 + 2 = 4 we get $4+1$, that is \boxed{5}.", 100.0),
         (r"It is 5, so \boxed{4}", r"\boxed{5}", 0.0),
+        ("Of 96 they are 32: 33.333...%\n#### 33", "#### 33", 100.0),
+        ("#### 33\n#### 32", "#### 33", 0.0),
         ("I do not know", "5", 0.0),
         ("", "5", 0.0),
     ],
