@@ -92,12 +92,12 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "switchkd.math_answers"],
+            [sys.executable, "-P", "-m", "switchkd.math_answers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         assert self._process.stdout
         if not self._process.stdout.readline():  # imports take seconds, which are not an answer's
@@ -115,7 +115,8 @@ def _verdict(text: str, reference: str) -> str:
     gold = _parsed_reference(reference)
     if not gold:
         return "no answer"
-    return "equal" if verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None) else "other"
+    answer = parse(text.rpartition("####")[2], parsing_timeout=None)
+    return "equal" if verify(gold, answer, timeout_seconds=None) else "other"
 
 
 def _parsed_reference(reference: str) -> Any:

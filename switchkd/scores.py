@@ -177,7 +177,7 @@ def _value(number: str) -> Fraction | None:
 
 
 def math_equal(text: str, reference: str) -> float:
-    """100 if math-verify finds an answer in ``text`` that equals the reference's, else 0.
+    """100 if math-verify finds an answer in ``text`` (behind its last ``####``, if any) that equals the reference's, else 0.
 
     The reference's answer is what follows its last ``####``, else what is in its ``\\boxed{}`` or between dollar signs, else
     the whole of it if it is one expression, else its last number. Raises ConfigError without the extra "math", DataError for
@@ -185,7 +185,7 @@ def math_equal(text: str, reference: str) -> float:
     """
     from switchkd.math_answers import checker
 
-    return _percent(bool(text.strip()) and checker().equal(text, reference))
+    return _percent(checker().equal(text, reference))
 
 
 def _tail(text: str) -> str:

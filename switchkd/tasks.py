@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,11 @@ class Task:
     """How completions are scored.
 
     ``score`` takes a completion without special tokens, its references and its example's group, and gives every score in
-    percent; an empty completion scores 0 throughout. ``primary`` is the score that papers quote. ``version`` is raised when
-    a score could change. ``hub`` names the default data, "" for none; ``formats`` are the row layouts it can be scored on
-    (``switchkd.formats``), () for all. Totals are also given without the examples whose group is in ``leave_out``.
+    percent; an empty completion scores 0 throughout. It raises DataError for a reference that cannot be scored against,
+    whatever the completion, so ``score("", references, group)`` checks an example before anything is generated.
+    ``primary`` is the score that papers quote. ``version`` is raised when a score could change. ``hub`` names the default
+    data, "" for none; ``formats`` are the row layouts it can be scored on (``switchkd.formats``), () for all. Totals are also
+    given without the examples whose group is in ``leave_out``.
     """
 
     name: str
@@ -102,28 +105,32 @@ def _score_dialogsum(text: str, references: Sequence[str], group: str) -> dict[s
 
 
 def _score_gsm8k(text: str, references: Sequence[str], group: str) -> dict[str, float]:
-    [reference] = references
     return {
-        "strict": gsm8k_strict(text, reference),
-        "flexible": gsm8k_flexible(text, reference),
-        "rouge_l": rouge(text, reference)["rouge_l"],
+        "strict": max(gsm8k_strict(text, reference) for reference in references),
+        "flexible": max(gsm8k_flexible(text, reference) for reference in references),
+        "rouge_l": best_rouge(text, references)["rouge_l"],
     }
 
 
 def _score_gsm_plus(text: str, references: Sequence[str], group: str) -> dict[str, float]:
-    [reference] = references
     return {
-        "accuracy": gsm_plus_accuracy(text, reference, group),
-        "rouge_l": rouge(text, reference)["rouge_l"],
+        "accuracy": max(gsm_plus_accuracy(text, reference, group) for reference in references),
+        "rouge_l": best_rouge(text, references)["rouge_l"],
     }
 
 
 def _score_math(text: str, references: Sequence[str], group: str) -> dict[str, float]:
     return {
         "math_equal": max(math_equal(text, reference) for reference in references),
-        "flexible": max(gsm8k_flexible(text, reference) for reference in references),
+        "flexible": max(gsm8k_flexible(text, _boxed(reference)) for reference in references),
         "rouge_l": best_rouge(text, references)["rouge_l"],
     }
+
+
+def _boxed(solution: str) -> str:
+    """What a MATH solution boxes last; another text as it is."""
+    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", solution)
+    return boxes[-1] if boxes else solution
 
 
 # --- the tasks ----------------------------------------------------------------------------------------------------

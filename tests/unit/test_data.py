@@ -3,8 +3,11 @@
 import gzip
 import json
 import logging
+import sys
+from importlib.machinery import ModuleSpec
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -88,6 +91,36 @@ FORMATS = {
         "",
         ("2+2=4, 4+1=5.\n#### 5",),
     ),
+    "gsm-plus": (
+        {
+            "question": "2+2+x?",
+            "solution": "2+2=<<2+2=4>>4.\n#### None",
+            "answer": "None",
+            "perturbation_type": "critical thinking",
+            "seed_answer": "5",
+        },
+        ["2+2+x?"],
+        "",
+        ("2+2=4.\n#### None",),
+    ),
+    "gsm-plus, solution without the answer": (
+        {"question": "1?", "solution": "Half.", "answer": "1/2", "perturbation_type": "digit expansion"},
+        ["1?"],
+        "",
+        ("Half.\n#### 1/2",),
+    ),
+    "math": (
+        {"problem": "$1+1$?", "solution": r"\boxed{2}", "answer": "2", "subject": "Algebra"},
+        ["$1+1$?"],
+        "",
+        (r"\boxed{2}",),
+    ),
+    "instances": (
+        {"id": "a", "instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}], "is_classification": False},
+        ["Add."],
+        "1 1",
+        ("2",),
+    ),
     "dialogue": (
         {"dialogue": "#Person1#: Hi", "summary": "A greets.", "topic": "greeting"},
         ["Summarize the following dialogue."],
@@ -116,6 +149,66 @@ def test_every_format_plain_and_gzip(tmp_path, name, suffix):
     assert read.references == (references or (PAIR["completion"],))
     assert read.completion == read.references[0]
     assert read.source == f"{path}:1"
+
+
+@pytest.mark.parametrize(
+    ("row", "group", "layout"),
+    [
+        ({"instruction": "a", "output": "b", "topic": "closed_qa"}, "closed_qa", "instruction"),
+        ({"instruction": "a", "response": "b", "category": "brainstorming"}, "brainstorming", "instruction"),
+        ({"instruction": "a", "output": "b", "topic": ["not", "text"]}, "", "instruction"),
+        ({"instruction": "a", "motivation_app": "Gmail", "instances": [{"output": "b"}]}, "Gmail", "instances"),
+        ({"question": "a", "solution": "b", "answer": "1", "perturbation_type": "x"}, "x", "gsm_plus"),
+        ({"problem": "a", "solution": "b", "type": "Geometry"}, "Geometry", "math"),
+        ({"dialogue": "a", "summary": "b", "topic": "greeting"}, "", "dialogue"),
+        (PAIR, "", "pair"),
+    ],
+)
+def test_a_row_tells_its_group_and_layout(tmp_path, row, group, layout):
+    [read] = load_examples(write(tmp_path / "a.jsonl", row))
+    assert (read.group, read.format) == (group, layout)
+    [kept], _ = tokenized([read])
+    assert kept.group == group
+
+
+def test_every_instance_is_an_example_with_an_id_of_its_own(tmp_path):
+    rows = [
+        {"instruction": f"Add {i}.", "instances": [{"input": f"{k}", "output": f"{i + k}"} for k in range(3)]}
+        for i in range(2)
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    read = load_examples(path)
+    assert [row.id for row in read] == [0, 2**32, 2 * 2**32, 1, 1 + 2**32, 1 + 2 * 2**32]
+    assert [(row.input, row.completion) for row in read] == [
+        ("0", "0"), ("1", "1"), ("2", "2"), ("0", "1"), ("1", "2"), ("2", "3")
+    ]  # fmt: skip
+    assert [row.source for row in read] == [f"{path}:1"] * 3 + [f"{path}:2"] * 3
+    assert load_examples(path, limit=4) == read[:4]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "instances": []}, "'instances' must be a list of one or more"),
+        ({"instruction": "a", "instances": ["b"]}, "'instances' must be a list of one or more"),
+        ({"instruction": "a", "instances": [{"output": "b"}, {"output": " "}]}, "empty completion"),
+        ({"instruction": "a", "instances": [{"input": "b"}]}, "empty completion"),
+        ({"instruction": "a", "output": ["b", ""]}, "empty completion"),
+        ({"dialogue": "a", "summary1": "b", "summary2": ""}, "empty completion"),
+        ({"question_id": 1, "text": "a", "category": "generic"}, "Vicuna's question.jsonl has no answers"),
+    ],
+)
+def test_a_first_row_without_an_answer_is_an_error(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        load_examples(write(tmp_path / "a.jsonl", row))
+
+
+def test_a_row_with_one_bad_instance_is_a_bad_row(tmp_path, caplog):
+    bad = {"instruction": "a", "instances": [{"output": "b"}, {"output": ""}]}
+    good = {"instruction": "a", "instances": [{"output": "c"}]}
+    [read] = load_examples(write(tmp_path / "a.jsonl", bad, good), skip_bad=1)
+    assert (read.id, read.completion) == (1, "c")
+    assert "skipped 1 bad rows" in caplog.text
 
 
 def test_ids_are_row_indices_whatever_is_skipped_or_limited(tmp_path, caplog):
@@ -163,7 +256,8 @@ BAD_FIRST_ROWS = {
     "unknown fields": (
         {"text": "b"},
         "the row has the fields text; needed are: prompt + completion; or messages; or instruction + output|response; "
-        "or question + answer; or dialogue + summary|summary1",
+        "or instruction + instances; or question + solution + answer + perturbation_type; or question + answer; "
+        "or problem + solution; or dialogue + summary|summary1",
     ),
     "no fields": ({}, "has the fields (none)"),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn (roles: ['user'])"),
@@ -237,6 +331,82 @@ def test_packaged_sample():
     assert "MIT License" in (assets / "README.md").read_text()
     with pytest.raises(DataError, match="did you mean 'heldout'"):
         load_examples("gsm8k-sample:held-out")
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package datasets that records what it is asked and gives three rows, one with a null."""
+    module = ModuleType("datasets")
+    module.__spec__ = ModuleSpec("datasets", None)
+    module.__version__ = "4.1.0"
+    module.asked = []
+    rows = [{"question": f"{i}?", "answer": f"#### {i}", "note": None} for i in range(3)]
+
+    def load_dataset(repository, **settings):
+        module.asked.append((repository, settings))
+        return rows
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_a_data_set_on_the_hub(hub):
+    read = load_examples("hub:openai/gsm8k/main:test", limit=2)
+    assert [(row.id, row.source) for row in read] == [
+        (0, "hub:openai/gsm8k/main:test:0"),
+        (1, "hub:openai/gsm8k/main:test:1"),
+    ]
+    assert read[1].completion == "#### 1" and read[1].format == "gsm8k"
+    assert hub.asked == [("openai/gsm8k", {"name": "main", "split": "test", "revision": None})]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_"),
+    [
+        ("hub:a/b:test", {"name": None, "split": "test", "revision": None}),
+        ("hub:a/b:test@v1.0", {"name": None, "split": "test", "revision": "v1.0"}),
+        ("hub:a/b/c/d.jsonl:train", {"data_files": "c/d.jsonl", "split": "train", "revision": None}),
+        ("hub:a/b/c d:x@refs/pr/1", {"name": "c d", "split": "x", "revision": "refs/pr/1"}),
+    ],
+)
+def test_names_on_the_hub(hub, name, settings_):
+    load_examples(name)
+    assert hub.asked == [("a/b", settings_)]
+
+
+def test_a_null_on_the_hub_is_a_missing_field(hub, monkeypatch):
+    rows = [{"dialogue": "a", "summary": None, "summary1": "b", "summary2": "c", "summary3": None}]
+    monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: rows)
+    [read] = load_examples("hub:a/b:test")
+    assert read.references == ("b", "c")
+
+
+@pytest.mark.parametrize("name", ["hub:gsm8k:test", "hub:openai/gsm8k", "hub:a/b/main:", "hub:a/b:test[:10]", "hub:"])
+def test_names_that_are_not_of_the_hub(hub, name):
+    with pytest.raises(ConfigError, match=r"not of the form hub:OWNER/NAME"):
+        load_examples(name)
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"hub:a/b:test: cannot be read .*ConnectionError: Couldn't reach.*the network"):
+        load_examples("hub:a/b:test", skip_bad=5)
+
+
+def test_without_datasets_or_with_one_that_runs_scripts(hub, monkeypatch):
+    monkeypatch.setattr(hub, "__version__", "3.6.0")
+    with pytest.raises(ConfigError, match=r"datasets 3.6.0 may run code .*pip install 'switchkd\[data\]'"):
+        load_examples("hub:a/b:test")
+    monkeypatch.setattr("switchkd.hub.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'switchkd\[data\]'"):
+        load_examples("hub:a/b:test")
 
 
 # --- templates and ids --------------------------------------------------------------------------------------------
