@@ -77,6 +77,30 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
+class LmEvalConfig:
+    """Score a student, or any model, on the benchmarks of lm-eval; needs the extra `lm-eval`."""
+
+    model_name_or_path: tyro.conf.Positional[str] = "demo"
+    """A run directory (its student), a local folder, a hub name, or `demo` (the demo student)."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval's tasks, groups or tags, such as arc_easy hellaswag."""
+    num_fewshot: int | None = None
+    """Examples before each question; default each task's own number. A task that fixes 0 keeps it."""
+    limit: int | None = None
+    """Only the first so many examples of each task: a trial, not a score."""
+    batch_size: int = 8
+    """Rows of a forward; with padding, rounding differs with it."""
+    apply_chat_template: bool = False
+    """Ask through the model's chat template."""
+    include_path: str | None = None
+    """A folder of your own tasks' YAML files."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Dtype of the weights; default that of the run, else float32."""
+    output_file: str | None = None
+    """Write numbers, settings, seeds, versions and task definitions here as JSON."""
+
+
+@dataclass(frozen=True)
 class MethodsConfig:
     """List the recipes that ship with the package."""
 
@@ -186,6 +210,33 @@ def evaluate(config: EvaluateConfig) -> None:
         console.print(f"scores in {file}", soft_wrap=True)
 
 
+def lm_eval(config: LmEvalConfig) -> None:
+    from switchkd.harness_eval import SEEDS, find_tasks, metrics, open_model, record, run_tasks
+    from switchkd.report import benchmark_table, console
+
+    console.print("reading lm-eval's list of tasks …")
+    manager = find_tasks(config.tasks, config.include_path)
+    model, tokenizer = open_model(config.model_name_or_path, config.dtype)
+    answer = run_tasks(
+        model,
+        tokenizer,
+        manager,
+        config.tasks,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        apply_chat_template=config.apply_chat_template,
+    )
+    console.print(benchmark_table(metrics(answer)))
+    console.print(f"{model.dtype}; " + ", ".join(f"{name} {seed}" for name, seed in SEEDS.items()), soft_wrap=True)
+    if config.output_file:
+        from switchkd.checkpoint import write_file
+
+        # A task's definition may hold functions.
+        kept = json.dumps(record(answer, dataclasses.asdict(config), model), indent=1, default=str)
+        write_file(Path(config.output_file), kept)
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -212,6 +263,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),
     "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
+    "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),

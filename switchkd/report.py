@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.config import TrainConfig
+    from switchkd.harness_eval import Metric
     from switchkd.results import Evaluation
     from switchkd.rollouts import DecodeCost, Rollout
     from switchkd.statistics import Estimate
@@ -140,6 +141,18 @@ def method_table(recipes: dict[str, TrainConfig]) -> Table:
     for name, config in recipes.items():
         policy = _settings(config.policy) if config.mix.generates else "–"
         table.add_row(name, policy, _settings(config.objective), _settings(config.mix), config.method)
+    return table
+
+
+def benchmark_table(metrics: Iterable[Metric]) -> Table:
+    """A harness's numbers, a line each; a group of tasks has no examples of its own."""
+    table = Table("task", "metric", title_justify="left")
+    for name in ("shots", "value", "stderr", "n"):
+        table.add_column(name, justify="right")
+    for m in metrics:
+        stderr = "-" if m.stderr is None else f"{m.stderr:.4f}"
+        shots, samples = ("-" if count is None else str(count) for count in (m.shots, m.samples))
+        table.add_row(m.task, m.name, shots, f"{m.value:.4f}", stderr, samples)
     return table
 
 
