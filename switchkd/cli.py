@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from switchkd.config import NOUNS, DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, rule
+from switchkd.config import NOUNS, DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, rule, shipped
 from switchkd.errors import ConfigError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
 
@@ -46,6 +46,24 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
     """Evaluate this one alone."""
     output_file: str = ""
     """Write scores and settings here as JSON, the text beside it; default evaluation-TASK.json in the run given."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
+
+    plan: tyro.conf.Positional[str]
+    """A plan's YAML file, or the name of one that ships with the package: `switchkd study list` lists them."""
+    size: str = "small"
+    """Which of the plan's sizes."""
+    output_dir: str = ""
+    """Folder of runs and results; default studies/PLAN-SIZE."""
+    jobs: int = 1
+    """Runs at a time, each with its share of the cores."""
+    set: tuple[str, ...] = ()
+    """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
+    dry_run: bool = False
+    """List the runs and stop."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,40 @@ def lm_eval(config: LmEvalConfig) -> None:
         write_file(Path(config.output_file), kept)
 
 
+def study(config: StudyConfig) -> None:
+    from switchkd.report import bar, console
+    from switchkd.study import cells, load_plan, run_cells, with_settings
+
+    if config.plan == "list":
+        for name in shipped("plans"):
+            plan = load_plan(name)
+            console.print(f"{name}: {plan.title} ({', '.join(plan.methods)})", soft_wrap=True)
+        return
+    plan = load_plan(config.plan)
+    size = with_settings(plan.sized(config.size), config.set)
+    output_dir = Path(config.output_dir or f"studies/{Path(config.plan).stem}-{config.size}")
+    grid = cells(plan, size, output_dir)
+    console.print(f"{plan.title}: {len(grid)} runs in {output_dir}", soft_wrap=True)
+    if config.dry_run:
+        for cell in grid:
+            console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
+        return
+    with bar("study", len(grid)) as progress:
+
+        def done(line: str, seconds: float) -> None:
+            progress.advance(1)
+            console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
+
+        failed = run_cells(grid, size, output_dir, config.jobs, done)
+    if failed:
+        raise SwitchKDError(
+            f"{len(failed)} of {len(grid)} runs failed ({', '.join(failed)}): see {output_dir}/logs; run the same command again to go on"
+        )
+    from switchkd.study_report import conclude
+
+    conclude(plan, size, grid, output_dir)
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -252,10 +304,9 @@ def prune(config: PruneConfig) -> None:
 
 
 def methods(config: MethodsConfig) -> None:
-    from switchkd.config import recipes
     from switchkd.report import console, method_table
 
-    console.print(method_table({name: load_recipe(str(file)) for name, file in recipes().items()}))
+    console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
 
 
 # name: (settings, function, whether a recipe may come first, what it does)
@@ -264,6 +315,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
     "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
+    "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),

@@ -328,21 +328,37 @@ def load_recipe(path: str, cls: type[Config] = TrainConfig) -> Config:  # type: 
     Raises:
         ConfigError: the file is missing or no YAML, or holds an unknown name (the nearest is suggested) or a wrong type.
     """
-    file = _recipe_file(path)
+    file = named_file(path, "recipes")
+    return from_dict(cls, read_yaml(file), str(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file; raises ConfigError if it holds none."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold settings as `name: value` lines, not {type(values).__name__}")
-    return from_dict(cls, values, str(file))
+    return values
 
 
-def recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
+def shipped(kind: str) -> dict[str, Path]:
+    """The ``recipes`` or ``plans`` that ship with the package, by name."""
     package = Path(str(files("switchkd")))
-    folders = [package / "recipes", package.parent / "recipes"]  # in a wheel; in a source tree
+    folders = [package / kind, package.parent / kind]  # in a wheel; in a source tree
     return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+
+
+def named_file(path: str, kind: str) -> Path:
+    """The file ``path``, or the one that ships under that name; raises ConfigError if there is neither."""
+    if Path(path).is_file():
+        return Path(path)
+    known = shipped(kind)
+    if path in known:
+        return known[path]
+    one = kind.removesuffix("s")
+    raise ConfigError(f"no {one} {path!r}: neither a file nor one that ships with switchkd{nearest(path, known)}")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
@@ -437,12 +453,3 @@ def _typed(value: Any, hint: Any, source: str) -> Any:
         for o in options
     )
     raise ConfigError(f"{source} must be {wanted}, got {value!r}")
-
-
-def _recipe_file(path: str) -> Path:
-    if Path(path).is_file():
-        return Path(path)
-    known = recipes()
-    if path in known:
-        return known[path]
-    raise ConfigError(f"no recipe {path!r}: neither a file nor one that ships with switchkd{nearest(path, known)}")

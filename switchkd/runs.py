@@ -327,7 +327,7 @@ def score(pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSe
     """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
     with report.bar(f"evaluate {name}", work(heldout.examples, settings)) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
-    return replace(result, model={"weights_sha256": weights_sha256(model)})
+    return replace(result, model={"sha256": weights_sha256(model)})
 
 
 def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:
@@ -347,7 +347,7 @@ def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
 def all_settings(config: Any, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
     """Every setting that a score depends on, beside the examples."""
     text = {name: getattr(config, name) for name in ("template", "max_prompt_length", "max_completion_length", "dtype")}
-    return settings.to_json() | text | {"teacher_weights_sha256": heldout.teacher_sha256}
+    return settings.to_json() | text | {"teacher_sha256": heldout.teacher_sha256}
 
 
 def run_of(student: str) -> Path | None:

@@ -12,6 +12,7 @@ Runs are processes of their own, so that one that fails takes no other with it. 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,14 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from switchkd.checkpoint import MANIFEST, PREFIX, write_file
-from switchkd.config import TrainConfig, from_dict, load_recipe, to_dict
+from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, read_yaml, to_dict
 from switchkd.errors import ConfigError, nearest
 
 
@@ -53,16 +53,22 @@ class Size:
 class Plan:
     """What to run and what to compare."""
 
-    title: str
-    methods: dict[str, Any]
+    title: str = ""
+    methods: dict[str, Any] = field(default_factory=dict)
     """By name: a recipe, or its settings under `recipe` with others over it."""
-    sizes: dict[str, Size]
+    sizes: dict[str, Size] = field(default_factory=dict)
     baseline: str = ""
     """The method that the others are compared with; default the first."""
     scores: tuple[str, ...] = ()
     """Scores to compare; default the task's own."""
     curves: tuple[str, ...] = ()
     """Metrics of the training steps to draw, a panel each."""
+
+    def sized(self, name: str) -> Size:
+        """The size of that name; raises ConfigError if the plan has none."""
+        if name not in self.sizes:
+            raise ConfigError(f"the plan has no size {name!r}{nearest(name, self.sizes)}")
+        return self.sizes[name]
 
 
 @dataclass(frozen=True)
@@ -76,35 +82,36 @@ class Cell:
     config: TrainConfig
 
 
-def plans() -> dict[str, Path]:
-    """The plans that ship with the package, by name."""
-    package = Path(str(files("switchkd")))
-    folders = [package / "plans", package.parent / "plans"]  # in a wheel; in a source tree
-    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
-
-
 def load_plan(path: str) -> Plan:
     """Read a plan: a YAML file, or the name of one that ships with the package.
 
     Raises:
         ConfigError: no such file or plan, no YAML, an unknown name in it, or nothing to run.
     """
-    file = Path(path) if Path(path).is_file() else plans().get(path)
-    if file is None:
-        raise ConfigError(f"no plan {path!r}: neither a file nor one that ships with switchkd{nearest(path, plans())}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        sizes = {
-            name: from_dict(Size, size or {}, f"{file}: sizes {name}") for name, size in values.pop("sizes").items()
-        }
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is no plan: it needs `title`, `methods` and `sizes` by name ({error!r})") from error
+    file = named_file(path, "plans")
+    values = read_yaml(file)
+    if not all(isinstance(values.get(name), dict) for name in ("methods", "sizes")):
+        raise ConfigError(f"{file} is no plan: it needs `title`, `methods` by name and `sizes` by name")
+    sizes = {name: from_dict(Size, size or {}, f"{file}: size {name}") for name, size in values["sizes"].items()}
     plan = from_dict(Plan, values | {"sizes": sizes}, str(file))
-    if not plan.methods or not sizes:
-        raise ConfigError(f"{file}: a plan needs at least one of methods and one of sizes")
     if plan.baseline and plan.baseline not in plan.methods:
         raise ConfigError(f"{file}: baseline {plan.baseline!r} is no method{nearest(plan.baseline, plan.methods)}")
     return plan
+
+
+def with_settings(size: Size, given: Sequence[str]) -> Size:
+    """The size with settings of every run over its own, each given as NAME=VALUE.
+
+    Raises:
+        ConfigError: one is not of that form. An unknown name is found where the runs are made.
+    """
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"a setting is given as NAME=VALUE, such as max_train_tokens=20000, not {text!r}")
+        settings[name] = yaml.safe_load(value)
+    return dataclasses.replace(size, settings=size.settings | settings)
 
 
 def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
@@ -139,12 +146,15 @@ def _config(method: str, given: Any, shared: dict[str, Any], own: dict[str, Any]
 # --- running ------------------------------------------------------------------------------------------------------
 
 
-def run_cells(plan: Plan, size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]) -> list[str]:
+def run_cells(
+    grid: Sequence[Cell], size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]
+) -> list[str]:
     """Run what is not done yet, ``jobs`` at a time, and tell ``done`` of each; returns the names of those that failed.
 
     A run that was stopped goes on from its newest checkpoint, or starts anew if it has none.
     """
-    grid = cells(plan, size, output_dir)
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
     for folder in ("cells", "logs"):
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
     for cell in grid:

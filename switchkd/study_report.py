@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.checkpoint import staged_file, write_file
-from switchkd.report import number
+from switchkd.compare import compare
+from switchkd.compare_report import heading, markdown, rich_table, sheets, write
+from switchkd.report import console, number
 from switchkd.rollouts import mean
-from switchkd.study import Cell, Plan
+from switchkd.study import Cell, Plan, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,18 +42,32 @@ def cost(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def write_study(plan: Plan, grid: Sequence[Cell], output_dir: Path, comparisons: Mapping[str, str]) -> None:
-    """Write ``study.md`` and the curves; ``comparisons`` is the Markdown of each group of runs, by its name."""
+def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
+    """Compare the runs of a study, those of each pair and budget with one another, and write ``study.md`` with its figures."""
     parts = [f"# {plan.title}"]
-    for group, comparison in comparisons.items():
+    for group in dict.fromkeys(cell.group for cell in grid):
         mine = [cell for cell in grid if cell.group == group]
+        parts += [f"## {group}"] if group else []
+        for task in ("", *size.evaluations):
+            scores = plan.scores if not task else ()
+            paths = [str(output_dir / cell.name) for cell in mine]
+            baseline = "-".join(part for part in (group, plan.baseline) if part) if plan.baseline else ""
+            found = compare(paths, task, scores, baseline)
+            folder = output_dir / "-".join(part for part in ("compare", group, task) if part)
+            write(found, folder)
+            parts += [markdown(found), f"![Scores of each method]({folder.name}/compare.png)"]
+            for line in heading(found):
+                console.print(line, soft_wrap=True)
+            for sheet in sheets(found):
+                console.print(rich_table(sheet))
         runs = {m: [read_metrics(output_dir / cell.name) for cell in mine if cell.method == m] for m in plan.methods}
-        parts += [*([f"## {group}"] if group else []), comparison, cost_table(runs)]
+        parts += ["## What each method cost", cost_table(runs)]
         if plan.curves:
             name = "-".join(part for part in ("curves", group) if part)
             _save(curves(runs, plan.curves, plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
     write_file(output_dir / "study.md", "\n\n".join(parts) + "\n")
+    console.print(f"written: {output_dir / 'study.md'}", soft_wrap=True)
 
 
 def cost_table(runs: Mapping[str, Sequence[Metrics]]) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from switchkd import demo_pair
 from switchkd.cli import COMMANDS as CLI
 from switchkd.cli import main, parse
-from switchkd.config import recipes
+from switchkd.config import shipped
 from switchkd.data import load_examples
 from switchkd.mixes import MIXES
 from switchkd.objectives import OBJECTIVES
@@ -142,4 +142,4 @@ def test_tests_named_in_the_traps_exist():
 def test_the_methods_page_names_every_recipe_rule_and_setting():
     page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", page))
-    assert named >= recipes().keys() | OBJECTIVES.keys() | MIXES.keys()
+    assert named >= shipped("recipes").keys() | OBJECTIVES.keys() | MIXES.keys()

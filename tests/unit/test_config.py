@@ -6,20 +6,20 @@ import pytest
 import yaml
 
 from switchkd import AdaSwitch, Switch
-from switchkd.config import TrainConfig, from_dict, load_recipe, recipes, to_dict
+from switchkd.config import TrainConfig, from_dict, load_recipe, shipped, to_dict
 from switchkd.errors import ConfigError
 from switchkd.mixes import Generated
 from switchkd.objectives import ForwardKL, SkewReverseKL
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_recipes_load_and_round_trip(name):
     config = load_recipe(name)
     assert from_dict(TrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config))), "again") == config
 
 
 def test_the_recipes_by_name():
-    assert set(recipes()) == {
+    assert set(shipped("recipes")) == {
         "sft", "kd", "seqkd", "imitkd", "gkd", "on_policy", "minillm", "distillm", "distillm2", "skd", "ssd", "ca_opd", "trb",
         "relay", "hysteresis", "fast_opd", "opd", "veto", "taid", "akl", "adaswitch", "switch", "switch_linear", "switch_growth",
         "switch_constant", "switch_mix_in", "switch_random",
