@@ -42,6 +42,22 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Compare evaluated runs, example by example, and say what can be told apart."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, or files that `switchkd evaluate` wrote. Runs that differ in their training seed alone are one method."""
+    task: str = ""
+    """Compare evaluation-TASK.json; without it, evaluation.json."""
+    score: tuple[str, ...] = ()
+    """Scores to compare, the first also pair by pair and as a plot; default the task's primary score and all others in common."""
+    baseline: str = ""
+    """The method, teacher or `student before` that differences are taken to; default the first method."""
+    output_dir: str | None = None
+    """Write compare.md, compare.json, compare.svg and compare.png here."""
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
 
@@ -167,6 +183,26 @@ def evaluate(config: EvaluateConfig) -> None:
         write_scores(Path(config.output_file), config, scores)
 
 
+def compare(config: CompareConfig) -> None:
+    from switchkd.compare import compare as compare_runs
+    from switchkd.compare_report import heading, notes, rich_table, sheets, write
+    from switchkd.report import bar, console
+
+    with bar("resample", None) as progress:
+        comparison = compare_runs(
+            config.runs, config.task, config.score, config.baseline, lambda score: progress.advance(1, score)
+        )
+    for line in heading(comparison):
+        console.print(line, soft_wrap=True)
+    for sheet in sheets(comparison):
+        console.print(rich_table(sheet))
+    for line in notes(comparison):
+        console.print(line)
+    if config.output_dir:
+        written = write(comparison, Path(config.output_dir))
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -193,6 +229,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),
     "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
+    "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),

@@ -31,6 +31,12 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
     "mix": (Mix, dict(MIXES)),
 }
 
+# Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
+FREE_ON_RESUME = {
+    "resume", "save_steps", "save_total_limit", "output_dir", "merge",
+    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
+}  # fmt: skip
+
 
 class _Settings:
     """The end of the chain of checks: a command's settings are checked by every class that they come from."""
