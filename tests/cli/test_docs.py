@@ -30,6 +30,7 @@ SHORT = {
     "generate": ["--max-new-tokens", "8"],
     "prune": [],
     "methods": [],
+    "compare": [],
 }
 
 
