@@ -13,7 +13,17 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from switchkd.config import NOUNS, DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, rule, shipped
+from switchkd.config import (
+    NOUNS,
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    load_recipe,
+    rule,
+    shipped,
+)
 from switchkd.errors import ConfigError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
 
@@ -64,6 +74,22 @@ class StudyConfig:
     """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
     dry_run: bool = False
     """List the runs and stop."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare evaluated runs, example by example, and say what can be told apart."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, or files that `switchkd evaluate` wrote. Runs that differ in their training seed alone are one method."""
+    task: str = ""
+    """Compare evaluation-TASK.json; without it, evaluation.json."""
+    score: tuple[str, ...] = ()
+    """Scores to compare, the first also pair by pair and as a plot; default the task's primary score and all others in common."""
+    baseline: str = ""
+    """The method, teacher or `student before` that differences are taken to; default the first method."""
+    output_dir: str | None = None
+    """Write compare.md, compare.json, compare.svg and compare.png here."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +315,26 @@ def study(config: StudyConfig) -> None:
     conclude(plan, size, grid, output_dir)
 
 
+def compare(config: CompareConfig) -> None:
+    from switchkd.compare import compare as compare_runs
+    from switchkd.compare_report import heading, notes, rich_table, sheets, write
+    from switchkd.report import bar, console
+
+    with bar("resample", None) as progress:
+        comparison = compare_runs(
+            config.runs, config.task, config.score, config.baseline, lambda score: progress.advance(1, score)
+        )
+    for line in heading(comparison):
+        console.print(line, soft_wrap=True)
+    for sheet in sheets(comparison):
+        console.print(rich_table(sheet))
+    for line in notes(comparison):
+        console.print(line)
+    if config.output_dir:
+        written = write(comparison, Path(config.output_dir))
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -316,6 +362,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
     "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
     "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),
+    "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),

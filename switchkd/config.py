@@ -31,6 +31,13 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
     "mix": (Mix, dict(MIXES)),
 }
 
+# Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
+FREE_ON_RESUME = {
+    "resume", "save_steps", "save_total_limit", "output_dir", "merge",
+    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
+    "eval_on_start", "per_device_eval_batch_size",
+}  # fmt: skip
+
 
 def check_at_least(config: Any, least: dict[str, float]) -> None:
     """Raise ConfigError for the first setting that is below its least value, infinite or NaN."""

@@ -190,7 +190,16 @@ def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def number(value: float) -> str:
-    """Three or four significant digits, without an exponent for everyday sizes."""
+    """Three significant digits, without an exponent for everyday sizes."""
     if math.isnan(value):
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    size = abs(value)
+    return (
+        f"{value:,.0f}"
+        if size >= 1000
+        else f"{value:.1f}"
+        if size >= 10
+        else f"{value:.2f}"
+        if size >= 1
+        else f"{value:.3f}"
+    )

@@ -25,7 +25,16 @@ from switchkd.adapters import merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import load_weights, save_model, write_file
-from switchkd.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, from_dict, name_of, to_dict
+from switchkd.config import (
+    FREE_ON_RESUME,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    name_of,
+    to_dict,
+)
 from switchkd.data import (
     SAMPLE,
     Example,
@@ -60,11 +69,6 @@ from switchkd.trainer import BEST, Metrics, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
-# Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
-FREE_ON_RESUME = {
-    "resume", "save_steps", "save_total_limit", "output_dir", "merge",
-    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
-}  # fmt: skip
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {

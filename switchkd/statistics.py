@@ -34,7 +34,7 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "eos": None,
 }
 
-# Student's t at 97.5 % for 1, 2, … degrees of freedom, in standard deviations of the normal law.
+# Student's t over the normal quantile at 97.5 %, for 1, 2, … degrees of freedom; beyond these the last, which errs to the wide.
 _T_OVER_Z = tuple(
     t / 1.960
     for t in (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -146,9 +146,9 @@ def bootstrap(name: str, runs: Runs, seed: int = 0, resamples: int = RESAMPLES) 
 
     The score of several runs is the mean of theirs. Runs are drawn with a key made of their training seeds, so that methods
     trained with the same seeds are paired in those too. Two or three runs know little of the spread between them, and plain
-    resampling would show less than there is: how the runs of a resample depart from all runs is stretched by sqrt(R / (R - 1))
-    and by Student's t over the normal quantile ("expanded percentile", Hesterberg, What Teachers Should Know about the
-    Bootstrap, The American Statistician 69, 2015). It remains a rough estimate.
+    resampling would show less than there is: how far the drawn runs are from all runs is stretched by sqrt(R / (R - 1)) and
+    by Student's t over the normal quantile ("expanded percentile", Hesterberg, What Teachers Should Know about the Bootstrap,
+    The American Statistician 69, 2015). It remains a rough estimate.
     """
     by_seed = {0: runs} if isinstance(runs, Values) else dict(sorted(runs.items()))
     if not by_seed or len({run.values.shape[1] for run in by_seed.values()}) != 1:
@@ -166,9 +166,8 @@ def bootstrap(name: str, runs: Runs, seed: int = 0, resamples: int = RESAMPLES) 
     mean, replicates = float(units.mean()), scores_BR.mean(axis=1)
     if count > 1:
         rng = np.random.default_rng(np.random.SeedSequence((seed, _RUNS, *by_seed)))
-        picks_BR = rng.integers(0, count, (resamples, count))
-        departure = np.take_along_axis(scores_BR, picks_BR, axis=1).mean(axis=1) - replicates
-        replicates = replicates + _stretch(count) * departure
+        picked_B = units[rng.integers(0, count, (resamples, count))].mean(axis=1)
+        replicates = replicates + _stretch(count) * (picked_B - mean)
     else:
         [run] = by_seed.values()
         units = _score(name, run.values @ weights_NR[:, 0], weights_NR.sum())

@@ -31,6 +31,7 @@ SHORT = {
     "generate": ["--max-new-tokens", "8"],
     "prune": [],
     "methods": [],
+    "compare": [],
 }
 
 

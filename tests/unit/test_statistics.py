@@ -125,7 +125,7 @@ def test_the_spread_of_training_seeds_is_not_taken_for_a_difference(runs, other)
         a = trained(rng, hardness, range(runs), 1.0)
         b = trained(rng, hardness, range(other, other + runs), 1.0)
         wrong += decided(difference("x", a, b, resamples=300))
-    assert wrong / 300 <= 0.08  # 0.27 to 0.38 for two and three runs without the stretch
+    assert wrong / 300 <= 0.08  # 0.27 to 0.40 for two and three runs without the stretch
 
 
 def test_training_seeds_with_a_clear_difference_are_told_apart():

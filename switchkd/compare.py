@@ -1,0 +1,319 @@
+"""Methods side by side: what ``switchkd evaluate`` wrote of their students, compared example by example.
+
+A method is the runs whose settings differ in the training seed alone. Everything else that a score depends on has to be the
+same in all files, or nothing is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.config import FREE_ON_RESUME
+from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
+
+FORMAT = 1
+REFERENCES = ("teacher", "student before")
+STUDENTS = ("student after", "student")  # of a training run's own evaluation, and of one made later
+TEACHER = "teacher_sha256"
+FEW_EXAMPLES, FEW_RUNS = 30, 5
+
+
+@dataclass(frozen=True)
+class Model:
+    """One evaluated model: the checksum of its weights, and its scores by name."""
+
+    sha256: str
+    scores: dict[str, Values]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation file; ``config`` are the settings of the run beside it, None for a file on its own."""
+
+    path: Path
+    task: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    models: dict[str, Model]
+    config: dict[str, Any] | None
+
+    @property
+    def student(self) -> Model:
+        return next(self.models[name] for name in STUDENTS if name in self.models)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of every table: the models of one method by training seed, or one model to compare with."""
+
+    label: str
+    models: dict[int, Model]
+    paths: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> bool:
+        return not self.paths
+
+    def score(self, name: str) -> dict[int, Values]:
+        return {seed: model.scores[name] for seed, model in self.models.items()}
+
+    def scores(self) -> list[str]:
+        """Names that all of its models have."""
+        first, *others = self.models.values()
+        return [name for name in first.scores if all(name in other.scores for other in others)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method's score less another's, and what it says."""
+
+    estimate: Estimate
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's score, and its difference to the baseline: None for the baseline itself, or where that has no such score."""
+
+    method: Method
+    estimate: Estimate
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods compared: a list of rows a score, and the differences of all pairs of methods in the first score."""
+
+    task: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: str
+    scores: dict[str, list[Row]]
+    pairs: dict[tuple[str, str], Difference]
+
+    @property
+    def main_score(self) -> str:
+        return next(iter(self.scores))
+
+
+def compare(
+    paths: Sequence[str],
+    task: str = "",
+    scores: Sequence[str] = (),
+    baseline: str = "",
+    progress: Callable[[str], None] = lambda score: None,
+) -> Comparison:
+    """Compare the students that the run directories or evaluation files ``paths`` tell of.
+
+    ``scores`` default to the task's primary one and every other that all have, but for those of single positions (``…@0-10``);
+    ``baseline`` to the first method. Calls ``progress`` with a score's name, for every row when it is resampled.
+
+    Raises:
+        ConfigError: no such score or baseline, or a method's run given twice.
+        DataError: a file is missing or damaged, or two files differ in what a score depends on.
+    """
+    results = [load_result(path, task) for path in paths]
+    if not results:
+        raise ConfigError("nothing to compare; give run directories: switchkd compare runs/a runs/b")
+    check_comparable(results)
+    methods = group(results)
+    names = chosen_scores(results, methods, scores)
+    check_teachers(results, names)
+    rows = [*references(results), *methods]
+    labels = [row.label for row in rows]
+    if baseline and baseline not in labels:
+        raise ConfigError(f"no baseline {baseline!r}{nearest(baseline, labels)}")
+    baseline = baseline or methods[0].label
+    samples: dict[str, dict[str, Bootstrap]] = {}
+    for name, row in ((name, row) for name in names for row in rows if name in row.scores()):
+        samples.setdefault(name, {})[row.label] = bootstrap(name, row.score(name))
+        progress(name)
+    tables = {
+        name: [_row(name, row, samples[name], baseline) for row in rows if row.label in samples[name]] for name in names
+    }
+    pairs = {
+        (a.label, b.label): _difference(names[0], samples[names[0]][a.label], samples[names[0]][b.label])
+        for a, b in permutations(methods, 2)
+    }
+    first = results[0]
+    return Comparison(first.task, first.data, first.settings, baseline, tables, pairs)
+
+
+def _row(name: str, method: Method, samples: Mapping[str, Bootstrap], baseline: str) -> Row:
+    own, other = samples[method.label], samples.get(baseline)
+    against = None if other is None or method.label == baseline else _difference(name, own, other)
+    return Row(method, own.estimate(), against)
+
+
+def _difference(name: str, a: Bootstrap, b: Bootstrap) -> Difference:
+    estimate = (a - b).estimate()
+    return Difference(estimate, verdict(estimate, lower_is_better(name)))
+
+
+def load_result(path: str, task: str = "") -> Result:
+    """Read the evaluation of a run directory (of ``task``, if named), or an evaluation file.
+
+    Raises:
+        DataError: there is none, it is of another task, or it is not what ``switchkd evaluate`` writes.
+    """
+    file = _evaluation_file(Path(path), task)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no evaluation {file}; make one with `switchkd evaluate RUN`") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    form = record.get("format") if isinstance(record, dict) else None
+    if form != FORMAT:
+        raise DataError(f"{file} is of format {form}, not {FORMAT}; evaluate anew with `switchkd evaluate {path}`")
+    try:
+        result = _result(file, record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{file} is not an evaluation of switchkd: {what}") from error
+    if task and result.task["name"] != task:
+        raise DataError(
+            f"{file} is of the task {result.task['name']!r}, not {task!r}; make one with `switchkd evaluate {path} --task {task}`"
+        )
+    return result
+
+
+def _evaluation_file(path: Path, task: str) -> Path:
+    """The file that ``path`` is, or that lies in it: evaluation-TASK.json, or evaluation.json of the run's own task."""
+    if not path.is_dir():
+        return path
+    own, named = path / "evaluation.json", path / f"evaluation-{task}.json"
+    if task and named.is_file():
+        return named
+    if own.is_file():
+        return own
+    others = sorted(file.stem.removeprefix("evaluation-") for file in path.glob("evaluation-*.json"))
+    way_out = f"`switchkd evaluate {path}{f' --task {task}' if task else ''}`"
+    hint = f", or compare one that there is: --task {' or '.join(others)}" if others else ""
+    raise DataError(f"{path} holds no {(named if task else own).name}; make it with {way_out}{hint}")
+
+
+def _result(file: Path, record: dict[str, Any]) -> Result:
+    models = {name: _model(model, len(record["data"]["ids"])) for name, model in record["results"].items()}
+    if not any(name in models for name in STUDENTS):
+        raise DataError(f"it has results of {', '.join(models) or 'nothing'}, and none of a student")
+    task = {key: record["task"][key] for key in ("name", "version", "primary")}
+    data = {key: record["data"][key] for key in ("file", "sha256", "ids")}
+    config = file.parent / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return Result(file, task, data, dict(record["settings"]), models, settings)
+
+
+def _model(record: dict[str, Any], examples: int) -> Model:
+    scores = {name: Values(score["values"], score["weights"]) for name, score in record["scores"].items()}
+    for name, values in scores.items():
+        if values.values.shape[1] != examples:
+            raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
+    return Model(record["model"]["sha256"], scores)
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raise DataError, naming everything that differs, unless all results are of one task, data and settings."""
+    first, *others = results
+    for other in others:
+        if differences := list(_differences(first, other)):
+            raise DataError(
+                f"{other.path} cannot be compared with {first.path}: {'; '.join(differences)}. Evaluate both alike with "
+                "`switchkd evaluate RUN`"
+            )
+
+
+def _differences(a: Result, b: Result) -> Iterator[str]:
+    sides = {side: {"task": r.task, "data sha256": r.data["sha256"], **r.settings} for side, r in (("a", a), ("b", b))}
+    for name in dict.fromkeys([*sides["a"], *sides["b"]]):
+        if name == TEACHER:  # moves divergences alone
+            continue
+        ours, theirs = (sides[side].get(name, "not set") for side in "ab")
+        if ours != theirs:
+            yield f"{name} is {theirs!r}, not {ours!r}"
+    if (ours := a.data["ids"]) != (theirs := b.data["ids"]):
+        missing, more = (len(set(map(str, x)) - set(map(str, y))) for x, y in ((ours, theirs), (theirs, ours)))
+        what = f"{missing} are missing and {more} are new" if missing or more else "they are in another order"
+        yield f"ids of {len(theirs)} examples, not the same {len(ours)}: {what}"
+
+
+def check_teachers(results: Sequence[Result], scores: Sequence[str]) -> None:
+    """Raise DataError if a divergence is to be compared that was taken to different teachers."""
+    teachers = {result.settings.get(TEACHER): result.path for result in results}
+    to_teacher = [name for name in scores if "forward_kl" in name]
+    if to_teacher and len(teachers) > 1:
+        which = "; ".join(f"{path}: {str(sha256)[:12]}" for sha256, path in teachers.items())
+        raise DataError(
+            f"{', '.join(to_teacher)} can only be compared with one teacher for all ({which}); leave it out: --score with others"
+        )
+
+
+def group(results: Sequence[Result]) -> list[Method]:
+    """The results by method: runs whose settings differ in the training seed, and in what moves no decision, are one."""
+    methods: dict[str, dict[int, Result]] = {}
+    for result in results:
+        runs = methods.setdefault(_training(result), {})
+        seed = (result.config or {}).get("seed", 0)
+        if seed in runs:
+            raise ConfigError(
+                f"{runs[seed].path} and {result.path} are of one method and training seed ({seed}); give one of them"
+            )
+        runs[seed] = result
+    labels = _labels([next(iter(runs.values())).path for runs in methods.values()])
+    return [
+        Method(label, {seed: r.student for seed, r in runs.items()}, tuple(str(r.path) for r in runs.values()))
+        for label, runs in zip(labels, methods.values(), strict=True)
+    ]
+
+
+def _training(result: Result) -> str:
+    """What a run's method is, as text: its settings but for the seed. A file without a run is a method of its own."""
+    if result.config is None:
+        return str(result.path.resolve())
+    free = FREE_ON_RESUME | {"seed"}
+    # Settings of evaluation train nothing, but the adaptive mix may look at eval_file.
+    moving = {
+        k: v for k, v in result.config.items() if k not in free and (k == "eval_file" or not k.startswith("eval_"))
+    }
+    return json.dumps(moving, sort_keys=True, default=str)
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Names of what lies in ``paths``: the run's folder without ``-seedN``, or a file's own name; the path where two are alike."""
+    folders_or_files = (p.resolve().parent.name if p.stem.startswith("evaluation") else p.stem for p in paths)
+    short = [re.sub(r"[-_]seed[-_]?\d+$", "", name) for name in folders_or_files]
+    taken = Counter([*short, *REFERENCES])
+    return [name if taken[name] == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def references(results: Sequence[Result]) -> list[Method]:
+    """Teacher and untrained student, each distinct one once, as rows to compare with."""
+    rows = []
+    for role in REFERENCES:
+        distinct = {r.models[role].sha256: r for r in reversed(results) if role in r.models}
+        names = _labels([r.path for r in distinct.values()])
+        labels = [role] if len(distinct) == 1 else [f"{role} of {name}" for name in names]
+        rows += [Method(label, {0: r.models[role]}) for label, r in zip(labels, distinct.values(), strict=True)]
+    return rows
+
+
+def chosen_scores(results: Sequence[Result], methods: Sequence[Method], asked: Sequence[str]) -> list[str]:
+    """The scores to compare, the one for plot and pairs first: those ``asked`` for, else the primary and all others in common."""
+    first, *others = (method.scores() for method in methods)
+    common = [name for name in first if all(name in other for other in others)]
+    if unknown := [name for name in asked if name not in common]:
+        raise ConfigError(f"no score {unknown[0]!r} that all results have{nearest(unknown[0], common)}")
+    primary = results[0].task["primary"]
+    if not asked and primary not in common:
+        raise DataError(f"not all results have {primary!r}, the task's primary score; they share {', '.join(common)}")
+    return list(dict.fromkeys(asked)) or [primary, *(name for name in common if name != primary and "@" not in name)]

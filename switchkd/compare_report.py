@@ -1,0 +1,269 @@
+"""A comparison as people read it: tables, a page of Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.table import Table
+
+from switchkd.compare import FEW_EXAMPLES, FEW_RUNS, FORMAT, Comparison, Difference, Method, Row
+from switchkd.report import number
+from switchkd.statistics import RESAMPLES, Estimate, lower_is_better
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
+LINES = {"teacher": (VERMILLION, "--"), "student before": (GREY, ":")}
+FEW = "†"
+CONSTANT = "‡"
+
+
+class Sheet(NamedTuple):
+    """A table of text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """A table for each score, and one of all pairs in the first."""
+    tables = [_score_sheet(comparison, name, rows) for name, rows in comparison.scores.items()]
+    return [tables[0], _pair_sheet(comparison), *tables[1:]] if comparison.pairs else tables
+
+
+def _score_sheet(comparison: Comparison, name: str, rows: Sequence[Row]) -> Sheet:
+    header = ["model", "runs", "mean ± std [95 % interval]", "n", f"difference to {comparison.baseline}", "verdict"]
+    return Sheet(f"{name} ({_direction(name)})", header, [_cells(row, comparison.baseline) for row in rows])
+
+
+def _cells(row: Row, baseline: str) -> list[str]:
+    scored = row.estimate
+    spread = "" if scored.std is None else f" ± {number(scored.std)}"
+    runs = "" if row.method.reference else str(len(row.method.models))
+    cells = [
+        row.method.label,
+        runs,
+        f"{number(scored.mean)}{spread} {_interval(scored, number)}",
+        f"{scored.examples}{_mark(row)}",
+    ]
+    if row.difference is None:
+        return [*cells, "", "baseline" if row.method.label == baseline else ""]
+    gap = row.difference.estimate
+    return [*cells, f"{signed(gap.mean)} {_interval(gap, signed)}", row.difference.verdict + _few(gap)]
+
+
+def _pair_sheet(comparison: Comparison) -> Sheet:
+    labels = list(dict.fromkeys(label for pair in comparison.pairs for label in pair))
+    rows = [[a, *("" if a == b else _pair(comparison.pairs[a, b]) for b in labels)] for a in labels]
+    title = f"{comparison.main_score}, row less column; no word where the two are not distinguishable"
+    return Sheet(title, ["", *labels], rows)
+
+
+def _pair(difference: Difference) -> str:
+    word = "" if difference.verdict == "not distinguishable" else f" {difference.verdict}"
+    return signed(difference.estimate.mean) + word + _few(difference.estimate)
+
+
+def _interval(estimate: Estimate, form: Callable[[float], str]) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "[-]"
+    return f"[{form(estimate.low)}, {form(estimate.high)}]"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign; 0 has none."""
+    sign = "+" if value > 0 else "−" if value < 0 else ""
+    return sign + number(abs(value))
+
+
+def _direction(name: str) -> str:
+    return {True: "lower is better", False: "higher is better", None: "neither end is better"}[lower_is_better(name)]
+
+
+def _mark(row: Row) -> str:
+    constant = row.estimate.low is not None and row.estimate.low == row.estimate.high
+    return _few(row.estimate) + (CONSTANT if constant else "")
+
+
+def _few(estimate: Estimate) -> str:
+    return FEW if estimate.examples < FEW_EXAMPLES else ""
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader has to know of the figures, as sentences."""
+    rows = [row for table in comparison.scores.values() for row in table]
+    runs = {len(row.method.models) for row in rows if not row.method.reference}
+    lines = [
+        f"Intervals are 95 %: percentiles of {RESAMPLES} bootstrap resamples of the examples. Differences are paired, example by "
+        "example. Verdicts are per pair and not corrected for many comparisons: of twenty pairs without a difference, one is "
+        "expected to look different.",
+    ]
+    if any(row.estimate.std is not None for row in rows):
+        lines.append(
+            "± is the standard deviation over training runs where a method has several, else over sampling seeds."
+        )
+    if 1 in runs:
+        lines.append(
+            "Where a method has one run, its interval says nothing of other training seeds, and the verdict is about this student, "
+            "not about the method."
+        )
+    if any(1 < count < FEW_RUNS for count in runs):
+        lines.append(
+            f"Where a method has several runs, they are resampled too; with fewer than {FEW_RUNS} the interval is a rough "
+            "estimate, and wide."
+        )
+    if any(FEW in _mark(row) for row in rows):
+        lines.append(f"{FEW} fewer than {FEW_EXAMPLES} examples: the interval is unreliable.")
+    if any(CONSTANT in _mark(row) for row in rows):
+        lines.append(
+            f"{CONSTANT} all examples have one value, so that resampling shows no spread and the interval has no width; a rate "
+            "seen 0 times in n examples may still be up to 3/n."
+        )
+    return lines
+
+
+def heading(comparison: Comparison) -> list[str]:
+    """What was compared, in lines: task, data and settings."""
+    task, data = comparison.task, comparison.data
+    settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items())
+    return [
+        f"{task['name']} (version {task['version']}): {len(data['ids'])} examples of {data['file']}, sha256 {data['sha256'][:12]}",
+        f"settings: {settings}",
+    ]
+
+
+def rich_table(sheet: Sheet) -> Table:
+    """A sheet for the terminal."""
+    table = Table(title=sheet.title, title_justify="left")
+    for place, name in enumerate(sheet.header):
+        table.add_column(name, overflow="fold", justify="left" if place == 0 else "right")
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a page; it shows compare.svg beside it."""
+    task, *settings = heading(comparison)
+    parts = [f"# Comparison on {task}", *settings, "![The methods, best first](compare.svg)"]
+    for title, header, rows in sheets(comparison):
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        parts += [f"## {title}", "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)]
+    return "\n\n".join([*parts, *notes(comparison)]) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Every figure of the comparison, unrounded, and where it is from."""
+    return {
+        "format": FORMAT,
+        "task": comparison.task,
+        "data": {
+            "file": comparison.data["file"],
+            "sha256": comparison.data["sha256"],
+            "examples": len(comparison.data["ids"]),
+        },
+        "settings": comparison.settings,
+        "baseline": comparison.baseline,
+        "scores": {
+            name: {"lower_is_better": lower_is_better(name), "rows": [_row_json(row) for row in rows]}
+            for name, rows in comparison.scores.items()
+        },
+        "pairs": [
+            {"score": comparison.main_score, "of": a, "less": b, **_difference_json(difference)}
+            for (a, b), difference in comparison.pairs.items()
+        ],
+        "notes": notes(comparison),
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    method: Method = row.method
+    return {
+        "label": method.label,
+        "files": list(method.paths),
+        "seeds": [] if method.reference else list(method.models),
+        **row.estimate.to_json(),
+        "few_examples": row.estimate.examples < FEW_EXAMPLES,
+        "difference": row.difference and _difference_json(row.difference),
+    }
+
+
+def _difference_json(difference: Difference) -> dict[str, Any]:
+    return {**difference.estimate.to_json(), "verdict": difference.verdict}
+
+
+def plot(comparison: Comparison) -> Figure:
+    """The methods' first score with intervals, best on top; teacher and untrained student as lines."""
+    from matplotlib.figure import Figure
+
+    name, rows = comparison.main_score, comparison.scores[comparison.main_score]
+    methods = [row for row in rows if not row.method.reference and math.isfinite(row.estimate.mean)]
+    methods.sort(key=lambda row: row.estimate.mean, reverse=bool(lower_is_better(name)))
+    figure = Figure(figsize=(6.4, 1.4 + 0.36 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(methods):
+        scored = row.estimate
+        few = scored.examples < FEW_EXAMPLES
+        if scored.low is not None and scored.high is not None:
+            axes.hlines(place, scored.low, scored.high, color=BLUE, linewidth=2)
+        axes.plot(scored.mean, place, "o", color=BLUE, markerfacecolor="white" if few else BLUE, markersize=7, zorder=3)
+    for row in rows:
+        role = next((role for role in LINES if row.method.label.startswith(role)), None)
+        if row.method.reference and role and math.isfinite(row.estimate.mean):
+            colour, style = LINES[role]
+            axes.axvline(
+                row.estimate.mean, color=colour, linestyle=style, linewidth=1.5, label=row.method.label, zorder=1
+            )
+    axes.set_yticks(range(len(methods)), [_tick(row) for row in methods])
+    axes.set_ylim(-0.6, len(methods) - 0.4)
+    marks = {mark for row in methods for mark in _mark(row)}
+    explained = {
+        FEW: f"{FEW} hollow: fewer than {FEW_EXAMPLES} examples",
+        CONSTANT: f"{CONSTANT} all examples have one value",
+    }
+    axes.set_xlabel("\n".join([f"{name}, {_direction(name)}", *(explained[mark] for mark in sorted(marks))]))
+    counts = sorted({row.estimate.examples for row in methods})
+    shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    axes.set_title(
+        f"{comparison.task['name']}: mean and 95 % bootstrap interval, {shown} examples", loc="left", fontsize=10
+    )
+    axes.grid(axis="x", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _tick(row: Row) -> str:
+    runs = len(row.method.models)
+    return row.method.label + (f" ({runs} runs)" if runs > 1 else "") + _mark(row)
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write compare.md, compare.json, compare.svg and compare.png into ``folder``; returns their paths."""
+    import matplotlib
+
+    from switchkd.checkpoint import staged_file, write_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    page, record, *pictures = (folder / f"compare.{suffix}" for suffix in ("md", "json", "svg", "png"))
+    with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):  # equal comparisons, equal files
+        figure = plot(comparison)
+        for picture in pictures:
+            form = picture.suffix.removeprefix(".")
+            with staged_file(picture) as staging:
+                figure.savefig(staging, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    write_file(page, markdown(comparison))
+    write_file(record, json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
+    return [page, record, *pictures]
