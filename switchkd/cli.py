@@ -308,7 +308,7 @@ def study(config: StudyConfig) -> None:
         failed = run_cells(grid, size, output_dir, config.jobs, done)
     if failed:
         raise SwitchKDError(
-            f"{len(failed)} of {len(grid)} runs failed ({', '.join(failed)}): see {output_dir}/logs; run the same command again to go on"
+            f"{len(failed)} of {len(grid)} runs failed ({', '.join(failed)}): see {output_dir}/logs; the same command goes on"
         )
     from switchkd.study_report import conclude
 

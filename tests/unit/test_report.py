@@ -92,7 +92,7 @@ def test_scores_are_shown_with_deviation_interval_and_settings(monkeypatch):
     [empty] = [line for line in out.splitlines() if "forward_kl@51+" in line]
     assert " - " in empty
     assert (
-        "correlation of ROUGE-L with the divergence on its own text, 1-10 tokens: -1.000 (over 80 completions)" in out
+        "correlation of ROUGE-L with the divergence on its own text, 1-10 tokens: -1.00 (over 80 completions)" in out
     )
 
 

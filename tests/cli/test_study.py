@@ -1,0 +1,145 @@
+"""A study on a tiny pair: its grid, its runs in processes of their own, going on where it stopped, and what it concludes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import byte_level_tokenizer, save_llama
+
+from switchkd.cli import main
+from switchkd.config import shipped
+from switchkd.errors import ConfigError
+from switchkd.study import Plan, Size, cells, flags, load_plan, with_settings
+from switchkd.study_report import cost, cost_table, curves
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    tokenizer, data = byte_level_tokenizer(), folder / "data.jsonl"
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "teacher_model_name_or_path": save_llama(folder / "teacher", tokenizer, 1),
+        "student_model_name_or_path": save_llama(folder / "student", tokenizer, 2, layers=1),
+        "train_file": str(data), "eval_file": str(data), "template": "none", "max_new_tokens": 8, "max_steps": 2,
+        "per_device_train_batch_size": 2, "eval_samples": 4, "eval_max_new_tokens": 6, "eval_steps": 1, "save_steps": 1,
+    }  # fmt: skip
+    file = folder / "plan.yaml"
+    small = {"settings": settings, "evaluations": {"references": {"eval_samples": 3, "eval_max_new_tokens": 4}}}
+    tree = {
+        "title": "A plan",
+        "methods": {"sft": "sft", "soft": {"recipe": "on_policy", "learning_rate": 1e-3}},
+        "baseline": "sft",
+        "curves": ["eval/rouge_l", "switch/teacher_share"],
+        "sizes": {"small": small, "none": {}},
+    }
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys):
+    """One run fails at first and is told of; the second time the rest is done and the first is not done again."""
+    output = tmp_path / "study"
+    arguments = ["study", str(plan), "--output-dir", str(output), "--set", "seed=9", "--jobs", "2"]
+    blocker = output / "soft-seed0" / "config.yaml"
+    blocker.mkdir(parents=True)  # the run cannot write its settings there
+    (output / "soft-seed0" / "checkpoint-1").mkdir()
+    (output / "soft-seed0" / "checkpoint-1" / "manifest.json").write_text("{}")
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 runs failed (soft-seed0)" in said.err and "sft-seed0: done" in said.out
+    blocker.rmdir()
+    (output / "soft-seed0" / "checkpoint-1" / "manifest.json").unlink()
+    before = (output / "sft-seed0" / "metrics.jsonl").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (output / "sft-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
+    page = (output / "study.md").read_text()
+    assert page.startswith("# A plan") and "| soft |" in page and "tokens trained" in page
+    for folder in ("compare", "compare-references"):
+        found = json.loads((output / folder / "compare.json").read_text())
+        assert found["baseline"] == "sft"
+        assert f"{folder}/compare.png" in page and (output / folder / "compare.png").stat().st_size > 5000
+    assert (output / "curves.png").stat().st_size > 5000
+    config = yaml.safe_load((output / "soft-seed0" / "config.yaml").read_text())
+    assert (config["seed"], config["learning_rate"], config["eval_on_start"]) == (0, 1e-3, False)
+    models = [json.loads((output / f"{m}-seed0" / "evaluation.json").read_text())["results"] for m in ("sft", "soft")]
+    assert list(models[0]) == ["teacher", "student before", "student after"] and list(models[1]) == ["student after"]
+    assert main([*arguments, "--set", "max_steps=3"]) == 1
+    assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_a_grid_is_every_combination_and_a_method_keeps_its_own_settings():
+    size = Size(
+        {"max_steps": 5, "learning_rate": 0.1, "policy": "switch"}, (0, 1), {"a": {"dtype": "float64"}, "b": {}},
+        {"short": {"max_train_tokens": 10}, "long": {"max_train_tokens": 99}},
+    )  # fmt: skip
+    plan = Plan("t", {"kd": "kd", "hot": {"recipe": "on_policy", "temperature": 2.0, "policy": "skd"}}, {"s": size})
+    grid = cells(plan, size, Path("out"))
+    assert len(grid) == len({cell.name for cell in grid}) == 16
+    one = next(cell for cell in grid if cell.name == "a-long-hot-seed1")
+    assert (one.group, one.method, one.config.seed, one.config.dtype) == ("a-long", "hot", 1, "float64")
+    assert (one.config.max_train_tokens, one.config.temperature, one.config.learning_rate) == (99, 2.0, 0.1)
+    assert type(one.config.policy).__name__ == "SKD" and one.config.output_dir == "out/a-long-hot-seed1"
+    assert {cell.name for cell in grid if cell.config.eval_on_start} == {
+        f"{pair}-{budget}-kd-seed0" for pair in "ab" for budget in ("short", "long")
+    }
+    assert [cell.name for cell in cells(plan, Size(), Path("out"))] == ["kd-seed0", "hot-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: {kd: kd}", "needs `title`, `methods` by name and `sizes`"),
+        ("{methods: {kd: kd}, sizes: {s: {sets: {}}}}", "unknown setting 'sets'; did you mean 'seeds'"),
+        ("{methods: {kd: kd}, sizes: {s: {}}, baseline: kb}", "baseline 'kb' is no method; did you mean 'kd'"),
+        ("[", "not valid YAML"),
+    ],
+)
+def test_a_plan_that_is_none_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_plan(str(tmp_path / "plan.yaml"))
+
+
+def test_wrong_names(plan, capsys):
+    assert main(["study", "swich_main"]) == 1 and "no plan 'swich_main'" in capsys.readouterr().err
+    assert main(["study", str(plan), "--size", "smal"]) == 1 and "did you mean 'small'" in capsys.readouterr().err
+    assert main(["study", str(plan), "--set", "max_steps"]) == 1 and "NAME=VALUE" in capsys.readouterr().err
+    assert main(["study", str(plan), "--set", "max_stepz=1"]) == 1 and "'max_steps'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="names no recipe"):
+        cells(Plan("t", {"m": {"seed": 1}}, {}), Size(), Path("out"))
+
+
+def test_settings_become_flags():
+    assert flags({"eval_seeds": (1, 2), "task": "gsm8k"}) == ["--eval-seeds", "1", "2", "--task", "gsm8k"]
+    assert with_settings(Size({"a": 1}), ["b=[1, 2]", "a=2"]).settings == {"a": 2, "b": [1, 2]}
+
+
+@pytest.mark.parametrize("name", shipped("plans"))
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_every_plan_that_ships_can_be_laid_out(name, size, capsys):
+    assert main(["study", name, "--size", size, "--dry-run"]) == 0
+    assert f"{load_plan(name).title}: " in capsys.readouterr().out.replace("\n", " ")
+
+
+def metrics(seconds, share):
+    made = [{"step": s, "num_tokens": 10 * s, "seconds": seconds, "eval/x": float(s)} for s in (1, 2, 3, 4)]
+    made[1]["switch/teacher_share"] = made[1]["switch/switched_share"] = share
+    return made
+
+
+def test_costs_are_of_the_runs_in_the_mean():
+    assert cost(metrics(2.0, 0.25)) == {
+        "steps": 4, "tokens": 40, "seconds": 8.0, "teacher share": 0.25, "switched responses": 0.25,
+    }  # fmt: skip
+    table = cost_table({"a": [metrics(1.0, 0.2), metrics(3.0, 0.4)], "b": [metrics(4.0, 0.0)]}).splitlines()
+    assert table[2] == "| a | 2 | 4 | 40 | 8.00 | 1.00 | 30% | 30% |"
+    assert table[3] == "| b | 1 | 4 | 40 | 16.0 | 2.00 | 0% | 0% |"
+
+
+def test_curves_show_the_mean_of_the_runs():
+    figure = curves({"a": [metrics(1.0, 0.2), [m | {"eval/x": 0.0} for m in metrics(1.0, 0.2)]]}, ["eval/x"], "t")
+    [line] = figure.axes[0].lines
+    assert line.get_label() == "a" and list(line.get_ydata()) == [0.5, 1.0, 1.5, 2.0]
