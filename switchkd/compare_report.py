@@ -239,6 +239,7 @@ def plot(comparison: Comparison) -> Figure:
         f"{comparison.task['name']}: mean and 95 % bootstrap interval, {shown} examples", loc="left", fontsize=10
     )
     axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)

@@ -112,9 +112,9 @@ def test_runs_that_differ_in_the_training_seed_are_one_method(runs):
     assert comparison.baseline == "switch" and table["switch"].difference is None
 
 
-def test_runs_that_differ_in_more_are_methods_of_their_own(runs, tmp_path):
-    config = {"seed": 4, "policy": "kd", "learning_rate": 0.1}
-    other = write_run(tmp_path / "x" / "kd-seed4", record(model(0, "other")), config)
+@pytest.mark.parametrize("more", [{"learning_rate": 0.1}, {"eval_file": "what the adaptive mix looks at"}])
+def test_runs_that_differ_in_more_are_methods_of_their_own(runs, tmp_path, more):
+    other = write_run(tmp_path / "x" / "kd-seed4", record(model(0, "other")), {"seed": 4, "policy": "kd", **more})
     labels = list(rows(compare([*runs, other])))
     assert labels[2:] == ["switch", f"{runs[1]}/evaluation.json", f"{other}/evaluation.json"]
 
@@ -234,6 +234,14 @@ def test_a_missing_evaluation_says_how_to_make_it(tmp_path):
     (run / "evaluation.json").write_text("{")
     with pytest.raises(DataError, match=r"evaluation\.json cannot be read"):
         compare([str(run)])
+
+
+def test_a_damaged_config_is_refused(runs):
+    for text in ("a: [", "- a"):
+        with open(f"{runs[0]}/config.yaml", "w") as config:
+            config.write(text)
+        with pytest.raises(DataError, match=r"evaluation\.json, or config\.yaml beside it"):
+            compare(runs)
 
 
 def test_a_named_task_has_its_own_file_or_is_the_runs_own(tmp_path):
