@@ -88,7 +88,8 @@ def _direction(name: str) -> str:
 
 
 def _mark(row: Row) -> str:
-    constant = row.estimate.low is not None and row.estimate.low == row.estimate.high
+    low, high = row.estimate.low, row.estimate.high
+    constant = low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9)
     return _few(row.estimate) + (CONSTANT if constant else "")
 
 

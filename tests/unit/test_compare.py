@@ -300,9 +300,9 @@ def test_few_examples_are_marked(tmp_path):
 def test_an_interval_without_width_is_explained(runs):
     changed(
         runs[0],
-        lambda r: r["results"]["student after"]["scores"].update(strict={"values": [[0.0] * N] * 2, "weights": None}),
+        lambda r: r["results"]["student after"]["scores"].update(strict={"values": [[0.1] * N] * 2, "weights": None}),
     )
-    assert "| switch | 1 | 0.000 ± 0.000 [0.000, 0.000] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
+    assert "| switch | 1 | 0.100 ± 0.000 [0.100, 0.100] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
 
 
 def test_a_score_that_no_example_has_is_shown_as_missing(tmp_path):
