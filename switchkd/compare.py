@@ -178,9 +178,9 @@ def load_result(path: str, task: str = "") -> Result:
         raise DataError(f"{file} is of format {form}, not {FORMAT}; evaluate anew with `switchkd evaluate {path}`")
     try:
         result = _result(file, record)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{file} is not an evaluation of switchkd: {what}") from error
+        raise DataError(f"{file}, or config.yaml beside it, is not what switchkd writes: {what}") from error
     if task and result.task["name"] != task:
         raise DataError(
             f"{file} is of the task {result.task['name']!r}, not {task!r}; make one with `switchkd evaluate {path} --task {task}`"
@@ -210,7 +210,7 @@ def _result(file: Path, record: dict[str, Any]) -> Result:
     task = {key: record["task"][key] for key in ("name", "version", "primary")}
     data = {key: record["data"][key] for key in ("file", "sha256", "ids")}
     config = file.parent / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    settings = dict(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else None
     return Result(file, task, data, dict(record["settings"]), models, settings)
 
 

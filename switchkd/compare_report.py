@@ -88,7 +88,8 @@ def _direction(name: str) -> str:
 
 
 def _mark(row: Row) -> str:
-    constant = row.estimate.low is not None and row.estimate.low == row.estimate.high
+    low, high = row.estimate.low, row.estimate.high
+    constant = low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9)
     return _few(row.estimate) + (CONSTANT if constant else "")
 
 
@@ -239,6 +240,7 @@ def plot(comparison: Comparison) -> Figure:
         f"{comparison.task['name']}: mean and 95 % bootstrap interval, {shown} examples", loc="left", fontsize=10
     )
     axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)

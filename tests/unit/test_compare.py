@@ -112,9 +112,9 @@ def test_runs_that_differ_in_the_training_seed_are_one_method(runs):
     assert comparison.baseline == "switch" and table["switch"].difference is None
 
 
-def test_runs_that_differ_in_more_are_methods_of_their_own(runs, tmp_path):
-    config = {"seed": 4, "policy": "kd", "learning_rate": 0.1}
-    other = write_run(tmp_path / "x" / "kd-seed4", record(model(0, "other")), config)
+@pytest.mark.parametrize("more", [{"learning_rate": 0.1}, {"eval_file": "what the adaptive mix looks at"}])
+def test_runs_that_differ_in_more_are_methods_of_their_own(runs, tmp_path, more):
+    other = write_run(tmp_path / "x" / "kd-seed4", record(model(0, "other")), {"seed": 4, "policy": "kd", **more})
     labels = list(rows(compare([*runs, other])))
     assert labels[2:] == ["switch", f"{runs[1]}/evaluation.json", f"{other}/evaluation.json"]
 
@@ -236,6 +236,14 @@ def test_a_missing_evaluation_says_how_to_make_it(tmp_path):
         compare([str(run)])
 
 
+def test_a_damaged_config_is_refused(runs):
+    for text in ("a: [", "- a"):
+        with open(f"{runs[0]}/config.yaml", "w") as config:
+            config.write(text)
+        with pytest.raises(DataError, match=r"evaluation\.json, or config\.yaml beside it"):
+            compare(runs)
+
+
 def test_a_named_task_has_its_own_file_or_is_the_runs_own(tmp_path):
     run = write_run(tmp_path / "run", record(model(0, "own")))
     assert load_result(run, "sums").student.sha256 == "own"
@@ -292,9 +300,9 @@ def test_few_examples_are_marked(tmp_path):
 def test_an_interval_without_width_is_explained(runs):
     changed(
         runs[0],
-        lambda r: r["results"]["student after"]["scores"].update(strict={"values": [[0.0] * N] * 2, "weights": None}),
+        lambda r: r["results"]["student after"]["scores"].update(strict={"values": [[0.1] * N] * 2, "weights": None}),
     )
-    assert "| switch | 1 | 0.000 ± 0.000 [0.000, 0.000] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
+    assert "| switch | 1 | 0.100 ± 0.000 [0.100, 0.100] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
 
 
 def test_a_score_that_no_example_has_is_shown_as_missing(tmp_path):
