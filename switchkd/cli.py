@@ -62,8 +62,8 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 class StudyConfig:
     """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
 
-    plan: tyro.conf.Positional[str]
-    """A plan's YAML file, or the name of one that ships with the package: `switchkd study list` lists them."""
+    plan: tyro.conf.Positional[str] = "list"
+    """A plan's YAML file, or the name of one that ships with the package; `list` lists them."""
     size: str = "small"
     """Which of the plan's sizes."""
     output_dir: str = ""

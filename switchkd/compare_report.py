@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from switchkd.compare import FEW_EXAMPLES, FEW_RUNS, FORMAT, Comparison, Difference, Method, Row
-from switchkd.report import number
-from switchkd.statistics import RESAMPLES, Estimate, lower_is_better
+from switchkd.compare import FEW_RUNS, FORMAT, Comparison, Difference, Method, Row
+from switchkd.report import FEW, number
+from switchkd.statistics import FEW_EXAMPLES, RESAMPLES, Estimate, lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
 LINES = {"teacher": (VERMILLION, "--"), "student before": (GREY, ":")}
-FEW = "†"
 CONSTANT = "‡"
 
 
@@ -94,7 +93,7 @@ def _mark(row: Row) -> str:
 
 
 def _few(estimate: Estimate) -> str:
-    return FEW if estimate.examples < FEW_EXAMPLES else ""
+    return FEW if estimate.few else ""
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -195,7 +194,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "files": list(method.paths),
         "seeds": [] if method.reference else list(method.models),
         **row.estimate.to_json(),
-        "few_examples": row.estimate.examples < FEW_EXAMPLES,
+        "few_examples": row.estimate.few,
         "difference": row.difference and _difference_json(row.difference),
     }
 
@@ -215,7 +214,7 @@ def plot(comparison: Comparison) -> Figure:
     axes = figure.subplots()
     for place, row in enumerate(methods):
         scored = row.estimate
-        few = scored.examples < FEW_EXAMPLES
+        few = scored.few
         if scored.low is not None and scored.high is not None:
             axes.hlines(place, scored.low, scored.high, color=BLUE, linewidth=2)
         axes.plot(scored.mean, place, "o", color=BLUE, markerfacecolor="white" if few else BLUE, markersize=7, zorder=3)

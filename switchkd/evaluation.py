@@ -60,7 +60,9 @@ class EvalSettings:
         """What moves a score, with the rules and versions that do."""
         sampling = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         settings = asdict(self) | {"policy": repr(self.policy), "seeds": [s for s in self.passes if s is not None]}
-        del settings["batch_size"], settings["score_batch_size"]  # rounding alone
+        del settings["score_batch_size"]  # rounding alone
+        if self.backend == "engine":
+            del settings["batch_size"]  # generate draws for a whole batch from one generator
         rouge = f"rouge-score {version('rouge-score')}, F1 x 100, use_stemmer=True"
         return {**settings, **sampling, "rouge": rouge, "intervals": "95 %, percentile bootstrap over examples"}
 

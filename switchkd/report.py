@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.config import name_of
+from switchkd.statistics import FEW_EXAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from switchkd.rollouts import DecodeCost, Rollout
     from switchkd.statistics import Estimate
 
-# A score over fewer examples than this says little, and is marked.
-FEW, FEW_MARK = 30, "†"
+FEW = "†"  # marks a score over few examples
 
 console = Console(emoji=False, markup=False, highlight=False)  # text is data, never markup
 
@@ -116,14 +116,9 @@ def _score_columns(title: str, columns: Mapping[str, Mapping[str, Estimate]], ro
     shown = [found[row] for row in rows for found in columns.values()]
     for row in rows:
         table.add_row(row, *(estimate_text(found[row]) for found in columns.values()))
-    if any(few(estimate) for estimate in shown):
-        table.caption = f"{FEW_MARK} over fewer than {FEW} examples"
+    if any(estimate.few for estimate in shown):
+        table.caption = f"{FEW} over fewer than {FEW_EXAMPLES} examples"
     return table
-
-
-def few(estimate: Estimate) -> bool:
-    """Whether an estimate is over so few examples that it is shown with a mark."""
-    return 0 < estimate.examples < FEW
 
 
 def estimate_text(estimate: Estimate) -> str:
@@ -132,7 +127,7 @@ def estimate_text(estimate: Estimate) -> str:
     interval = (
         "" if estimate.low is None or estimate.high is None else f" [{number(estimate.low)}, {number(estimate.high)}]"
     )
-    return f"{number(estimate.mean)}{deviation}{FEW_MARK if few(estimate) else ''}{interval}"
+    return f"{number(estimate.mean)}{deviation}{FEW if estimate.few else ''}{interval}"
 
 
 def method_table(recipes: dict[str, TrainConfig]) -> Table:

@@ -19,6 +19,7 @@ from switchkd.errors import DataError
 Array: TypeAlias = NDArray[np.float64]
 
 RESAMPLES = 2000
+FEW_EXAMPLES = 30  # a score over fewer says little, and is marked wherever it is shown
 CONFIDENCE = 0.95
 _EXAMPLES, _RUNS = 0, 1  # streams of the keyed randomness
 _CHUNK = 1 << 20  # resampled examples held at a time
@@ -95,6 +96,11 @@ class Estimate:
     low: float | None
     high: float | None
     examples: int
+
+    @property
+    def few(self) -> bool:
+        """Whether it is over so few examples that it is shown with a mark."""
+        return 0 < self.examples < FEW_EXAMPLES
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, None in place of NaN and infinities, which JSON has not."""

@@ -48,7 +48,7 @@ def record(student, examples=N, **changes):
         "format": 1,
         "task": TASK,
         "data": {"file": "sums.jsonl", "sha256": "d" * 64, "ids": list(range(examples)), "groups": [""] * examples},
-        "settings": {"seeds": [0, 1], "temperature": 0.7, "max_new_tokens": 64},
+        "settings": {"seeds": [0, 1], "temperature": 0.7, "max_new_tokens": 64, "teacher_sha256": "teacher"},
         "results": results,
     } | changes
 
@@ -192,8 +192,7 @@ REFUSED = {
     "temperature is 1.0, not 0.7": lambda r: r["settings"].update(temperature=1.0),
     "seeds is [0], not [0, 1]; max_new_tokens is 32, not 64": lambda r: r["settings"].update(seeds=[0], max_new_tokens=32),
     "backend is 'vllm', not 'not set'": lambda r: r["settings"].update(backend="vllm"),
-    "forward_kl can only be compared with one teacher": lambda r: r["results"]["teacher"]["model"].update(sha256="t2"),
-    "unknown": lambda r: r["results"].pop("teacher"),
+    "forward_kl can only be compared with one teacher": lambda r: r["settings"].update(teacher_sha256="t2"),
     "is of format 2, not 1": lambda r: r.update(format=2),
     "is of format None": lambda r: r.pop("format"),
     "it has no 'settings'": lambda r: r.pop("settings"),
@@ -216,6 +215,7 @@ def test_what_cannot_be_compared_is_refused_by_name(runs, words):
 
 def test_other_teachers_do_not_stand_in_the_way_of_what_has_no_teacher(runs):
     changed(runs[0], lambda r: r["results"]["teacher"]["model"].update(sha256="t2"))
+    changed(runs[0], lambda r: r["settings"].update(teacher_sha256="t2"))
     assert list(rows(compare(runs, scores=["strict"])))[:2] == ["teacher of kd", "teacher of switch"]
 
 
@@ -310,7 +310,7 @@ def test_a_score_that_no_example_has_is_shown_as_missing(tmp_path):
     for run in runs:
         changed(run, lambda r: [m["scores"]["forward_kl@0-10"].update(weights=[0] * N) for m in r["results"].values()])
     comparison = compare(runs, scores=["forward_kl@0-10"])
-    assert "| a | 1 | - [-] | 0† |" in compare_report.markdown(comparison)
+    assert "| a | 1 | - [-] | 0 |" in compare_report.markdown(comparison)
     assert compare_report.to_json(comparison)["scores"]["forward_kl@0-10"]["rows"][0]["mean"] is None
     compare_report.plot(comparison)
 

@@ -91,9 +91,7 @@ def test_scores_are_shown_with_deviation_interval_and_settings(monkeypatch):
     assert out.index(" strict ") < out.index(" rouge_l ") and "81,234 [81,234, 81,234]" in out
     [empty] = [line for line in out.splitlines() if "forward_kl@51+" in line]
     assert " - " in empty
-    assert (
-        "correlation of ROUGE-L with the divergence on its own text, 1-10 tokens: -1.00 (over 80 completions)" in out
-    )
+    assert "correlation of ROUGE-L with the divergence on its own text, 1-10 tokens: -1.00 (over 80 completions)" in out
 
 
 def test_scores_over_few_examples_carry_a_mark_and_groups_are_shown(monkeypatch):
