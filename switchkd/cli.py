@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -67,6 +67,18 @@ class PruneConfig:
     """Layers to keep."""
     seed: int = 0
     """Key of the choice of texts that influence is measured on."""
+
+
+@dataclass(frozen=True)
+class MakePairConfig:
+    """Make the small pair for studies on two CPU cores, with its data, from generated text."""
+
+    output_dir: str | None = None
+    """Where the pair goes; default in the user's cache, where the model name `small` finds it."""
+    seed: int = 0
+    """Key of all randomness."""
+    scale: Literal["full", "tiny"] = "full"
+    """`tiny` makes untrained models in seconds, to try the command."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,12 @@ def prune(config: PruneConfig) -> None:
     prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
 
 
+def make_pair(config: MakePairConfig) -> None:
+    from switchkd.small_pair import make_pair as make_small_pair
+
+    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
+
+
 def methods(config: MethodsConfig) -> None:
     from switchkd.config import recipes
     from switchkd.report import console, method_table
@@ -197,6 +215,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
     "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
+    "make-pair": (MakePairConfig, make_pair, False, "make the small pair `small` and its data, for studies on a CPU"),
 }
 
 

@@ -44,9 +44,9 @@ class ModelConfig(_Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: str = "demo"
-    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, which needs no hub."""
+    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made."""
     student_model_name_or_path: str = "demo"
-    """Hub name or local folder of the student; `demo` is the 15-layer student made from the demo teacher."""
+    """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
     teacher_field: str = ""
