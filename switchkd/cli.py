@@ -145,6 +145,18 @@ class LmEvalConfig:
 
 
 @dataclass(frozen=True)
+class MakePairConfig:
+    """Make the small pair for studies on two CPU cores, with its data, from generated text."""
+
+    output_dir: str | None = None
+    """Where the pair goes; default in the user's cache, where the model name `small` finds it."""
+    seed: int = 0
+    """Key of all randomness."""
+    scale: Literal["full", "tiny"] = "full"
+    """`tiny` makes untrained models in seconds, to try the command."""
+
+
+@dataclass(frozen=True)
 class MethodsConfig:
     """List the recipes that ship with the package."""
 
@@ -349,6 +361,12 @@ def prune(config: PruneConfig) -> None:
     prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
 
 
+def make_pair(config: MakePairConfig) -> None:
+    from switchkd.small_pair import make_pair as make_small_pair
+
+    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
+
+
 def methods(config: MethodsConfig) -> None:
     from switchkd.report import console, method_table
 
@@ -367,6 +385,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
     "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
+    "make-pair": (MakePairConfig, make_pair, False, "make the small pair `small` and its data, for studies on a CPU"),
 }
 
 

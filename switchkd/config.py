@@ -59,9 +59,9 @@ class ModelConfig(_Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: str = "demo"
-    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, which needs no hub."""
+    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made."""
     student_model_name_or_path: str = "demo"
-    """Hub name or local folder of the student; `demo` is the 15-layer student made from the demo teacher."""
+    """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
     teacher_field: str = ""
@@ -108,6 +108,8 @@ class DataConfig(_Settings):
 
     train_file: str = "gsm8k-sample:train"
     """JSONL file, plain or gzip: prompt+completion, messages, Alpaca, GSM8K or DialogSum fields."""
+    train_samples: int = -1
+    """Rows of train_file to use, the first of it; -1 takes all."""
     eval_file: str = ""
     """Held-out JSONL file to score on; default the task's own data on the hub, and for no task `gsm8k-sample:heldout`."""
     template: Literal["chat", "alpaca", "none"] = "chat"
@@ -123,6 +125,8 @@ class DataConfig(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_samples == 0 or self.train_samples < -1:
+            raise ConfigError(f"train_samples must be at least 1, or -1 for all, got {self.train_samples}")
         if self.teacher_prompt:
             check_teacher_prompt(self.teacher_prompt)
 

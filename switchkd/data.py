@@ -22,6 +22,7 @@ from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.formats import Format, Message, examples_of, format_of, text_field
 from switchkd.hub import PREFIX, hub_rows
 from switchkd.policies import REFERENCE
+from switchkd.small_data import SMALL, small_data_file
 from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def load_examples(
     teacher_field: str = "",
     teachers: Collection[str] = (),
 ) -> list[Example]:
-    """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample.
+    """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample,
+    ``small:train``, ``small:arithmetic-heldout``, … a file of the small pair.
 
     ``hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]`` names a data set on the Hugging Face Hub (``switchkd.hub``).
     The fields of the first row decide the file's format; the first of these that fits is taken:
@@ -159,6 +161,8 @@ def _rows(path: str) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
 
 def _resolve(path: str) -> tuple[Any, range | None]:
     name, _, split = path.partition(":")
+    if name == SMALL:
+        return small_data_file(split or "train"), None
     if name != SAMPLE:
         return Path(path), None
     split = split or "train"

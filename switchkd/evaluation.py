@@ -88,7 +88,7 @@ def evaluate(
         raise ConfigError("sampled completions need at least one of eval_seeds")
     references = [(example.prompt_ids, example.completion_ids) for example in examples]
     scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
-    completions, ids = _complete(pair, model, examples, settings, progress)
+    completions, ids = complete(pair, model, examples, settings, progress)
     scores |= _text_scores(task, examples, completions)
     if settings.own_text:
         own = [(e.prompt_ids, text) for row in ids for e, text in zip(examples, row, strict=True)]
@@ -137,14 +137,18 @@ def _text_scores(
 # --- completions --------------------------------------------------------------------------------------------------
 
 
-def _complete(
-    pair: Pair, model: PreTrainedModel, examples: Sequence[TokenizedExample], settings: EvalSettings, progress: Progress
+def complete(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: EvalSettings,
+    progress: Progress = lambda *_: None,
 ) -> tuple[list[list[Completion]], list[list[list[int]]]]:
     """The model's own completions under each seed, ``[S][N]``, and their token ids."""
     completions, ids = [], []
     for seed in settings.passes:
-        complete = _by_generate if settings.backend == "generate" else _by_engine
-        written = complete(pair, model, examples, settings, seed or 0, progress)
+        write = _by_generate if settings.backend == "generate" else _by_engine
+        written = write(pair, model, examples, settings, seed or 0, progress)
         texts = pair.tokenizer.batch_decode([own for own, _ in written], skip_special_tokens=True)
         completions.append([
             Completion(example.id, seed, text, len(own), reason)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd import __version__
 from switchkd.errors import ConfigError, DataError
-from switchkd.models import DEMO, load_model, load_tokenizer
+from switchkd.models import load_model, load_tokenizer, made
 from switchkd.runs import CONFIG, read_config
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Metric:
 
 
 def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student of a run directory, or the model that ``name`` is as in `load_pair`; ``demo`` is the demo pair's student.
+    """The student of a run directory, or the model that ``name`` is as in `load_pair`; of ``demo`` and ``small`` the student.
 
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.
@@ -54,10 +54,8 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
         if not (run / "student").is_dir():
             raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`")
         name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
-    elif name == DEMO:
-        from switchkd.demo_pair import demo_pair_paths
-
-        name = str(demo_pair_paths()[1])
+    else:
+        name = made(name, "student")
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
 
 

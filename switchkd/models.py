@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from switchkd.errors import ConfigError, ModelError, SwitchKDError, nearest
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from switchkd.config import ModelConfig
 
-DEMO = "demo"
+MADE = ("demo", "small")  # pairs that the package makes in the user's cache
 BASE = "base"  # as a teacher: the model under the student's adapter
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -68,7 +68,7 @@ def load_pair(
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
 ) -> Pair:
-    """Load and check a pair; each name is a hub name, a local folder, or ``"demo"`` (for both if ``student`` is None).
+    """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
     A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
@@ -79,7 +79,7 @@ def load_pair(
     tokenizers are not equal id by id or a model has too few logits rows.
     """
     teacher_name, student_name = _pair_names(teacher, student)
-    sources = {"": teacher_name} | {name: _teacher_source(source) for name, source in (teachers or {}).items()}
+    sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
     if BASE in sources.values() and lora is None and not _is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
@@ -113,7 +113,7 @@ def load_pair(
 def load_model(
     name: str, dtype: str = "float32", device: str | None = None, load_in_4bit: bool = False
 ) -> "PreTrainedModel":
-    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo: the teacher).
+    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo, small: the teacher).
 
     Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body.
     Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
@@ -267,23 +267,21 @@ def cache_bytes_per_token(model: "PreTrainedModel") -> int:
 
 
 def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
-    if student is None and teacher != DEMO:
+    if student is None and teacher not in MADE:
         raise ConfigError(
             f"teacher {teacher!r} has no student; name one, or make one with `switchkd prune {teacher} FOLDER`"
         )
-    if student is not None and DEMO not in (teacher, student):
-        return teacher, student
-    from switchkd.demo_pair import demo_pair_paths
-
-    demo_teacher, demo_student = demo_pair_paths()
-    return (
-        str(demo_teacher) if teacher == DEMO else teacher,
-        str(demo_student) if student is None or student == DEMO else student,
-    )
+    return made(teacher, "teacher"), made(teacher if student is None else student, "student")
 
 
-def _teacher_source(name: str) -> str:
-    return _locate(name)[0] if name == DEMO else name
+def made(name: str, role: Literal["teacher", "student"]) -> str:
+    """The folder of that role if ``name`` is a pair that the package makes, else ``name``."""
+    if name not in MADE:
+        return name
+    from switchkd import demo_pair, small_pair
+
+    teacher, student = demo_pair.demo_pair_paths() if name == "demo" else small_pair.small_pair_paths()
+    return str(teacher if role == "teacher" else student)
 
 
 def _same_model(one: str, other: str) -> bool:
@@ -354,10 +352,7 @@ def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
 def _locate(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
-    if name == DEMO:
-        from switchkd.demo_pair import demo_pair_paths
-
-        name = str(demo_pair_paths()[0])
+    name = made(name, "teacher")
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)

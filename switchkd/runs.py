@@ -72,7 +72,7 @@ DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
-    "teacher_model_name_or_path", "dtype", "train_file", "template", "max_prompt_length", "max_completion_length", "skip_bad",
+    "teacher_model_name_or_path", "dtype", "train_file", "train_samples", "template", "max_prompt_length", "max_completion_length", "skip_bad",
     "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache",
     "teacher_cache_top_k",
 }  # fmt: skip
@@ -200,7 +200,8 @@ def load_task(
 
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
     """The examples of train_file, each with its teacher and what that one reads."""
-    return load_task(config, pair, config.train_file, None, quiet, config.teacher_prompt, config.teacher_field)
+    limit = None if config.train_samples < 0 else config.train_samples
+    return load_task(config, pair, config.train_file, limit, quiet, config.teacher_prompt, config.teacher_field)
 
 
 def load_training_text(

@@ -30,6 +30,7 @@ SHORT = {
     "evaluate": ["--eval-samples", "2"],
     "generate": ["--max-new-tokens", "8"],
     "prune": [],
+    "make-pair": ["--scale", "tiny"],
     "methods": [],
     "compare": [],
 }
@@ -77,6 +78,7 @@ def pair(tmp_path_factory):
 def workplace(pair, tmp_path, monkeypatch):
     """A folder in which the demo pair is tiny, hub names are the demo, and the data files of the docs exist."""
     monkeypatch.setattr(demo_pair, "demo_pair_paths", lambda *_, **__: pair)
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name in ("my_data.jsonl", "my_heldout.jsonl"):
         Path(name).write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 8)

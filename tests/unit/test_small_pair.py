@@ -1,0 +1,96 @@
+"""The small pair at its tiny scale: one command, two models that fit, found by name, repeated bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+from switchkd.cli import main
+from switchkd.data import load_examples, tokenize
+from switchkd.errors import ConfigError, DataError, ModelError
+from switchkd.models import load_model, load_pair, load_tokenizer, num_parameters
+from switchkd.small_data import FILES, FOLDER
+from switchkd.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, make_pair, new_model
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache in which ``switchkd make-pair --scale tiny`` put its pair."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCHKD_CACHE", str(folder))
+        assert main(["make-pair", "--scale", "tiny"]) == 0
+    return folder
+
+
+@pytest.fixture
+def found(cache, monkeypatch):
+    monkeypatch.setenv("SWITCHKD_CACHE", str(cache))
+    return cache / FOLDER
+
+
+def test_the_folder_holds_both_models_the_data_and_how_they_were_made(found):
+    names = {"teacher", "student", "pair.json", *(f"{name}.jsonl" for name in FILES)}
+    assert {path.name for path in found.iterdir()} == names
+    record = json.loads((found / "pair.json").read_text())
+    assert record["seed"] == 0 and record["scale"] == "tiny"
+    assert record["teacher"]["parameters"] == num_parameters(load_model(str(found / "teacher")))
+    assert 0 <= record["student"]["text"]["exact_match"] <= 100 and "strict" in record["teacher"]["arithmetic"]
+
+
+def test_small_names_the_pair_and_its_data(found):
+    pair = load_pair("small")
+    assert num_parameters(pair.teacher) > num_parameters(pair.student)
+    assert pair.warnings == () and pair.vocab_size == len(pair.tokenizer)
+    assert len(load_examples("small:text-heldout")) == SCALES["tiny"].heldout
+    # Both shapes of a row are one prompt: the mixed file has the tokens of the two others.
+    mixed, arithmetic, text = (load_examples(f"small:{name}") for name in ("train", "arithmetic-train", "text-train"))
+    limits = {"max_prompt_length": MAX_PROMPT, "max_completion_length": MAX_COMPLETION}
+    ids = [tokenize(rows, pair.tokenizer, template="chat", **limits)[0] for rows in (mixed, arithmetic, text)]
+    assert [(e.prompt_ids, e.completion_ids) for e in ids[0]] == [
+        (e.prompt_ids, e.completion_ids) for turn in zip(*ids[1:], strict=True) for e in turn
+    ]
+    assert all(e.completion_ids[-1] == pair.tokenizer.eos_token_id and not e.truncated for e in ids[0])
+
+
+def test_text_comes_back_from_the_tokenizer_and_digits_stand_alone(found):
+    tokenizer = load_tokenizer("small")
+    words = [example.completion for example in load_examples("small:train")] + ["Ünïcode 🙂\t 12345\n\n x  y ."]
+    for text in words:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    digits = tokenizer("12345 67")["input_ids"]
+    assert [tokenizer.decode([token]) for token in digits] == ["1", "2", "3", "4", "5", " ", "6", "7"]
+
+
+def test_a_pair_made_twice_is_the_same(found, tmp_path):
+    make_pair(tmp_path / "again", scale="tiny")
+    for name in ("teacher/model.safetensors", "student/model.safetensors", "teacher/tokenizer.json", "train.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (found / name).read_bytes(), name
+    assert main(["make-pair", "--scale", "tiny", "--seed", "1", "--output-dir", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other/train.jsonl").read_bytes() != (found / "train.jsonl").read_bytes()
+
+
+def test_a_new_model_leaves_the_global_random_state_alone(found):
+    before = torch.random.get_rng_state()
+    tokenizer = load_tokenizer("small")
+    one, other = (new_model(SCALES["tiny"].teacher, tokenizer, seed, "teacher") for seed in (0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_pair_that_was_not_made_is_an_error_that_says_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="switchkd make-pair"):
+        load_pair("small", "demo")
+    with pytest.raises(DataError, match="switchkd make-pair"):
+        load_examples("small:train")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_folder_and_a_failure_leave_what_was_there(found, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="already exists"):
+        make_pair(scale="tiny")
+    monkeypatch.setattr("switchkd.small_pair._train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_pair(tmp_path / "pair", scale="tiny")
+    assert list(tmp_path.iterdir()) == []
