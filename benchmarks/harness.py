@@ -69,6 +69,8 @@ class Options:
     """Wider batches are left out."""
     quick: bool = False
     """Tiny random models and sizes: shows that the program works, measures nothing worth knowing."""
+    data: str = "gsm8k-sample:heldout"
+    """File of instructions, where a benchmark reads one."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where all contenders run."""
 

@@ -72,8 +72,8 @@ DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
-    "teacher_model_name_or_path", "dtype", "train_file", "train_samples", "template", "max_prompt_length", "max_completion_length", "skip_bad",
-    "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache",
+    "teacher_model_name_or_path", "dtype", "train_file", "train_samples", "template", "max_prompt_length", "max_completion_length",
+    "skip_bad", "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache",
     "teacher_cache_top_k",
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ CONTENDERS = {
     "step": {"switchkd on-policy", "switchkd SWITCH", "switchkd AdaSwitch", "TRL GKDTrainer"},
     "memory": {"dense", "switchkd", "TRL GKD", "TRL chunked", "Liger chunked"},
     "methods": {"plain loop", "block engine"},
+    "evaluate": {"generate", "engine"},
     "scaling": {"1", "2", "4", "auto", "0.0", "0.1", "60"},
 }
 

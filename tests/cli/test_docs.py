@@ -18,9 +18,10 @@ from switchkd.config import shipped
 from switchkd.data import load_examples
 from switchkd.mixes import MIXES
 from switchkd.objectives import OBJECTIVES
+from switchkd.study import cells, load_plan
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "methods", "engine", "traps"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "evaluation", "methods", "engine", "traps"))]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
 SHORT = {
@@ -33,6 +34,7 @@ SHORT = {
     "make-pair": ["--scale", "tiny"],
     "methods": [],
     "compare": [],
+    "study": [],
 }
 
 
@@ -120,6 +122,13 @@ def test_commands_in_the_order_of_the_pages(workplace, capsys):
 def test_python_in_the_pages(workplace, number, capsys):
     exec(compile(SNIPPETS[number], "docs", "exec"), {"__name__": "docs"})
     assert "[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [block for _, block in blocks("yaml") if "sizes:" in block])
+def test_plans_in_the_pages(tmp_path, text):
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = load_plan(str(tmp_path / "plan.yaml"))
+    assert all(cells(plan, size, tmp_path) for size in plan.sizes.values())
 
 
 def test_the_flat_example_runs(workplace, capsys):
