@@ -161,6 +161,11 @@ class MethodsConfig:
     """List the recipes that ship with the package."""
 
 
+@dataclass(frozen=True)
+class TasksConfig:
+    """List the tasks that completions can be scored on."""
+
+
 # Settings that a command has of its own, and does not take from a recipe or run.
 NOT_FROM_RECIPE: dict[type, tuple[str, ...]] = {EvaluateConfig: ("policy", "eval_samples")}
 
@@ -373,6 +378,13 @@ def methods(config: MethodsConfig) -> None:
     console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
 
 
+def tasks(config: TasksConfig) -> None:
+    from switchkd.report import console, task_table
+    from switchkd.tasks import TASKS
+
+    console.print(task_table(TASKS.values()))
+
+
 # name: (settings, function, whether a recipe may come first, what it does)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),
@@ -383,6 +395,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
+    "tasks": (TasksConfig, tasks, False, "list the tasks: what is scored, the main score, data by default, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
     "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
     "make-pair": (MakePairConfig, make_pair, False, "make the small pair `small` and its data, for studies on a CPU"),

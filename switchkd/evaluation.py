@@ -80,12 +80,14 @@ def evaluate(
     Tells ``progress`` of ``work(examples, settings)`` examples in all.
 
     Raises:
-        DataError: there is nothing to evaluate on, or a prompt cannot be completed. ConfigError: settings that contradict.
+        DataError: there is nothing to evaluate on, a reference cannot be scored against, or a prompt cannot be completed.
+        ConfigError: settings that contradict.
     """
     if not examples:
         raise DataError("no held-out examples to evaluate on; give an eval_file with at least one usable row")
     if settings.temperature and not settings.seeds:
         raise ConfigError("sampled completions need at least one of eval_seeds")
+    _check_references(task, examples)
     references = [(example.prompt_ids, example.completion_ids) for example in examples]
     scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
     completions, ids = complete(pair, model, examples, settings, progress)
@@ -109,6 +111,15 @@ def score_names(task: Task, examples: Sequence[TokenizedExample]) -> list[str]:
     nothing = [[Completion(example.id, None, "", 0, "length") for example in examples[:1]]]
     names = [*_text_scores(task, examples[:1], nothing), "forward_kl", "perplexity"]
     return [*names, *(f"forward_kl@{band}" for band in POSITION_BANDS)]
+
+
+def _check_references(task: Task, examples: Sequence[TokenizedExample]) -> None:
+    """Raise DataError, naming the row, for a reference that the task cannot score against; before anything takes time."""
+    for example in examples:
+        try:
+            task.score("", example.references, example.group)
+        except DataError as error:
+            raise DataError(f"{example.source}: task {task.name}: {error}") from error
 
 
 def _text_scores(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from switchkd.results import Evaluation
     from switchkd.rollouts import DecodeCost, Rollout
     from switchkd.statistics import Estimate
+    from switchkd.tasks import Task
 
 FEW = "†"  # marks a score over few examples
 
@@ -148,6 +149,14 @@ def benchmark_table(metrics: Iterable[Metric]) -> Table:
         stderr = "-" if m.stderr is None else f"{m.stderr:.4f}"
         shots, samples = ("-" if count is None else str(count) for count in (m.shots, m.samples))
         table.add_row(m.task, m.name, shots, f"{m.value:.4f}", stderr, samples)
+    return table
+
+
+def task_table(tasks: Iterable[Task]) -> Table:
+    """The tasks by name: what is scored, the main score, where the data comes from by default, and the source."""
+    table = Table("task", "what is scored", "main score", "data by default", "source")
+    for task in tasks:
+        table.add_row(f"{task.name} ({task.version})", task.description, task.primary, task.hub or "–", task.source)
     return table
 
 

@@ -21,7 +21,11 @@ from switchkd.objectives import OBJECTIVES
 from switchkd.study import cells, load_plan
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("guide", "evaluation", "methods", "engine", "traps"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("guide", "evaluation", "methods", "engine", "traps")),
+]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
 SHORT = {
@@ -33,6 +37,7 @@ SHORT = {
     "prune": [],
     "make-pair": ["--scale", "tiny"],
     "methods": [],
+    "tasks": [],
     "compare": [],
     "study": [],
 }

@@ -216,6 +216,14 @@ def test_evaluating_changes_neither_mode_nor_weights_nor_random_state(pair):
     assert all(p.grad is None for p in pair.student.parameters())
 
 
+def test_a_reference_that_cannot_be_scored_is_named_before_anything_is_decoded(pair, monkeypatch):
+    monkeypatch.setattr("switchkd.evaluation.decode", lambda *_, **__: pytest.fail("decoded"))
+    examples = [dataclasses.replace(e, references=("#### 3",)) for e in toy_examples(3)]
+    examples[2] = dataclasses.replace(examples[2], references=("three",))
+    with pytest.raises(DataError, match=rf"{examples[2].source}: task gsm8k: .*no '#### N'"):
+        evaluate(pair, pair.student, examples, TASKS["gsm8k"], SETTINGS)
+
+
 def test_nothing_to_evaluate_on(pair):
     with pytest.raises(DataError, match="no held-out examples"):
         evaluate(pair, pair.student, [], TASK, SETTINGS)
