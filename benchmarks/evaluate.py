@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         pair = load_pair("demo", device=options.device)
         data = DataConfig(template="chat", max_prompt_length=256, max_completion_length=64)
-        examples, batches = load_task(data, pair, options.data, 100, quiet=True), (8, 32)
+        examples, batches = (
+            load_task(data, pair, options.data, 100, quiet=True),
+            [b for b in (8, 32) if b <= options.max_batch],
+        )
         settings = EvalSettings(64, 1.0, (10, 20, 30, 40, 50))
     rows = [row for batch in batches for row in measure(pair, examples, settings, batch, options.repeats)]
     print_table(f"{len(examples)} examples, seeds {settings.seeds}, {settings.max_new_tokens} new tokens at most", rows)
@@ -44,13 +47,13 @@ def measure(
     """Both backends at one batch size, in turns."""
     tokens: dict[str, float] = {}
 
-    def run(backend: str, seeds: tuple[int, ...]) -> None:
-        own = replace(settings, backend=backend, batch_size=batch, seeds=seeds)
-        completions, _ = complete(pair, pair.student, examples, own)
+    def run(backend: str, chosen: Sequence[TokenizedExample]) -> None:
+        own = replace(settings, backend=backend, batch_size=batch)
+        completions, _ = complete(pair, pair.student, chosen, own)
         tokens[backend] = float(sum(text.tokens for row in completions for text in row))
 
-    contenders = {backend: partial(run, backend, settings.seeds) for backend in BACKENDS}
-    warm_up = {backend: partial(run, backend, settings.seeds[:1]) for backend in BACKENDS}
+    contenders = {backend: partial(run, backend, examples) for backend in BACKENDS}
+    warm_up = {backend: partial(run, backend, examples[:2]) for backend in BACKENDS}
     seconds = side_by_side(contenders, repeats, f"batch {batch}", warm_up)
     rows = [Row({"batch": batch}, backend, seconds[backend]) for backend in BACKENDS]
     for row in rows:

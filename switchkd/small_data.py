@@ -3,15 +3,15 @@
 Both have long answers (60 to 110 tokens) that are scored exactly, and more than one right answer, since distillation is about
 distributions, and a language in which each prompt has one continuation would make sampling pointless:
 
-- arithmetic (GSM8K's row): two-digit amounts are added to a total and taken from it, one after the other. Each step is written in
+- arithmetic (GSM8K's row): amounts are added to a two-digit total and taken from it, one after the other. Each step is written in
   one of several wordings, so every line has entropy. The number after ``####`` is right or wrong, whatever wording led there, and
   one wrong step makes all later ones wrong.
 - text (Alpaca's row): notes are retold as sentences. An exact match must survive the choice, so there are only as many right
   answers as can be listed: `STYLES`, each kept from the first sentence to the last. A text that changes its style is wrong, as
   one with a wrong fact is; ROUGE-L tells how far it is off. A held-out row lists all of its right answers.
 
-They are as hard as two million parameters learn in ten minutes on two cores. Sums of three numbers column by column, and notes to
-be sorted by day, were tried first: at most 4 % were right after seven minutes.
+They are as hard as two million parameters learn in minutes on two cores. What was tried first was not: sums of three numbers by
+columns and notes to be sorted by day (4 and 0 % right after six minutes), changes of two digits in whole sentences (5 % after ten).
 
 A row is a function of (seed, index, part). Train and held-out rows never share a problem: a hash of the problem alone (its numbers
 or notes, in any order or wording) says to which part it belongs.
@@ -75,14 +75,14 @@ PAST = {
     "sort": "sorted", "take": "took", "wash": "washed", "wrap": "wrapped",
 }  # fmt: skip
 
-STARTS = ("{p} has {n} {things}.", "There are {n} {things} in the {x}.", "{p} starts with {n} {things}.")
-GAINS = ("{p} buys {n}.", "{p} finds {n}.", "{p} gets {n}.")
-LOSSES = ("{p} sells {n}.", "{p} loses {n}.", "{p} gives {n}.")
-ASKS = ("How many are there now?", "How many {things} are left?")
+STARTS = ("{p} has {n} {things}:", "{p} starts with {n} {things}:")
+GAINS = (" gets {n};", " finds {n};", " buys {n};")
+LOSSES = (" gives {n};", " loses {n};", " sells {n};")
+ASKS = (" how many now?", " how many {things} are left?")
 # One step of a total: before, change, after.
 WRITTEN_GAINS = ("{a}+{b}={c}.", "{a} plus {b} is {c}.", "{a} and {b} make {c}.")
 WRITTEN_LOSSES = ("{a}-{b}={c}.", "{a} minus {b} is {c}.", "{a} less {b} leaves {c}.")
-STEPS = 6
+STEPS = 8
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 INSTRUCTIONS = (
     "Retell the notes.",
@@ -127,33 +127,28 @@ def _part_of(problem: str) -> str:
 
 
 def arithmetic_row(seed: int, index: int, part: str) -> Row:
-    """``{"question", "answer"}``: `STEPS` changes of a total of two digits; the answer ends with ``#### N``."""
+    """``{"question", "answer"}``: `STEPS` changes of one digit to a total of two; the answer ends with ``#### N``."""
     draws = _Draws(seed, index, 0, part)
     totals = _totals(draws)
     while _part_of(" ".join(map(str, totals))) != part:
         totals = _totals(draws)
-    words = {"p": draws.pick(NAMES), "x": draws.pick(PLACES), "things": draws.pick(THINGS)}
+    words = {"p": draws.pick(NAMES), "things": draws.pick(THINGS)}
     said, written = [draws.pick(STARTS).format(**words, n=totals[0])], []
     for before, after in itertools.pairwise(totals):
         gain = after > before
         said.append(draws.pick(GAINS if gain else LOSSES).format(**words, n=abs(after - before)))
         line = draws.pick(WRITTEN_GAINS if gain else WRITTEN_LOSSES)
         written.append(line.format(a=before, b=abs(after - before), c=after))
-    question = " ".join([*said, draws.pick(ASKS).format(**words)])
+    question = "".join([*said, draws.pick(ASKS).format(**words)])
     return {"question": question, "answer": "\n".join([*written, f"#### {totals[-1]}"])}
 
 
 def _totals(draws: _Draws) -> list[int]:
-    """The start and the total after each step, all from 10 to 99; a change is of two digits, or of one where there is no room."""
+    """The start and the total after each step, all from 10 to 99; each change is from 1 to 9."""
     totals = [20 + draws.below(61)]
     for _ in range(STEPS):
-        change, gain = 10 + draws.below(40), draws.below(2) == 1
-        after = totals[-1] + (change if gain else -change)
-        if not 10 <= after <= 99:
-            after = totals[-1] + (-change if gain else change)
-        if not 10 <= after <= 99:
-            after = totals[-1] + (1 + draws.below(9)) * (1 if totals[-1] < 55 else -1)
-        totals.append(after)
+        change = (1 + draws.below(9)) * (1 if draws.below(2) else -1)
+        totals.append(totals[-1] + (change if 10 <= totals[-1] + change <= 99 else -change))
     return totals
 
 
@@ -161,7 +156,7 @@ def _totals(draws: _Draws) -> list[int]:
 
 
 def text_row(seed: int, index: int, part: str) -> Row:
-    """``{"instruction", "input", "output"}``: five or six notes; held out, ``output`` lists all right answers."""
+    """``{"instruction", "input", "output"}``: four or five notes; held out, ``output`` lists all right answers."""
     draws = _Draws(seed, index, 1, part)
     notes = _notes(draws)
     while _part_of(" ".join(sorted(map(_note, notes)))) != part:
@@ -173,7 +168,7 @@ def text_row(seed: int, index: int, part: str) -> Row:
 
 def _notes(draws: _Draws) -> list[tuple[str, ...]]:
     """(day, name, verb, object, place) of each note; no word occurs twice."""
-    count = 5 + draws.below(2)
+    count = 4 + draws.below(2)
     return list(zip(*(draws.sample(kind, count) for kind in (DAYS, NAMES, tuple(PAST), THINGS, PLACES)), strict=True))
 
 

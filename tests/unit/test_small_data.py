@@ -21,7 +21,7 @@ def problem(row):
 
 def running(question):
     """The totals that a question's sentences lead to."""
-    start, *changes = [sentence for sentence in question.split(".") if re.search(r"\d", sentence)]
+    start, *changes = re.split("[:;]", question)[:-1]
     totals = [int(re.search(r"\d+", start)[0])]
     for change in changes:
         gain = any(word in change for word in ("buys", "finds", "gets"))
@@ -53,7 +53,7 @@ def test_a_diary_has_every_note_in_order_in_one_style_in_the_past_tense():
     for index in range(ROWS):
         row = text_row(7, index, "heldout")
         notes = notes_of(row)
-        assert len(notes) == len({note[0] for note in notes}) in (5, 6)
+        assert len(notes) == len({note[0] for note in notes}) in (4, 5)
         for answer in row["output"]:
             told = re.findall(r"([\w ]+), on (\w+) (\w+) (\w+) the (\w+) in the (\w+)\.(?: |$)", answer)
             assert [tuple(words) for _, *words in told] == [
