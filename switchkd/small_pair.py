@@ -1,6 +1,6 @@
 """A small pair for studies on two CPU cores, made by one command from generated text: ``switchkd make-pair``.
 
-A teacher of some two million parameters is trained until it is good at the tasks of `small_data`, and a student of a tenth of its
+A teacher of 1.9 million parameters is trained until it is good at the tasks of `small_data`, and a student of a tenth of its
 size until it knows their form. A folder holds both, their data, and in ``pair.json`` how they were made and what they can do.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 1024  # at most; the words of the two tasks need fewer
 MAX_PROMPT, MAX_COMPLETION = 96, 128  # tokens; every row is shorter
+CONTEXT = 1024
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -150,7 +151,7 @@ def train_tokenizer(texts: Iterator[str]) -> "PreTrainedTokenizerBase":
         pad_token=PAD,
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=2 * (MAX_PROMPT + MAX_COMPLETION),
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
