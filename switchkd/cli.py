@@ -263,7 +263,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.only in ("", name)
     }
     settings = all_settings(config, heldout, eval_settings(config, config.policy))
-    print_results(results, settings)
+    print_results(results, heldout.shown() | settings)
     run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:

@@ -111,7 +111,7 @@ def score_table(results: Mapping[str, Evaluation]) -> Table:
 def _score_columns(title: str, columns: Mapping[str, Mapping[str, Estimate]], rows: Sequence[str]) -> Table:
     """Estimates as a table. Those over few examples carry a mark, which a caption explains."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("score")
+    table.add_column("score", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     shown = [found[row] for row in rows for found in columns.values()]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
             results["student after"] = score(pair, student, heldout, settings, "student after")
             known = all_settings(config, heldout, settings)
             write_scores(run / EVALUATION, heldout, known, results)
-            report.print_results(results, known)
+            report.print_results(results, heldout.shown() | known)
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
     accelerator.wait_for_everyone()
     return results
@@ -246,11 +247,22 @@ class Heldout:
     examples: list[TokenizedExample]
     teacher_sha256: str
 
+    def shown(self) -> dict[str, Any]:
+        """Task and data in words, to stand before the settings."""
+        return {
+            "task": f"{self.task.name} version {self.task.version}",
+            "data": f"{self.file}, sha256 {self.sha256[:12]}…",
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """One checksum of prompts, references and ids."""
+        return json_sha256([[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.examples])
+
     def to_json(self) -> dict[str, Any]:
-        """Which examples, with one checksum of prompts, references and ids."""
-        rows = [[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.examples]
+        """Which examples."""
         ids, groups = [e.id for e in self.examples], [e.group for e in self.examples]
-        return {"file": self.file, "sha256": json_sha256(rows), "ids": ids, "groups": groups}
+        return {"file": self.file, "sha256": self.sha256, "ids": ids, "groups": groups}
 
 
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
