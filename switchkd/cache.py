@@ -44,7 +44,7 @@ class _Layer(CacheLayerMixin):
         read = []
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[rows.unsqueeze(1), :, slots] = new.transpose(1, 2)
-            whole = buffer if rows.shape[0] == buffer.shape[0] else buffer[rows]
+            whole = buffer if self.cache.in_order else buffer[rows]
             read.append(whole[:, :, :end])
         return read[0], read[1]
 
@@ -74,6 +74,7 @@ class RaggedCache(Cache):
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.rows, self.capacity = rows, capacity
         self.rows_b, self.slots_bT, self.end = torch.empty(0), torch.empty(0), 0
+        self.in_order = False  # whether rows_b is every row in order, which needs no copy to be read
 
 
 # A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
@@ -129,8 +130,8 @@ class CachedModel:
         behind = {row: text[self.lengths[row] : -1] for row, text in zip(rows, texts, strict=True)}
         far = sorted((row for row in rows if len(behind[row]) >= _JOINED), key=lambda row: -len(behind[row]))
         while far:  # in groups of nearly equal length, so that little padding is read
-            group = [row for row in far if len(behind[row]) >= 0.8 * len(behind[far[0]])]
-            far = far[len(group) :]
+            near = [row for row in far if len(behind[row]) >= 0.8 * len(behind[far[0]])]
+            group, far = sorted(near), far[len(near) :]
             tails = [behind[row] for row in group]
             ends = [self.lengths[row] + len(tail) for row, tail in zip(group, tails, strict=True)]
             self._forward(group, tails, None, ends, keep=1)
@@ -180,7 +181,7 @@ class CachedModel:
         if self.static and tokens.shape[1] == 1 and len(rows) == self.cache.rows:
             self.step = self.step or _Step(self)
             return self.step(tokens, positions, slots)
-        self.cache.end = max(ends)
+        self.cache.end, self.cache.in_order = max(ends), list(rows) == list(range(self.cache.rows))
         return self.run(tokens, positions, slots, torch.tensor(rows, device=self.device), keep)
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor, keep: int) -> Tensor:
@@ -242,7 +243,7 @@ class _Step:
         return self.logits
 
     def _run(self) -> None:
-        self.cached.cache.end = self.cached.capacity
+        self.cached.cache.end, self.cached.cache.in_order = self.cached.capacity, True
         self.logits = self.cached.run(self.tokens, self.positions, self.slots, self.rows, keep=1)
         self.hidden = self.cached.hidden
 

@@ -100,6 +100,17 @@ def test_order_and_neighbours_change_nothing(llamas):
     assert_same(alone, [straight[2]])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_nearly_equal_length_in_any_order(family):
+    """They are read in one forward of the whole batch, which once took the rows for being in order when they were not."""
+    student, teacher = tiny_model(family, 1), tiny_model(family, 2)
+    lengths = random.Random(0)
+    prompts = [[3 + (i + t) % 17 for t in range(lengths.randint(10, 12))] for i in range(12)]
+    reference = decode_reference(student, teacher, prompts, POLICIES["switch_constant"], BUDGET)
+    for batch in (3, 5, None):
+        assert_same(decode(student, teacher, prompts, POLICIES["switch_constant"], BUDGET, batch_size=batch), reference)
+
+
 def test_temperatures(llamas):
     for temperature in (0.0, 0.5, 2.0):
         policy = POLICIES["switch_exponential"]
