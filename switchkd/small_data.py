@@ -10,9 +10,6 @@ distributions, and a language in which each prompt has one continuation would ma
   answers as can be listed: `STYLES`, each kept from the first sentence to the last. A text that changes its style is wrong, as
   one with a wrong fact is; ROUGE-L tells how far it is off. A held-out row lists all of its right answers.
 
-They are as hard as two million parameters learn in minutes on two cores. What was tried first was not: sums of three numbers by
-columns and notes to be sorted by day (4 and 0 % right after six minutes), changes of two digits in whole sentences (5 % after ten).
-
 A row is a function of (seed, index, part). Train and held-out rows never share a problem: a hash of the problem alone (its numbers
 or notes, in any order or wording) says to which part it belongs.
 """
