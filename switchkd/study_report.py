@@ -93,11 +93,16 @@ def curves(runs: Mapping[str, Sequence[Metrics]], names: Sequence[str], title: s
     for place, (axes, name) in enumerate(
         zip(np.atleast_1d(figure.subplots(len(names), sharex=True)), names, strict=True)
     ):
-        for method, own in runs.items():
+        for colour, (method, own) in enumerate(runs.items()):  # the same in every panel
             steps, values = _series(own, name)
             if len(steps):
                 [line] = axes.plot(
-                    steps, values.mean(0), label=method, marker="o" if name.startswith("eval/") else "", ms=3
+                    steps,
+                    values.mean(0),
+                    label=method,
+                    color=f"C{colour}",
+                    marker="o" if name.startswith("eval/") else "",
+                    ms=3,
                 )
                 axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set_ylabel(name)

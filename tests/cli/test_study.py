@@ -143,3 +143,10 @@ def test_curves_show_the_mean_of_the_runs():
     figure = curves({"a": [metrics(1.0, 0.2), [m | {"eval/x": 0.0} for m in metrics(1.0, 0.2)]]}, ["eval/x"], "t")
     [line] = figure.axes[0].lines
     assert line.get_label() == "a" and list(line.get_ydata()) == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_a_method_has_one_colour_also_where_another_has_no_curve():
+    mute = [{k: v for k, v in m.items() if not k.startswith("eval/")} for m in metrics(1.0, 0.2)]
+    figure = curves({"a": [mute], "b": [metrics(1.0, 0.2)]}, ["eval/x", "num_tokens"], "t")
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes)
+    assert first == {"b": second["b"]} and second["a"] != second["b"]
