@@ -178,10 +178,11 @@ class CachedModel:
         positions, slots = torch.where(valid, positions, 0), torch.where(valid, positions, self.capacity)
         for row, length in zip(rows, ends, strict=True):
             self.lengths[row] = length
-        if self.static and tokens.shape[1] == 1 and len(rows) == self.cache.rows:
+        self.cache.in_order = list(rows) == list(range(self.cache.rows))
+        if self.static and tokens.shape[1] == 1 and self.cache.in_order:
             self.step = self.step or _Step(self)
             return self.step(tokens, positions, slots)
-        self.cache.end, self.cache.in_order = max(ends), list(rows) == list(range(self.cache.rows))
+        self.cache.end = max(ends)
         return self.run(tokens, positions, slots, torch.tensor(rows, device=self.device), keep)
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor, keep: int) -> Tensor:
@@ -243,7 +244,7 @@ class _Step:
         return self.logits
 
     def _run(self) -> None:
-        self.cached.cache.end, self.cached.cache.in_order = self.cached.capacity, True
+        self.cached.cache.end = self.cached.capacity
         self.logits = self.cached.run(self.tokens, self.positions, self.slots, self.rows, keep=1)
         self.hidden = self.cached.hidden
 
