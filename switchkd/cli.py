@@ -334,19 +334,14 @@ def study(config: StudyConfig) -> None:
 
 def compare(config: CompareConfig) -> None:
     from switchkd.compare import compare as compare_runs
-    from switchkd.compare_report import heading, notes, rich_table, sheets, write
+    from switchkd.compare_report import show, write
     from switchkd.report import bar, console
 
     with bar("resample", None) as progress:
         comparison = compare_runs(
             config.runs, config.task, config.score, config.baseline, lambda score: progress.advance(1, score)
         )
-    for line in heading(comparison):
-        console.print(line, soft_wrap=True)
-    for sheet in sheets(comparison):
-        console.print(rich_table(sheet))
-    for line in notes(comparison):
-        console.print(line)
+    show(comparison)
     if config.output_dir:
         written = write(comparison, Path(config.output_dir))
         console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)

@@ -19,9 +19,9 @@ import yaml
 
 from switchkd.config import FREE_ON_RESUME
 from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.results import FORMAT
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 
-FORMAT = 1
 REFERENCES = ("teacher", "student before")
 STUDENTS = ("student after", "student")  # of a training run's own evaluation, and of one made later
 TEACHER = "teacher_sha256"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from switchkd.compare import FEW_RUNS, FORMAT, Comparison, Difference, Method, Row
-from switchkd.report import FEW, number
+from switchkd.compare import FEW_RUNS, Comparison, Difference, Method, Row
+from switchkd.report import FEW, console, number
+from switchkd.results import FORMAT
 from switchkd.statistics import FEW_EXAMPLES, RESAMPLES, Estimate, lower_is_better
 
 if TYPE_CHECKING:
@@ -251,20 +252,38 @@ def _tick(row: Row) -> str:
     return row.method.label + (f" ({runs} runs)" if runs > 1 else "") + _mark(row)
 
 
+def show(comparison: Comparison) -> None:
+    """Print the comparison: what was compared, the tables, and what one has to know of them."""
+    for line in heading(comparison):
+        console.print(line, soft_wrap=True)
+    for sheet in sheets(comparison):
+        console.print(rich_table(sheet))
+    for line in notes(comparison):
+        console.print(line)
+
+
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.md, compare.json, compare.svg and compare.png into ``folder``; returns their paths."""
-    import matplotlib
-
-    from switchkd.checkpoint import staged_file, write_file
+    from switchkd.checkpoint import write_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    page, record, *pictures = (folder / f"compare.{suffix}" for suffix in ("md", "json", "svg", "png"))
-    with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):  # equal comparisons, equal files
-        figure = plot(comparison)
+    page, record = folder / "compare.md", folder / "compare.json"
+    pictures = save_figure(plot(comparison), folder / "compare")
+    write_file(page, markdown(comparison))
+    write_file(record, json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
+    return [page, record, *pictures]
+
+
+def save_figure(figure: Figure, target: Path) -> list[Path]:
+    """Write a figure as ``target``.svg and .png; equal figures give equal files."""
+    import matplotlib
+
+    from switchkd.checkpoint import staged_file
+
+    pictures = [target.with_name(f"{target.name}.{form}") for form in ("svg", "png")]
+    with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):
         for picture in pictures:
             form = picture.suffix.removeprefix(".")
             with staged_file(picture) as staging:
                 figure.savefig(staging, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    write_file(page, markdown(comparison))
-    write_file(record, json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
-    return [page, record, *pictures]
+    return pictures

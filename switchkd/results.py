@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.checkpoint import write_file
 from switchkd.errors import DataError
 from switchkd.statistics import Estimate, Values, estimate, score, spearman
 
@@ -91,6 +90,8 @@ def write_results(
     results: Mapping[str, Evaluation],
 ) -> None:
     """Write evaluations by the name of their model, each whole or not at all; what they depend on stands beside them."""
+    from switchkd.checkpoint import write_file  # with torch, which those who only read do not need
+
     record = {
         "format": FORMAT,
         "task": task,

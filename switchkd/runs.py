@@ -240,12 +240,17 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out examples, the task that they are of, and what they are judged by."""
+    """Held-out examples, the task that they are of, and the teacher that they are judged by."""
 
     task: Task
     file: str
     examples: list[TokenizedExample]
-    teacher_sha256: str
+    teacher: PreTrainedModel
+
+    @cached_property
+    def teacher_sha256(self) -> str:
+        """Checksum of the teacher's weights, taken when it is asked for: of a large model that takes a while."""
+        return weights_sha256(self.teacher)
 
     def shown(self) -> dict[str, Any]:
         """Task and data in words, to stand before the settings."""
@@ -268,11 +273,11 @@ class Heldout:
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
-        return Heldout(TASKS["references"], "", [], "")
+        return Heldout(TASKS["references"], "", [], pair.teacher)
     file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
     examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
     task = task_named(config.task, examples[0].format)
-    return Heldout(task, file, prepared(config, pair, file, examples, quiet), weights_sha256(pair.teacher))
+    return Heldout(task, file, prepared(config, pair, file, examples, quiet), pair.teacher)
 
 
 def load_validation(
@@ -344,7 +349,9 @@ def score(pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSe
     """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
     with report.bar(f"evaluate {name}", work(heldout.examples, settings)) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
-    return replace(result, model={"sha256": weights_sha256(model)})
+    return replace(
+        result, model={"sha256": heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)}
+    )
 
 
 def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:

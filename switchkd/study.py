@@ -7,7 +7,7 @@ A plan is a YAML file. Its folder of results holds
     logs/NAME.log     what it printed
     compare*.md …     the comparison, its figures, and study.md, which says what each method cost
 
-Runs are processes of their own, so that one that fails takes no other with it. Nothing here imports torch.
+Runs are processes of their own, so that one that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
     pairs, budgets = size.pairs or {"": {}}, size.budgets or {"": {}}
     made = []
     for seed, pair, budget, method in itertools.product(size.seeds, pairs, budgets, plan.methods):
-        group = _joined(pair if len(pairs) > 1 else "", budget if len(budgets) > 1 else "")
-        name = _joined(group, method, f"seed{seed}")
+        group = joined(pair if len(pairs) > 1 else "", budget if len(budgets) > 1 else "")
+        name = joined(group, method, f"seed{seed}")
         # The pair's own scores are the same in each of its runs.
         first = seed == size.seeds[0] and method == next(iter(plan.methods))
         own = {"seed": seed, "output_dir": str(output_dir / name), "eval_on_start": first}
@@ -129,7 +129,8 @@ def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
     return made
 
 
-def _joined(*parts: str) -> str:
+def joined(*parts: str) -> str:
+    """A name of those parts that are not empty."""
     return "-".join(part for part in parts if part)
 
 

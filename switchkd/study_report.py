@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switchkd.checkpoint import staged_file, write_file
+from switchkd.checkpoint import write_file
 from switchkd.compare import compare
-from switchkd.compare_report import heading, markdown, rich_table, sheets, write
+from switchkd.compare_report import markdown, save_figure, show, write
 from switchkd.report import console, number
 from switchkd.rollouts import mean
-from switchkd.study import Cell, Plan, Size
+from switchkd.study import Cell, Plan, Size, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,20 +51,16 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
         for task in ("", *size.evaluations):
             scores = plan.scores if not task else ()
             paths = [str(output_dir / cell.name) for cell in mine]
-            baseline = "-".join(part for part in (group, plan.baseline) if part) if plan.baseline else ""
-            found = compare(paths, task, scores, baseline)
-            folder = output_dir / "-".join(part for part in ("compare", group, task) if part)
+            found = compare(paths, task, scores, joined(group, plan.baseline) if plan.baseline else "")
+            folder = output_dir / joined("compare", group, task)
             write(found, folder)
             parts += [markdown(found), f"![Scores of each method]({folder.name}/compare.png)"]
-            for line in heading(found):
-                console.print(line, soft_wrap=True)
-            for sheet in sheets(found):
-                console.print(rich_table(sheet))
+            show(found)
         runs = {m: [read_metrics(output_dir / cell.name) for cell in mine if cell.method == m] for m in plan.methods}
         parts += ["## What each method cost", cost_table(runs)]
         if plan.curves:
-            name = "-".join(part for part in ("curves", group) if part)
-            _save(curves(runs, plan.curves, plan.title), output_dir / name)
+            name = joined("curves", group)
+            save_figure(curves(runs, plan.curves, plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
     write_file(output_dir / "study.md", "\n\n".join(parts) + "\n")
     console.print(f"written: {output_dir / 'study.md'}", soft_wrap=True)
@@ -122,10 +118,3 @@ def _series(runs: Sequence[Metrics], name: str) -> tuple[np.ndarray, np.ndarray]
         values = np.stack([np.convolve(own, np.full(SMOOTH, 1 / SMOOTH), "valid") for own in values])
         steps = steps[SMOOTH // 2 : len(steps) - SMOOTH // 2]
     return np.array(steps), values
-
-
-def _save(figure: Figure, target: Path) -> None:
-    """Write a figure as SVG and PNG."""
-    for kind in ("svg", "png"):
-        with staged_file(target.with_suffix(f".{kind}")) as staging:
-            figure.savefig(staging, format=kind, dpi=150)
