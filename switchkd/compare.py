@@ -19,21 +19,13 @@ import yaml
 
 from switchkd.config import FREE_ON_RESUME
 from switchkd.errors import ConfigError, DataError, nearest
-from switchkd.results import FORMAT
+from switchkd.results import FORMAT, Evaluation, results_of
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 
 REFERENCES = ("teacher", "student before")
 STUDENTS = ("student after", "student")  # of a training run's own evaluation, and of one made later
 TEACHER = "teacher_sha256"
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
-
-
-@dataclass(frozen=True)
-class Model:
-    """One evaluated model: the checksum of its weights, and its scores by name."""
-
-    sha256: str
-    scores: dict[str, Values]
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,11 @@ class Result:
     task: dict[str, Any]
     data: dict[str, Any]
     settings: dict[str, Any]
-    models: dict[str, Model]
+    models: dict[str, Evaluation]
     config: dict[str, Any] | None
 
     @property
-    def student(self) -> Model:
+    def student(self) -> Evaluation:
         return next(self.models[name] for name in STUDENTS if name in self.models)
 
 
@@ -57,7 +49,7 @@ class Method:
     """A row of every table: the models of one method by training seed, or one model to compare with."""
 
     label: str
-    models: dict[int, Model]
+    models: dict[int, Evaluation]
     paths: tuple[str, ...] = ()
 
     @property
@@ -204,7 +196,7 @@ def _evaluation_file(path: Path, task: str) -> Path:
 
 
 def _result(file: Path, record: dict[str, Any]) -> Result:
-    models = {name: _model(model, len(record["data"]["ids"])) for name, model in record["results"].items()}
+    models = results_of(record)
     if not any(name in models for name in STUDENTS):
         raise DataError(f"it has results of {', '.join(models) or 'nothing'}, and none of a student")
     task = {key: record["task"][key] for key in ("name", "version", "primary")}
@@ -212,14 +204,6 @@ def _result(file: Path, record: dict[str, Any]) -> Result:
     config = file.parent / "config.yaml"
     settings = dict(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else None
     return Result(file, task, data, dict(record["settings"]), models, settings)
-
-
-def _model(record: dict[str, Any], examples: int) -> Model:
-    scores = {name: Values(score["values"], score["weights"]) for name, score in record["scores"].items()}
-    for name, values in scores.items():
-        if values.values.shape[1] != examples:
-            raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
-    return Model(record["model"]["sha256"], scores)
 
 
 def check_comparable(results: Sequence[Result]) -> None:
@@ -300,7 +284,7 @@ def references(results: Sequence[Result]) -> list[Method]:
     """Teacher and untrained student, each distinct one once, as rows to compare with."""
     rows = []
     for role in REFERENCES:
-        distinct = {r.models[role].sha256: r for r in reversed(results) if role in r.models}
+        distinct = {r.models[role].model["sha256"]: r for r in reversed(results) if role in r.models}
         names = _labels([r.path for r in distinct.values()])
         labels = [role] if len(distinct) == 1 else [f"{role} of {name}" for name in names]
         rows += [Method(label, {0: r.models[role]}) for label, r in zip(labels, distinct.values(), strict=True)]

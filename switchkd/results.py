@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,21 +116,29 @@ def read_results(file: Path) -> dict[str, Evaluation]:
             texts.setdefault(text.pop("model"), []).append(Completion(**text))
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, this is {FORMAT}")
-        primary, groups = record["task"]["primary"], record["data"]["groups"]
-        return {
-            model: Evaluation(
-                {name: Values(**values) for name, values in result["scores"].items()},
-                primary,
-                groups,
-                result["model"],
-                texts.get(model, ()),
-            )
-            for model, result in record["results"].items()
-        }
+        found = results_of(record)
+        return {model: replace(result, completions=texts.get(model, ())) for model, result in found.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} cannot be read as an evaluation: {error!r}; make it again with `switchkd evaluate`"
         ) from error
+
+
+def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
+    """The evaluations in a parsed file, by the name of their model, without the text.
+
+    Raises:
+        KeyError, TypeError: it is no such file. DataError: a score has not a value for every example.
+    """
+    primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
+    results = {}
+    for model, result in record["results"].items():
+        scores = {name: Values(**values) for name, values in result["scores"].items()}
+        for name, values in scores.items():
+            if values.values.shape[1] != examples:
+                raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
+        results[model] = Evaluation(scores, primary, groups, result["model"])
+    return results
 
 
 def completions_file(file: Path) -> Path:

@@ -246,10 +246,10 @@ def test_a_damaged_config_is_refused(runs):
 
 def test_a_named_task_has_its_own_file_or_is_the_runs_own(tmp_path):
     run = write_run(tmp_path / "run", record(model(0, "own")))
-    assert load_result(run, "sums").student.sha256 == "own"
+    assert load_result(run, "sums").student.model["sha256"] == "own"
     write_run(tmp_path / "run", record(model(0, "later")), name="evaluation-sums.json")
-    assert load_result(run, "sums").student.sha256 == "later"
-    assert load_result(run).student.sha256 == "own"
+    assert load_result(run, "sums").student.model["sha256"] == "later"
+    assert load_result(run).student.model["sha256"] == "own"
     with pytest.raises(DataError, match=r"of the task 'sums', not 'chat'.*switchkd evaluate .* --task chat"):
         load_result(run, "chat")
 

@@ -181,7 +181,7 @@ def test_what_is_written_can_be_read_back(pair, tmp_path):
     results = {"student": evaluate(pair, pair.student, toy_examples(4), TASK, SAMPLED)}
     file = tmp_path / "new" / "evaluation.json"
     task = {"name": "references", "version": 1, "primary": "rouge_l"}
-    write_results(file, task, {"groups": [""] * 4}, SAMPLED.to_json(), results)
+    write_results(file, task, {"ids": [0, 1, 2, 3], "groups": [""] * 4}, SAMPLED.to_json(), results)
     again = read_results(file)["student"]
     assert (
         again.completions == tuple(results["student"].completions)
