@@ -1,6 +1,6 @@
 """Two tasks for the small pair, generated: running totals with every step written out, and notes retold in the past tense.
 
-Both have long answers (60 to 110 tokens) that are scored exactly, and more than one right answer, since distillation is about
+Both have long answers (86 and 57 tokens in the mean) that are scored exactly, and more than one right answer: distillation is about
 distributions, and a language in which each prompt has one continuation would make sampling pointless:
 
 - arithmetic (GSM8K's row): amounts are added to a two-digit total and taken from it, one after the other. Each step is written in
@@ -190,7 +190,7 @@ TASKS: dict[str, Callable[[int, int, str], Row]] = {"arithmetic": arithmetic_row
 SMALL = "small"
 # The number is raised when the files made there change, so that an old cache is not taken for a new one.
 FOLDER = "small-pair-1"
-NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (about 20 minutes on 2 cores)"
+NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (ten minutes and more on 2 cores)"
 FILES = ("train", *(f"{task}-{part}" for task in TASKS for part in PARTS))
 
 
