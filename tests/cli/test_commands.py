@@ -11,7 +11,8 @@ import torch
 from tiny import byte_level_tokenizer, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from switchkd.cli import COMMANDS, DemoConfig, demo_settings, main
+from switchkd import StudentOnly
+from switchkd.cli import COMMANDS, DemoConfig, EvaluateConfig, demo_settings, main, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,7 @@ def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_
     assert list(scores["results"]) == ["teacher", "student before", "student after"]
     assert scores["task"] == {"name": "references", "version": 1, "primary": "rouge_l"}
     assert scores["settings"]["max_new_tokens"] == 8
+    assert len({result["model"]["sha256"] for result in scores["results"].values()}) == 3
     rollout = records(run / "rollouts.jsonl")[0]
     assert len(rollout["completion_ids"]) == len(rollout["speakers"]) == len(rollout["divergences"])
 
@@ -134,6 +136,25 @@ def test_a_run_is_its_own_recipe_and_its_student_can_be_evaluated_and_generate(r
     assert len(made) == 2 and {s for r in made for s in r["speakers"]} == {1}
     out = capsys.readouterr().out
     assert "100% teacher" in out and "forwards per kept token" in out and "⟦" in out
+
+
+def test_an_evaluation_takes_all_examples_and_the_students_own_text_whatever_the_run_did(run):
+    config = parse(EvaluateConfig, ["evaluate", str(run)])
+    assert (config.eval_samples, config.policy) == (-1, StudentOnly())
+    assert config.student_model_name_or_path == str(run / "student") and config.template == "chat"
+
+
+def test_a_run_takes_the_first_rows_that_it_is_told_to(place, capsys):
+    assert main(["check", "kd", *flags(place, SMALL), "--train-samples", "5", "--num-train-epochs", "3"]) == 0
+    assert "data.jsonl: 5 examples" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "kd", "--train-samples", "0"])
+    assert "train_samples must be at least 1, or -1" in capsys.readouterr().err
+
+
+def test_a_budget_of_scored_text_beyond_the_context_is_found_before_training(place, capsys):
+    assert main(["check", "kd", *flags(place, SMALL, {"--eval-max-new-tokens": "100000"})]) == 1
+    assert "completion 100000 tokens exceed" in capsys.readouterr().err
 
 
 def test_generate_from_a_file(place, capsys):

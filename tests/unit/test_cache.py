@@ -34,6 +34,18 @@ def test_rolled_back_and_extended_rows_have_the_plain_logits(family):
     torch.testing.assert_close(logits[2], plain_logits(model, [*ROWS[2], 12, 3, 4], 2), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_every_row_in_another_order_reads_its_own_cache(static):
+    model, order = tiny_model("llama", 3), [2, 0, 1]
+    cached = CachedModel(model, 3, 20, VOCAB, static=static)
+    cached.catch_up(range(3), ROWS)
+    cached.extend(range(3), ROWS, None, [20] * 3)
+    logits = cached.extend(order, None, torch.full((3, 1), 5), [20] * 3)
+    for row, ours in zip(order, logits, strict=True):
+        torch.testing.assert_close(ours, plain_logits(model, [*ROWS[row], 5], 1), atol=1e-11, rtol=1e-11)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_static_steps_keep_their_tensors_and_give_the_same(family):

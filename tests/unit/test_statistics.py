@@ -13,6 +13,7 @@ from switchkd.statistics import (
     difference,
     estimate,
     lower_is_better,
+    score,
     spearman,
     verdict,
 )
@@ -259,3 +260,9 @@ def test_rank_correlation_with_ties_by_hand(x, y, rho):
 def test_a_rank_correlation_needs_pairs():
     with pytest.raises(DataError, match="one length"):
         spearman([1, 2], [1, 2, 3])
+
+
+def test_some_examples_alone_keep_their_weights():
+    values = Values([[1.0, 2.0, 4.0]], [1.0, 2.0, 3.0])
+    assert score("x", values.only(np.array([True, False, True]))) == (1.0 + 3.0 * 4.0) / 4.0
+    assert score("x", values) == (1.0 + 2.0 * 2.0 + 3.0 * 4.0) / 6.0
