@@ -75,7 +75,8 @@ def decode_reference(
             key = noise_key(seed, row.sample_id, t)
             token = draw(decision.log_probs, gumbel_noise([key], job.vocab_size), temperature)
             state = policy.observe(decision.state, token)
-            row.append(int(token), int(speakers(decision, token, [key])), float(decision.divergence), job)
+            seen = float(decision.divergence), float(decision.thresholds)
+            row.append(int(token), int(speakers(decision, token, [key])), *seen, job)
     return Rollouts([row.rollout() for row in job.rows])
 
 

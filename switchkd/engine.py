@@ -62,7 +62,7 @@ class BlockEngine:
         self.eos = torch.tensor(sorted(job.eos_token_ids), dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
-        self.rounds = 0
+        self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
 
     def round(self) -> None:
         """Decide up to K tokens of every row, then retire finished rows and admit new ones."""
@@ -87,6 +87,7 @@ class BlockEngine:
         return DecodeCost(
             seconds, kept, by_teacher, student.forwards, teacher.forwards,
             student.prefill_tokens, teacher.prefill_tokens, self.rounds,
+            self.blocks, self.block_positions, self.compared, self.equal,
         )  # fmt: skip
 
     def _reads(self) -> list[Tensor]:
@@ -155,7 +156,7 @@ class BlockEngine:
         """Decide the positions in order; a row stops at the first token that its draft did not foresee.
 
         Everything stays on the device until the end, where one transfer brings home for each position and row:
-        alive, token, speaker, divergence, and ``_evidence``.
+        alive, token, speaker, divergence, threshold, and ``_evidence``.
         """
         start = torch.tensor([len(row.completion) for row in self.rows], device=self.device)
         alive = torch.ones_like(start, dtype=torch.bool)
@@ -170,7 +171,7 @@ class BlockEngine:
             speaker = speakers(decision, token, block.keys[k])
             self._keep_state(sound, self.job.policy.observe(decision.state, token))
             evidence = self._evidence(block, k, token, sound, reads)
-            numbers = (alive, token, speaker, decision.divergence, *broken, *evidence)
+            numbers = (alive, token, speaker, decision.divergence, decision.thresholds, *broken, *evidence)
             columns.append(torch.stack([n.double() for n in numbers], 1))
             ends = torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
             if k + 1 == block.plan.block:
@@ -199,14 +200,14 @@ class BlockEngine:
         evidence = [0] * 5
         for b, row in enumerate(self.rows):
             kept = 0
-            for alive, token, speaker, divergence, *rest in (column[b] for column in columns):
+            for alive, token, speaker, divergence, threshold, *rest in (column[b] for column in columns):
                 broken, seen = rest[:2], rest[2:]
                 if not alive:
                     break
                 if any(broken):
                     row.fail_non_finite("student" if broken[STUDENT] else "teacher")
                     break
-                row.append(int(token), int(speaker), divergence, self.job)
+                row.append(int(token), int(speaker), divergence, threshold, self.job)
                 kept += 1
                 evidence = [n + int(m) for n, m in zip(evidence, seen, strict=True)]
             if self.keep_hidden:
@@ -217,6 +218,9 @@ class BlockEngine:
             model.lengths = [
                 min(length, len(row.tokens_of(who)) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
             ]
+        self.blocks += len(self.rows)
+        self.block_positions += block.plan.block * len(self.rows)
+        self.compared, self.equal = self.compared + evidence[-2], self.equal + evidence[-1]
         self.pace.observe(*evidence)
 
     def _keep_state(self, alive: Tensor, new: State) -> None:

@@ -38,9 +38,15 @@ class Decision(NamedTuple):
     speaker: Tensor  # [B] int64, 0 student, 1 teacher
     divergence: Tensor  # [B] what the policy compared, in its own unit; NaN where it did not look
     state: State
-    teacher_part: Tensor | None = (
-        None  # [B, V] log of the teacher's part of a blended target; ``speaker`` is then not used
-    )
+    # [B, V] log of the teacher's part of a blended target; ``speaker`` is then not used
+    teacher_part: Tensor | None = None
+    # [B] what the divergence was compared with, in its unit; NaN, or None for all rows, where with nothing
+    threshold: Tensor | None = None
+
+    @property
+    def thresholds(self) -> Tensor:
+        """``threshold``, spelt out ``[B]``."""
+        return _unseen(self.log_probs) if self.threshold is None else self.threshold
 
 
 @dataclass(frozen=True)
@@ -157,8 +163,8 @@ class Switch(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         # Rounding may leave [0, 1] by an ulp, and the first token (tau = 1) must be the student's.
         bits = (divergences.jsd(logp_teacher, logp_student) / divergences.LN2).clamp(0.0, 1.0)
-        teacher = bits > self.threshold(position)
-        return _spoken_where(teacher, logp_student, logp_teacher, bits, state)
+        tau = self.threshold(position)
+        return _spoken_where(bits > tau, logp_student, logp_teacher, bits, state, tau)
 
 
 @dataclass(frozen=True)
@@ -205,13 +211,15 @@ class AdaSwitch(Policy):
         window, seen, switched = state
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
         enough = seen >= (self.window if self.require_full_window else 1)
-        mean = window.sum(1) / seen.clamp(1, self.window)
-        jump = ~switched & enough & (d > self.ratio * mean)
+        limit = self.ratio * (window.sum(1) / seen.clamp(1, self.window))
+        compared = ~switched & enough
+        jump = compared & (d > limit)
         teacher = switched | jump if self.switch_token_by == "teacher" else switched
         oldest = (seen % self.window).unsqueeze(1)
         recorded = d.double().masked_fill(switched, 0.0).unsqueeze(1)
         new_state = (window.scatter(1, oldest, recorded), seen + 1, switched | jump)
-        return _spoken_where(teacher, logp_student, logp_teacher, d.masked_fill(switched, math.nan), new_state)
+        d, limit = d.masked_fill(switched, math.nan), limit.masked_fill(~compared, math.nan)
+        return _spoken_where(teacher, logp_student, logp_teacher, d, new_state, limit)
 
 
 @dataclass(frozen=True)
@@ -287,7 +295,7 @@ class SSD(Policy):
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
-        return _spoken_where(d > self.tau, logp_student, logp_teacher, d, state)
+        return _spoken_where(d > self.tau, logp_student, logp_teacher, d, state, d.new_full(d.shape, self.tau))
 
 
 @dataclass(frozen=True)
@@ -315,7 +323,8 @@ class Hysteresis(Policy):
         (holds,) = state
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
         teacher = (d >= self.give).where(holds, d > self.take)
-        return _spoken_where(teacher, logp_student, logp_teacher, d, (teacher,))
+        limit = d.new_full(d.shape, self.take).masked_fill(holds, self.give)
+        return _spoken_where(teacher, logp_student, logp_teacher, d, (teacher,), limit)
 
 
 @dataclass(frozen=True)
@@ -449,10 +458,17 @@ def _spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:
     return Decision(log_probs, who, _unseen(log_probs), state)
 
 
-def _spoken_where(teacher: Tensor, logp_student: Tensor, logp_teacher: Tensor, d: Tensor, state: State) -> Decision:
+def _spoken_where(
+    teacher: Tensor,
+    logp_student: Tensor,
+    logp_teacher: Tensor,
+    d: Tensor,
+    state: State,
+    threshold: Tensor | None = None,
+) -> Decision:
     """Target and speaker for a rule that hands each row wholly to one of the two (``teacher``: ``[B]`` bool)."""
     target = logp_teacher.where(teacher.unsqueeze(1), logp_student)
-    return Decision(target, teacher.long(), d, state)
+    return Decision(target, teacher.long(), d, state, threshold=threshold)
 
 
 def _blend(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:

@@ -16,7 +16,8 @@ class Rollout:
     """One decoded row.
 
     ``speakers[t]`` is 0 where the student and 1 where the teacher wrote ``completion_ids[t]``; ``divergences[t]`` is what
-    the policy saw there, in the policy's own divergence and unit, NaN where it did not look. ``stop_reason`` is ``eos``
+    the policy saw there, in the policy's own divergence and unit, NaN where it did not look; ``thresholds[t]`` what it compared
+    that with, NaN where with nothing. ``stop_reason`` is ``eos``
     (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
     ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read
     before the completion, None where it read the student's prompt; ``teacher`` is the name of the teacher, "" the default one.
@@ -30,6 +31,7 @@ class Rollout:
     completion_ids: list[int]
     speakers: list[int]
     divergences: list[float]
+    thresholds: list[float]
     stop_reason: str
     error: str | None = None
     teacher_prompt_ids: list[int] | None = None
@@ -52,20 +54,26 @@ class Rollout:
         return mean(self.speakers)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary of everything but the hidden states; a NaN divergence becomes null."""
+        """A JSON-ready dictionary of everything but the hidden states; NaN becomes null."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher_hidden"}
-        record["divergences"] = [None if math.isnan(d) else d for d in self.divergences]
-        return record
+        return record | {name: [None if math.isnan(v) else v for v in record[name]] for name in _WITH_NAN}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Rollout":
         """The rollout that ``to_json`` described."""
-        return Rollout(**record | {"divergences": [math.nan if d is None else d for d in record["divergences"]]})
+        return Rollout(**record | {name: [math.nan if v is None else v for v in record[name]] for name in _WITH_NAN})
+
+
+_WITH_NAN = ("divergences", "thresholds")
 
 
 @dataclass
 class DecodeCost:
-    """What decoding cost. A forward counts once for each row in it; ``prefill`` counts prompt and catch-up tokens."""
+    """What decoding cost. A forward counts once for each row in it; ``prefill`` counts prompt and catch-up tokens.
+
+    ``blocks`` counts a round once for each row in it, and ``block_positions`` the positions that those blocks had; at
+    ``compared`` positions both models ran, and at ``equal`` of them both, given one noise, would have written the same token.
+    """
 
     seconds: float = 0.0
     kept_tokens: int = 0
@@ -75,18 +83,26 @@ class DecodeCost:
     student_prefill_tokens: int = 0
     teacher_prefill_tokens: int = 0
     rounds: int = 0
+    blocks: int = 0
+    block_positions: int = 0
+    compared: int = 0
+    equal: int = 0
 
     def __add__(self, other: "DecodeCost") -> "DecodeCost":
         return DecodeCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def summary(self) -> dict[str, float]:
-        """Ratios a person wants to see: forwards of each model per kept token, teacher share, tokens per second."""
-        kept = self.kept_tokens or math.nan
+        """Ratios a person wants to see: forwards of each model per kept token, teacher share, tokens per second, how often the
+        two models agree, and how many positions a block has and how many of them it keeps."""
+        kept, blocks = self.kept_tokens or math.nan, self.blocks or math.nan
         return {
             "student_forwards_per_token": self.student_forwards / kept,
             "teacher_forwards_per_token": self.teacher_forwards / kept,
             "teacher_share": self.teacher_tokens / kept,
             "tokens_per_second": self.kept_tokens / self.seconds if self.seconds else math.nan,
+            "agreement": self.equal / self.compared if self.compared else math.nan,
+            "block_length": self.block_positions / blocks,
+            "kept_per_block": self.kept_tokens / blocks,
         }
 
 

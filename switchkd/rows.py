@@ -23,6 +23,7 @@ class Row:
     completion: list[int] = field(default_factory=list)
     speakers: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
     stop_reason: str | None = None
     error: str | None = None
     hidden: list[Tensor] | None = field(default_factory=list)
@@ -35,10 +36,11 @@ class Row:
         """The whole text as STUDENT or TEACHER reads it."""
         return self.prompt_of(who) + self.completion
 
-    def append(self, token: int, speaker: int, divergence: float, job: "Job") -> None:
+    def append(self, token: int, speaker: int, divergence: float, threshold: float, job: "Job") -> None:
         self.completion.append(token)
         self.speakers.append(speaker)
         self.divergences.append(divergence)
+        self.thresholds.append(threshold)
         if token in job.eos_token_ids:
             self.stop_reason = "eos"
         elif len(self.completion) == job.max_new_tokens:
@@ -68,8 +70,8 @@ class Row:
     def rollout(self) -> Rollout:
         assert self.stop_reason is not None
         return Rollout(
-            self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.stop_reason, self.error,
-            self.teacher_prompt, teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
+            self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.thresholds, self.stop_reason,
+            self.error, self.teacher_prompt, teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(16_000, 256, 16, Shape(192, 512, 4, 6, 1500, 2e-3), Shape(64, 160, 3, 2, 1400, 3e-3)),
+    "full": Scale(16_000, 256, 16, Shape(192, 512, 4, 6, 1500, 2e-3), Shape(64, 160, 3, 2, 2000, 3e-3)),
     "tiny": Scale(48, 4, 4, Shape(32, 64, 2, 2, 3, 2e-3), Shape(16, 32, 1, 2, 2, 4e-3)),  # seconds, for tests
 }
 

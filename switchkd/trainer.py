@@ -8,12 +8,14 @@ import dataclasses
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -38,6 +40,7 @@ from switchkd.loss import (
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.objectives import CrossEntropy, Objective
+from switchkd.pace import Stopwatch
 from switchkd.policies import TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.sampling import keyed_uniform, noise_key
@@ -45,6 +48,7 @@ from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
 
 Metrics = dict[str, Any]
+BANDS = (16, 64, 256, math.inf)  # ends of the bands of response positions in which divergences are averaged
 Rows = Sequence[Rollout | TokenizedExample]
 
 BEST = "best"  # the folder of the best student that evaluations in the run saw
@@ -95,6 +99,7 @@ class Trainer:
         self.total_steps = _total_steps(config, len(examples), self.rows_per_step)
         self.step = self.num_tokens = 0
         self.seconds = 0.0
+        self.watch = Stopwatch(self.accelerator.device)  # of the teacher's forwards in updates
         self.best: dict[str, float] = {}
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
@@ -143,6 +148,7 @@ class Trainer:
         if self.corpus:
             parts.append(_Part(self._next(self.corpus), CrossEntropy(), self.config.lm_weight))
         losses, tokens, grad_norm = self._update(parts)
+        teacher_seconds = sum(lap for _, lap in self.watch.take())
         self.num_tokens += tokens
         seconds = self._agreed(time.perf_counter() - start)
         self.seconds += seconds
@@ -156,6 +162,9 @@ class Trainer:
             "num_tokens": self.num_tokens,
             "seconds": seconds,
             "seconds/generate": read_at - start,
+            "seconds/teacher": teacher_seconds,
+            "seconds/update": max(seconds - (read_at - start) - teacher_seconds, 0.0),
+            "memory_gib": self._memory() / 2**30,
             "tokens_per_second": tokens / seconds,
         }
         if self.corpus:
@@ -186,6 +195,15 @@ class Trainer:
         """The time of the slowest rank, so that all end at the same step."""
         mine = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.gather(mine).max().item()
+
+    def _memory(self) -> int:
+        """Bytes: the most that the device held in this step, or on a CPU what the process holds now."""
+        device = self.accelerator.device
+        if device.type != "cuda":
+            return psutil.Process().memory_info().rss
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
 
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
         """The student's scores now; the best student so far is kept in ``best/``."""
@@ -345,7 +363,9 @@ class Trainer:
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
+        start = self.watch.now()
         teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
+        self.watch.lap(len(rows), start)
         hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
         return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
 
@@ -419,8 +439,20 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
         "switch/switched_share": len(firsts) / len(rollouts),
         "switch/first_switch": _or_none(mean(firsts)),
         "switch/divergence_mean": _or_none(mean(d for r in rollouts for d in r.divergences)),
-        **{f"decode/{name}": value for name, value in summary.items()},
+        "switch/threshold": _or_none(mean(d for r in rollouts for d in r.thresholds)),
+        **divergence_bands(rollouts),
+        **{f"decode/{name}": _or_none(value) for name, value in summary.items()},
     }
+
+
+def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
+    """Mean divergence in bands of response positions that double in width; only bands in which the policy looked."""
+    seen: dict[int, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for position, divergence in enumerate(rollout.divergences):
+            seen[next(i for i, end in enumerate(BANDS) if position < end)].append(divergence)
+    means = {band: mean(values) for band, values in sorted(seen.items())}
+    return {f"switch/divergence_{[0, *BANDS][band]}+": value for band, value in means.items() if not math.isnan(value)}
 
 
 def _or_none(value: float) -> float | None:

@@ -265,9 +265,9 @@ def assert_same(decoded: list[Rollout], reference: list[Rollout]) -> None:
     assert [r.speakers for r in decoded] == [r.speakers for r in reference]
     assert [r.stop_reason for r in decoded] == [r.stop_reason for r in reference]
     for ours, theirs in zip(decoded, reference, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(ours.divergences), torch.tensor(theirs.divergences), equal_nan=True, atol=1e-6, rtol=1e-6
-        )
+        for name in ("divergences", "thresholds"):
+            values = [torch.tensor(getattr(each, name)) for each in (ours, theirs)]
+            torch.testing.assert_close(*values, equal_nan=True, atol=1e-6, rtol=1e-6)
 
 
 TOKENS = ["<pad>", "<eos>", "2", "0", "20", "4", "42", "a", "b", "c", "d", "e", "f", "s", "t", "<unk>"]

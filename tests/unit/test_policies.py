@@ -336,3 +336,26 @@ def test_the_linear_schedule_takes_its_horizon_from_the_run():
 def test_wrong_settings_are_explained(make, words):
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+def limits(policy, kls):
+    """The thresholds that a rule compares the forward KLs ``kls`` with."""
+    seen, state = [], policy.init(1)
+    for t, kl in enumerate(kls):
+        p = torch.tensor([[1.0, 0.0]], dtype=torch.float64).log()
+        q = torch.tensor([[math.exp(-kl), 1 - math.exp(-kl)]], dtype=torch.float64).log()
+        decision = policy.step(state, q, p, torch.tensor([t]))
+        seen.append(float(decision.thresholds))
+        state = policy.observe(decision.state, torch.tensor([0]))
+    return seen
+
+
+def test_a_decision_says_what_the_divergence_was_compared_with():
+    nan = pytest.approx(math.nan, nan_ok=True)
+    kls = [0.1, 0.3, 0.25, 0.9, 0.2]
+    assert limits(Switch(decay=0.5), kls) == pytest.approx([math.exp(-0.5 * t) for t in range(5)])
+    # Mean of the last two, times 3; nothing before the window is full and after the switch (0.9 > 0.825).
+    assert limits(AdaSwitch(window=2), kls) == [nan, nan, pytest.approx(0.6), pytest.approx(0.825), nan]
+    assert limits(SSD(tau=0.3), kls) == [0.3] * 5
+    assert limits(Hysteresis(take=0.5, give=0.2, divergence="forward_kl"), kls) == [0.5, 0.5, 0.5, 0.5, 0.2]
+    assert limits(MixIn(), kls) == [nan] * 5

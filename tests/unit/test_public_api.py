@@ -29,7 +29,7 @@ def test_decode_signature():
 
 def test_rollout_fields():
     assert list(switchkd.Rollout.__dataclass_fields__) == [
-        "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "stop_reason", "error",
+        "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "thresholds", "stop_reason", "error",
         "teacher_prompt_ids", "teacher", "teacher_hidden",
     ]  # fmt: skip
 

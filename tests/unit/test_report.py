@@ -25,7 +25,7 @@ def shown(monkeypatch, show, terminal=False, width=120):
 def rollout(text, teacher_from):
     ids = byte_level_tokenizer().encode(text, add_special_tokens=False)
     speakers = [int(t >= teacher_from) for t in range(len(ids))]
-    return Rollout(3, [1], ids, speakers, [math.nan] * len(ids), "length")
+    return Rollout(3, [1], ids, speakers, [math.nan] * len(ids), [math.nan] * len(ids), "length")
 
 
 def test_the_teachers_words_are_bracketed_without_a_terminal_and_coloured_with_one(monkeypatch):
@@ -43,7 +43,7 @@ def test_escape_sequences_and_markup_from_a_model_are_shown_as_text(monkeypatch)
 
 
 def test_a_failed_row_says_why(monkeypatch):
-    row = Rollout(0, [], [], [], [], "empty_prompt", "sample 0 has an empty prompt")
+    row = Rollout(0, [], [], [], [], [], "empty_prompt", "sample 0 has an empty prompt")
     assert "empty prompt" in shown(monkeypatch, lambda: report.print_rollout(row, byte_level_tokenizer()))
 
 
