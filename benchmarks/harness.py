@@ -27,7 +27,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 from switchkd.checkpoint import save_model, write_file
-from switchkd.cli import DemoConfig, demo_settings
+from switchkd.commands import DemoConfig, demo_settings
 from switchkd.config import DataConfig
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode

@@ -12,7 +12,8 @@ from tiny import byte_level_tokenizer, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import StudentOnly
-from switchkd.cli import COMMANDS, DemoConfig, EvaluateConfig, demo_settings, main, parse
+from switchkd.cli import main, parse
+from switchkd.commands import COMMANDS, DemoConfig, EvaluateConfig, demo_settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from switchkd import demo_pair
-from switchkd.cli import COMMANDS as CLI
 from switchkd.cli import main, parse
+from switchkd.commands import COMMANDS as CLI
 from switchkd.config import shipped
 from switchkd.data import load_examples
 from switchkd.mixes import MIXES

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from switchkd import TeacherOnly, decode, decode_reference, load_pair
 from switchkd import loss as loss_module
 from switchkd.base_model import BaseModel
-from switchkd.cli import EvaluateConfig, GenerateConfig, main, parse
+from switchkd.cli import main, parse
+from switchkd.commands import EvaluateConfig, GenerateConfig
 from switchkd.config import ModelConfig, TrainConfig, from_dict, load_recipe, to_dict
 from switchkd.data import Example, Message, by_teacher, load_examples, tokenize
 from switchkd.decoding import decode_examples

@@ -1,0 +1,384 @@
+"""The commands: each is a settings dataclass and a function; heavy imports wait until the function runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
+from switchkd.errors import SwitchKDError
+from switchkd.policies import Policy, StudentOnly
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
+    """Complete prompts under a policy and say who wrote what."""
+
+    prompt: tuple[str, ...] = ()
+    """Prompts as text, sent through the template; without any, those of eval_file are completed."""
+    limit: int = 16
+    """Rows of eval_file to complete."""
+    output_file: str | None = None
+    """Write rollouts here as JSONL: token ids, text, speakers, divergences."""
+    seed: int = 0
+    """Key of the noise, with each prompt's index and each position."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
+    """Score teacher and student on held-out examples."""
+
+    eval_samples: int = -1
+    """Held-out examples to evaluate on, the first of the file; -1 takes all."""
+    policy: Policy = field(default_factory=StudentOnly)
+    """Who writes the completions that are scored as the student's; the teacher always writes its own alone."""
+    only: Literal["", "teacher", "student"] = ""
+    """Evaluate this one alone."""
+    output_file: str = ""
+    """Write scores and settings here as JSON, the text beside it; default evaluation-TASK.json in the run given."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
+
+    plan: tyro.conf.Positional[str] = "list"
+    """A plan's YAML file, or the name of one that ships with the package; `list` lists them."""
+    size: str = "small"
+    """Which of the plan's sizes."""
+    output_dir: str = ""
+    """Folder of runs and results; default studies/PLAN-SIZE."""
+    jobs: int = 1
+    """Runs at a time, each with its share of the cores."""
+    set: tuple[str, ...] = ()
+    """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
+    dry_run: bool = False
+    """List the runs and stop."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare evaluated runs, example by example, and say what can be told apart."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, or files that `switchkd evaluate` wrote. Runs that differ in their training seed alone are one method."""
+    task: str = ""
+    """Compare evaluation-TASK.json; without it, evaluation.json."""
+    score: tuple[str, ...] = ()
+    """Scores to compare, the first also pair by pair and as a plot; default the task's primary score and all others in common."""
+    baseline: str = ""
+    """The method, teacher or `student before` that differences are taken to; default the first method."""
+    output_dir: str | None = None
+    """Write compare.md, compare.json, compare.svg and compare.png here."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
+
+    method: str = "switch"
+    """A name that `switchkd methods` lists."""
+    max_steps: int = 24
+    """Optimizer steps."""
+    output_dir: str | None = None
+    """The run directory; default runs/demo-METHOD, numbered if there is one already."""
+    seed: int = 0
+    """Key of all randomness."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Make a student by dropping the layers of least influence from a model."""
+
+    model_name_or_path: str = "demo"
+    """Hub name or local folder of the model."""
+    output_dir: str = "pruned"
+    """Where the smaller model goes; must be empty or absent."""
+    layers: int = 15
+    """Layers to keep."""
+    seed: int = 0
+    """Key of the choice of texts that influence is measured on."""
+
+
+@dataclass(frozen=True)
+class LmEvalConfig:
+    """Score a student, or any model, on the benchmarks of lm-eval; needs the extra `lm-eval`."""
+
+    model_name_or_path: tyro.conf.Positional[str] = "demo"
+    """A run directory (its student), a local folder, a hub name, or `demo` (the demo student)."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval's tasks, groups or tags, such as arc_easy hellaswag."""
+    num_fewshot: int | None = None
+    """Examples before each question; default each task's own number. A task that fixes 0 keeps it."""
+    limit: int | None = None
+    """Only the first so many examples of each task: a trial, not a score."""
+    batch_size: int = 8
+    """Rows of a forward; with padding, rounding differs with it."""
+    apply_chat_template: bool = False
+    """Ask through the model's chat template."""
+    include_path: str | None = None
+    """A folder of your own tasks' YAML files."""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Dtype of the weights; default that of the run, else float32."""
+    output_file: str | None = None
+    """Write numbers, settings, seeds, versions and task definitions here as JSON."""
+
+
+@dataclass(frozen=True)
+class MakePairConfig:
+    """Make the small pair for studies on two CPU cores, with its data, from generated text."""
+
+    output_dir: str | None = None
+    """Where the pair goes; default in the user's cache, where the model name `small` finds it."""
+    seed: int = 0
+    """Key of all randomness."""
+    scale: Literal["full", "tiny"] = "full"
+    """`tiny` makes untrained models in seconds, to try the command."""
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """List the recipes that ship with the package."""
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """List the tasks that completions can be scored on."""
+
+
+# Settings that a command has of its own, and does not take from a recipe or run.
+NOT_FROM_RECIPE: dict[type, tuple[str, ...]] = {EvaluateConfig: ("policy", "eval_samples")}
+
+
+def train(config: TrainConfig) -> None:
+    from switchkd.runs import distil
+
+    distil(config)
+
+
+def demo(config: DemoConfig) -> None:
+    from switchkd.report import console
+    from switchkd.runs import distil
+
+    settings = demo_settings(config)
+    console.print(
+        f"{config.method}: SmolLM2-135M to 81M on GSM8K, {settings.max_steps} steps, into {settings.output_dir}"
+    )
+    distil(settings)
+
+
+def demo_settings(config: DemoConfig) -> TrainConfig:
+    """The method's recipe with the sizes of a demonstration on two cores."""
+    recipe: TrainConfig = load_recipe(config.method)
+    return dataclasses.replace(
+        recipe,
+        template="chat",
+        max_prompt_length=160,
+        max_completion_length=128,
+        max_new_tokens=min(64, recipe.max_new_tokens),
+        per_device_train_batch_size=8,
+        learning_rate=5e-4,
+        warmup_steps=4,
+        max_steps=config.max_steps,
+        eval_samples=32,
+        eval_max_new_tokens=64,
+        save_steps=12,
+        save_total_limit=1,
+        seed=config.seed,
+        output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
+    )
+
+
+def _unused(folder: str) -> str:
+    """``folder``, or the first of folder-2, folder-3, … that is not there yet."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
+
+
+def generate(config: GenerateConfig) -> None:
+    from switchkd.decoding import decode_examples
+    from switchkd.report import bar, console, cost_line, print_rollout
+    from switchkd.runs import DEFAULT_HELDOUT, load_task, open_pair, prompt_examples
+
+    pair = open_pair(config)
+    if config.prompt:
+        examples = prompt_examples(config.prompt, config.template, pair)
+    else:
+        own = config.teacher_prompt, config.teacher_field
+        examples = load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, config.limit, False, *own)
+    settings = config.decode_arguments() | {
+        "policy": config.policy.bind(pair.tokenizer, config.max_new_tokens),
+        "seed": config.seed,
+    }
+    with bar("generate", len(examples) * config.max_new_tokens) as progress:
+        shown = 0
+
+        def on_round(cost: Any) -> None:
+            nonlocal shown
+            progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+            shown = cost.kept_tokens
+
+        rollouts = decode_examples(pair, examples, settings, range(len(examples)), on_round)
+    for rollout in rollouts:
+        print_rollout(rollout, pair.tokenizer)
+    console.print(cost_line(rollouts.cost), soft_wrap=True)
+    if config.output_file:
+        from switchkd.checkpoint import write_file
+
+        records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
+        write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    from switchkd.report import console, print_results
+    from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
+
+    # The default teacher alone is compared with.
+    pair = open_pair(dataclasses.replace(config, teachers={}, teacher_field=""))
+    heldout = load_heldout(config, pair)
+    models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
+    results = {
+        name: score(pair, model, heldout, eval_settings(config, policy), name)
+        for name, (model, policy) in models.items()
+        if config.only in ("", name)
+    }
+    settings = all_settings(config, heldout, eval_settings(config, config.policy))
+    print_results(results, heldout.shown() | settings)
+    run = run_of(config.student_model_name_or_path)
+    file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
+    if file:
+        write_scores(file, heldout, settings, results)
+        console.print(f"scores in {file}", soft_wrap=True)
+
+
+def lm_eval(config: LmEvalConfig) -> None:
+    from switchkd.harness_eval import SEEDS, find_tasks, metrics, open_model, record, run_tasks
+    from switchkd.report import benchmark_table, console
+
+    console.print("reading lm-eval's list of tasks …")
+    manager = find_tasks(config.tasks, config.include_path)
+    model, tokenizer = open_model(config.model_name_or_path, config.dtype)
+    answer = run_tasks(
+        model,
+        tokenizer,
+        manager,
+        config.tasks,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        apply_chat_template=config.apply_chat_template,
+    )
+    console.print(benchmark_table(metrics(answer)))
+    console.print(f"{model.dtype}; " + ", ".join(f"{name} {seed}" for name, seed in SEEDS.items()), soft_wrap=True)
+    if config.output_file:
+        from switchkd.checkpoint import write_file
+
+        # A task's definition may hold functions.
+        kept = json.dumps(record(answer, dataclasses.asdict(config), model), indent=1, default=str)
+        write_file(Path(config.output_file), kept)
+
+
+def study(config: StudyConfig) -> None:
+    from switchkd.report import bar, console
+    from switchkd.study import cells, load_plan, run_cells, with_settings
+
+    if config.plan == "list":
+        for name in shipped("plans"):
+            plan = load_plan(name)
+            console.print(f"{name}: {plan.title} ({', '.join(plan.methods)})", soft_wrap=True)
+        return
+    plan = load_plan(config.plan)
+    size = with_settings(plan.sized(config.size), config.set)
+    output_dir = Path(config.output_dir or f"studies/{Path(config.plan).stem}-{config.size}")
+    grid = cells(plan, size, output_dir)
+    console.print(f"{plan.title}: {len(grid)} runs in {output_dir}", soft_wrap=True)
+    if config.dry_run:
+        for cell in grid:
+            console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
+        return
+    with bar("study", len(grid)) as progress:
+
+        def done(line: str, seconds: float) -> None:
+            progress.advance(1)
+            console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
+
+        failed = run_cells(grid, size, output_dir, config.jobs, done)
+    if failed:
+        raise SwitchKDError(
+            f"{len(failed)} of {len(grid)} runs failed ({', '.join(failed)}): see {output_dir}/logs; the same command goes on"
+        )
+    from switchkd.study_report import conclude
+
+    conclude(plan, size, grid, output_dir)
+
+
+def compare(config: CompareConfig) -> None:
+    from switchkd.compare import compare as compare_runs
+    from switchkd.compare_report import show, write
+    from switchkd.report import bar, console
+
+    with bar("resample", None) as progress:
+        comparison = compare_runs(
+            config.runs, config.task, config.score, config.baseline, lambda score: progress.advance(1, score)
+        )
+    show(comparison)
+    if config.output_dir:
+        written = write(comparison, Path(config.output_dir))
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def check(config: TrainConfig) -> None:
+    from switchkd.report import console
+    from switchkd.runs import check_run
+
+    for line in check_run(config):
+        console.print(line, soft_wrap=True)
+
+
+def prune(config: PruneConfig) -> None:
+    from switchkd.pruning import prune as prune_model
+
+    prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
+
+
+def make_pair(config: MakePairConfig) -> None:
+    from switchkd.small_pair import make_pair as make_small_pair
+
+    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
+
+
+def methods(config: MethodsConfig) -> None:
+    from switchkd.report import console, method_table
+
+    console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
+
+
+def tasks(config: TasksConfig) -> None:
+    from switchkd.report import console, task_table
+    from switchkd.tasks import TASKS
+
+    console.print(task_table(TASKS.values()))
+
+
+# name: (settings, function, whether a recipe may come first, what it does)
+COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
+    "train": (TrainConfig, train, True, "distil a student as a recipe says"),
+    "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
+    "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
+    "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
+    "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),
+    "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
+    "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
+    "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
+    "tasks": (TasksConfig, tasks, False, "list the tasks: what is scored, the main score, data by default, source"),
+    "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),
+    "prune": (PruneConfig, prune, False, "make a student by dropping a model's least influential layers"),
+    "make-pair": (MakePairConfig, make_pair, False, "make the small pair `small` and its data, for studies on a CPU"),
+}

@@ -1,0 +1,31 @@
+"""Tokens as text: a piece for each, and together the text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import byte_level_tokenizer
+
+from switchkd.text import BROKEN, pieces
+
+TOKENIZER = byte_level_tokenizer()
+
+
+@given(st.text())
+def test_pieces_are_one_a_token_and_together_the_text(text):
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    found = pieces(TOKENIZER, ids)
+    assert len(found) == len(ids) and "".join(found) == TOKENIZER.decode(ids)
+
+
+def test_a_character_of_several_tokens_stands_with_the_last():
+    ids = TOKENIZER.encode("a🙂b", add_special_tokens=False)
+    assert len(ids) == 6
+    assert pieces(TOKENIZER, ids) == ["a", "", "", "", "🙂", "b"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_broken_bytes_are_shown_and_do_not_swallow_what_follows(cut):
+    ids = TOKENIZER.encode("🙂", add_special_tokens=False)[:cut] + TOKENIZER.encode("yes", add_special_tokens=False)
+    found = pieces(TOKENIZER, ids)
+    assert found[-2:] == ["e", "s"] and BROKEN in "".join(found)
+    assert "".join(found) == TOKENIZER.decode(ids)
