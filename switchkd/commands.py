@@ -189,6 +189,7 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         max_steps=config.max_steps,
         eval_samples=32,
         eval_max_new_tokens=64,
+        sample_steps=6,
         save_steps=12,
         save_total_limit=1,
         seed=config.seed,

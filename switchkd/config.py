@@ -35,7 +35,7 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
 FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
-    "eval_on_start", "per_device_eval_batch_size",
+    "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
 }  # fmt: skip
 
 
@@ -263,6 +263,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Steps between evaluations of the student in the run, into metrics.jsonl; 0 evaluates at the end only."""
     metric_for_best_model: str = ""
     """Score by which the best student that eval_steps saw becomes `student/`; without one, the last does."""
+    sample_steps: int = 50
+    """Steps between looks at the same few prompts, for reports: what the student writes by now, token by token; 0 looks never."""
+    sample_prompts: int = 8
+    """How many prompts: the first that are held out, or without any, the first to train on."""
     output_dir: str = "runs/switchkd"
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
     merge: bool = False
@@ -278,7 +282,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
-            "eval_steps": 0, "max_train_tokens": 0, "max_train_seconds": 0.0,
+            "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from switchkd import divergences
 from switchkd.errors import ConfigError, nearest
@@ -57,6 +57,8 @@ class Policy:
     model unread overrides ``reads``. One that needs the tokenizer or the length of texts resolves them in ``bind``, one
     that changes over training does so in ``at``.
     """
+
+    unit: ClassVar[str] = "nats"  # of its divergences and thresholds
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Policy:
         """This rule with what only a run knows filled in. Called once, before any text is written."""
@@ -125,6 +127,8 @@ class Switch(Policy):
 
     A threshold of 1 or more never hands over, a negative one always does.
     """
+
+    unit = "bits"
 
     schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"  # how tau moves with the position
     tau_0: float = 1.0  # tau at the first token, in bits
@@ -251,6 +255,8 @@ class SKD(Policy):
     code (0.5 and 0.5, 0.2 and 0.5); the top-K is of p itself.
     """
 
+    unit = "probability"
+
     top_k: int = 25  # K
     student_temperature: float = 1.0  # of the proposal
     student_top_p: float = 1.0  # of the proposal
@@ -334,6 +340,8 @@ class CAOPD(Policy):
     Over training alpha follows half a cosine from ``alpha`` to ``alpha_end``. The divergence is the probability of a
     replacement, the student's mass on tokens that would be replaced.
     """
+
+    unit = "probability"
 
     alpha: float = 0.5  # threshold at the first step
     alpha_end: float = 0.25  # threshold at the last step

@@ -2,7 +2,8 @@
 
 config.yaml       the settings, every one, usable as a recipe
 metrics.jsonl     a line for every optimizer step
-rollouts.jsonl    the generated text: token ids, speakers, divergences
+rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
+samples.jsonl     the same few prompts completed every ``sample_steps``, with what both models say of each token
 checkpoint-N/     whole checkpoints, the newest ones
 evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
 best/             the best student so far, where the run looks for one
@@ -62,6 +63,7 @@ from switchkd.models import (
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import DecodeCost
+from switchkd.samples import sample_policy, samples
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
@@ -418,6 +420,7 @@ def _before(
 
 def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bool) -> None:
     cost = DecodeCost()
+    watched = (heldout.examples or trainer.examples)[: trainer.config.sample_prompts]
     steps = None if math.isinf(trainer.total_steps) else int(trainer.total_steps)
 
     def scores(student: PreTrainedModel) -> dict[str, float]:
@@ -439,7 +442,11 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bo
         def on_round(now: DecodeCost) -> None:
             bar.advance(0, f"writing: {now.kept_tokens} tokens, {now.kept_tokens / now.seconds:.0f} tok/s")
 
-        trainer.train(on_step, on_round, scores if heldout.examples else None)
+        def sample(progress: float) -> list[dict[str, Any]]:
+            policy = sample_policy(trainer.config, trainer.policy, progress)
+            return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
+
+        trainer.train(on_step, on_round, scores if heldout.examples else None, sample)
     if not quiet and cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 

@@ -116,15 +116,19 @@ class Trainer:
         on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None,
         on_round: Callable[[DecodeCost], None] | None = None,
         evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        sample: Callable[[float], list[dict[str, Any]]] | None = None,
     ) -> None:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
         ``on_step`` is told of every step's metrics, ``on_round`` of every decoding round's cost so far in its step.
-        ``evaluate`` gives the student's scores every ``eval_steps``; it must leave the student and random states as they are.
+        ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this progress before the
+        first step, every ``sample_steps`` and at the end; both must leave the student and random states as they are.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
         """
+        if self.step == 0:
+            self._sample(sample)
         while self.progress < 1:
             metrics, rollouts = self.train_step(on_round)
             if self.accelerator.is_main_process:
@@ -133,6 +137,7 @@ class Trainer:
                 _append(self.run / "metrics.jsonl", [metrics])
                 _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
                 on_step(metrics, rollouts.cost)
+            self._sample(sample)
             if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
 
@@ -218,6 +223,12 @@ class Trainer:
         shown = {f"eval/{score}": _or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
+    def _sample(self, sample: Callable[[float], list[dict[str, Any]]] | None) -> None:
+        every = self.config.sample_steps
+        if sample and every and (self.step % every == 0 or self.progress >= 1) and self.accelerator.is_main_process:
+            records = sample(self.progress)
+            _append(self.run / "samples.jsonl", [{"step": self.step, **record} for record in records])
+
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all."""
         if self.accelerator.is_main_process:
@@ -250,7 +261,7 @@ class Trainer:
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
+            for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
                 _keep_until(self.run / name, self.step)
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:

@@ -1,0 +1,122 @@
+"""A run directory as it lies on disk, whatever its state: finished, still running, stopped early, or empty."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from switchkd.config import TrainConfig, from_dict
+from switchkd.errors import ConfigError, DataError
+from switchkd.results import Evaluation, read_results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model."""
+
+    path: Path
+    config: TrainConfig
+    metrics: Lines
+    samples: Lines
+    evaluations: dict[str, dict[str, Evaluation]]
+
+    @staticmethod
+    def read(path: Path) -> RunRecord:
+        """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{path} is not a run directory: it has no {file.name}")
+        config = from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
+        return RunRecord(path, config, read_lines(path / "metrics.jsonl"), read_lines(path / "samples.jsonl"), found)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: the student is the last thing that it writes."""
+        return (self.path / "student").is_dir()
+
+    @cached_property
+    def state(self) -> str:
+        """How far the run came, in a sentence."""
+        if not self.metrics:
+            return "No step was finished: there are settings and nothing else."
+        last = self.metrics[-1]["step"]
+        if self.finished:
+            return f"Finished after {last} steps."
+        of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
+        saved = [int(folder.name.removeprefix("checkpoint-")) for folder in self.path.glob("checkpoint-[0-9]*")]
+        where = f"its newest checkpoint is that of step {max(saved)}" if saved else "it has no checkpoint"
+        return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
+
+    @cached_property
+    def not_finite(self) -> dict[str, list[int]]:
+        """Metrics that were NaN or infinite, and at which steps."""
+        found: dict[str, list[int]] = {}
+        for line in self.metrics:
+            for name, value in line.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    found.setdefault(name, []).append(line["step"])
+        return found
+
+    def rollouts(self, most: int) -> Lines:
+        """At most so many of the generated texts, evenly spread over training."""
+        return read_lines(self.path / "rollouts.jsonl", most)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
+        from switchkd.models import load_tokenizer
+
+        saved = [self.path / "student", self.path / "best", *sorted(self.path.glob("checkpoint-[0-9]*"))]
+        for folder in saved:
+            if (folder / "tokenizer.json").is_file():
+                return load_tokenizer(str(folder))
+        return load_tokenizer(self.config.teacher_model_name_or_path)
+
+
+def read_lines(file: Path, most: int | None = None) -> Lines:
+    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file.
+
+    A last line that was cut short is left out. Raises DataError, naming the line, for any other that is no record.
+    """
+    if not file.is_file():
+        return []
+    with file.open("rb") as lines:
+        wanted = None if most is None else set(spread(sum(1 for _ in lines), most))
+        lines.seek(0)
+        records = []
+        for number, line in enumerate(lines):
+            if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
+                continue
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(f"{file}, line {number + 1} is damaged: {error}") from error
+    return records
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 … count − 1, evenly spread, the first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell the runs apart: the last part of each path, or as many as that takes."""
+    for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
+        names = ["/".join(path.resolve().parts[-parts:]) for path in paths]
+        if len(set(names)) == len(paths):
+            return names
+    raise ConfigError(f"a run is given twice: {', '.join(map(str, paths))}")

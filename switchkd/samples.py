@@ -1,0 +1,93 @@
+"""The same few prompts, completed again and again while a student learns, with what both models say at every token.
+
+A report steps through them. Looking moves nothing: text is keyed by (seed, place of the prompt, position), as in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchkd.cache import evaluating
+from switchkd.config import TrainConfig
+from switchkd.data import TokenizedExample, collate
+from switchkd.decoding import decode_examples
+from switchkd.divergences import LN2, jsd, log_probs
+from switchkd.loss import Head, response_hidden
+from switchkd.models import Pair
+from switchkd.policies import Policy, StudentOnly
+from switchkd.rollouts import Rollout
+from switchkd.tasks import Task
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What two models say at the T tokens of a completion, having read all that stands before each.
+
+    ``log_probs[who][t]``, in nats, is of the token that was written; ``top[who][t]`` are the `TOP` most probable tokens, each
+    as (id, log-probability); ``who`` is STUDENT or TEACHER. ``jsd[t]`` is the divergence of the two in bits, whatever the
+    policy looked at.
+    """
+
+    log_probs: list[list[float]]
+    top: list[list[list[tuple[int, float]]]]
+    jsd: list[float]
+
+
+@torch.no_grad()
+def trace(pair: Pair, rollout: Rollout) -> Trace:
+    """Read a rollout again with the pair's student and the teacher that it was written with; temperature 1."""
+    teacher = pair.teacher_named(rollout.teacher)
+    read = (pair.student, rollout.prompt_ids), (teacher, rollout.teacher_reads)
+    logs = [_log_probs(model, prompt, rollout.completion_ids, pair.vocab_size) for model, prompt in read]
+    written = torch.tensor(rollout.completion_ids).unsqueeze(1)
+    best = [each.topk(min(TOP, pair.vocab_size)) for each in logs]
+    q, p = logs
+    return Trace(
+        [each.gather(1, written)[:, 0].tolist() for each in logs],
+        [
+            [list(zip(*row, strict=True)) for row in zip(b.indices.tolist(), b.values.tolist(), strict=True)]
+            for b in best
+        ],
+        (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist(),
+    )
+
+
+def _log_probs(model: Any, prompt: list[int], completion: list[int], vocab_size: int) -> Tensor:
+    """``[T, V]`` on the host: the model's next-token log-distributions along a completion."""
+    if not completion:
+        return torch.empty(0, vocab_size)
+    with evaluating(model):
+        batch = collate([(prompt, completion)]).to(next(model.parameters()).device)
+        return log_probs(Head.of(model, vocab_size)(response_hidden(model, batch))).cpu()
+
+
+def sample_policy(config: TrainConfig, bound: Policy, progress: float) -> Policy:
+    """The rule that a run's samples are written under: its own, or, where it generates no text, the student alone."""
+    return bound.at(progress) if config.mix.generates else StudentOnly()
+
+
+def samples(
+    pair: Pair, examples: Sequence[TokenizedExample], policy: Policy, config: TrainConfig, task: Task | None
+) -> list[dict[str, Any]]:
+    """Complete ``examples`` with the student as it is; a JSON-ready record for each: the rollout, its `Trace`, its scores.
+
+    ``sample_id`` is the place of the prompt. ``scores`` are the task's, in percent, where the examples are held out and have
+    references; ``reference`` is the first of these.
+    """
+    settings = config.decode_arguments() | {"policy": policy, "seed": config.seed}
+    records = []
+    for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
+        found = trace(pair, rollout)
+        text = pair.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        scores = task.score(text, example.references, example.group) if task else {}
+        records.append(
+            rollout.to_json() | {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd, "scores": scores}
+        )
+    return records

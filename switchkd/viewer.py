@@ -1,0 +1,117 @@
+"""What the rollout viewer of a report shows, as JSON for its script: texts by token, with what was seen at each.
+
+Numbers are rounded to what a person reads; the run directory holds them whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from switchkd.errors import ModelError
+from switchkd.policies import STUDENT, TEACHER
+from switchkd.run_record import Lines, RunRecord, spread
+from switchkd.text import pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts of the training run that are shown, at most, and looks at a prompt over training.
+TRAINING_TEXTS, LOOKS = 200, 40
+
+Pieces = Callable[[Sequence[int]], list[str]]
+
+
+def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
+    """A run for the viewer, in at most about ``most_bytes`` of JSON: fewer looks and texts are then shown, and a note says so.
+
+    ``prompts``: the watched prompts, each with its ``looks`` over training; ``texts``: those of training itself.
+    """
+    notes: list[str] = []
+    try:
+        decode = _decoder(run.tokenizer())
+    except ModelError as error:
+        notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
+        decode = _as_numbers
+    steps = sorted({sample["step"] for sample in run.samples})
+    looks, texts = min(len(steps), LOOKS), TRAINING_TEXTS
+    while True:
+        kept = {steps[place] for place in spread(len(steps), looks)}
+        shown = [sample for sample in run.samples if sample["step"] in kept]
+        found = {
+            "label": label,
+            "unit": run.config.policy.unit,
+            "vocabulary": _vocabulary(shown, decode),
+            "prompts": _prompts(shown, decode),
+            "texts": [_text(record, decode) for record in run.rollouts(texts)],
+        }
+        if len(json.dumps(found)) <= most_bytes or (looks <= 1 and texts <= 1):
+            break
+        looks, texts = max(looks // 2, 1), max(texts // 2, 1)
+    if looks < len(steps):
+        notes.append(f"{looks} of {len(steps)} looks at the prompts are shown, evenly spread.")
+    return found | {"notes": notes}
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    return lambda ids: pieces(tokenizer, ids)
+
+
+def _as_numbers(ids: Sequence[int]) -> list[str]:
+    return [f"⟨{token}⟩" for token in ids]
+
+
+def _vocabulary(samples: Lines, decode: Pieces) -> dict[int, str]:
+    """The text of every token that is among the most probable somewhere."""
+    ids = {token for sample in samples for model in sample["top"] for best in model for token, _ in best}
+    return {token: "".join(decode([token])) for token in sorted(ids)}
+
+
+def _prompts(samples: Lines, decode: Pieces) -> list[dict[str, Any]]:
+    """The samples by prompt, in the order of their steps."""
+    by_prompt: dict[int, Lines] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample["sample_id"], []).append(sample)
+    return [
+        {
+            "prompt": "".join(decode(looks[0]["prompt_ids"])),
+            "reference": looks[0]["reference"],
+            "looks": [_look(look, decode) for look in sorted(looks, key=lambda look: look["step"])],
+        }
+        for looks in by_prompt.values()
+    ]
+
+
+def _look(sample: dict[str, Any], decode: Pieces) -> dict[str, Any]:
+    """A completion with what both models say of every token."""
+    return {
+        **_completion(sample, decode),
+        "scores": {name: round(value, 2) for name, value in sample["scores"].items()},
+        "jsd": _rounded(sample["jsd"]),
+        "logProbs": [_rounded(sample["log_probs"][who]) for who in (STUDENT, TEACHER)],
+        "top": [[[[token, round(logp, 3)] for token, logp in best] for best in model] for model in sample["top"]],
+    }
+
+
+def _text(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
+    """A text of training: a prompt with one look."""
+    look = _completion(record, decode) | {"scores": {}}
+    return {"prompt": "".join(decode(record["prompt_ids"])), "reference": None, "looks": [look]}
+
+
+def _completion(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
+    return {
+        "step": record["step"],
+        "stop": record["stop_reason"],
+        "tokens": decode(record["completion_ids"]),
+        "speakers": "".join(map(str, record["speakers"])),
+        "divergences": _rounded(record["divergences"]),
+        "thresholds": _rounded(record["thresholds"]),
+    }
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Four significant digits; None where there is no finite number."""
+    return [None if v is None or not math.isfinite(v) else float(f"{v:.4g}") for v in values]
