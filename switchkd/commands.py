@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
-from switchkd.errors import SwitchKDError
+from switchkd.errors import ConfigError, SwitchKDError
 from switchkd.policies import Policy, StudentOnly
 
 
@@ -77,6 +77,16 @@ class CompareConfig:
     """The method, teacher or `student before` that differences are taken to; default the first method."""
     output_dir: str | None = None
     """Write compare.md, compare.json, compare.svg and compare.png here."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write runs as one HTML page that needs no network: summary, who wrote what, scores, curves."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, whatever their state."""
+    output_file: str = ""
+    """The page; default report.html in the run, or here for several runs."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +345,19 @@ def compare(config: CompareConfig) -> None:
         console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
 
+def report(config: ReportConfig) -> None:
+    from switchkd.html_report import write_report
+    from switchkd.report import bar, console
+
+    if not config.runs:
+        raise ConfigError("no run to report on; give run directories: switchkd report runs/demo-switch")
+    only = Path(config.runs[0]) if len(config.runs) == 1 else Path()
+    file = Path(config.output_file) if config.output_file else only / "report.html"
+    with bar("report", None) as progress:
+        write_report([Path(run) for run in config.runs], file, lambda part: progress.advance(1, part))
+    console.print(f"report in {file}", soft_wrap=True)
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -376,6 +399,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
     "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),
     "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
+    "report": (ReportConfig, report, False, "write runs as one HTML page: who wrote what and why, scores, curves"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "tasks": (TasksConfig, tasks, False, "list the tasks: what is scored, the main score, data by default, source"),

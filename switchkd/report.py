@@ -135,8 +135,8 @@ def method_table(recipes: dict[str, TrainConfig]) -> Table:
     """The recipes by name: who writes, what is trained, on which text, and where the method is from."""
     table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
     for name, config in recipes.items():
-        policy = _settings(config.policy) if config.mix.generates else "–"
-        table.add_row(name, policy, _settings(config.objective), _settings(config.mix), config.method)
+        policy = settings_text(config.policy) if config.mix.generates else "–"
+        table.add_row(name, policy, settings_text(config.objective), settings_text(config.mix), config.method)
     return table
 
 
@@ -160,7 +160,7 @@ def task_table(tasks: Iterable[Task]) -> Table:
     return table
 
 
-def _settings(rule: Any) -> str:
+def settings_text(rule: Any) -> str:
     """A rule's name, with the settings that are not its defaults."""
     default = type(rule)()
     changed = (f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != getattr(default, f.name))

@@ -87,7 +87,6 @@ def samples(
         found = trace(pair, rollout)
         text = pair.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         scores = task.score(text, example.references, example.group) if task else {}
-        records.append(
-            rollout.to_json() | {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd, "scores": scores}
-        )
+        own = {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd}
+        records.append(rollout.to_json() | own | {"scores": scores, "reference": next(iter(example.references), None)})
     return records

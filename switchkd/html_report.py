@@ -1,0 +1,221 @@
+"""``switchkd report``: runs as one HTML page that loads nothing from elsewhere.
+
+Everything that is not ours enters the page escaped: by the template's autoescaping, and in the viewer's data, which is JSON
+without a ``<``, as text. The page's security policy names the one script by its hash, so that no other could run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.compare_report import Sheet, signed
+from switchkd.config import TrainConfig, to_dict
+from switchkd.report import estimate_text, number, settings_text
+from switchkd.results import Evaluation
+from switchkd.rollouts import mean
+from switchkd.run_record import RunRecord, labels
+from switchkd.statistics import difference, lower_is_better, verdict
+from switchkd.viewer import payload
+
+MOST_BYTES = 5_000_000
+_FOR_TEXTS = 3_500_000  # of these, for the viewer
+BEFORE, AFTER = "student before", "student after"
+
+
+def write_report(paths: Sequence[Path], file: Path, progress: Callable[[str], None] = lambda part: None) -> None:
+    """Write the report of the run directories ``paths``, whatever their state; tells ``progress`` of each part.
+
+    Raises ConfigError for a folder that is no run, DataError for one with damaged records.
+    """
+    from switchkd.checkpoint import write_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, page(paths, progress))
+
+
+def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
+    """The report as HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    assets = files("switchkd") / "assets" / "report"
+    script = (assets / "report.js").read_text(encoding="utf-8")
+    runs = []
+    for path in paths:
+        progress(f"read {path}")
+        runs.append(RunRecord.read(path))
+    names = labels(paths)
+    texts = []
+    for run, name in zip(runs, names, strict=True):
+        progress(f"texts of {name}")
+        texts.append(payload(run, name, _FOR_TEXTS // len(runs)))
+    progress("scores and curves")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        (assets / "report.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=f"switchkd report: {', '.join(names)}",
+        version=version("switchkd"),
+        style=(assets / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=_hash(script),
+        runs=[_head(run, name) for run, name in zip(runs, names, strict=True)],
+        summary=_summary(runs),
+        scores=_score_sheets(runs, names),
+        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is unreliable.",
+        curves=_curves(runs, names),
+        has_rollouts=any(each["prompts"] or each["texts"] for each in texts),
+        data=_script_json([each for each in texts if each["prompts"] or each["texts"]]),
+    )
+
+
+def _hash(script: str) -> str:
+    """As the security policy names an inline script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _head(run: RunRecord, label: str) -> dict[str, Any]:
+    bad = (f"{name} is not finite at {_steps(steps)}" for name, steps in run.not_finite.items())
+    return {
+        "label": label,
+        "path": str(run.path),
+        "state": run.state,
+        "warnings": list(bad),
+        "improved": improvements(run, label),
+        "settings": yaml.safe_dump(to_dict(run.config), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _steps(steps: Sequence[int]) -> str:
+    shown = ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+    return f"step{'s' if len(steps) > 1 else ''} {shown}"
+
+
+# --- what improved, and what it cost --------------------------------------------------------------------------------
+
+
+def improvements(run: RunRecord, label: str) -> list[str]:
+    """What training did to the scores that were taken before and after, a sentence each."""
+    found = run.evaluations.get("evaluation", {})
+    if BEFORE not in found or AFTER not in found:
+        return []
+    before, after = found[BEFORE], found[AFTER]
+    sentences = []
+    for name in dict.fromkeys([after.primary, "forward_kl"]):
+        if name not in before.scores or name not in after.scores:
+            continue
+        gap = difference(name, after.scores[name], before.scores[name])
+        interval = "" if gap.low is None or gap.high is None else f" [{signed(gap.low)}, {signed(gap.high)}]"
+        old, new = (each.summary[name] for each in (before, after))
+        sentences.append(
+            f"{label}: {name} {number(old.mean)} before, {number(new.mean)} after: {signed(gap.mean)}{interval}, "
+            f"{verdict(gap, lower_is_better(name))}."
+        )
+    return sentences
+
+
+def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Rows of the summary: a name and a cell for each run. Rows in which every cell is empty are left out."""
+    columns = [_facts(run) for run in runs]
+    rows = [(name, [column[name] for column in columns]) for name in columns[0]]
+    return [(name, cells) for name, cells in rows if any(cells)]
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    config = run.config
+    return {
+        "method": config.method,
+        "who writes": settings_text(config.policy) if config.mix.generates else "",
+        "what is trained": settings_text(config.objective),
+        "on which text": settings_text(config.mix),
+        "teacher": ", ".join([config.teacher_model_name_or_path, *config.teachers.values()]),
+        "student": config.student_model_name_or_path,
+        "trained on": config.train_file,
+        "seed": str(config.seed),
+        **_cost(run, config),
+    }
+
+
+def _cost(run: RunRecord, config: TrainConfig) -> dict[str, str]:
+    metrics = run.metrics
+    total = sum(line["seconds"] for line in metrics)
+    parts = {
+        part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in ("generate", "teacher", "update")
+    }
+    split = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts.items()) if total else ""
+    forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
+    share = mean(_numbers(metrics, "switch/teacher_share"))
+    memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
+    return {
+        "steps": str(metrics[-1]["step"]) if metrics else "",
+        "response tokens trained on": f"{metrics[-1]['num_tokens']:,}" if metrics else "",
+        "time without evaluation": f"{_time(total)} ({split})" if metrics else "",
+        "teacher's share of the generated tokens": "" if math.isnan(share) else f"{share:.1%}",
+        "teacher forwards per generated token": "" if math.isnan(forwards) else number(forwards),
+        "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
+    }
+
+
+def _numbers(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in metrics if line.get(name) is not None]
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _score_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Sheet]:
+    """A table for each evaluation file that the runs have, and one by group where its examples have groups."""
+    sheets = []
+    for file in dict.fromkeys(file for run in runs for file in run.evaluations):
+        columns = _columns(file, runs, names)
+        first = next(iter(columns.values()))
+        scores = dict.fromkeys(name for result in columns.values() for name in result.scores)
+        title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
+        sheets.append(_sheet(title, columns, list(scores), lambda result: result.summary))
+        if first.by_group:
+            sheets.append(
+                _sheet(f"{title}: {first.primary} by group", columns, list(first.by_group), lambda r: r.by_group)
+            )
+    return sheets
+
+
+def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Evaluation]:
+    several = len(runs) > 1
+    return {
+        f"{name}: {model}" if several else model: result
+        for run, name in zip(runs, names, strict=True)
+        for model, result in run.evaluations.get(file, {}).items()
+    }
+
+
+def _sheet(
+    title: str, columns: Mapping[str, Evaluation], rows: Sequence[str], summary: Callable[[Evaluation], Any]
+) -> Sheet:
+    shown = {model: summary(result) for model, result in columns.items()}
+    cells = [[row, *(estimate_text(own[row]) if row in own else "–" for own in shown.values())] for row in rows]
+    return Sheet(title, ["score", *columns], cells)
+
+
+def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, str]]:
+    return []
