@@ -68,7 +68,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         style=(assets / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=_hash(script),
-        runs=[_head(run, name) for run, name in zip(runs, names, strict=True)],
+        runs=[_head(run, name, f"{name}: " if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)],
         summary=_summary(runs),
         scores=_score_sheets(runs, names),
         scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is unreliable.",
@@ -89,14 +89,14 @@ def _script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _head(run: RunRecord, label: str) -> dict[str, Any]:
+def _head(run: RunRecord, label: str, prefix: str) -> dict[str, Any]:
     bad = (f"{name} is not finite at {_steps(steps)}" for name, steps in run.not_finite.items())
     return {
         "label": label,
         "path": str(run.path),
         "state": run.state,
         "warnings": list(bad),
-        "improved": improvements(run, label),
+        "improved": improvements(run, prefix),
         "settings": yaml.safe_dump(to_dict(run.config), sort_keys=False, allow_unicode=True),
     }
 
@@ -109,8 +109,8 @@ def _steps(steps: Sequence[int]) -> str:
 # --- what improved, and what it cost --------------------------------------------------------------------------------
 
 
-def improvements(run: RunRecord, label: str) -> list[str]:
-    """What training did to the scores that were taken before and after, a sentence each."""
+def improvements(run: RunRecord, label: str = "") -> list[str]:
+    """What training did to the scores that were taken before and after, a sentence each, which begins with ``label``."""
     found = run.evaluations.get("evaluation", {})
     if BEFORE not in found or AFTER not in found:
         return []
@@ -123,7 +123,7 @@ def improvements(run: RunRecord, label: str) -> list[str]:
         interval = "" if gap.low is None or gap.high is None else f" [{signed(gap.low)}, {signed(gap.high)}]"
         old, new = (each.summary[name] for each in (before, after))
         sentences.append(
-            f"{label}: {name} {number(old.mean)} before, {number(new.mean)} after: {signed(gap.mean)}{interval}, "
+            f"{label}{name} {number(old.mean)} before, {number(new.mean)} after: {signed(gap.mean)}{interval}, "
             f"{verdict(gap, lower_is_better(name))}."
         )
     return sentences

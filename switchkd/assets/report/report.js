@@ -8,7 +8,7 @@
   const state = { run: 0, kind: "prompts", item: 0, look: 0, token: 0 };
 
   const show = (value, digits = 3) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits))));
-  const percent = (share) => (Number.isNaN(share) ? "–" : `${Math.round(100 * share)} %`);
+  const percent = (share) => (Number.isNaN(share) ? "–" : share > 0 && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`);
   const run = () => DATA[state.run];
   const items = () => run()[state.kind];
   const item = () => items()[state.item];
@@ -59,7 +59,7 @@
     const score = scored === undefined ? "" : ` · ${at("score-name").value} ${show(scored)}`;
     const when = state.kind === "texts" ? `step ${now.step} · ` : `${place + 1} · `;
     const words = visible(now.tokens.join("")).replace(/\s+/g, " ").trim().slice(0, 40);
-    return `${when}teacher ${percent(shareOf(now))} · ${now.tokens.length} tokens${score} · ${words}`;
+    return `${when}teacher ${percent(shareOf(now))}${score} · ${now.tokens.length} tokens · ${words}`;
   }
 
   function list() {

@@ -1,0 +1,195 @@
+"""The report in headless Chromium, as a person uses it. Skipped where there is no Chromium; ``./run test`` says how to get one."""
+
+import json
+import shutil
+
+import pytest
+from fabricated import HOSTILE, metric, rollout, run, sample
+from tiny import byte_level_tokenizer, save_llama
+
+from switchkd.cli import main
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open a file; the test fails if the page complains or asks for anything but itself."""
+    contexts, complaints, requests = [], [], []
+
+    def opened(file, width=1200, **settings):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(file.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert all(url.startswith("file:") for url in requests) and len(requests) == len(contexts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run as it is: three steps of SWITCH with looks at each."""
+    folder = tmp_path_factory.mktemp("report")
+    tokenizer = byte_level_tokenizer()
+    data = folder / "data.jsonl"
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
+        "student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
+        "train-file": data, "eval-file": data, "template": "chat", "max-prompt-length": 128, "max-new-tokens": 12,
+        "max-completion-length": 24, "eval-samples": 6, "eval-max-new-tokens": 8, "per-device-train-batch-size": 3,
+        "max-steps": 3, "sample-steps": 1, "sample-prompts": 5, "mix.lmbda": 1, "policy.decay": 0.5, "output-dir": folder / "run",
+    }  # fmt: skip
+    flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    assert main(["train", "switch", *flags]) == 0
+    assert main(["report", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def looks(trained):
+    """Samples by (step, prompt)."""
+    lines = (trained / "samples.jsonl").read_text().splitlines()
+    return {(s["step"], s["sample_id"]): s for s in map(json.loads, lines)}
+
+
+def fact(page, name):
+    """A line of the panel on the chosen token."""
+    return page.locator("#token tr", has_text=name).first.locator("td").first.text_content()
+
+
+def test_the_viewer_shows_who_wrote_each_token_and_what_both_models_said(visit, trained, looks):
+    page = visit(trained / "report.html")
+    shown = looks[3, 0]  # the newest look at the first prompt
+    tokens = page.locator("#response .token")
+    assert tokens.count() == len(shown["completion_ids"]) > 1
+    by = ["teacher" if "teacher" in tokens.nth(t).get_attribute("class") else "student" for t in range(tokens.count())]
+    assert by == [("student", "teacher")[who] for who in shown["speakers"]]
+    assert page.locator("#chart rect.student, #chart rect.teacher").count() == 2 * tokens.count()
+    assert page.locator("#chart path.threshold").get_attribute("d").count("H") == tokens.count()
+    last = tokens.count() - 1
+    tokens.nth(last).hover()
+    assert fact(page, "position") == str(last)
+    for name, value in (("divergence", shown["divergences"]), ("threshold", shown["thresholds"])):
+        assert float(fact(page, name)) == pytest.approx(value[last], rel=0.01)
+    for who, name in enumerate(("log-prob., student", "log-prob., teacher")):
+        assert float(fact(page, name)) == pytest.approx(shown["log_probs"][who][last], rel=0.01)
+    assert page.locator("#token table").nth(1).locator("tbody tr").count() == 5
+    assert page.locator("#chart-title").text_content().startswith(f"Divergence over {tokens.count()} tokens")
+
+
+def test_the_keyboard_does_all(visit, trained, looks):
+    page = visit(trained / "report.html")
+    page.focus("#response")
+    page.keyboard.press("ArrowRight")
+    assert fact(page, "position") == "1"
+    page.keyboard.press("End")
+    assert fact(page, "position") == str(len(looks[3, 0]["completion_ids"]) - 1)
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")
+    assert fact(page, "position") == "0"
+    for step in (2, 1, 0, 0):  # the first stays
+        page.keyboard.press("[")
+        assert page.locator("#step").text_content() == str(step)
+        assert page.locator("#response .token").count() == len(looks[step, 0]["completion_ids"])
+    page.keyboard.press("]")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#step").text_content() == "1" and page.locator("#text").input_value() == "1"
+    assert page.locator("#response .token").count() == len(looks[1, 1]["completion_ids"])
+    assert page.locator("#response").get_attribute("aria-activedescendant") == "token-0"
+
+
+def listed(page):
+    return [int(value) for value in page.locator("#text option").evaluate_all("all => all.map(o => o.value)")]
+
+
+def test_filters_leave_what_lies_within(visit, trained, looks):
+    page = visit(trained / "report.html")
+    now = [looks[3, i] for i in range(5)]
+    shares = [100 * sum(s["speakers"]) / len(s["speakers"]) for s in now]
+    cases = {
+        "share": shares,
+        "length": [len(s["completion_ids"]) for s in now],
+        "score": [s["scores"]["rouge_l"] for s in now],
+    }
+    for name, values in cases.items():
+        page.fill(f"#{name}-least", str(sorted(values)[2]))
+        assert listed(page) == [i for i, value in enumerate(values) if value >= float(str(sorted(values)[2]))]
+        page.fill(f"#{name}-least", "101")
+        assert listed(page) == [] and page.locator("#count").text_content() == "0 of 5 texts"
+        assert not page.locator("#response").is_visible()
+        page.click("text=Show all")
+        assert listed(page) == [0, 1, 2, 3, 4] and page.locator("#response").is_visible()
+
+
+def test_texts_that_were_trained_on_can_be_looked_at_too(visit, trained):
+    page = visit(trained / "report.html")
+    page.select_option("#kind", "texts")
+    rollouts = (trained / "rollouts.jsonl").read_text().splitlines()
+    assert len(listed(page)) == len(rollouts) == 9 and not page.locator("#time").is_visible()
+    assert page.locator("#response .token").count() == len(json.loads(rollouts[0])["completion_ids"])
+    assert "watched prompts only" in page.locator("#token").text_content()
+    page.click("text=All tokens as a table")
+    assert page.locator("#table tbody tr").count() == page.locator("#response .token").count()
+
+
+def test_what_a_model_wrote_runs_nothing(visit, tmp_path):
+    folder = run(
+        tmp_path / "a", [metric(1)], [sample(1, HOSTILE, prompt=HOSTILE)], [rollout(1, HOSTILE)], method=HOSTILE
+    )
+    assert main(["report", str(folder)]) == 0
+    page = visit(folder / "report.html")
+    assert page.title() == "switchkd report: a"
+    assert page.locator("#prompt").text_content() == HOSTILE
+    assert page.locator("#response").text_content() == HOSTILE
+    assert page.locator("img").count() == 0 and page.locator("script").count() == 2
+
+
+def test_an_injected_script_would_be_refused_by_the_pages_policy(chromium, tmp_path):
+    folder = run(tmp_path / "a", [metric(1)], [sample(1, "yes")])
+    assert main(["report", str(folder)]) == 0
+    file = folder / "report.html"
+    file.write_text(file.read_text().replace("<main>", "<main><script>document.title='owned'</script>"))
+    with chromium.new_context() as context:
+        page = context.new_page()
+        page.goto(file.as_uri())
+        assert page.title() == "switchkd report: a" and page.locator("#response .token").count() == 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_in_light_and_dark(visit, trained, scheme):
+    page = visit(trained / "report.html", width=360, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator("#response .token").nth(1).click()
+    assert page.locator("#token").is_visible() and fact(page, "position") == "1"
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    ink, paper = (sum(map(int, c[4:-1].split(","))) for c in colours)
+    assert (ink < paper) == (scheme == "light")
+
+
+def test_an_empty_run_and_a_page_without_javascript_say_what_they_can(visit, trained, tmp_path):
+    empty = run(tmp_path / "empty")
+    assert main(["report", str(empty)]) == 0
+    assert visit(empty / "report.html").locator("#viewer").count() == 0
+    plain = visit(trained / "report.html", java_script_enabled=False)
+    assert "needs JavaScript" in plain.locator("noscript").inner_text()
+    assert plain.locator("#scores table").first.is_visible() and not plain.locator("#viewer").is_visible()
