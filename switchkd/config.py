@@ -36,7 +36,10 @@ FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "per_device_eval_batch_size",
+    "report_to",
 }  # fmt: skip
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def check_at_least(config: Any, least: dict[str, float]) -> None:
@@ -265,6 +268,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Score by which the best student that eval_steps saw becomes `student/`; without one, the last does."""
     output_dir: str = "runs/switchkd"
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
+    report_to: tuple[str, ...] = ()
+    """Trackers to which the lines of metrics.jsonl go too: tensorboard, trackio, wandb; needs the extra `track`."""
     merge: bool = False
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
@@ -294,6 +299,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             raise ConfigError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"
             )
+        if unknown := [name for name in self.report_to if name not in TRACKERS]:
+            raise ConfigError(f"report_to: unknown tracker {unknown[0]!r}{nearest(unknown[0], TRACKERS)}")
         self._check_importance_weights()
         self._check_teacher_cache()
 
