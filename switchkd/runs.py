@@ -7,7 +7,7 @@ checkpoint-N/     whole checkpoints, the newest ones
 evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
 best/             the best student so far, where the run looks for one
 trackers/         what trackers write, where a run reports to any
-student/          the result, for ``from_pretrained``: a model, or the adapter alone
+student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
 """
 
 import math
@@ -52,6 +52,7 @@ from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.loss import CHUNK_BYTES
+from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
     cache_bytes_per_token,
@@ -126,14 +127,14 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
                 soft_wrap=True,
             )
         save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
+        known: dict[str, Any] = {}
         if heldout.examples:
-            results["student after"] = score(pair, student, heldout, settings, "student after")
-            trackers.log(
-                {f"final/{name}": mean for name, mean in results["student after"].means().items()}, trainer.step
-            )
             known = all_settings(config, heldout, settings)
+            results["student after"] = after = score(pair, student, heldout, settings, "student after")
+            trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
             write_scores(run / EVALUATION, heldout, known, results)
             report.print_results(results, heldout.shown() | known)
+        write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
         trackers.finish()
     accelerator.wait_for_everyone()
