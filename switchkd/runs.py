@@ -136,8 +136,8 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
             report.print_results(results, heldout.shown() | known)
         write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
-        trackers.finish()
     accelerator.wait_for_everyone()
+    trackers.finish()  # may take as long as a network does
     return results
 
 

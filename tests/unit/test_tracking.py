@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 from tiny import byte_level_tokenizer, save_llama
 
@@ -186,6 +187,12 @@ def test_a_missing_package_is_an_error_before_anything_is_made(settings, tmp_pat
         distil(settings, tmp_path / "run", "tensorboard", "wandb")
     assert not (tmp_path / "run").exists()
     check_trackers(["tensorboard", "trackio"])
+
+
+def test_only_the_main_process_reports(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    distil(settings, tmp_path / "run", "tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_trackers_writes_none(settings, tmp_path):
