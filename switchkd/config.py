@@ -36,7 +36,10 @@ FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
+    "report_to",
 }  # fmt: skip
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def check_at_least(config: Any, least: dict[str, float]) -> None:
@@ -269,6 +272,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """How many prompts: the first that are held out, or without any, the first to train on."""
     output_dir: str = "runs/switchkd"
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
+    report_to: tuple[str, ...] = ()
+    """Trackers to which the lines of metrics.jsonl go too: tensorboard, trackio, wandb; needs the extra `track`."""
     merge: bool = False
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
@@ -298,6 +303,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             raise ConfigError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"
             )
+        if unknown := [name for name in self.report_to if name not in TRACKERS]:
+            raise ConfigError(f"report_to: unknown tracker {unknown[0]!r}{nearest(unknown[0], TRACKERS)}")
         self._check_importance_weights()
         self._check_teacher_cache()
 

@@ -7,7 +7,8 @@ samples.jsonl     the same few prompts completed every ``sample_steps``, with wh
 checkpoint-N/     whole checkpoints, the newest ones
 evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
 best/             the best student so far, where the run looks for one
-student/          the result, for ``from_pretrained``: a model, or the adapter alone
+trackers/         what trackers write, where a run reports to any
+student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
 """
 
 import math
@@ -52,6 +53,7 @@ from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.loss import CHUNK_BYTES
+from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
     cache_bytes_per_token,
@@ -68,6 +70,7 @@ from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.templates import Encoder
+from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import BEST, Metrics, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
@@ -90,6 +93,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     accelerator = Accelerator()
     main, run = accelerator.is_main_process, Path(config.output_dir)
     _check_run(run, config)
+    check_trackers(config.report_to)
     pair = open_pair(config, quiet=not main, seed=config.seed)
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
@@ -113,7 +117,8 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resume:
         trainer.resume()
-    _train(trainer, heldout, settings, quiet=not main)
+    trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
+    _train(trainer, heldout, settings, trackers, quiet=not main)
     if main:
         student = accelerator.unwrap_model(trainer.student)
         if trainer.best:
@@ -124,13 +129,17 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
                 soft_wrap=True,
             )
         save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
+        known: dict[str, Any] = {}
         if heldout.examples:
-            results["student after"] = score(pair, student, heldout, settings, "student after")
             known = all_settings(config, heldout, settings)
+            results["student after"] = after = score(pair, student, heldout, settings, "student after")
+            trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
             write_scores(run / EVALUATION, heldout, known, results)
             report.print_results(results, heldout.shown() | known)
+        write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
     accelerator.wait_for_everyone()
+    trackers.finish()  # may take as long as a network does
     return results
 
 
@@ -418,7 +427,7 @@ def _before(
     return results
 
 
-def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bool) -> None:
+def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, quiet: bool) -> None:
     cost = DecodeCost()
     watched = (heldout.examples or trainer.examples)[: trainer.config.sample_prompts]
     steps = None if math.isinf(trainer.total_steps) else int(trainer.total_steps)
@@ -432,6 +441,7 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bo
         def on_step(metrics: Metrics, step_cost: DecodeCost) -> None:
             nonlocal cost
             cost += step_cost
+            trackers.log(metrics, metrics["step"])
             bar.advance(1, report.step_line(metrics))
             bar.line(
                 f"step {metrics['step']}{f'/{steps}' if steps else ''}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
@@ -453,6 +463,7 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, quiet: bo
 
 def check_run(config: TrainConfig) -> list[str]:
     """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
+    check_trackers(config.report_to)
     pair = open_pair(config, seed=config.seed)
     train = load_train(config, pair)
     heldout = load_heldout(config, pair)

@@ -54,6 +54,7 @@ def test_the_papers_settings():
         ({"max_steps": True}, "max_steps must be int, got True"),
         ({"learning_rate": "fast"}, "learning_rate must be float"),
         ({"resume": 1}, "resume must be bool"),
+        ({"report_to": ["tensorbord"]}, "report_to: unknown tracker 'tensorbord'; did you mean 'tensorboard'"),
         ({"mix": {"name": "generated", "lmbda": 1.5}}, "lmbda is a probability"),
         ({"mix": "replay"}, "unknown mix 'replay'"),
         ({"lmbda": 0.5}, "unknown setting 'lmbda'"),
