@@ -113,14 +113,15 @@ class Trainer:
 
     def train(
         self,
-        on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None,
+        on_step: Callable[[Metrics, Rollouts], None] = lambda *_: None,
         on_round: Callable[[DecodeCost], None] | None = None,
         evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     ) -> None:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
-        ``on_step`` is told of every step's metrics, ``on_round`` of every decoding round's cost so far in its step.
-        ``evaluate`` gives the student's scores every ``eval_steps``; it must leave the student and random states as they are.
+        ``on_step`` is told of every step's metrics and the rollouts made in it, ``on_round`` of every decoding round's cost so far
+        in its step. ``evaluate`` gives the student's scores every ``eval_steps``; it must leave the student and random states as
+        they are.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
@@ -132,7 +133,7 @@ class Trainer:
                     metrics |= self._evaluated(evaluate)
                 _append(self.run / "metrics.jsonl", [metrics])
                 _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
-                on_step(metrics, rollouts.cost)
+                on_step(metrics, rollouts)
             if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
 
