@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 UNKNOWN = "–"
 HISTORY = 40  # steps that a sparkline shows
 SAMPLE_LINES = 4  # of the newest text
+NEWLINE = "↵"
 
 # What a run shows of its steps: name, metric, format, and the ends of the sparkline, by default the least and the most.
 CURVES: tuple[tuple[str, str, str, float | None, float | None], ...] = (
@@ -168,41 +169,51 @@ class _Head:
 
 
 def play(pair: Pair, example: TokenizedExample, settings: Mapping[str, Any], sample_id: int) -> Rollout:
-    """Write one rollout before the eyes of who sits at the terminal; elsewhere print it, and its bars, when it is done.
+    """Show one rollout being written and return it; where there is no terminal, print it and its bars when it is done.
 
-    ``settings`` are ``decode_examples``'s, and so are the tokens.
+    ``settings`` are those of ``decode_examples``, and so are the tokens.
     """
     console, tokenizer = report.console, pair.tokenizer
-    if console.is_terminal:
-        console.print(visible(tokenizer.decode(example.prompt_ids)), style="dim", soft_wrap=True)
-        # Drawn by hand, a picture a round: nothing runs beside the models.
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-
-            def watch(rows: Rollouts) -> None:
-                lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings["max_new_tokens"])]
-                live.update(Group(*lines[-console.height + 1 :]), refresh=True)
-
-            rollouts = decode_examples(pair, [example], {**settings, "watch": watch}, [sample_id])
-    else:
-        rollouts = decode_examples(pair, [example], settings, [sample_id])
+    decoded = _watched if console.is_terminal else decode_examples
+    rollouts = decoded(pair, [example], settings, [sample_id])
     [rollout] = rollouts
-    if rollout.error or not console.is_terminal:
-        report.print_rollout(rollout, tokenizer)
-        console.print(mark_lines(rollout), soft_wrap=True)
+    if console.is_terminal and not rollout.error:
+        console.print(*written(rollout, tokenizer, console.width), f"({rollout.stop_reason})", sep="\n")
     else:
-        console.print(*written(rollout, tokenizer, console.width), sep="\n")
+        report.print_rollout(rollout, tokenizer)
+        for line in mark_lines(rollout):
+            console.print(line, soft_wrap=True)
     console.print(report.cost_line(rollouts.cost), soft_wrap=True)
     return rollout
+
+
+def _watched(
+    pair: Pair, examples: Sequence[TokenizedExample], settings: Mapping[str, Any], sample_ids: Sequence[int]
+) -> Rollouts:
+    """``decode_examples`` of one example, drawn after every round until it is done."""
+    console, tokenizer = report.console, pair.tokenizer
+    console.print(visible(tokenizer.decode(examples[0].prompt_ids)), style="dim", soft_wrap=True)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def watch(rows: Rollouts) -> None:
+            lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings["max_new_tokens"])]
+            live.update(Group(*lines[-console.height + 1 :]), refresh=True)
+
+        return decode_examples(pair, examples, {**settings, "watch": watch}, sample_ids)
 
 
 def state_line(rows: Rollouts, budget: int) -> Text:
     """The newest divergence and its threshold, who has spoken so far, and how fast."""
     row, cost = rows[0], rows.cost
+    if not row.completion_ids:
+        return Text(UNKNOWN)
     return Text.assemble(
         "divergence ",
         (_compared(row), SPEAKERS[row.speakers[-1]]),
         f" · teacher {row.teacher_share:.0%} · {len(row.completion_ids)} of {budget} tokens"
         f" · {cost.kept_tokens / cost.seconds:.0f} tok/s",
+        no_wrap=True,
+        overflow="ellipsis",
     )
 
 
@@ -224,10 +235,10 @@ def _marks(rollout: Rollout) -> tuple[dict[str, str], float]:
     return {name: bars(values, 0.0, top) for name, values in seen.items() if not all(map(math.isnan, values))}, top
 
 
-def mark_lines(rollout: Rollout) -> str:
+def mark_lines(rollout: Rollout) -> list[str]:
     """The bars as plain lines, one character a token."""
     marks, top = _marks(rollout)
-    return "\n".join(f"{name:<10} {line}  █ is {top:.2f}" for name, line in marks.items())
+    return [f"{name:<10} {line}  █ is {top:.2f}" for name, line in marks.items()]
 
 
 def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int) -> list[Text]:
@@ -235,12 +246,8 @@ def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int) ->
     marks, _ = _marks(rollout)
     page = _Page(width, list(marks))
     for t, (piece, speaker) in enumerate(zip(pieces(tokenizer, rollout.completion_ids), rollout.speakers, strict=True)):
-        *ended, last = visible(piece).expandtabs(4).split("\n")
-        bar = [line[t] for line in marks.values()]
-        for line in ended:
-            page.put(f"{line}↵", SPEAKERS[speaker], bar)
-            page.end_line()
-        page.put(last, SPEAKERS[speaker], bar)
+        for words in visible(piece).expandtabs(4).replace("\n", f"{NEWLINE}\n").split("\n"):
+            page.put(words, SPEAKERS[speaker], [line[t] for line in marks.values()])
     return page.lines
 
 
@@ -250,19 +257,21 @@ class _Page:
     def __init__(self, width: int, marks: Sequence[str]):
         self.width, self.marks = width, marks
         self.lines: list[Text] = []
-        self.end_line()
+        self._end_line()
 
-    def end_line(self) -> None:
-        """What comes next goes below."""
+    def _end_line(self) -> None:
         self.lines += [Text(), *(Text(style="dim" if mark == "threshold" else "") for mark in self.marks)]
 
     def put(self, words: str, style: str, marks: Sequence[str]) -> None:
         """Add words, and a character under each of their cells in every line of marks."""
         rows = 1 + len(self.marks)
         for part in chop_cells(words, self.width):
-            if self.lines[-rows].cell_len + cell_len(part) > self.width:
-                self.end_line()
+            text = self.lines[-rows]
+            # Newlines that follow each other stay on one line, which saves three.
+            ended = text.plain.endswith(NEWLINE) and not part.startswith(NEWLINE)
+            if ended or text.cell_len + cell_len(part) > self.width:
+                self._end_line()
             text, *below = self.lines[-rows:]
             text.append(part, style)
             for line, mark in zip(below, marks, strict=True):
-                line.append(mark * cell_len(part), style)
+                line.append(mark * cell_len(part), line.style or style)
