@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model, toy_examples, toy_pair
 
@@ -116,12 +117,26 @@ def test_a_text_longer_than_the_terminal_keeps_its_newest_lines_in_sight(screen)
     )
 
 
-def test_play_says_why_a_row_cannot_be_decoded(screen):
+def test_play_says_why_a_row_cannot_be_decoded_and_when_it_fails_under_way(screen):
     pair = toy_pair()
     example = dataclasses.replace(toy_examples()[0], prompt_ids=[VOCAB + 3])
     out = screen(True)
     live.play(pair, example, {"policy": Switch(), "max_new_tokens": 4}, 0)
     assert "ids must lie in 0..22" in " ".join(out.getvalue().split())
+    with torch.no_grad():
+        pair.teacher.get_input_embeddings().weight[5] = math.nan
+    out = screen(True)
+    live.play(pair, dataclasses.replace(example, prompt_ids=[5]), {"policy": Switch(), "max_new_tokens": 4}, 0)
+    assert "teacher's logits are not finite" in " ".join(out.getvalue().split())
+
+
+def test_a_prompt_commands_no_terminal(screen):
+    # None of the tiny models' few ids is an escape.
+    decoder = SimpleNamespace(decode=lambda ids: "\x1b[2J" if ids == [3] else "")
+    pair, out = dataclasses.replace(toy_pair(), tokenizer=decoder), screen(True)
+    example = dataclasses.replace(toy_examples()[0], prompt_ids=[3])
+    live.play(pair, example, {"policy": Switch(), "max_new_tokens": 2}, 0)
+    assert "␛[2J" in out.getvalue() and "\x1b[2J" not in out.getvalue()
 
 
 # A page of text and bars
