@@ -110,8 +110,8 @@ class TrainView:
             self.scores = f"step {metrics['step']}: {scores}"
         if rollouts:
             newest = rollouts[-1]
-            self.sample = Text(f"#{newest.sample_id} ({newest.stop_reason}) ", style="dim")
-            self.sample = Text.assemble(self.sample, spoken(newest, self.trainer.pair.tokenizer))
+            head = f"#{newest.sample_id} ({newest.stop_reason}) ", "dim"
+            self.sample = Text.assemble(head, spoken(newest, self.trainer.pair.tokenizer))
         self.doing = ""
         self._draw()
 

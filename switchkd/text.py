@@ -22,8 +22,8 @@ SPEAKERS = ("", "bold magenta")  # the styles of the student's and the teacher's
 BARS, NO_BAR = "▁▂▃▄▅▆▇█", "·"
 
 # C0 has pictures in Unicode; C1, which some terminals obey too, has none. Newline and tab stay.
-_SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_SHOWN |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}  # type: ignore[misc]
+_SHOWN: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SHOWN |= {0x7F: "␡"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -50,7 +50,7 @@ def visible(text: str) -> str:
 
 
 def spoken(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, brackets: bool = False) -> Text:
-    """The completion with the teacher's words in colour, or also in ⟦brackets⟧ for where there is none."""
+    """The completion with the teacher's words in colour, and in ⟦brackets⟧ for where there is none."""
     text = Text()
     words = zip(rollout.speakers, pieces(tokenizer, rollout.completion_ids), strict=True)
     for speaker, run in groupby(words, key=lambda word: word[0]):

@@ -200,6 +200,8 @@ def test_a_quiet_run_says_where_the_student_lies_and_leaves_the_same_files(run, 
     assert {p.name for p in output.iterdir()} == {p.name for p in run.iterdir()}
     for name in ("student/model.safetensors", "evaluation.json", "rollouts.jsonl"):
         assert (output / name).read_bytes() == (run / name).read_bytes(), name
+    assert train(place, output, "--resume", **{"--save-steps": "1"}) == 0  # quiet is free to change
+    assert "settings: " in capsys.readouterr().out
 
 
 def test_check_says_what_a_run_would_do_and_writes_nothing(place, tmp_path, capsys):
