@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
 from switchkd.errors import ConfigError, SwitchKDError
 from switchkd.policies import Policy, StudentOnly
+
+if TYPE_CHECKING:
+    from switchkd.data import TokenizedExample
+    from switchkd.models import Pair
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
     """Write rollouts here as JSONL: token ids, text, speakers, divergences."""
     seed: int = 0
     """Key of the noise, with each prompt's index and each position."""
+
+
+@dataclass(frozen=True)
+class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
+    """Watch one completion being written, and the divergence that decides who writes it."""
+
+    prompt: str = ""
+    """A prompt as text, sent through the template; without one a terminal asks, and elsewhere it is the first of eval_file."""
+    seed: int = 0
+    """Key of the noise, with the number of the prompt and each position."""
 
 
 @dataclass(frozen=True)
@@ -216,18 +231,10 @@ def _unused(folder: str) -> str:
 def generate(config: GenerateConfig) -> None:
     from switchkd.decoding import decode_examples
     from switchkd.report import bar, console, cost_line, print_rollout
-    from switchkd.runs import DEFAULT_HELDOUT, load_task, open_pair, prompt_examples
+    from switchkd.runs import open_pair
 
     pair = open_pair(config)
-    if config.prompt:
-        examples = prompt_examples(config.prompt, config.template, pair)
-    else:
-        own = config.teacher_prompt, config.teacher_field
-        examples = load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, config.limit, False, *own)
-    settings = config.decode_arguments() | {
-        "policy": config.policy.bind(pair.tokenizer, config.max_new_tokens),
-        "seed": config.seed,
-    }
+    examples, settings = _examples(config, pair, config.prompt, config.limit), _decoding(config, pair)
     with bar("generate", len(examples) * config.max_new_tokens) as progress:
         shown = 0
 
@@ -245,6 +252,43 @@ def generate(config: GenerateConfig) -> None:
 
         records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
         write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> list[TokenizedExample]:
+    """The prompts, or where there are none the first of eval_file."""
+    from switchkd.runs import DEFAULT_HELDOUT, load_task, prompt_examples
+
+    if prompts:
+        return prompt_examples(prompts, config.template, pair)
+    own = config.teacher_prompt, config.teacher_field
+    return load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, limit, False, *own)
+
+
+def _decoding(config: Any, pair: Pair) -> dict[str, Any]:
+    """What settings say to ``decode_examples``."""
+    policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
+    return config.decode_arguments() | {"policy": policy, "seed": config.seed}
+
+
+def play(config: PlayConfig) -> None:
+    from switchkd.live import play as play_rollout
+    from switchkd.runs import open_pair
+
+    pair = open_pair(config)
+    settings = _decoding(config, pair)
+    prompts = _asked() if sys.stdin.isatty() and not config.prompt else [config.prompt]
+    for number, prompt in enumerate(prompts):
+        [example] = _examples(config, pair, [prompt] if prompt else [], limit=1)
+        play_rollout(pair, example, settings, number)
+
+
+def _asked() -> Iterator[str]:
+    """Prompts that are typed, until an empty one or the end of the input."""
+    try:
+        while prompt := input("prompt (empty to end): ").strip():
+            yield prompt
+    except EOFError:
+        return
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -395,6 +439,7 @@ def tasks(config: TasksConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),
     "generate": (GenerateConfig, generate, True, "complete prompts under a policy and show who wrote what"),
+    "play": (PlayConfig, play, True, "watch one completion being written, with the divergence under it"),
     "evaluate": (EvaluateConfig, evaluate, True, "score teacher and student on held-out examples"),
     "lm-eval": (LmEvalConfig, lm_eval, False, "score a student on lm-eval's benchmarks"),
     "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),

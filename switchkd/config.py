@@ -14,8 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 import yaml
 
 from switchkd.errors import ConfigError, nearest
@@ -36,7 +37,7 @@ FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to",
+    "report_to", "quiet",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -61,9 +62,9 @@ class _Settings:
 class ModelConfig(_Settings):
     """Which pair, in which numbers."""
 
-    teacher_model_name_or_path: str = "demo"
+    teacher_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--teacher"])] = "demo"
     """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made."""
-    student_model_name_or_path: str = "demo"
+    student_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--student"])] = "demo"
     """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
@@ -278,6 +279,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    quiet: bool = False
+    """Print warnings, errors and where the student lies, and nothing else; the files are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -108,6 +108,7 @@ def decode(
     vocab_size: int | None = None,
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
     progress: Callable[[DecodeCost], None] | None = None,
+    watch: Callable[[Rollouts], None] | None = None,
 ) -> Rollouts:
     """Complete every prompt under a policy: the same tokens as ``decode_reference``, in far fewer model calls.
 
@@ -133,6 +134,7 @@ def decode(
         teacher_prompt_ids: one list a prompt, which the teacher reads in its place: another instruction, or what the student may
             not see. Both read the completion; positions are counted in it, so noise and policy see no difference.
         progress: called after every round with the cost so far.
+        watch: called after every round with the rows as they stand, and their cost; ``stop_reason`` is "" where a row goes on.
 
     Returns:
         One ``Rollout`` for each prompt, in order, with ``.cost``. A row that cannot be decoded says why in ``stop_reason``
@@ -165,6 +167,8 @@ def decode(
                 cost = engine.cost(time.perf_counter() - start)
                 if progress is not None:
                     progress(cost)
+                if watch is not None:
+                    watch(Rollouts([row.rollout() for row in job.rows], cost))
     return Rollouts([row.rollout() for row in job.rows], cost)
 
 

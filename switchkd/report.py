@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from switchkd.config import name_of
 from switchkd.statistics import FEW_EXAMPLES
+from switchkd.text import spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +51,15 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int | None) -> Iterator[Bar]:
-    """Show a progress bar while the block runs."""
+def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Bar]:
+    """Show a progress bar while the block runs, or nothing if ``quiet``."""
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
     )  # fmt: skip
-    if not console.is_terminal:
+    if not console.is_terminal and not quiet:
         console.print(f"{title} …")
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         yield Bar(progress, title, total)
 
 
@@ -184,13 +184,7 @@ def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
     text.append(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
     if rollout.error:
         text.append(rollout.error, style="red")
-    for speaker, run in groupby(zip(rollout.speakers, rollout.completion_ids, strict=True), key=lambda pair: pair[0]):
-        # A model may write terminal escape sequences; they are shown, never obeyed.
-        words = tokenizer.decode([token for _, token in run]).replace("\x1b", "␛")
-        if speaker and not console.is_terminal:
-            words = f"⟦{words}⟧"
-        text.append(words, style="bold magenta" if speaker else "")
-    console.print(text, soft_wrap=True)
+    console.print(text + spoken(rollout, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
 
 
 def number(value: float) -> str:

@@ -68,10 +68,11 @@ class Row:
             self.hidden.append(hidden)
 
     def rollout(self) -> Rollout:
-        assert self.stop_reason is not None
+        """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
         return Rollout(
-            self.sample_id, self.prompt, self.completion, self.speakers, self.divergences, self.thresholds, self.stop_reason,
-            self.error, self.teacher_prompt, teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
+            self.sample_id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
+            self.stop_reason or "", self.error, self.teacher_prompt,
+            teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
 
 

@@ -11,9 +11,8 @@ trackers/         what trackers write, where a run reports to any
 student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from switchkd import report
+from switchkd import live, report
 from switchkd.adapters import merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import verify_cache
@@ -64,14 +63,14 @@ from switchkd.models import (
 )
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Evaluation, read_results, write_results
-from switchkd.rollouts import DecodeCost
+from switchkd.rollouts import Rollouts
 from switchkd.samples import sample_policy, samples
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
-from switchkd.trainer import BEST, Metrics, Trainer
+from switchkd.trainer import BEST, Metrics, OnRound, OnStep, Trainer
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
@@ -92,21 +91,22 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     """
     accelerator = Accelerator()
     main, run = accelerator.is_main_process, Path(config.output_dir)
+    quiet = config.quiet or not main
     _check_run(run, config)
     check_trackers(config.report_to)
     pair = open_pair(config, quiet=not main, seed=config.seed)
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
-        train, teacher_cache = load_training_text(config, pair, quiet=not main)
-    heldout = load_heldout(config, pair, quiet=not main)
+        train, teacher_cache = load_training_text(config, pair, quiet=quiet)
+    heldout = load_heldout(config, pair, quiet=quiet)
     trainer = Trainer(
         pair,
         train,
         config,
         accelerator,
         teacher_cache=teacher_cache,
-        validation=load_validation(config, pair, heldout.examples, quiet=not main),
-        corpus=load_corpus(config, pair, quiet=not main),
+        validation=load_validation(config, pair, heldout.examples, quiet=quiet),
+        corpus=load_corpus(config, pair, quiet=quiet),
     )
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
@@ -118,11 +118,12 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     if config.resume:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
-    _train(trainer, heldout, settings, trackers, quiet=not main)
+    _train(trainer, heldout, settings, trackers, quiet)
     if main:
         student = accelerator.unwrap_model(trainer.student)
         if trainer.best:
             load_weights(run / BEST, student)
+        if trainer.best and not quiet:
             report.console.print(
                 f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
                 f"{report.number(trainer.best['score'])}",
@@ -131,13 +132,16 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
         known: dict[str, Any] = {}
         if heldout.examples:
+            results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
             known = all_settings(config, heldout, settings)
-            results["student after"] = after = score(pair, student, heldout, settings, "student after")
             trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
             write_scores(run / EVALUATION, heldout, known, results)
-            report.print_results(results, heldout.shown() | known)
+            if not quiet:
+                report.print_results(results, heldout.shown() | known)
         write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
         report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+        if not quiet:
+            report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)
     accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
@@ -245,8 +249,8 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:
         report.console.print(f"{what}: {root / name}", soft_wrap=True)
-    with report.bar(what, examples) if not quiet else nullcontext() as bar:
-        yield root / name, bar.advance if bar is not None else lambda _: None
+    with report.bar(what, examples, quiet) as bar:
+        yield root / name, bar.advance
 
 
 @dataclass(frozen=True)
@@ -356,9 +360,11 @@ def read_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def score(pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str) -> Evaluation:
+def score(
+    pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str, quiet: bool = False
+) -> Evaluation:
     """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
-    with report.bar(f"evaluate {name}", work(heldout.examples, settings)) as bar:
+    with report.bar(f"evaluate {name}", work(heldout.examples, settings), quiet) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
     return replace(
         result, model={"sha256": heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)}
@@ -422,43 +428,32 @@ def _before(
     if config.resume and file.is_file():
         return read_results(file)
     models = {"teacher": pair.teacher, "student before": pair.student}
-    results = {name: score(pair, model, heldout, settings, name) for name, model in models.items()}
+    results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
     write_scores(file, heldout, all_settings(config, heldout, settings), results)
     return results
 
 
 def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, quiet: bool) -> None:
-    cost = DecodeCost()
     watched = (heldout.examples or trainer.examples)[: trainer.config.sample_prompts]
-    steps = None if math.isinf(trainer.total_steps) else int(trainer.total_steps)
 
     def scores(student: PreTrainedModel) -> dict[str, float]:
         return evaluate(trainer.pair, student, heldout.examples, heldout.task, settings).means()
 
-    with report.bar("train", steps) as bar:
-        bar.advance(trainer.step)
+    def sample(progress: float) -> list[dict[str, Any]]:
+        policy = sample_policy(trainer.config, trainer.policy, progress)
+        return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
 
-        def on_step(metrics: Metrics, step_cost: DecodeCost) -> None:
-            nonlocal cost
-            cost += step_cost
+    def run(show: OnStep = lambda *_: None, on_round: OnRound | None = None) -> None:
+        def on_step(metrics: Metrics, rollouts: Rollouts) -> None:
             trackers.log(metrics, metrics["step"])
-            bar.advance(1, report.step_line(metrics))
-            bar.line(
-                f"step {metrics['step']}{f'/{steps}' if steps else ''}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)"
-            )
-            if scored := report.scores_line(metrics, heldout.task.primary):
-                report.console.print(f"step {metrics['step']}: {scored}", soft_wrap=True)
-
-        def on_round(now: DecodeCost) -> None:
-            bar.advance(0, f"writing: {now.kept_tokens} tokens, {now.kept_tokens / now.seconds:.0f} tok/s")
-
-        def sample(progress: float) -> list[dict[str, Any]]:
-            policy = sample_policy(trainer.config, trainer.policy, progress)
-            return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
+            show(metrics, rollouts)
 
         trainer.train(on_step, on_round, scores if heldout.examples else None, sample)
-    if not quiet and cost.kept_tokens:
-        report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
+
+    if quiet:
+        run()
+    else:
+        live.train(trainer, heldout.task.primary, run)
 
 
 def check_run(config: TrainConfig) -> list[str]:

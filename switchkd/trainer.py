@@ -48,6 +48,8 @@ from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
 
 Metrics = dict[str, Any]
+OnStep = Callable[["Metrics", Rollouts], None]  # told of a step's metrics and the rollouts made in it
+OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 BANDS = (16, 64, 256, math.inf)  # ends of the bands of response positions in which divergences are averaged
 Rows = Sequence[Rollout | TokenizedExample]
 
@@ -113,16 +115,16 @@ class Trainer:
 
     def train(
         self,
-        on_step: Callable[[Metrics, DecodeCost], None] = lambda *_: None,
-        on_round: Callable[[DecodeCost], None] | None = None,
+        on_step: OnStep = lambda *_: None,
+        on_round: OnRound | None = None,
         evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         sample: Callable[[float], list[dict[str, Any]]] | None = None,
     ) -> None:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
-        ``on_step`` is told of every step's metrics, ``on_round`` of every decoding round's cost so far in its step.
-        ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this progress before the
-        first step, every ``sample_steps`` and at the end; both must leave the student and random states as they are.
+        ``on_step`` is told of every step's metrics and the rollouts made in it, ``on_round`` of every decoding round's cost so far
+        in its step. ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this progress
+        before the first step, every ``sample_steps`` and at the end; both must leave the student and random states as they are.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
@@ -136,12 +138,12 @@ class Trainer:
                     metrics |= self._evaluated(evaluate)
                 _append(self.run / "metrics.jsonl", [metrics])
                 _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
-                on_step(metrics, rollouts.cost)
+                on_step(metrics, rollouts)
             self._sample(sample)
             if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
 
-    def train_step(self, on_round: Callable[[DecodeCost], None] | None = None) -> tuple[Metrics, Rollouts]:
+    def train_step(self, on_round: OnRound | None = None) -> tuple[Metrics, Rollouts]:
         """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data)."""
         start = time.perf_counter()
         self._look_at_validation()
@@ -282,7 +284,7 @@ class Trainer:
         chance = keyed_uniform(self.config.seed, self.step, _CHOICE)
         return self.config.mix.source(chance, self.progress, len(self.replay), self.mix_memory)
 
-    def _rows(self, source: Source, on_round: Callable[[DecodeCost], None] | None) -> tuple[Rows, Rollouts]:
+    def _rows(self, source: Source, on_round: OnRound | None) -> tuple[Rows, Rollouts]:
         """This rank's rows, and those of them that were generated now."""
         examples = self._next(self.examples)
         if source == "examples":
@@ -330,9 +332,7 @@ class Trainer:
         start, end = self.config.max_new_tokens_start, self.config.max_new_tokens
         return round(start + (end - start) * self.progress) if start else end
 
-    def _generate(
-        self, examples: Sequence[TokenizedExample], on_round: Callable[[DecodeCost], None] | None
-    ) -> Rollouts:
+    def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
         settings = self.config.decode_arguments() | {

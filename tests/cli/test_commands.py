@@ -164,6 +164,46 @@ def test_generate_from_a_file(place, capsys):
     assert "#1 (" in capsys.readouterr().out
 
 
+def test_play_writes_what_generate_writes_in_plain_lines(place, tmp_path, capsys):
+    models = ["--teacher", place["--teacher-model-name-or-path"], "--student", place["--student-model-name-or-path"]]
+    arguments = [*models, "--max-new-tokens", "12", "--policy", "switch", "--policy.tau-0", "-1", "--seed", "5"]
+    prompt = ["--prompt", "What is 2 and 2?"]
+    assert main(["play", *arguments, *prompt]) == 0
+    text, *bars, cost = capsys.readouterr().out.strip().split("#0 (")[1].rsplit("\n", 3)
+    assert "⟦" in text and [line.split()[0] for line in bars] == ["divergence", "threshold"] and "tokens/s" in cost
+    assert main(["generate", *arguments, *prompt, "--output-file", str(tmp_path / "rollouts.jsonl")]) == 0
+    assert f"#0 ({text}\n" in capsys.readouterr().out
+    [made] = records(tmp_path / "rollouts.jsonl")
+    assert len(bars[0].split()[1]) == len(made["completion_ids"])
+
+
+def test_play_takes_a_run_and_the_first_held_out_question_where_there_is_no_prompt(run, capsys):
+    assert main(["play", str(run), "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "data.jsonl: 1 examples" in out and "#0 (" in out
+
+
+def test_play_asks_at_a_terminal_until_an_empty_prompt(place, monkeypatch, capsys):
+    typed = iter(["What is 2 and 2?", "And 3?", " "])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    arguments = flags({name: value for name, value in place.items() if "model" in name})
+    assert main(["play", *arguments, "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "#0 (" in out and "#1 (" in out and next(typed, None) is None
+
+
+def test_a_quiet_run_says_where_the_student_lies_and_leaves_the_same_files(run, place, tmp_path, capsys):
+    output = tmp_path / "quiet"
+    assert train(place, output, "--quiet", **{"--save-steps": "1"}) == 0
+    assert capsys.readouterr().out == f"student saved in {output / 'student'}\n"
+    assert {p.name for p in output.iterdir()} == {p.name for p in run.iterdir()}
+    for name in ("student/model.safetensors", "evaluation.json", "rollouts.jsonl"):
+        assert (output / name).read_bytes() == (run / name).read_bytes(), name
+    assert train(place, output, "--resume", **{"--save-steps": "1"}) == 0  # quiet is free to change
+    assert "settings: " in capsys.readouterr().out
+
+
 def test_check_says_what_a_run_would_do_and_writes_nothing(place, tmp_path, capsys):
     assert main(["check", "switch", *flags(place, SMALL), "--output-dir", str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out

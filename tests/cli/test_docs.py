@@ -36,6 +36,7 @@ SHORT = {
     "check": ["--eval-samples", "2"],
     "evaluate": ["--eval-samples", "2"],
     "generate": ["--max-new-tokens", "8"],
+    "play": ["--max-new-tokens", "8"],
     "prune": [],
     "make-pair": ["--scale", "tiny"],
     "methods": [],

@@ -21,7 +21,7 @@ def test_decode_signature():
         "max_new_tokens": 128, "temperature": 1.0, "seed": 0, "sample_ids": None, "block_size": "auto",
         "eos_token_ids": None, "batch_size": None, "drafter": "auto", "repeatable": False,
         "memory_gib": None, "keep_hidden": False, "static_step": False, "vocab_size": None,
-        "teacher_prompt_ids": None, "progress": None,
+        "teacher_prompt_ids": None, "progress": None, "watch": None,
     }  # fmt: skip
     assert list(parameters)[:4] == ["student", "teacher", "prompt_ids", "policy"]
     assert list(inspect.signature(switchkd.load_pair).parameters)[:2] == ["teacher", "student"]

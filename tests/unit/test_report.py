@@ -47,9 +47,9 @@ def test_a_failed_row_says_why(monkeypatch):
     assert "empty prompt" in shown(monkeypatch, lambda: report.print_rollout(row, byte_level_tokenizer()))
 
 
-def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere(monkeypatch):
-    def work():
-        with report.bar("train", 2) as bar:
+def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere_unless_told_to_be_quiet(monkeypatch):
+    def work(quiet=False):
+        with report.bar("train", 2, quiet) as bar:
             for step in (1, 2):
                 bar.advance(1, f"loss {step}")
                 bar.line(f"step {step}")
@@ -57,6 +57,7 @@ def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere(monkeypatch):
     assert shown(monkeypatch, work) == "train …\nstep 1\nstep 2\n"
     terminal = shown(monkeypatch, work, terminal=True)
     assert "2/2" in terminal and "loss 2" in terminal and "step 1" not in terminal
+    assert shown(monkeypatch, lambda: work(quiet=True), terminal=True) == ""
 
 
 def test_step_lines():

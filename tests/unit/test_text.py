@@ -1,11 +1,14 @@
 """Tokens as text: a piece for each, and together the text."""
 
+import math
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import byte_level_tokenizer
 
-from switchkd.text import BROKEN, pieces
+from switchkd.text import BROKEN, bars, pieces, visible
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -29,3 +32,17 @@ def test_broken_bytes_are_shown_and_do_not_swallow_what_follows(cut):
     found = pieces(TOKENIZER, ids)
     assert found[-2:] == ["e", "s"] and BROKEN in "".join(found)
     assert "".join(found) == TOKENIZER.decode(ids)
+
+
+def test_control_characters_have_pictures_but_for_newline_and_tab():
+    codes = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+    shown = visible(codes)
+    assert {c for c in shown if unicodedata.category(c) == "Cc"} == {"\n", "\t"}
+    assert shown.startswith("␀␁") and "␛" in shown and "␡\\x80" in shown
+    assert visible("é ␛ 好🙂\u00a0") == "é ␛ 好🙂\u00a0"
+
+
+def test_bars():
+    assert bars([0, 0.5, 1, -3, 9, math.inf, math.nan], 0, 1) == "▁▅█▁██·"
+    assert bars([7.0], 7.0, 7.0) == "▁" and bars([], 0, 1) == ""
+    assert bars([3, 2, 1], 1, 3) == "█▅▁"
