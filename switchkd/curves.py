@@ -6,17 +6,13 @@ A value that is missing or not finite is a gap in its line, and a point alone is
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -377,7 +373,8 @@ def _told(metrics: Metrics, name: str) -> str:
     way = "falls" if kept[-1] < kept[0] else "rises"
     words = f"{what} is {first}" if first == last else f"{what} {way} from {first} to {last}"
     if gaps:
-        words += f" ({len(gaps)} values missing or not finite, at step {', '.join(gaps[:5])}{' …' * (len(gaps) > 5)})"
+        where = ", ".join(gaps[:5]) + (" …" if len(gaps) > 5 else "")
+        words += f" ({len(gaps)} value{'s' * (len(gaps) > 1)} missing or not finite, at step {where})"
     return words
 
 
@@ -413,61 +410,3 @@ def _stack(axes: Axes, metrics: Metrics) -> Array:
         axes.stairs(top, edges, baseline=below, fill=True, label=part, color=COLOURS[place], alpha=0.8, linewidth=0)
         below = top
     return np.nansum(parts, axis=1)
-
-
-# --- in a page ------------------------------------------------------------------------------------------------------
-
-
-def themed_svg(figure: Figure, summary: str) -> str:
-    """The figure as SVG for an HTML page, light or dark: black becomes the text's colour, white nothing, and ``summary`` is its
-    title. Ids carry a checksum of the figure, so that figures of one page do not meet.
-    """
-    import matplotlib
-
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    prefix = f"f{hashlib.sha256((drawn.getvalue() + summary).encode()).hexdigest()[:10]}-"
-    root = ElementTree.fromstring(drawn.getvalue())
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', drawn.getvalue()))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            # The style sheet would reach the whole page.
-            if child.tag.endswith(("}metadata", "}style")) or "opacity: 0;" in child.get("style", "") + ";":
-                parent.remove(child)
-    for element in root.iter():
-        _theme(element, prefix, used)
-    title = ElementTree.Element("title")
-    title.text = summary
-    root.insert(0, title)
-    root.attrib = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": root.attrib["viewBox"],
-        "width": "100%",
-        "role": "img",
-        "aria-label": summary,
-        "fill": "currentColor",
-        "stroke-linejoin": "round",
-    }
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _theme(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
-    """Take namespaces, ids that nobody names, needless digits and fixed black from an element."""
-    element.tag = element.tag.split("}")[-1]
-    element.tail = element.text = element.text if (element.text or "").strip() else None
-    element.tail = None
-    attributes = {name.split("}")[-1]: value for name, value in element.attrib.items()}
-    if attributes.get("id") not in used:
-        attributes.pop("id", None)
-    for name, value in attributes.items():
-        if name == "id":
-            value = prefix + value
-        elif name == "d":
-            value = re.sub(r"(\.\d\d)\d+", r"\1", value).replace(" \n", " ")
-        elif name in ("href", "clip-path"):
-            value = value.replace("#", f"#{prefix}")
-        elif name == "style":
-            value = value.replace("#000000", "currentColor")
-        attributes[name] = value
-    element.attrib = attributes

@@ -33,15 +33,16 @@ from switchkd.curves import (
     read_metrics,
 )
 from switchkd.errors import DataError
-from switchkd.results import LENGTH_BANDS, Evaluation
+from switchkd.results import LENGTH_BANDS
 from switchkd.rollouts import mean
-from switchkd.statistics import FEW_EXAMPLES, Estimate, estimate, score
+from switchkd.statistics import FEW_EXAMPLES, Estimate, Values, estimate, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INTERVALS = f"Bars: 95 % bootstrap interval; hollow: fewer than {FEW_EXAMPLES} examples."
+BANDS = "Bands: range of a method's runs."
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def _metrics(methods: Methods) -> dict[str, list[Metrics]]:
     return {label: [run.metrics for run in runs.values()] for label, runs in methods.items()}
 
 
-def _students(runs: Mapping[int, Run]) -> dict[int, Evaluation]:
-    """The evaluations of a method's students, by training seed."""
-    return {seed: run.result.student for seed, run in runs.items() if isinstance(run.result, Result)}
+def _scores(runs: Mapping[int, Run], name: str) -> dict[int, Values]:
+    """A score of a method's students, by training seed."""
+    return {seed: run.result.student.scores[name] for seed, run in runs.items() if isinstance(run.result, Result)}
 
 
 def _results(methods: Methods) -> list[Result]:
@@ -174,6 +175,11 @@ def _notes(*parts: str) -> str:
     return " ".join(part for part in parts if part)
 
 
+def _if_several(methods: Methods, words: str) -> str:
+    """A note on the runs of a method, if one has several."""
+    return words if any(len(runs) > 1 for runs in methods.values()) else ""
+
+
 # --- the figures: each with its notes -------------------------------------------------------------------------------
 
 
@@ -185,27 +191,27 @@ def by_lambda(methods: Methods) -> tuple[Figure, str]:
     methods, left_out = fit(methods, lambda run: _no_lambda(run) or _ungenerated(run) or _unscored(run))
     name, score_label = _main_score(_results(methods))
     figure, (shares, scores) = _columns(2, "Decay of the threshold: who writes, and the score")
-    for place, family in enumerate(_families(methods)):
-        mark, label = _mark(place), ", ".join(family.values())
-        line = {"color": mark["color"], "ls": look(place)["linestyle"], "lw": 1, "zorder": 1}
-        by_run = [
-            [100 * cost(run.metrics)["teacher share"] for run in methods[method].values()] for method in family.values()
-        ]
-        values = [{s: m.scores[name] for s, m in _students(methods[method]).items()} for method in family.values()]
-        found = [estimate(name, own) for own in values]
-        shares.plot(list(family), [mean(own) for own in by_run], label=plain(label), ms=7, **mark)
-        shares.plot(list(family), [mean(own) for own in by_run], **line)
-        scores.plot(list(family), [each.mean for each in found], **line)
-        for length, own_shares, own_values, each in zip(family, by_run, values, found, strict=True):
-            _point(scores, length, each, mark)
-            _dots(shares, length, own_shares, mark["color"])
-            _dots(scores, length, [score(name, own) for own in own_values.values()], mark["color"])
-    lengths = sorted({length for family in _families(methods) for length in family})
+    families = _families(methods)
+    for place, family in enumerate(families):
+        mark, label = _mark(place), plain(", ".join(family.values()))
+        means: list[tuple[float, float]] = []
+        for length, method in family.items():
+            own = [100 * cost(run.metrics)["teacher share"] for run in methods[method].values()]
+            values = _scores(methods[method], name)
+            found = estimate(name, values)
+            shares.plot([length], [mean(own)], ms=7, label=None if means else label, **mark)
+            _point(scores, length, found, mark)
+            _dots(shares, length, own, mark["color"])
+            _dots(scores, length, [score(name, each) for each in values.values()], mark["color"])
+            means.append((mean(own), found.mean))
+        for axes, heights in zip((shares, scores), zip(*means, strict=True), strict=True):
+            axes.plot(list(family), heights, color=mark["color"], ls=look(place)["linestyle"], lw=1, zorder=1)
+    lengths = sorted({length for family in families for length in family})
     for axes, axis in ((shares, "teacher's share of tokens (%)"), (scores, score_label)):
         axes.set_xticks(lengths, [f"{length:.3g}" for length in lengths])
         axes.set_xlabel("decay length 1/λ (tokens)")
         axes.set_ylabel(axis)
-    notes = _notes(INTERVALS, left_out)
+    notes = _notes(INTERVALS, _if_several(methods, "Small points: single runs."), left_out)
     legend(figure, notes)
     return figure, notes
 
@@ -242,12 +248,8 @@ def switch_rate(methods: Methods) -> tuple[Figure, str]:
 
 
 def _over_training(methods: Methods, names: Sequence[str], title: str, left_out: str) -> tuple[Figure, str]:
-    notes = _notes(f"Lines: means of {SMOOTH} steps.", _bands(methods), left_out)
+    notes = _notes(f"Lines: means of {SMOOTH} steps.", _if_several(methods, BANDS), left_out)
     return draw(metric_panels(_metrics(methods), names), title, note=notes), notes
-
-
-def _bands(methods: Methods) -> str:
-    return "Bands: range of a method's runs." if any(len(runs) > 1 for runs in methods.values()) else ""
 
 
 def progress(methods: Methods) -> tuple[Figure, str]:
@@ -259,7 +261,7 @@ def progress(methods: Methods) -> tuple[Figure, str]:
         methods, lambda run: "" if any(has(run.metrics, name) for name in names) else "not evaluated in the run"
     )
     by = [metric_panels(_metrics(methods), names, x) for x in ("step", "num_tokens")]
-    notes = _notes(_bands(methods), left_out)
+    notes = _notes(_if_several(methods, BANDS), left_out)
     return draw([panel for row in zip(*by, strict=True) for panel in row], "Early progress", 2, notes), notes
 
 
@@ -271,19 +273,20 @@ def by_length(methods: Methods) -> tuple[Figure, str]:
     methods, left_out = fit(methods, _unscored)
     results = _results(methods)
     name, score_label = _main_score(results)
-    lengths = np.asarray(
-        results[0].student.scores["forward_kl"].weights
-    )  # a divergence weighs an example by its tokens
+    # A divergence weighs an example by the tokens of its reference.
+    lengths = np.asarray(results[0].student.scores["forward_kl"].weights)
     bands = {band: (low <= lengths) & (lengths <= high) for band, (low, high) in LENGTH_BANDS.items()}
     bands = {band: inside for band, inside in bands.items() if inside.any()}
-    models = [(label, _students(runs), _mark(place)) for place, (label, runs) in enumerate(methods.items())]
-    for reference, marker in zip(references(results), "*PX", strict=False):
-        models.append((reference.label, reference.models, {"color": GREY, "marker": marker, "ls": ""}))
+    models = [(label, _scores(runs, name), _mark(place)) for place, (label, runs) in enumerate(methods.items())]
+    for place, reference in enumerate(references(results)):
+        models.append(
+            (reference.label, reference.score(name), _mark(place) | {"color": GREY, "marker": "*PX"[place % 3]})
+        )
     figure, [axes] = _columns(1, "Score by length of the reference")
     figure.set_size_inches(7, 4)
-    for place, (label, by_seed, mark) in enumerate(models):
+    for place, (label, values, mark) in enumerate(models):
         for at, inside in enumerate(bands.values()):
-            found = estimate(name, {seed: model.scores[name].only(inside) for seed, model in by_seed.items()})
+            found = estimate(name, {seed: own.only(inside) for seed, own in values.items()})
             _point(axes, at + 0.8 * ((place + 0.5) / len(models) - 0.5), found, mark, None if at else label)
     axes.set_xticks(range(len(bands)), [f"{band}\n({inside.sum()} examples)" for band, inside in bands.items()])
     axes.grid(visible=False, axis="x")
@@ -296,10 +299,10 @@ def by_length(methods: Methods) -> tuple[Figure, str]:
 
 def by_cost(methods: Methods) -> tuple[Figure, str]:
     """The final main score against tokens trained on, seconds of training, and the teacher's forwards to write text."""
-    methods, left_out = fit(methods, lambda run: _unscored(run) or ("" if run.metrics else "no steps"))
-    name, score_label = _main_score(_results(methods))
     from matplotlib.ticker import MaxNLocator
 
+    methods, left_out = fit(methods, lambda run: _unscored(run) or ("" if run.metrics else "no steps"))
+    name, score_label = _main_score(_results(methods))
     figure, panels = _columns(3, "Final score against cost")
     taken: dict[str, Callable[[Run], float]] = {
         "response tokens trained on": lambda run: cost(run.metrics)["tokens"],
@@ -310,7 +313,7 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
         axes.sharey(panels[0])
     unknown = []
     for place, (label, runs) in enumerate(methods.items()):
-        found = estimate(name, {seed: model.scores[name] for seed, model in _students(runs).items()})
+        found = estimate(name, _scores(runs, name))
         for axes, axis in zip(panels, taken, strict=True):
             x = mean(taken[axis](run) for run in runs.values())
             if np.isfinite(x):
@@ -322,7 +325,7 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     panels[0].set_ylabel(score_label)
-    wrote = f"Teacher forwards unknown, no text was generated: {', '.join(unknown)}." if unknown else ""
+    wrote = f"Without teacher forwards, as no text was generated: {', '.join(unknown)}." if unknown else ""
     notes = _notes(INTERVALS, wrote, left_out)
     legend(figure, notes)
     return figure, notes

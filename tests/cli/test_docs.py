@@ -39,6 +39,7 @@ SHORT = {
     "methods": [],
     "tasks": [],
     "compare": [],
+    "plot": [],
     "study": [],
 }
 
