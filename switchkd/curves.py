@@ -82,7 +82,8 @@ CURVES = (
     ("speed", "Speed", ("tokens_per_second", "decode/tokens_per_second")),
     ("memory", "Memory", ("memory_gib",)),
 )
-PARTS = ("generate", "teacher", "update")
+# What a step's time is spent on, and how strong each is drawn, so that they differ in grey too.
+PARTS = {"generate": 0.95, "teacher": 0.7, "update": 0.45}
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _draw_line(axes: Axes, line: Line, x: str, own: Mapping[str, Any]) -> None:
     steps, raw = series(runs[0], line.name)
     if len(raw) > len(centre):
         picked = thinned(raw)
-        axes.plot(_by(runs, x, steps)[picked], raw[picked], color=own["color"], alpha=0.3, linewidth=0.7, zorder=1)
+        axes.plot(_by(runs, x, steps)[picked], raw[picked], color=own["color"], alpha=0.45, linewidth=0.7, zorder=1)
 
 
 def _by(runs: Sequence[Metrics], x: str, steps: Array) -> Array:
@@ -394,6 +395,7 @@ def _time_curve(runs: Mapping[str, Metrics]) -> Curve | None:
         _dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
         shares = ", ".join(f"{share:.0%} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
         told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
+    told += [f"{label}: time has no value." for label in runs if label not in timed]
     legend(figure)
     return Curve("time", title, figure, " ".join(told))
 
@@ -405,8 +407,8 @@ def _stack(axes: Axes, metrics: Metrics) -> Array:
     groups = np.array_split(np.arange(len(own)), min(len(own), STAIRS))
     edges = [own[group[0]]["step"] - 0.5 for group in groups] + [own[-1]["step"] + 0.5]
     below = np.zeros(len(groups))
-    for place, (part, values) in enumerate(zip(PARTS, parts, strict=True)):
+    for colour, (part, alpha), values in zip(COLOURS, PARTS.items(), parts, strict=False):
         top = below + np.array([values[group].mean() for group in groups])
-        axes.stairs(top, edges, baseline=below, fill=True, label=part, color=COLOURS[place], alpha=0.8, linewidth=0)
+        axes.stairs(top, edges, baseline=below, fill=True, label=part, color=colour, alpha=alpha, linewidth=0)
         below = top
     return np.nansum(parts, axis=1)

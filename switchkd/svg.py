@@ -22,7 +22,7 @@ def themed_svg(figure: Figure, summary: str) -> str:
     drawn = io.StringIO()
     settings = {"svg.hashsalt": "switchkd", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
     text = drawn.getvalue()
     prefix = f"f{hashlib.sha256((text + summary).encode()).hexdigest()[:10]}-"
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
