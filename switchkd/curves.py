@@ -148,8 +148,8 @@ def quantity(name: str) -> tuple[str, str]:
 def axis_label(name: str) -> str:
     """What a metric is, with its unit, in lines that fit beside a panel."""
     what, unit = quantity(name)
-    between = " " if len(what + unit) < 20 else "\n"
-    return textwrap.fill(what, 20) + (f"{between}({unit})" if unit else "")
+    kept_together = " (" + unit.replace(" ", "\xa0") + ")" if unit else ""
+    return textwrap.fill(what + kept_together, 22, break_long_words=False).replace("\xa0", " ")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -281,6 +281,8 @@ def _dress(axes: Axes, panel: Panel) -> None:
     # Scores are percentages as they are, shares from 0 to 1.
     if any(quantity(line.name)[1] == SHARE and not line.name.startswith("eval/") for line in panel.lines):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=max(low, -0.03 * high))
     plain_axes(axes)
 
 
@@ -292,13 +294,11 @@ def plain_axes(axes: Axes) -> None:
 
 
 def legend(figure: Figure, note: str = "") -> None:
-    """Under the figure a note, and one legend for all labels in it unless there is only one."""
+    """Under the figure a note, and one legend for all labels in it."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    if len(found) == 1:
-        found = {}
     if found or note:
         columns = max(1, min(len(found), 3 if max(map(len, found), default=0) < 30 else 2))
         figure.legend(
@@ -347,14 +347,14 @@ def _curve(runs: Mapping[str, Metrics], name: str, title: str, metrics: Sequence
 
 
 def _unit_panels(metrics: Metrics, names: Sequence[str]) -> list[Panel]:
-    """A panel for each unit with a line for each metric."""
+    """A panel for each unit with a line for each metric; the axis alone names an only one."""
     by_unit: dict[str, list[str]] = {}
     for name in names:
         by_unit.setdefault(quantity(name)[1], []).append(name)
     return [
         Panel(
             axis_label(own[0]) if len(own) == 1 else SHARED_LABELS.get(unit, unit),
-            [Line(quantity(name)[0], [metrics], name) for name in own],
+            [Line(quantity(name)[0] if len(names) > 1 else "", [metrics], name) for name in own],
         )
         for unit, own in by_unit.items()
     ]

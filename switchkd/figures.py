@@ -321,8 +321,10 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
             else:
                 unknown.append(label)
     for axes, axis in zip(panels, taken, strict=True):
+        most = max(axes.dataLim.x1, 0.0) or 1.0
+        axes.set_xlim(-0.05 * most, 1.1 * most)  # from 0, so that costs which hardly differ look so
         axes.set_xlabel(axis)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     panels[0].set_ylabel(score_label)
     wrote = f"Without teacher forwards, as no text was generated: {', '.join(unknown)}." if unknown else ""

@@ -41,7 +41,9 @@ def rows(**columns):
 
 
 def lines(axes):
-    return {line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines if line.get_label()[0] != "_"}
+    return {
+        line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines if not line.get_label().startswith("_")
+    }
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
@@ -170,6 +172,7 @@ def test_a_report_has_the_curves_that_there_is_data_for():
     ]  # fmt: skip
     for curve in made.values():
         assert all(axes.get_ylabel() for axes in curve.figure.axes) and curve.figure.axes[-1].get_xlabel()
+    assert made["divergence"].figure.legends and not made["loss"].figure.legends
     bare = [{k: m[k] for k in ("step", "num_tokens", "loss")} for m in full()]
     assert [curve.name for curve in run_curves({"run": bare})] == ["loss"]
     assert run_curves({"run": []}) == []
@@ -299,7 +302,8 @@ def test_lambda_is_drawn_against_share_and_score_and_runs_without_are_refused_by
     assert "kd (no lambda in the policy student_only); stopped (no lambda: the schedule is constant" in notes
     with pytest.raises(DataError, match=r"nothing to draw: kd \(no lambda in the policy student_only\)"):
         FIGURES["lambda"]({"kd": methods["kd"]})
-    assert not figure.legends[0].get_texts() and notes in figure.legends[0].get_title().get_text().replace("\n", " ")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["every_5, every_10"]
+    assert notes in figure.legends[0].get_title().get_text().replace("\n", " ")
 
 
 def test_methods_that_differ_in_more_than_the_decay_are_not_joined(tmp_path):
@@ -350,6 +354,7 @@ def test_cost_is_against_tokens_seconds_and_forwards_of_those_that_have_them(met
     assert places[0] == {"every_5": [40, 23.4], "every_10": [40, 33.4], "kd": [20, 27.4]}
     assert places[1] == {"every_5": [8, 23.4], "every_10": [8, 33.4], "kd": [2, 27.4]}
     assert places[2] == {"every_5": [40, 23.4], "every_10": [40, 33.4]}  # (0.5 * 10 + 0.25 * 20) tokens of 4 rows
+    assert all(axes.get_xlim()[0] <= 0 for axes in figure.axes)
     assert "Without teacher forwards, as no text was generated: kd." in notes
 
 
