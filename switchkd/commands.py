@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
-from switchkd.errors import ConfigError, SwitchKDError
+from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
 
 if TYPE_CHECKING:
@@ -102,6 +102,18 @@ class ReportConfig:
     """Run directories, whatever their state."""
     output_file: str = ""
     """The page; default report.html in the run, or here for several runs."""
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw the papers' figures of trained runs, each as SVG and PNG."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories. Runs that differ in their training seed alone are one method."""
+    figure: str = "all"
+    """lambda, divergence, switch_rate, length, progress or cost; `all` draws those that the runs allow."""
+    output_dir: str = "figures"
+    """Folder of the figures."""
 
 
 @dataclass(frozen=True)
@@ -402,6 +414,30 @@ def report(config: ReportConfig) -> None:
     console.print(f"report in {file}", soft_wrap=True)
 
 
+def plot(config: PlotConfig) -> None:
+    from switchkd.compare_report import save_figure
+    from switchkd.figures import FIGURES, load_methods
+    from switchkd.report import console
+
+    if config.figure not in ("all", *FIGURES):
+        raise ConfigError(f"no figure {config.figure!r}{nearest(config.figure, ('all', *FIGURES))}")
+    methods = load_methods(config.runs)
+    written: list[Path] = []
+    for name in FIGURES if config.figure == "all" else (config.figure,):
+        try:
+            figure, notes = FIGURES[name](methods)
+        except DataError as error:
+            if config.figure != "all":
+                raise
+            console.print(f"{name}: not drawn: {error}", soft_wrap=True)
+            continue
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        written += save_figure(figure, Path(config.output_dir) / name)
+        console.print(f"{name}: {written[-1]} and .svg. {notes}", soft_wrap=True)
+    if not written:
+        raise DataError("no figure could be drawn of these runs")
+
+
 def check(config: TrainConfig) -> None:
     from switchkd.report import console
     from switchkd.runs import check_run
@@ -445,6 +481,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "study": (StudyConfig, study, False, "run a grid of methods and compare them; can be stopped and goes on"),
     "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
     "report": (ReportConfig, report, False, "write runs as one HTML page: who wrote what and why, scores, curves"),
+    "plot": (PlotConfig, plot, False, "draw the papers' figures of trained runs: lambda, divergence, length, cost, …"),
     "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "tasks": (TasksConfig, tasks, False, "list the tasks: what is scored, the main score, data by default, source"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import yaml
 
@@ -244,40 +244,68 @@ def check_teachers(results: Sequence[Result], scores: Sequence[str]) -> None:
 
 def group(results: Sequence[Result]) -> list[Method]:
     """The results by method: runs whose settings differ in the training seed, and in what moves no decision, are one."""
-    methods: dict[str, dict[int, Result]] = {}
-    for result in results:
-        runs = methods.setdefault(_training(result), {})
-        seed = (result.config or {}).get("seed", 0)
-        if seed in runs:
-            raise ConfigError(
-                f"{runs[seed].path} and {result.path} are of one method and training seed ({seed}); give one of them"
-            )
-        runs[seed] = result
-    labels = _labels([next(iter(runs.values())).path for runs in methods.values()])
     return [
         Method(label, {seed: r.student for seed, r in runs.items()}, tuple(str(r.path) for r in runs.values()))
-        for label, runs in zip(labels, methods.values(), strict=True)
+        for label, runs in by_method(results).items()
     ]
 
 
-def _training(result: Result) -> str:
-    """What a run's method is, as text: its settings but for the seed. A file without a run is a method of its own."""
-    if result.config is None:
-        return str(result.path.resolve())
+class Trained(Protocol):
+    """What a method is known by: where it lies, and the settings it was trained with, if they are known."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any] | None: ...
+
+
+AnyTrained = TypeVar("AnyTrained", bound=Trained)
+
+
+def by_method(found: Sequence[AnyTrained]) -> dict[str, dict[int, AnyTrained]]:
+    """What was found, by the label of its method and by training seed.
+
+    Raises:
+        ConfigError: two are of one method and training seed.
+    """
+    methods: dict[str, dict[int, AnyTrained]] = {}
+    for one in found:
+        runs = methods.setdefault(_method(one), {})
+        seed = (one.config or {}).get("seed", 0)
+        if seed in runs:
+            raise ConfigError(
+                f"{runs[seed].path} and {one.path} are of one method and training seed ({seed}); give one of them"
+            )
+        runs[seed] = one
+    labels = _labels([next(iter(runs.values())).path for runs in methods.values()])
+    return dict(zip(labels, methods.values(), strict=True))
+
+
+def _method(one: Trained) -> str:
+    """What a run's method is, as text. A file without a run is a method of its own."""
+    return str(one.path.resolve()) if one.config is None else training_settings(one.config)
+
+
+def training_settings(config: Mapping[str, Any]) -> str:
+    """The settings of a run that move its training, but for the seed, as text."""
     free = FREE_ON_RESUME | {"seed"}
     # Settings of evaluation train nothing, but the adaptive mix may look at eval_file.
-    moving = {
-        k: v for k, v in result.config.items() if k not in free and (k == "eval_file" or not k.startswith("eval_"))
-    }
+    moving = {k: v for k, v in config.items() if k not in free and (k == "eval_file" or not k.startswith("eval_"))}
     return json.dumps(moving, sort_keys=True, default=str)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Names of what lies in ``paths``: the run's folder without ``-seedN``, or a file's own name; the path where two are alike."""
-    folders_or_files = (p.resolve().parent.name if p.stem.startswith("evaluation") else p.stem for p in paths)
-    short = [re.sub(r"[-_]seed[-_]?\d+$", "", name) for name in folders_or_files]
+    names = (_name(path.resolve()) for path in paths)
+    short = [re.sub(r"[-_]seed[-_]?\d+$", "", name) for name in names]
     taken = Counter([*short, *REFERENCES])
     return [name if taken[name] == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def _name(path: Path) -> str:
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem.startswith("evaluation") else path.stem
 
 
 def references(results: Sequence[Result]) -> list[Method]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 LINES = {"teacher": (VERMILLION, "--"), "student before": (GREY, ":")}
 CONSTANT = "‡"
 
@@ -40,7 +40,7 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 def _score_sheet(comparison: Comparison, name: str, rows: Sequence[Row]) -> Sheet:
     header = ["model", "runs", "mean ± std [95 % interval]", "n", f"difference to {comparison.baseline}", "verdict"]
-    return Sheet(f"{name} ({_direction(name)})", header, [_cells(row, comparison.baseline) for row in rows])
+    return Sheet(f"{name} ({direction(name)})", header, [_cells(row, comparison.baseline) for row in rows])
 
 
 def _cells(row: Row, baseline: str) -> list[str]:
@@ -83,7 +83,8 @@ def signed(value: float) -> str:
     return sign + number(abs(value))
 
 
-def _direction(name: str) -> str:
+def direction(name: str) -> str:
+    """Which end of a score is the better one, in words."""
     return {True: "lower is better", False: "higher is better", None: "neither end is better"}[lower_is_better(name)]
 
 
@@ -233,7 +234,7 @@ def plot(comparison: Comparison) -> Figure:
         FEW: f"{FEW} hollow: fewer than {FEW_EXAMPLES} examples",
         CONSTANT: f"{CONSTANT} all examples have one value",
     }
-    axes.set_xlabel("\n".join([f"{name}, {_direction(name)}", *(explained[mark] for mark in sorted(marks))]))
+    axes.set_xlabel("\n".join([f"{name}, {direction(name)}", *(explained[mark] for mark in sorted(marks))]))
     counts = sorted({row.estimate.examples for row in methods})
     shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     axes.set_title(

@@ -20,11 +20,13 @@ import yaml
 
 from switchkd.compare_report import Sheet, signed
 from switchkd.config import TrainConfig, to_dict
+from switchkd.curves import run_curves
 from switchkd.report import estimate_text, number, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
 from switchkd.run_record import RunRecord, labels
 from switchkd.statistics import difference, lower_is_better, verdict
+from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
 MOST_BYTES = 5_000_000
@@ -218,4 +220,9 @@ def _sheet(
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, str]]:
-    return []
+    """The curves of training of those runs that have any."""
+    metrics = {name: run.metrics for run, name in zip(runs, names, strict=True) if run.metrics}
+    return [
+        {"title": curve.title, "summary": curve.summary, "svg": themed_svg(curve.figure, curve.summary)}
+        for curve in run_curves(metrics)
+    ]

@@ -84,6 +84,20 @@ def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_
     assert len(rollout["completion_ids"]) == len(rollout["speakers"]) == len(rollout["divergences"])
 
 
+def test_a_run_is_plotted_as_far_as_it_allows(run, tmp_path, capsys):
+    assert main(["plot", str(run), "--output-dir", str(tmp_path / "all")]) == 0
+    said = capsys.readouterr().out
+    assert "progress: not drawn" in said and "not evaluated in the run" in said
+    pictures = {"lambda", "divergence", "switch_rate", "length", "cost"}
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {
+        f"{n}.{form}" for n in pictures for form in ("svg", "png")
+    }
+    assert main(["plot", str(run), "--figure", "cost", "--output-dir", str(tmp_path / "one")]) == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"cost.svg", "cost.png"}
+    for wrong, message in (("progress", "not evaluated in the run"), ("costs", "did you mean 'cost'")):
+        assert main(["plot", str(run), "--figure", wrong]) == 1 and message in capsys.readouterr().err
+
+
 def test_the_student_opens_with_nothing_of_ours(run, place):
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     before = AutoModelForCausalLM.from_pretrained(place["--student-model-name-or-path"])

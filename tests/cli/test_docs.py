@@ -43,6 +43,7 @@ SHORT = {
     "tasks": [],
     "compare": [],
     "report": [],
+    "plot": [],
     "study": [],
 }
 

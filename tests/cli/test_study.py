@@ -9,9 +9,10 @@ from tiny import byte_level_tokenizer, save_llama
 
 from switchkd.cli import main
 from switchkd.config import shipped
+from switchkd.curves import cost
 from switchkd.errors import ConfigError
 from switchkd.study import Plan, Size, cells, flags, load_plan, with_settings
-from switchkd.study_report import cost, cost_table, curves
+from switchkd.study_report import cost_table
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +138,3 @@ def test_costs_are_of_the_runs_in_the_mean():
     table = cost_table({"a": [metrics(1.0, 0.2), metrics(3.0, 0.4)], "b": [metrics(4.0, 0.0)]}).splitlines()
     assert table[2] == "| a | 2 | 4 | 40 | 8.00 | 1.00 | 30% | 30% |"
     assert table[3] == "| b | 1 | 4 | 40 | 16.0 | 2.00 | 0% | 0% |"
-
-
-def test_curves_show_the_mean_of_the_runs():
-    figure = curves({"a": [metrics(1.0, 0.2), [m | {"eval/x": 0.0} for m in metrics(1.0, 0.2)]]}, ["eval/x"], "t")
-    [line] = figure.axes[0].lines
-    assert line.get_label() == "a" and list(line.get_ydata()) == [0.5, 1.0, 1.5, 2.0]
-
-
-def test_a_method_has_one_colour_also_where_another_has_no_curve():
-    mute = [{k: v for k, v in m.items() if not k.startswith("eval/")} for m in metrics(1.0, 0.2)]
-    figure = curves({"a": [mute], "b": [metrics(1.0, 0.2)]}, ["eval/x", "num_tokens"], "t")
-    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes)
-    assert first == {"b": second["b"]} and second["a"] != second["b"]

@@ -1,0 +1,379 @@
+"""Figures show what metrics and evaluations hold: values, gaps, who is left out; and as SVG they stand in any page."""
+
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+
+from switchkd.config import TrainConfig, to_dict
+from switchkd.curves import (
+    COLOURS,
+    POINTS,
+    SMOOTH,
+    Line,
+    Panel,
+    draw,
+    metric_panels,
+    read_metrics,
+    run_curves,
+    thinned,
+)
+from switchkd.errors import ConfigError, DataError
+from switchkd.figures import FIGURES, load_methods
+from switchkd.policies import StudentOnly, Switch
+from switchkd.svg import themed_svg
+
+NAN = math.nan
+
+
+def rows(**columns):
+    """Step metrics from their columns; a step whose value is ``...`` has not the metric."""
+    steps = range(len(next(iter(columns.values()))))
+    named = {name.replace("__", "/"): values for name, values in columns.items()}
+    return [
+        {"step": i + 1, "num_tokens": 10 * (i + 1)} | {n: v[i] for n, v in named.items() if v[i] is not ...}
+        for i in steps
+    ]
+
+
+def lines(axes):
+    return {
+        line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines if not line.get_label().startswith("_")
+    }
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_whole_of_the_metrics_is_read(tmp_path):
+    assert read_metrics(tmp_path) == []
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("")
+    assert read_metrics(tmp_path) == []
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_has_the_metrics_values_gaps_for_what_is_missing_and_passes_over_steps_without_it():
+    metrics = rows(loss=[1.0, None, 3.0, ..., 5.0, math.inf, 7.0])
+    [line] = draw([Panel("", [Line("a", [metrics], "loss")])], "").axes[0].lines
+    np.testing.assert_equal(line.get_xydata(), [[1, 1], [2, NAN], [3, 3], [5, 5], [6, NAN], [7, 7]])
+    assert line.get_marker() == "o" and line.get_markevery().tolist() == [True, False, False, False, False, True]
+
+
+def test_a_line_of_runs_is_their_mean_and_its_band_their_range():
+    runs = [rows(loss=[1.0, 2.0, 6.0]), rows(loss=[3.0, 2.0, 0.0])]
+    axes = draw([Panel("", [Line("a", runs, "loss")])], "").axes[0]
+    assert lines(axes)["a"].tolist() == [[1, 2], [2, 2], [3, 3]]
+    [band] = axes.collections
+    assert {(1, 1), (1, 3), (3, 0), (3, 6)} <= set(map(tuple, band.get_paths()[0].vertices))
+
+
+def test_step_metrics_are_smoothed_over_what_is_there_and_a_single_runs_own_values_stand_behind():
+    values = [float(i % 5) for i in range(20)]
+    values[7] = None
+    smooth, raw = draw([Panel("", [Line("a", [rows(loss=values)], "loss")])], "").axes[0].lines
+    known = [NAN if v is None else v for v in values]
+    expected = [NAN if i == 7 else np.nanmean(known[i - 4 : i + 5]) for i in range(4, 16)]
+    np.testing.assert_allclose(smooth.get_ydata(), expected)
+    assert smooth.get_xdata().tolist() == list(range(5, 17)) and SMOOTH == 9
+    np.testing.assert_equal(raw.get_xydata()[:, 1], known)
+
+
+def test_seeds_that_generate_at_different_steps_are_read_at_the_steps_of_all():
+    runs = [rows(loss=[0.0, ..., 2.0, ..., 4.0]), rows(loss=[..., 3.0, 4.0, 5.0, ...])]
+    assert lines(draw([Panel("", [Line("a", runs, "loss")])], "").axes[0])["a"].tolist() == [[2, 2], [3, 3], [4, 4]]
+
+
+def test_evaluations_are_not_smoothed_nor_guessed_and_each_is_a_marker():
+    runs = [rows(eval__x=[float(i) for i in range(12)]), rows(eval__x=[... if i % 2 else 2.0 * i for i in range(12)])]
+    [line] = draw(metric_panels({"a": runs}, ["eval/x"]), "").axes[0].lines
+    assert line.get_xydata().tolist() == [[i + 1, 1.5 * i] for i in range(0, 12, 2)]
+    assert line.get_markevery().all()
+
+
+def test_a_method_has_one_look_also_where_another_has_no_curve():
+    runs = {"a": [rows(loss=[1.0, 1.0])], "b": [rows(loss=[2.0, 2.0], eval__x=[1.0, 2.0])]}
+    figure = draw(metric_panels(runs, ["eval/x", "loss"]), "t")
+    first, second = ({k.get_label(): (k.get_color(), k.get_linestyle()) for k in axes.lines} for axes in figure.axes)
+    assert first == {"b": second["b"]} and second["a"] != second["b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "a"]
+
+
+def test_names_are_shown_as_they_are():
+    runs = {"_a": [rows(loss=[1.0, 2.0])], "$x_1$": [rows(loss=[1.0, 2.0])]}
+    svg = themed_svg(draw(metric_panels(runs, ["loss"]), "$t$"), "")
+    shown = {element.text.strip() for element in ElementTree.fromstring(svg).iter() if element.text}
+    assert shown >= {"_a", "$x_1$", "$t$"}
+
+
+def test_a_long_line_is_thinned_without_loss_of_extremes_or_gaps():
+    values = np.sin(np.arange(5000.0))
+    values[1234], values[4321], values[777] = 9.0, -9.0, NAN
+    kept = thinned(values)
+    assert len(kept) <= POINTS and {777, 1234, 4321} <= set(kept) and (np.diff(kept) > 0).all()
+    assert thinned(values[:POINTS]).tolist() == list(range(POINTS))
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#111418"])
+def test_colours_can_be_read_on_light_and_dark(ground):
+    def luminance(colour):
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.05 + float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    for colour in COLOURS:
+        low, high = sorted((luminance(colour), luminance(ground)))
+        assert high / low >= 3, colour  # WCAG 2, graphical objects
+
+
+# --- a report's curves ----------------------------------------------------------------------------------------------
+
+
+def full(steps=24, seed=0):
+    """Metrics of every kind."""
+    rng = np.random.default_rng(seed)
+    own = {
+        "loss": np.linspace(1.2, 0.4, steps), "switch__threshold": np.full(steps, 0.2),
+        "switch__teacher_share": np.linspace(0.5, 0.25, steps), "switch__switched_share": np.full(steps, 0.9),
+        "switch__first_switch": np.full(steps, 3.0), "decode__agreement": np.full(steps, 0.8),
+        "decode__block_length": np.full(steps, 6.0), "decode__kept_per_block": np.full(steps, 4.0),
+        "tokens_per_second": rng.uniform(1, 2, steps), "memory_gib": np.full(steps, 1.5),
+        "seconds__generate": np.full(steps, 0.5), "seconds__teacher": np.full(steps, 0.2),
+        "seconds__update": np.full(steps, 0.3),
+    }  # fmt: skip
+    metrics = rows(**{name: values.tolist() for name, values in own.items()})
+    for m in metrics:
+        m |= {"switch/divergence_0+": 0.4, "switch/divergence_16+": 0.3}
+    for m in metrics[::8]:
+        m |= {
+            "eval/rouge_l": 20.0 + m["step"],
+            "eval/rouge_1": 30.0,
+            "eval/forward_kl": 1.0,
+            "eval/forward_kl@0-10": 2.0,
+        }
+    return metrics
+
+
+def test_a_report_has_the_curves_that_there_is_data_for():
+    made = {curve.name: curve for curve in run_curves({"run": full()})}
+    assert list(made) == [
+        "loss", "scores", "divergence", "teacher_share", "first_switch", "agreement", "speed", "memory", "time",
+    ]  # fmt: skip
+    assert list(lines(made["divergence"].figure.axes[0])) == [
+        "divergence at positions 0 to 15", "divergence at positions 16 to 63", "threshold",
+    ]  # fmt: skip
+    assert [list(lines(axes)) for axes in made["scores"].figure.axes] == [
+        ["rouge_l", "rouge_1"], ["forward_kl"],
+    ]  # fmt: skip
+    for curve in made.values():
+        assert all(axes.get_ylabel() for axes in curve.figure.axes) and curve.figure.axes[-1].get_xlabel()
+    assert made["divergence"].figure.legends and not made["loss"].figure.legends
+    bare = [{k: m[k] for k in ("step", "num_tokens", "loss")} for m in full()]
+    assert [curve.name for curve in run_curves({"run": bare})] == ["loss"]
+    assert run_curves({"run": []}) == []
+
+
+def test_curves_say_in_words_what_they_show():
+    said = {curve.name: curve.summary for curve in run_curves({"run": rows(
+        loss=[1.2, 0.8, 0.4], switch__first_switch=[2.0, None, 4.0], switch__teacher_share=[0.25, 0.5, 0.75],
+        memory_gib=[1.0, 1.0, 1.0],
+    )})}  # fmt: skip
+    assert said == {
+        "loss": "loss falls from 1.20 to 0.400 over 3 steps.",
+        "teacher_share": "teacher's share of tokens rises from 25% to 75% over 3 steps.",
+        "first_switch": "first switch rises from 2.00 to 4.00 (1 value missing or not finite, at step 2) over 3 steps.",
+        "memory": "memory is 1.00 over 3 steps.",
+    }
+
+
+def test_of_several_runs_each_metric_is_a_panel_and_a_run_without_it_is_named():
+    dumb = [{k: v for k, v in m.items() if not k.startswith(("switch/", "seconds/"))} for m in full()]
+    made = {curve.name: curve for curve in run_curves({"a": full(), "b": full(seed=1), "c": dumb})}
+    shares = made["teacher_share"]
+    assert [list(lines(axes)) for axes in shares.figure.axes] == [["a", "b"], ["a", "b"]]
+    assert "c: teacher's share of tokens has no value" in shares.summary
+    assert shares.figure.axes[0].yaxis.get_major_formatter().convert_to_pct(0.5) == 50
+    assert [axes.get_ylabel() for axes in made["scores"].figure.axes] == ["rouge_l (%)", "forward_kl\n(nats per token)"]
+    assert len(made["time"].figure.axes) == 2 and made["time"].summary.endswith("c: time has no value.")
+
+
+def test_the_time_of_a_step_is_stacked():
+    [time] = [curve for curve in run_curves({"run": full(1)}) if curve.name == "time"]
+    stairs = [patch.get_data() for patch in time.figure.axes[0].patches]
+    assert [(s.values.tolist(), np.ravel(s.baseline).tolist()) for s in stairs] == [
+        ([0.5], [0.0]), ([0.7], [0.5]), ([1.0], [0.7]),
+    ]  # fmt: skip
+    assert stairs[0].edges.tolist() == [0.5, 1.5]
+    assert time.summary == "of 1.00 seconds, 50% generate, 20% teacher, 30% update."
+
+
+# --- in a page ------------------------------------------------------------------------------------------------------
+
+
+def test_an_svg_takes_the_colours_of_its_page_and_keeps_its_own():
+    svg = themed_svg(run_curves({"run": full()})[2].figure, 'less <b> & "more"')
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root[0].text == 'less <b> & "more"'
+    assert root.get("role") == "img" and root.get("aria-label") == 'less <b> & "more"'
+    assert root.get("width") == "100%" and root.get("height") is None and root.get("viewBox")
+    assert root.get("fill") == "currentColor" and not re.search(r"#000\b|#000000|black|#fff|white|<style|<\?|<!", svg)
+    used = set(re.findall(r"#[0-9a-f]{6}\b(?!-)", svg.replace("url(#", "").replace('href="#', "")))
+    assert used == {colour.lower() for colour in (COLOURS[0], COLOURS[1], COLOURS[2])}
+    assert any(element.text == "optimizer step" for element in root.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_ids_do_not_meet_in_one_page_and_lead_where_they_should():
+    svgs = [themed_svg(curve.figure, curve.summary) for curve in run_curves({"run": full()})[:4]]
+    ids = [re.findall(r' id="([^"]+)"', svg) for svg in svgs]
+    assert all(ids) and len({i for own in ids for i in own}) == sum(map(len, ids))
+    for svg, own in zip(svgs, ids, strict=True):
+        assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) == set(own)
+
+
+def test_a_long_run_makes_no_heavy_page():
+    rng = np.random.default_rng(0)
+    metrics = rows(loss=rng.uniform(0, 1, 20_000).tolist())
+    assert len(themed_svg(run_curves({"run": metrics})[0].figure, "")) < 40_000
+
+
+# --- figures of methods ---------------------------------------------------------------------------------------------
+
+
+def write_run(folder, policy, seed=0, metrics=None, score=None, **changes):
+    """A run directory without weights. ``score`` is of all 40 examples, whose references have 5 (8 of them) or 20 tokens."""
+    folder.mkdir()
+    config = TrainConfig(policy=policy, seed=seed, per_device_train_batch_size=4, output_dir=str(folder), **changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics or []))
+    if score is not None:
+        lengths = [5] * 8 + [20] * 32
+        values = [score + 10.0] * 8 + [score + (i % 2) for i in range(32)]
+        result = {"model": {"name": "s", "sha256": "0"}, "scores": {
+            "rouge_l": {"values": [values], "weights": [1.0] * 40},
+            "forward_kl": {"values": [[1.0] * 40], "weights": lengths},
+        }}  # fmt: skip
+        record = {
+            "format": 1, "task": {"name": "references", "version": 1, "primary": "rouge_l"}, "settings": {},
+            "data": {"file": "d", "sha256": "d", "ids": list(range(40)), "groups": [""] * 40},
+            "results": {"student after": result},
+        }  # fmt: skip
+        (folder / "evaluation.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+def generated(share=0.5, steps=4, **more):
+    columns = {
+        "switch__teacher_share": [share] * steps,
+        "switch__switched_share": [1.0] * steps,
+        "seconds": [2.0] * steps,
+    }
+    return rows(**columns, **more)
+
+
+@pytest.fixture
+def methods(tmp_path):
+    """Two decays with two seeds each, one on the data alone, one that was stopped before it was evaluated."""
+    paths = []
+    for decay, share, score in ((0.2, 0.8, 20.0), (0.1, 0.5, 30.0)):
+        for seed in (0, 1):
+            metrics = generated(
+                share + 0.1 * seed, switch__divergence_mean=[0.3, 0.2, 0.1, None], eval__rouge_l=[..., 5.0, ..., 6.0],
+                decode__teacher_forwards_per_token=[0.5, ..., 0.25, ...], completions__mean_length=[10.0, 0.0, 20.0, 0.0],
+            )  # fmt: skip
+            name = f"every_{1 / decay:.0f}-seed{seed}"
+            paths.append(write_run(tmp_path / name, Switch(decay=decay), seed, metrics, score + 2 * seed))
+    paths.append(write_run(tmp_path / "kd", StudentOnly(), 0, rows(seconds=[1.0] * 2), 25.0))
+    paths.append(write_run(tmp_path / "stopped", Switch(schedule="constant"), 0, generated()))
+    return load_methods(paths)
+
+
+def test_lambda_is_drawn_against_share_and_score_and_runs_without_are_refused_by_name(methods):
+    figure, notes = FIGURES["lambda"](methods)
+    shares, scores = figure.axes
+    assert shares.lines[-1].get_xydata().round(6).tolist() == [[5, 85], [10, 55]]
+    assert scores.lines[-1].get_xydata().round(6).tolist() == [[5, 23.4], [10, 33.4]]
+    dots = [line.get_ydata() for line in scores.lines if line.get_markersize() == 4]
+    assert np.round(dots, 6).tolist() == [[22.4, 24.4], [32.4, 34.4]]
+    assert "kd (no lambda in the policy student_only); stopped (no lambda: the schedule is constant" in notes
+    with pytest.raises(DataError, match=r"nothing to draw: kd \(no lambda in the policy student_only\)"):
+        FIGURES["lambda"]({"kd": methods["kd"]})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["every_5, every_10"]
+    assert notes in figure.legends[0].get_title().get_text().replace("\n", " ")
+
+
+def test_methods_that_differ_in_more_than_the_decay_are_not_joined(tmp_path):
+    own = {"metrics": generated(), "score": 1.0}
+    paths = [
+        write_run(tmp_path / "lr.1", Switch(), **own),
+        write_run(tmp_path / "lr.2", Switch(), learning_rate=0.5, **own),
+    ]
+    figure, _ = FIGURES["lambda"](load_methods(paths))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr.1", "lr.2"]
+
+
+def test_divergence_and_switch_rate_are_curves_of_methods(methods):
+    figure, notes = FIGURES["divergence"](methods)
+    np.testing.assert_allclose(lines(figure.axes[0])["every_5"][:, 1], [0.3, 0.2, 0.1, NAN])
+    assert list(lines(figure.axes[0])) == ["every_5", "every_10"]
+    assert "Left out: kd, stopped (its policy measured no divergence)." in notes and "range of a method's runs" in notes
+    figure, notes = FIGURES["switch_rate"](methods)
+    assert lines(figure.axes[0])["stopped"][:, 1].tolist() == [1.0] * 4
+    np.testing.assert_allclose(lines(figure.axes[1])["every_10"][:, 1], [0.55] * 4)
+    assert "kd (no text was generated)" in notes
+
+
+def test_early_progress_is_by_steps_and_by_tokens(methods):
+    figure, notes = FIGURES["progress"](methods)
+    by_steps, by_tokens = figure.axes
+    assert lines(by_steps)["every_5"].tolist() == [[2, 5], [4, 6]]
+    assert lines(by_tokens)["every_5"].tolist() == [[20, 5], [40, 6]]
+    assert (by_steps.get_xlabel(), by_tokens.get_xlabel()) == ("optimizer step", "response tokens trained on")
+    assert "kd, stopped (not evaluated in the run)" in notes
+    with pytest.raises(DataError, match="not evaluated in the run"):
+        FIGURES["progress"]({"kd": methods["kd"]})
+
+
+def test_scores_by_length_are_those_of_the_examples_with_such_references(methods):
+    figure, notes = FIGURES["length"](methods)
+    [axes] = figure.axes
+    found = [(line.get_ydata()[0], line.get_markerfacecolor() == "white") for line in axes.lines]
+    assert found == [(31, True), (21.5, False), (41, True), (31.5, False), (35, True), (25.5, False)]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1-10\n(8 examples)", "11-50\n(32 examples)"]
+    assert "stopped (no final evaluation, the run has not ended)" in notes
+    assert axes.get_xlabel() == "length of the reference (tokens)" and "higher is better" in axes.get_ylabel()
+
+
+def test_cost_is_against_tokens_seconds_and_forwards_of_those_that_have_them(methods):
+    figure, notes = FIGURES["cost"](methods)
+    places = [{label: xy[0].tolist() for label, xy in lines(axes).items()} for axes in figure.axes]
+    assert places[0] == {"every_5": [40, 23.4], "every_10": [40, 33.4], "kd": [20, 27.4]}
+    assert places[1] == {"every_5": [8, 23.4], "every_10": [8, 33.4], "kd": [2, 27.4]}
+    assert places[2] == {"every_5": [40, 23.4], "every_10": [40, 33.4]}  # (0.5 * 10 + 0.25 * 20) tokens of 4 rows
+    assert all(axes.get_xlim()[0] <= 0 for axes in figure.axes)
+    assert "Without teacher forwards, as no text was generated: kd." in notes
+
+
+def test_what_cannot_be_compared_or_read_is_refused(methods, tmp_path):
+    file = tmp_path / "kd" / "evaluation.json"
+    file.write_text(file.read_text().replace('"settings": {}', '"settings": {"max_new_tokens": 9}'))
+    paths = [str(tmp_path / name) for name in ("kd", "every_5-seed0")]
+    with pytest.raises(DataError, match="max_new_tokens"):
+        FIGURES["cost"](load_methods(paths))
+    with pytest.raises(DataError, match="no run directory"):
+        load_methods([str(tmp_path)])
+    with pytest.raises(DataError, match="nothing to plot"):
+        load_methods([])
+    with pytest.raises(ConfigError, match="one method and training seed"):
+        load_methods([paths[0], paths[0]])
+
+
+def test_a_damaged_evaluation_of_a_finished_run_says_so(methods, tmp_path):
+    (tmp_path / "kd" / "student").mkdir()
+    (tmp_path / "kd" / "evaluation.json").write_text("{")
+    with pytest.raises(DataError, match=r"evaluation\.json cannot be read"):
+        FIGURES["cost"](load_methods([str(tmp_path / "kd")]))
