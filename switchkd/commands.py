@@ -439,8 +439,8 @@ def plot(config: PlotConfig) -> None:
 
 
 def check(config: TrainConfig) -> None:
+    from switchkd.preflight import check_run
     from switchkd.report import console
-    from switchkd.runs import check_run
 
     for line in check_run(config):
         console.print(line, soft_wrap=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from switchkd import __version__
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
-from switchkd.runs import CONFIG, read_config
+from switchkd.run_record import CONFIG, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from switchkd.config import TrainConfig, from_dict
+from switchkd.config import TrainConfig, from_dict, read_yaml
 from switchkd.errors import ConfigError, DataError
 from switchkd.results import Evaluation, read_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CONFIG = "config.yaml"
 
 Lines = list[dict[str, Any]]
 
@@ -35,10 +35,7 @@ class RunRecord:
     @staticmethod
     def read(path: Path) -> RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
-        file = path / "config.yaml"
-        if not file.is_file():
-            raise ConfigError(f"{path} is not a run directory: it has no {file.name}")
-        config = from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        config = read_config(path)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
         return RunRecord(path, config, read_lines(path / "metrics.jsonl"), read_lines(path / "samples.jsonl"), found)
 
@@ -83,6 +80,14 @@ class RunRecord:
             if (folder / "tokenizer.json").is_file():
                 return load_tokenizer(str(folder))
         return load_tokenizer(self.config.teacher_model_name_or_path)
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of a run directory; raises ConfigError if it is none, or they are not settings."""
+    file = run / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
+    return from_dict(TrainConfig, read_yaml(file), str(file))
 
 
 def read_lines(file: Path, most: int | None = None) -> Lines:

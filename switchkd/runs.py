@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from switchkd import live, report
 from switchkd.adapters import merged
-from switchkd.base_model import BaseModel
 from switchkd.cache import verify_cache
 from switchkd.checkpoint import load_weights, save_model, write_file
 from switchkd.config import (
@@ -33,8 +32,6 @@ from switchkd.config import (
     EvalConfig,
     ModelConfig,
     TrainConfig,
-    from_dict,
-    name_of,
     to_dict,
 )
 from switchkd.data import (
@@ -51,19 +48,16 @@ from switchkd.data import (
 from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
-from switchkd.loss import CHUNK_BYTES
 from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
-    cache_bytes_per_token,
     context_length,
     load_pair,
-    num_parameters,
-    parameter_bytes,
 )
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
+from switchkd.run_record import CONFIG, read_config
 from switchkd.samples import sample_policy, samples
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
@@ -72,7 +66,7 @@ from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import BEST, Metrics, OnRound, OnStep, Trainer
 
-CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
@@ -329,7 +323,7 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
     scored = config.eval_max_new_tokens if config.eval_samples else 0
     completion = max(config.max_new_tokens, config.max_completion_length, scored)
     longest = longest_teacher_prompt(config, pair)
-    reads = [(_role(name), longest, model) for name, model in pair.named_teachers.items()]
+    reads = [(role_of(name), longest, model) for name, model in pair.named_teachers.items()]
     for name, prompt, model in [*reads, ("student", config.max_prompt_length, pair.student)]:
         context = context_length(model)
         if prompt + completion > context:
@@ -342,7 +336,7 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
             )
 
 
-def _role(teacher: str) -> str:
+def role_of(teacher: str) -> str:
     return f"teacher {teacher!r}" if teacher else "teacher"
 
 
@@ -350,14 +344,6 @@ def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
     """Tokens of the longest prompt that the teacher may have to read."""
     lengths = config.max_prompt_length, config.max_completion_length
     return teacher_prompt_limit(pair.tokenizer, config.teacher_prompt, *lengths)
-
-
-def read_config(run: Path) -> TrainConfig:
-    """The settings of a run directory."""
-    file = run / CONFIG
-    if not file.is_file():
-        raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
-    return from_dict(TrainConfig, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
 def score(
@@ -454,53 +440,3 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
         run()
     else:
         live.train(trainer, heldout.task.primary, run)
-
-
-def check_run(config: TrainConfig) -> list[str]:
-    """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
-    check_trackers(config.report_to)
-    pair = open_pair(config, seed=config.seed)
-    train = load_train(config, pair)
-    heldout = load_heldout(config, pair)
-    check_context(config, pair)
-    trainer = Trainer(
-        pair,
-        train,
-        config,
-        validation=load_validation(config, pair, heldout.examples),
-        corpus=load_corpus(config, pair),
-    )
-    sources = {"": config.teacher_model_name_or_path, **config.teachers}
-    models = {_role(name): (sources[name], model) for name, model in pair.named_teachers.items()}
-    models["student"] = config.student_model_name_or_path, pair.student
-    lines = [
-        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, {config.dtype}, "
-        f"{model.get_output_embeddings().weight.shape[0]} logits rows"
-        for role, (name, model) in models.items()
-    ]
-    lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
-    budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
-    until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
-    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows{until}; text: {name_of(config.mix)}")
-    need = memory_estimate(config, pair)
-    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())
-    lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB ({parts})")
-    return [*lines, "", "settings:", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
-
-
-def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
-    """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
-    rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    teachers = list(dict.fromkeys(pair.named_teachers.values()))
-    # One teacher writes at a time.
-    cache = (longest_teacher_prompt(config, pair) + config.max_new_tokens) * max(map(cache_bytes_per_token, teachers))
-    cache += (config.max_prompt_length + config.max_new_tokens) * cache_bytes_per_token(pair.student)
-    return {
-        "teacher": float(sum(parameter_bytes(model) for model in teachers if not isinstance(model, BaseModel))),
-        "student": parameter_bytes(pair.student),
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
-        "key/value caches": rows * cache if config.mix.generates else 0.0,
-    }

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,20 +36,19 @@ from switchkd.loss import (
     response_tokens,
     total,
 )
+from switchkd.metrics import Metrics, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.objectives import CrossEntropy, Objective
 from switchkd.pace import Stopwatch
-from switchkd.policies import TEACHER
-from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
+from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
 
-Metrics = dict[str, Any]
-OnStep = Callable[["Metrics", Rollouts], None]  # told of a step's metrics and the rollouts made in it
+OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
-BANDS = (16, 64, 256, math.inf)  # ends of the bands of response positions in which divergences are averaged
+
 Rows = Sequence[Rollout | TokenizedExample]
 
 BEST = "best"  # the folder of the best student that evaluations in the run saw
@@ -222,7 +220,7 @@ class Trainer:
             if not self.best or sign * scores[name] > sign * self.best["score"]:
                 self.best = {"step": self.step, "score": scores[name]}
                 save_model(self.run / BEST, student, self.pair.tokenizer)
-        shown = {f"eval/{score}": _or_none(value) for score, value in scores.items()}
+        shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
     def _sample(self, sample: Callable[[float], list[dict[str, Any]]] | None) -> None:
@@ -436,38 +434,6 @@ def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
         return config.learning_rate
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def rollout_metrics(rollouts: Rollouts) -> Metrics:
-    """What a generated step shows: lengths, who spoke, where the teacher first took over, and what decoding cost."""
-    cost: DecodeCost = rollouts.cost
-    firsts = [float(r.speakers.index(TEACHER)) for r in rollouts if TEACHER in r.speakers]
-    summary = cost.summary()
-    return {
-        "completions/mean_length": mean(float(len(r.completion_ids)) for r in rollouts),
-        "completions/eos_share": mean(float(r.stop_reason == "eos") for r in rollouts),
-        "switch/teacher_share": summary.pop("teacher_share"),
-        "switch/switched_share": len(firsts) / len(rollouts),
-        "switch/first_switch": _or_none(mean(firsts)),
-        "switch/divergence_mean": _or_none(mean(d for r in rollouts for d in r.divergences)),
-        "switch/threshold": _or_none(mean(d for r in rollouts for d in r.thresholds)),
-        **divergence_bands(rollouts),
-        **{f"decode/{name}": _or_none(value) for name, value in summary.items()},
-    }
-
-
-def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
-    """Mean divergence in bands of response positions that double in width; only bands in which the policy looked."""
-    seen: dict[int, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        for position, divergence in enumerate(rollout.divergences):
-            seen[next(i for i, end in enumerate(BANDS) if position < end)].append(divergence)
-    means = {band: mean(values) for band, values in sorted(seen.items())}
-    return {f"switch/divergence_{[0, *BANDS][band]}+": value for band, value in means.items() if not math.isnan(value)}
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no NaN
 
 
 def _total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float:

@@ -34,7 +34,7 @@ from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens,
 from switchkd.mixes import Generated
 from switchkd.models import Pair, load_model, load_pair, load_tokenizer, num_parameters
 from switchkd.objectives import ForwardKL
-from switchkd.runs import memory_estimate
+from switchkd.preflight import memory_estimate
 from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
 

@@ -14,7 +14,7 @@ from switchkd.checkpoint import save_model
 from switchkd.cli import main
 from switchkd.config import ModelConfig, TrainConfig, to_dict
 from switchkd.models import load_model
-from switchkd.runs import CONFIG
+from switchkd.run_record import CONFIG
 
 TASK = """task: sums
 dataset_path: json

@@ -33,7 +33,8 @@ from switchkd.models import cache_bytes_per_token, load_pair
 from switchkd.objectives import DistiLLM2, ForwardKL
 from switchkd.pace import BLOCKS, Pace
 from switchkd.policies import STUDENT, TEACHER
-from switchkd.runs import check_context, load_task, memory_estimate
+from switchkd.preflight import memory_estimate
+from switchkd.runs import check_context, load_task
 from switchkd.tasks import TASKS
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import fingerprint, teacher_texts

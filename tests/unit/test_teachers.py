@@ -23,8 +23,8 @@ from switchkd.errors import CheckpointError, ConfigError, DataError, ModelError,
 from switchkd.mixes import Adaptive, Generated
 from switchkd.objectives import ForwardKL, MiniLLM, ReverseKL
 from switchkd.policies import MixIn
+from switchkd.preflight import memory_estimate
 from switchkd.rollouts import DecodeCost
-from switchkd.runs import memory_estimate
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import fingerprint, teacher_texts
 

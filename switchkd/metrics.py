@@ -1,0 +1,44 @@
+"""What a training step says of the text that it generated, under the names of ``metrics.jsonl``."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from switchkd.policies import TEACHER
+from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
+
+Metrics = dict[str, Any]
+BANDS = (16, 64, 256, math.inf)  # ends of the bands of response positions in which divergences are averaged
+
+
+def rollout_metrics(rollouts: Rollouts) -> Metrics:
+    """What a generated step shows: lengths, who spoke, where the teacher first took over, and what decoding cost."""
+    cost: DecodeCost = rollouts.cost
+    firsts = [float(r.speakers.index(TEACHER)) for r in rollouts if TEACHER in r.speakers]
+    summary = cost.summary()
+    return {
+        "completions/mean_length": mean(float(len(r.completion_ids)) for r in rollouts),
+        "completions/eos_share": mean(float(r.stop_reason == "eos") for r in rollouts),
+        "switch/teacher_share": summary.pop("teacher_share"),
+        "switch/switched_share": len(firsts) / len(rollouts),
+        "switch/first_switch": or_none(mean(firsts)),
+        "switch/divergence_mean": or_none(mean(d for r in rollouts for d in r.divergences)),
+        "switch/threshold": or_none(mean(d for r in rollouts for d in r.thresholds)),
+        **divergence_bands(rollouts),
+        **{f"decode/{name}": or_none(value) for name, value in summary.items()},
+    }
+
+
+def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
+    """Mean divergence in bands of response positions that double in width; only bands in which the policy looked."""
+    seen: dict[int, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for position, divergence in enumerate(rollout.divergences):
+            seen[next(i for i, end in enumerate(BANDS) if position < end)].append(divergence)
+    means = {band: mean(values) for band, values in sorted(seen.items())}
+    return {f"switch/divergence_{[0, *BANDS][band]}+": value for band, value in means.items() if not math.isnan(value)}
+
+
+def or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN
