@@ -164,7 +164,7 @@ def has(metrics: Metrics, name: str) -> bool:
 def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
     """``series`` averaged over SMOOTH steps, gaps kept and left out of the means; evaluations and short runs as they are."""
     steps, values = series(metrics, name)
-    if name.startswith("eval/") or len(steps) <= SMOOTH:
+    if name.startswith("eval/") or len(steps) < 3 * SMOOTH:
         return steps, values
     kept, middle = np.isfinite(values), slice(SMOOTH // 2, len(steps) - SMOOTH // 2)
     sums, counts = (np.convolve(each, np.ones(SMOOTH), "valid") for each in (np.where(kept, values, 0.0), kept))

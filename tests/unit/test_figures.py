@@ -74,13 +74,13 @@ def test_a_line_of_runs_is_their_mean_and_its_band_their_range():
 
 
 def test_step_metrics_are_smoothed_over_what_is_there_and_a_single_runs_own_values_stand_behind():
-    values = [float(i % 5) for i in range(20)]
+    values = [float(i % 5) for i in range(30)]
     values[7] = None
     smooth, raw = draw([Panel("", [Line("a", [rows(loss=values)], "loss")])], "").axes[0].lines
     known = [NAN if v is None else v for v in values]
-    expected = [NAN if i == 7 else np.nanmean(known[i - 4 : i + 5]) for i in range(4, 16)]
+    expected = [NAN if i == 7 else np.nanmean(known[i - 4 : i + 5]) for i in range(4, 26)]
     np.testing.assert_allclose(smooth.get_ydata(), expected)
-    assert smooth.get_xdata().tolist() == list(range(5, 17)) and SMOOTH == 9
+    assert smooth.get_xdata().tolist() == list(range(5, 27)) and SMOOTH == 9
     np.testing.assert_equal(raw.get_xydata()[:, 1], known)
 
 
