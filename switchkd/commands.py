@@ -441,9 +441,30 @@ def plot(config: PlotConfig) -> None:
 def check(config: TrainConfig) -> None:
     from switchkd.preflight import check_run
     from switchkd.report import console
+    from switchkd.runs import open_pair
 
-    for line in check_run(config):
+    pair = open_pair(config, seed=config.seed)
+    for line in check_run(config, pair):
         console.print(line, soft_wrap=True)
+    if (Path(config.output_dir) / "metrics.jsonl").is_file():
+        _check_records(Path(config.output_dir), pair)
+
+
+def _check_records(path: Path, pair: Pair) -> None:
+    from switchkd.records import check_records
+    from switchkd.report import bar, console
+    from switchkd.run_record import RunRecord
+
+    run = RunRecord.read(path)
+    with bar("read again", None) as progress:
+        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
+    for finding in findings:
+        console.print(f"{path}, {finding}", soft_wrap=True)
+    if wrong := [finding.what for finding in findings if not finding.holds(run.config.dtype)]:
+        raise DataError(
+            f"{path}: the records of {', '.join(wrong)} are not what these models and settings give; models, settings or "
+            "files were changed since"
+        )
 
 
 def prune(config: PruneConfig) -> None:
@@ -482,7 +503,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "compare": (CompareConfig, compare, False, "compare evaluated runs, and say which differences are beyond chance"),
     "report": (ReportConfig, report, False, "write runs as one HTML page: who wrote what and why, scores, curves"),
     "plot": (PlotConfig, plot, False, "draw the papers' figures of trained runs: lambda, divergence, length, cost, …"),
-    "check": (TrainConfig, check, True, "check pair, vocabulary, data, memory and settings; train nothing"),
+    "check": (
+        TrainConfig,
+        check,
+        True,
+        "check pair, data, memory and settings, and of a run its records; train nothing",
+    ),
     "methods": (MethodsConfig, methods, False, "list the recipes: who writes, what is trained, on which text, source"),
     "tasks": (TasksConfig, tasks, False, "list the tasks: what is scored, the main score, data by default, source"),
     "demo": (DemoConfig, demo, False, "distil a real student on this machine, no hub needed"),

@@ -13,17 +13,15 @@ from switchkd.runs import (
     load_train,
     load_validation,
     longest_teacher_prompt,
-    open_pair,
     role_of,
 )
 from switchkd.tracking import check_trackers
 from switchkd.trainer import Trainer
 
 
-def check_run(config: TrainConfig) -> list[str]:
-    """Load pair and data as a run would and say what it would do and need, in lines; trains nothing."""
+def check_run(config: TrainConfig, pair: Pair) -> list[str]:
+    """Load data as a run would and say what it would do and need, in lines; trains nothing."""
     check_trackers(config.report_to)
-    pair = open_pair(config, seed=config.seed)
     train = load_train(config, pair)
     heldout = load_heldout(config, pair)
     check_context(config, pair)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,14 @@ class RunRecord:
         """At most so many of the generated texts, evenly spread over training."""
         return read_lines(self.path / "rollouts.jsonl", most)
 
+    def rollouts_of(self, steps: Collection[int], most: int) -> dict[int, Lines]:
+        """The first generated texts of each of these steps, at most so many."""
+        found: dict[int, Lines] = {step: [] for step in steps}
+        for record in iter_lines(self.path / "rollouts.jsonl"):
+            if len(own := found.get(record["step"], [])) < most and record["step"] in found:
+                own.append(record)
+        return found
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
         from switchkd.models import load_tokenizer
@@ -91,24 +99,29 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def read_lines(file: Path, most: int | None = None) -> Lines:
-    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file.
+    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file."""
+    if most is None or not file.is_file():
+        return list(iter_lines(file))
+    with file.open("rb") as lines:
+        count = sum(1 for _ in lines)
+    return list(iter_lines(file, set(spread(count, most))))
+
+
+def iter_lines(file: Path, wanted: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file that a run appends to, or those of the ``wanted`` lines from 0; none where there is no file.
 
     A last line that was cut short is left out. Raises DataError, naming the line, for any other that is no record.
     """
     if not file.is_file():
-        return []
+        return
     with file.open("rb") as lines:
-        wanted = None if most is None else set(spread(sum(1 for _ in lines), most))
-        lines.seek(0)
-        records = []
         for number, line in enumerate(lines):
             if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
                 continue
             try:
-                records.append(json.loads(line))
+                yield json.loads(line)
             except ValueError as error:
                 raise DataError(f"{file}, line {number + 1} is damaged: {error}") from error
-    return records
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -42,10 +42,8 @@ class Trace:
 
 @torch.no_grad()
 def trace(pair: Pair, rollout: Rollout) -> Trace:
-    """Read a rollout again with the pair's student and the teacher that it was written with; temperature 1."""
-    teacher = pair.teacher_named(rollout.teacher)
-    read = (pair.student, rollout.prompt_ids), (teacher, rollout.teacher_reads)
-    logs = [_log_probs(model, prompt, rollout.completion_ids, pair.vocab_size) for model, prompt in read]
+    """What the pair's student, and the teacher that a rollout was written with, say of it at temperature 1."""
+    logs = read_again(pair, rollout)
     written = torch.tensor(rollout.completion_ids).unsqueeze(1)
     best = [each.topk(min(TOP, pair.vocab_size)) for each in logs]
     q, p = logs
@@ -57,6 +55,13 @@ def trace(pair: Pair, rollout: Rollout) -> Trace:
         ],
         (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist(),
     )
+
+
+@torch.no_grad()
+def read_again(pair: Pair, rollout: Rollout) -> list[Tensor]:
+    """The next-token log-distributions of STUDENT and TEACHER along a rollout, ``[T, V]`` each, on the host."""
+    read = (pair.student, rollout.prompt_ids), (pair.teacher_named(rollout.teacher), rollout.teacher_reads)
+    return [_log_probs(model, prompt, rollout.completion_ids, pair.vocab_size) for model, prompt in read]
 
 
 def _log_probs(model: Any, prompt: list[int], completion: list[int], vocab_size: int) -> Tensor:

@@ -164,6 +164,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "source": source,
+            "progress": self.progress,
             "num_tokens": self.num_tokens,
             "seconds": seconds,
             "seconds/generate": read_at - start,

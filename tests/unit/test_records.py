@@ -1,0 +1,130 @@
+"""What a run wrote down is what its models say, read again; and records that were changed are found out."""
+
+import json
+import shutil
+
+import pytest
+from tiny import byte_level_tokenizer, save_llama
+
+from switchkd.cli import main
+from switchkd.models import load_pair
+from switchkd.policies import AdaSwitch
+from switchkd.records import check_records
+from switchkd.run_record import RunRecord
+
+METHODS = ["switch", "adaswitch", "skd", "switch_mix_in", "trb", "hysteresis", "on_policy", "kd"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = byte_level_tokenizer()
+    (folder / "data.jsonl").write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 12)
+    return {
+        "teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
+        "student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
+        "train-file": folder / "data.jsonl",
+    }
+
+
+def train(place, output, method="switch", **changes):
+    settings = {
+        **place, "template": "chat", "max-prompt-length": 128, "max-new-tokens": 10, "max-completion-length": 24,
+        "eval-samples": 0, "per-device-train-batch-size": 3, "max-steps": 4, "save-steps": 2, "sample-steps": 1,
+        "sample-prompts": 2, "dtype": "float64", "learning-rate": 3e-3, "output-dir": output,
+    } | changes  # fmt: skip
+    assert main(["train", method, *(str(part) for k, v in settings.items() for part in (f"--{k}", v))]) == 0
+    return output
+
+
+def findings(run):
+    record = RunRecord.read(run)
+    config = record.config
+    pair = load_pair(config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype)
+    return list(check_records(record, pair))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_records_in_float64_are_reproduced_to_the_tenth_digit(place, tmp_path, method):
+    own = {"mix.lmbda": 1} if method.startswith("switch") else {}
+    run = train(place, tmp_path / "run", method, **own)
+    found = findings(run)
+    generated = [f"rollouts of step {step}" for step in (1, 3)] if method != "kd" else []
+    assert {f.what for f in found} == {f"samples of step {step}" for step in (0, 2, 4)} | set(generated)
+    assert all(f.largest < 1e-10 and f.other_speakers == 0 and f.tokens > 0 and f.holds("float64") for f in found)
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    return train(place, tmp_path_factory.mktemp("true") / "run", **{"mix.lmbda": 1})
+
+
+def changed(run, target, name, change):
+    """A copy of the run in which the first record of a file is changed."""
+    shutil.copytree(run, target)
+    lines = (target / name).read_text().splitlines()
+    record = json.loads(lines[0])
+    change(record)
+    (target / name).write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    return target
+
+
+def add(name, *places):
+    def change(record):
+        values = record[name]
+        for place in places[:-1]:
+            values = values[place]
+        values[places[-1]] += 1e-9
+
+    return change
+
+
+def swap_speaker(record):
+    record["speakers"][1] = 1 - record["speakers"][1]
+
+
+CHANGES = {
+    "divergence": ("rollouts.jsonl", add("divergences", 2)),
+    "threshold": ("rollouts.jsonl", add("thresholds", 3)),
+    "speaker": ("rollouts.jsonl", swap_speaker),
+    "log_prob": ("samples.jsonl", add("log_probs", 1, 0)),
+    "token": (
+        "rollouts.jsonl",
+        lambda record: record["completion_ids"].__setitem__(4, record["completion_ids"][4] ^ 1),
+    ),
+    "prompt": ("rollouts.jsonl", lambda record: record["prompt_ids"].__setitem__(4, record["prompt_ids"][4] ^ 1)),
+    "missing": ("rollouts.jsonl", lambda record: record["divergences"].__setitem__(1, None)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_record_that_was_changed_is_found_out_and_named(run, tmp_path, name, capsys):
+    file, change = CHANGES[name]
+    broken = changed(run, tmp_path / "run", file, change)
+    wrong = [f.what for f in findings(broken) if not f.holds("float64")]
+    assert wrong == [f"{file.split('.')[0]} of step {0 if file.startswith('samples') else 1}"]
+
+
+def test_check_says_it_for_a_run_also_one_that_was_moved(run, tmp_path, capsys):
+    broken = changed(run, tmp_path / "moved", "rollouts.jsonl", swap_speaker)
+    assert main(["check", str(run)]) == 0
+    assert "rollouts of step 3: 3 texts, 30 tokens read again; 0 speakers differ" in capsys.readouterr().out
+    assert main(["check", str(broken)]) == 1
+    assert "the records of rollouts of step 1 are not what these models" in capsys.readouterr().err
+
+
+def test_another_student_in_the_same_place_is_found_out(run, tmp_path):
+    record = RunRecord.read(run)
+    other = save_llama(tmp_path / "other", byte_level_tokenizer(), 3, layers=1)
+    pair = load_pair(record.config.teacher_model_name_or_path, other, dtype="float64")
+    found = {f.what: f.holds("float64") for f in check_records(record, pair)}
+    # Checkpoints bring their own weights; those that the run began with are taken from the folder.
+    assert [what for what, holds in found.items() if not holds] == ["samples of step 0", "rollouts of step 1"]
+
+
+def test_a_policy_that_forgets_its_state_would_be_found_out(place, tmp_path, monkeypatch):
+    run = train(place, tmp_path / "run", "adaswitch", **{"policy.window": 2, "policy.ratio": 1})
+    assert all(f.holds("float64") for f in findings(run))
+    step = AdaSwitch.step
+    monkeypatch.setattr(AdaSwitch, "step", lambda self, state, *rest: step(self, self.init(1), *rest))
+    assert not all(f.holds("float64") for f in findings(run))
