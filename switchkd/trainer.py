@@ -284,21 +284,17 @@ class Trainer:
         return self.config.mix.source(chance, self.progress, len(self.replay), self.mix_memory)
 
     def _rows(self, source: Source, on_round: OnRound | None) -> tuple[Rows, Rollouts]:
-        """This rank's rows, and those of them that were generated now."""
+        """This rank's rows, and what all ranks generated now."""
         examples = self._next(self.examples)
         if source == "examples":
             return examples, Rollouts()
         if source == "replay":
             return self._replayed(), Rollouts()
-        rollouts = self._generate(examples, on_round)
-        self._remember(rollouts)
-        return ([*examples, *rollouts] if source == "pairs" else rollouts), rollouts
-
-    def _remember(self, rollouts: Rollouts) -> None:
-        """Keep what all ranks generated, without the teacher's states, for replay; the oldest go first."""
-        if self.config.mix.capacity:
-            light = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
-            self.replay = [*self.replay, *gather_object(light)][-self.config.mix.capacity :]
+        mine = self._generate(examples, on_round)
+        rollouts = _gathered(mine)
+        if self.config.mix.capacity:  # for replay; the oldest go first
+            self.replay = [*self.replay, *rollouts][-self.config.mix.capacity :]
+        return ([*examples, *mine] if source == "pairs" else mine), rollouts
 
     def _replayed(self) -> list[Rollout]:
         """Rollouts of earlier steps, drawn by (seed, step) without replacement while there are enough."""
@@ -425,6 +421,15 @@ class Trainer:
             self.student.train()
             yield
             self.student.eval()
+
+
+def _gathered(rollouts: Rollouts) -> Rollouts:
+    """What all ranks generated, as one process would have, without the teacher's states."""
+    light = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
+    parts = gather_object([(light, rollouts.cost)])
+    cost = sum((own for _, own in parts), DecodeCost())
+    cost.seconds = max(own.seconds for _, own in parts)  # they ran side by side
+    return Rollouts([rollout for own, _ in parts for rollout in own], cost)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:

@@ -1,16 +1,21 @@
-"""Two CPU processes train on the rows of one, with the same choices and the same gradient."""
+"""Two CPU processes train on the rows of one, with the same choices, the same text and the same gradient."""
 
+import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from switchkd.checkpoint import checkpoints
+
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
@@ -25,11 +30,20 @@ from switchkd.trainer import Trainer
 
 accelerator = Accelerator(cpu=True)
 config = TrainConfig(
-    policy=Switch(tau_0=0.6, decay=0.05), mix={mix}, objective=ForwardKL(), max_new_tokens=6, max_steps=5, save_steps=0,
+    policy=Switch(tau_0=0.6, decay=0.05), mix={mix}, objective=ForwardKL(), max_new_tokens=6, max_steps=5, save_steps=3,
     per_device_train_batch_size=4 // accelerator.num_processes, gradient_accumulation_steps=2, learning_rate=3e-3, seed=3,
     output_dir={output!r},
 )
 trainer = Trainer(toy_pair(), toy_examples(), config, accelerator, validation=toy_examples(5), corpus=toy_examples(9))
+if {resume}:
+    trainer.resume()
+    assert trainer.step == 3
+train_step = trainer.train_step
+def dying(*arguments):
+    if trainer.step == {dies_after} and accelerator.process_index == 1:
+        os._exit(9)
+    return train_step(*arguments)
+trainer.train_step = dying
 trainer.train()
 if accelerator.is_main_process:
     assert accelerator.num_processes == {processes}
@@ -38,25 +52,53 @@ if accelerator.is_main_process:
 """
 
 
-def trained(folder, processes, mix):
-    folder.mkdir()
+def launched(folder, processes, mix, resume=False, dies_after=-1):
+    folder.mkdir(exist_ok=True)
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(tests=str(TESTS), output=str(folder), processes=processes, mix=mix))
+    own = {"output": str(folder), "processes": processes, "mix": mix, "resume": resume, "dies_after": dies_after}
+    script.write_text(SCRIPT.format(tests=str(TESTS), **own))
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=TESTS.parent,
-    )
+    command = [sys.executable, *(launch if processes > 1 else []), str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=TESTS.parent)
+
+
+def trained(folder, processes, mix, resume=False):
+    done = launched(folder, processes, mix, resume)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / "weights.safetensors")
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-10, rtol=1e-8)
+
+
+def written(folder):
+    """Who wrote which tokens, in the order of the records."""
+    rollouts = map(json.loads, (folder / "rollouts.jsonl").read_text().splitlines())
+    return [[r["step"], r["sample_id"], r["completion_ids"], r["speakers"]] for r in rollouts]
 
 
 @pytest.mark.parametrize("mix", ["Generated(0.5)", "Adaptive(share=0.9, capacity=8, validation_steps=2)"])
 def test_two_ranks_are_one(tmp_path, mix):
     """Also with replay, a validation loss (five rows in batches of two, so one rank has none left), and a second corpus."""
-    one, two = trained(tmp_path / "one", 1, mix), trained(tmp_path / "two", 2, mix)
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, atol=1e-10, rtol=1e-8)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert_equal(straight := trained(one, 1, mix), trained(two, 2, mix))
+    assert written(two) == written(one) and len({sample for _, sample, *_ in written(one)}) >= 8
+    if mix.startswith("Adaptive"):
+        # A run goes on with another number of processes, one way and the other.
+        for folder, processes in ((one, 2), (two, 1)):
+            (folder / "weights.safetensors").unlink()
+            shutil.rmtree(folder / "checkpoint-5")
+            assert_equal(straight, trained(folder, processes, mix, resume=True))
+        assert written(two) == written(one)
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_from_a_whole_checkpoint(tmp_path):
+    start = time.monotonic()
+    done = launched(tmp_path / "two", 2, "Generated(0.5)", dies_after=4)
+    assert done.returncode != 0 and time.monotonic() - start < 120  # two interpreters start in that time, too
+    assert [folder.name for folder in checkpoints(tmp_path / "two")] == ["checkpoint-3"]
+    resumed = trained(tmp_path / "two", 2, "Generated(0.5)", resume=True)
+    assert_equal(trained(tmp_path / "one", 1, "Generated(0.5)"), resumed)
