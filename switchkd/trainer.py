@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel
 
 from switchkd.cache import evaluating
@@ -51,6 +51,7 @@ OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far 
 
 Rows = Sequence[Rollout | TokenizedExample]
 
+SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 BEST = "best"  # the folder of the best student that evaluations in the run saw
 
 # Words that part the uses of (seed, step): which text, dropout, and what to replay.
@@ -91,6 +92,11 @@ class Trainer:
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
             )
         self.accelerator = accelerator or Accelerator()
+        if self.accelerator.distributed_type in SHARDED:
+            raise ConfigError(
+                f"weights sharded by {self.accelerator.distributed_type.value} are not supported: rows are decoded at their own "
+                "pace, and a forward in which not all ranks take part would wait for ever; launch with plain data parallelism"
+            )
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
         self.replay: list[Rollout] = []

@@ -6,12 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from tiny import toy_examples, toy_pair
 
 from switchkd.checkpoint import checkpoints
+from switchkd.config import TrainConfig
+from switchkd.errors import ConfigError
+from switchkd.trainer import Trainer
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
@@ -102,3 +108,9 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_from_a_whole_check
     assert [folder.name for folder in checkpoints(tmp_path / "two")] == ["checkpoint-3"]
     resumed = trained(tmp_path / "two", 2, "Generated(0.5)", resume=True)
     assert_equal(trained(tmp_path / "one", 1, "Generated(0.5)"), resumed)
+
+
+def test_sharded_weights_are_refused_before_they_can_wait_for_ever(tmp_path):
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ConfigError, match="sharded by FSDP are not supported"):
+        Trainer(toy_pair(), toy_examples(), TrainConfig(output_dir=str(tmp_path)), sharded)
