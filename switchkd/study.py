@@ -176,12 +176,12 @@ def run_cells(
 
 def _write_cell(output_dir: Path, cell: Cell) -> None:
     """Write a run's settings, or check that they are those that it has been started with."""
-    file, text = output_dir / "cells" / f"{cell.name}.yaml", yaml.safe_dump(to_dict(cell.config), sort_keys=False)
+    file, new = output_dir / "cells" / f"{cell.name}.yaml", to_dict(cell.config)
     if not file.is_file():
-        write_file(file, text)
-    elif (before := file.read_text(encoding="utf-8")) != text:
-        old, new = yaml.safe_load(before), yaml.safe_load(text)
-        changed = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new if old.get(key) != new[key])
+        write_file(file, yaml.safe_dump(new, sort_keys=False))
+        return
+    old = to_dict(load_recipe(str(file)))  # settings that there were not yet have their defaults
+    if changed := "; ".join(f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]):
         raise ConfigError(
             f"{file.parent.parent} was begun with other settings of {cell.name} ({changed}); go back to them, or name another "
             "--output-dir"

@@ -67,6 +67,11 @@ def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys):
     assert (config["seed"], config["learning_rate"], config["eval_on_start"]) == (0, 1e-3, False)
     models = [json.loads((output / f"{m}-seed0" / "evaluation.json").read_text())["results"] for m in ("sft", "soft")]
     assert list(models[0]) == ["teacher", "student before", "student after"] and list(models[1]) == ["student after"]
+    cell = output / "cells" / "sft-seed0.yaml"
+    cell.write_text(
+        "".join(line for line in cell.open() if not line.startswith("sample_prompts"))
+    )  # as an older version
+    assert main(arguments) == 0
     assert main([*arguments, "--set", "max_steps=3"]) == 1
     assert "begun with other settings" in capsys.readouterr().err
 
