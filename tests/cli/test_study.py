@@ -69,7 +69,7 @@ def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys):
     assert list(models[0]) == ["teacher", "student before", "student after"] and list(models[1]) == ["student after"]
     cell = output / "cells" / "sft-seed0.yaml"
     cell.write_text(
-        "".join(line for line in cell.open() if not line.startswith("sample_prompts"))
+        "".join(line for line in cell.read_text().splitlines(True) if not line.startswith("sample_prompts"))
     )  # as an older version
     assert main(arguments) == 0
     assert main([*arguments, "--set", "max_steps=3"]) == 1
