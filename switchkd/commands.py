@@ -451,7 +451,7 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.records import check_records
+    from switchkd.replay import check_records
     from switchkd.report import bar, console
     from switchkd.run_record import RunRecord
 

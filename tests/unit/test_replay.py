@@ -9,7 +9,7 @@ from tiny import byte_level_tokenizer, save_llama
 from switchkd.cli import main
 from switchkd.models import load_pair
 from switchkd.policies import AdaSwitch
-from switchkd.records import check_records
+from switchkd.replay import check_records
 from switchkd.run_record import RunRecord
 
 METHODS = ["switch", "adaswitch", "skd", "switch_mix_in", "trb", "hysteresis", "on_policy", "kd"]
