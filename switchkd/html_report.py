@@ -29,8 +29,7 @@ from switchkd.statistics import difference, lower_is_better, verdict
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
-MOST_BYTES = 5_000_000
-_FOR_TEXTS = 3_500_000  # of these, for the viewer
+FOR_TEXTS = 3_500_000  # bytes for the viewer; scores and curves take about a fifth of that
 BEFORE, AFTER = "student before", "student after"
 
 
@@ -59,7 +58,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
     texts = []
     for run, name in zip(runs, names, strict=True):
         progress(f"texts of {name}")
-        texts.append(payload(run, name, _FOR_TEXTS // len(runs)))
+        texts.append(payload(run, name, FOR_TEXTS // len(runs)))
     progress("scores and curves")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         (assets / "report.html.j2").read_text(encoding="utf-8")
