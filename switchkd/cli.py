@@ -13,6 +13,7 @@ import tyro
 from switchkd.commands import COMMANDS, NOT_FROM_RECIPE
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, nearest
+from switchkd.text import visible
 
 Config = TypeVar("Config")
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         function(config)
     except SwitchKDError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

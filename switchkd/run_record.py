@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from switchkd.config import TrainConfig, from_dict, read_yaml
+from switchkd.config import TrainConfig, from_dict
 from switchkd.errors import ConfigError, DataError
+from switchkd.plain import TokenId, check_type, json_object, read_yaml
 from switchkd.results import Evaluation, read_results
 
 if TYPE_CHECKING:
@@ -20,6 +21,37 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 
 Lines = list[dict[str, Any]]
+
+
+class StepLine(TypedDict):
+    """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
+
+    step: int
+    num_tokens: int
+    seconds: float
+
+
+class TextLine(TypedDict):
+    """A line of rollouts.jsonl, as far as it is read again."""
+
+    step: int
+    prompt_ids: list[TokenId]
+    completion_ids: list[TokenId]
+    speakers: list[int]
+    divergences: list[float | None]
+    thresholds: list[float | None]
+    stop_reason: str
+
+
+class SampleLine(TextLine):
+    """A line of samples.jsonl."""
+
+    sample_id: int
+    reference: str | None
+    scores: dict[str, float]
+    jsd: list[float]
+    log_probs: tuple[list[float], list[float]]
+    top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +69,7 @@ class RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
         config = read_config(path)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
-        return RunRecord(path, config, read_lines(path / "metrics.jsonl"), read_lines(path / "samples.jsonl"), found)
+        return RunRecord(path, config, read_metrics(path), read_lines(path / "samples.jsonl", SampleLine), found)
 
     @property
     def finished(self) -> bool:
@@ -53,7 +85,7 @@ class RunRecord:
         if self.finished:
             return f"Finished after {last} steps."
         of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
-        saved = [int(folder.name.removeprefix("checkpoint-")) for folder in self.path.glob("checkpoint-[0-9]*")]
+        saved = self._checkpoints()
         where = f"its newest checkpoint is that of step {max(saved)}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
 
@@ -67,15 +99,19 @@ class RunRecord:
                     found.setdefault(name, []).append(line["step"])
         return found
 
+    def _checkpoints(self) -> dict[int, Path]:
+        named = ((folder.name.removeprefix("checkpoint-"), folder) for folder in self.path.glob("checkpoint-*"))
+        return {int(number): folder for number, folder in named if number.isdecimal()}
+
     def rollouts(self, most: int) -> Lines:
         """At most so many of the generated texts, evenly spread over training."""
-        return read_lines(self.path / "rollouts.jsonl", most)
+        return read_lines(self.path / "rollouts.jsonl", TextLine, most)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
         from switchkd.models import load_tokenizer
 
-        saved = [self.path / "student", self.path / "best", *sorted(self.path.glob("checkpoint-[0-9]*"))]
+        saved = [self.path / "student", self.path / "best", *self._checkpoints().values()]
         for folder in saved:
             if (folder / "tokenizer.json").is_file():
                 return load_tokenizer(str(folder))
@@ -90,10 +126,21 @@ def read_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, read_yaml(file), str(file))
 
 
-def read_lines(file: Path, most: int | None = None) -> Lines:
+def read_metrics(run: Path) -> Lines:
+    """The step metrics of a run, up to a line that was cut short; none where it has not begun."""
+    file = run / "metrics.jsonl"
+    lines = read_lines(file, StepLine)
+    for number, line in enumerate(lines, start=1):
+        with _at(file, number):
+            check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
+    return lines
+
+
+def read_lines(file: Path, kind: type, most: int | None = None) -> Lines:
     """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file.
 
-    A last line that was cut short is left out. Raises DataError, naming the line, for any other that is no record.
+    ``kind`` says what each has. A last line that was cut short is left out. Raises DataError, naming the line, for any other that
+    is no such record.
     """
     if not file.is_file():
         return []
@@ -104,11 +151,18 @@ def read_lines(file: Path, most: int | None = None) -> Lines:
         for number, line in enumerate(lines):
             if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
                 continue
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(f"{file}, line {number + 1} is damaged: {error}") from error
+            with _at(file, number + 1):
+                records.append(json_object(line))
+                check_type(records[-1], kind)
     return records
+
+
+@contextmanager
+def _at(file: Path, number: int) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{file}, line {number} is damaged: {error}; take the line out") from error
 
 
 def spread(count: int, most: int) -> list[int]:

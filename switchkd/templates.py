@@ -130,13 +130,13 @@ class Encoder:
         return prompt, conversation[len(prompt) :].rstrip()
 
     def _render(self, turns: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (
+            Exception
+        ) as error:  # a template is a program, which transformers runs in a sandbox: it may fail in any way
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(f"{source}: the chat template refuses the turns {roles}: {error}") from error
 
