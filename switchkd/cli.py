@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config: Any = parse(settings, args)
         _quiet_libraries()
         function(config)
-    except SwitchKDError as error:
+    except (SwitchKDError, OSError) as error:  # an OSError names the file and what the system says of it
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

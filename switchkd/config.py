@@ -291,8 +291,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
             "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
+            "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
+        if max(self.adam_beta1, self.adam_beta2) >= 1:
+            raise ConfigError(f"adam_beta1 and adam_beta2 must be below 1, got {self.adam_beta1} and {self.adam_beta2}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs must be above 0 where max_steps is -1, got {self.num_train_epochs}")
         if self.max_new_tokens_start > self.max_new_tokens:
@@ -385,7 +388,10 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
         if name not in names:
             raise ConfigError(f"{source}: unknown setting {shown(name)}{nearest(name, names)}")
     given = {name: _typed(value, hints[name], f"{source}: {name}") for name, value in values.items()}
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -420,7 +426,7 @@ def rule(noun: str, value: Any, source: str) -> Any:
     cls = _imported(noun, name, source) if ":" in name else NOUNS[noun][1].get(name)
     if cls is None:
         raise ConfigError(
-            f"{source}: unknown {noun} {name!r}{nearest(name, NOUNS[noun][1])}; your own is my_module:MyClass"
+            f"{source}: unknown {noun} {shown(name)}{nearest(name, NOUNS[noun][1])}; your own is my_module:MyClass"
         )
     return from_dict(cls, {k: v for k, v in settings.items() if k != "name"}, f"{source} {name}")
 

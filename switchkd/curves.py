@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.compare_report import BLUE, GREY, VERMILLION
+from switchkd.plain import Lines
 from switchkd.report import number
 from switchkd.rollouts import mean
-from switchkd.run_record import Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ import json
 import types
 import typing
 from collections import Counter
-from dataclasses import is_dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import yaml
 
 from switchkd.errors import ConfigError, DataError
 
+Lines = list[dict[str, Any]]
 TokenId = Annotated[int, range(2**31)]
 _NUMBER = range(-(2**63), 2**63)  # what numpy and torch take
 _MOST_VALUES = 100_000  # of a YAML file
@@ -76,7 +78,7 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     """Raise DataError, naming the first part that differs, unless a JSON value is of the type ``hint``.
 
     A hint is a plain type, one that may be None, list, dict[str, …], a tuple (a list of that length), Annotated[int, range(…)],
-    or a TypedDict or dataclass (an object with at least these fields). Any number fits into 64 bits.
+    or a TypedDict (an object with at least these fields). Any number fits into 64 bits.
     """
     parts, fields = typing.get_args(hint), _fields(hint)
     kind = dict if fields else typing.get_origin(hint) or hint
@@ -104,8 +106,47 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
 
 def _fields(hint: Any) -> dict[str, Any]:
     """What an object of that class must hold; nothing for other types."""
-    named = typing.is_typeddict(hint) or is_dataclass(hint)
-    return typing.get_type_hints(hint, include_extras=True) if named else {}
+    return typing.get_type_hints(hint, include_extras=True) if typing.is_typeddict(hint) else {}
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------------------
+
+
+def read_lines(file: Path, kind: type, most: int | None = None) -> Lines:
+    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file.
+
+    ``kind`` says what each has. A last line that was cut short is left out. Raises DataError, naming the line, for any other that
+    is no such record.
+    """
+    if not file.is_file():
+        return []
+    with file.open("rb") as lines:
+        wanted = None if most is None else set(spread(sum(1 for _ in lines), most))
+        lines.seek(0)
+        records = []
+        for number, line in enumerate(lines):
+            if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
+                continue
+            with damaged_at(file, number + 1):
+                records.append(json_object(line))
+                check_type(records[-1], kind)
+    return records
+
+
+@contextmanager
+def damaged_at(file: Path, number: int) -> Iterator[None]:
+    """What is wrong with a line is said with its file and number, from 1."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{file}, line {number} is damaged: {error}; take the line out") from error
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 … count − 1, evenly spread, the first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 # --- YAML -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from switchkd.errors import DataError
-from switchkd.plain import check_type, json_object, shown
+from switchkd.plain import check_type, json_object, read_lines, shown
 from switchkd.statistics import Estimate, Values, estimate, score, spearman
 
 FORMAT = 1
@@ -134,22 +134,31 @@ class _Record(TypedDict):
     results: dict[str, _Result]
 
 
+class _Text(TypedDict):
+    """A line of the text that was scored."""
+
+    model: str
+    example: int
+    seed: int | None
+    text: str
+    tokens: int
+    stop_reason: str
+
+
 def read_results(file: Path) -> dict[str, Evaluation]:
     """The evaluations in a file, by the name of their model; raises DataError for one that this version did not write."""
     try:
         record = json_object(file.read_bytes())
-        texts: dict[str, list[Completion]] = {}
-        for line in completions_file(file).read_bytes().splitlines():
-            text = json_object(line)
-            model = text.pop("model", None)
-            check_type(model, str, "model")
-            check_type(text, Completion)
-            texts.setdefault(model, []).append(Completion(**text))
         if record.get("format") != FORMAT:
             raise DataError(f"format {shown(record.get('format'))}, this is {FORMAT}")
+        if not completions_file(file).is_file():
+            raise DataError(f"there is no {completions_file(file).name} beside it")
+        texts: dict[str, list[Completion]] = {}
+        for line in read_lines(completions_file(file), _Text):
+            texts.setdefault(line["model"], []).append(Completion(*(line[f.name] for f in fields(Completion))))
         found = results_of(record)
         return {model: replace(result, completions=texts.get(model, ())) for model, result in found.items()}
-    except (OSError, DataError, TypeError) as error:  # a TypeError for a completion that has more than it should
+    except (OSError, DataError) as error:
         raise DataError(
             f"{file} cannot be read as an evaluation: {error}; make it again with `switchkd evaluate`"
         ) from error

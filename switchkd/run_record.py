@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from switchkd.config import TrainConfig, from_dict
-from switchkd.errors import ConfigError, DataError
-from switchkd.plain import TokenId, check_type, json_object, read_yaml
+from switchkd.errors import ConfigError
+from switchkd.plain import Lines, TokenId, check_type, damaged_at, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.yaml"
-
-Lines = list[dict[str, Any]]
 
 
 class StepLine(TypedDict):
@@ -131,45 +128,9 @@ def read_metrics(run: Path) -> Lines:
     file = run / "metrics.jsonl"
     lines = read_lines(file, StepLine)
     for number, line in enumerate(lines, start=1):
-        with _at(file, number):
+        with damaged_at(file, number):
             check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
     return lines
-
-
-def read_lines(file: Path, kind: type, most: int | None = None) -> Lines:
-    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file.
-
-    ``kind`` says what each has. A last line that was cut short is left out. Raises DataError, naming the line, for any other that
-    is no such record.
-    """
-    if not file.is_file():
-        return []
-    with file.open("rb") as lines:
-        wanted = None if most is None else set(spread(sum(1 for _ in lines), most))
-        lines.seek(0)
-        records = []
-        for number, line in enumerate(lines):
-            if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
-                continue
-            with _at(file, number + 1):
-                records.append(json_object(line))
-                check_type(records[-1], kind)
-    return records
-
-
-@contextmanager
-def _at(file: Path, number: int) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{file}, line {number} is damaged: {error}; take the line out") from error
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of the places 0 … count − 1, evenly spread, the first and last among them."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

@@ -11,8 +11,9 @@ from fabricated import HOSTILE, metric, rollout, run, sample
 from switchkd.cli import main
 from switchkd.errors import ConfigError, DataError
 from switchkd.html_report import page
+from switchkd.plain import spread
 from switchkd.policies import AdaSwitch, Switch
-from switchkd.run_record import RunRecord, read_metrics, spread
+from switchkd.run_record import RunRecord, read_metrics
 from switchkd.viewer import payload
 
 
