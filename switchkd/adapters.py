@@ -6,7 +6,6 @@ model as before. Only the adapter is trained and saved. peft is imported when an
 
 import copy
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from switchkd.errors import ConfigError, ModelError, nearest
 from switchkd.models import ADAPTER_CONFIG
+from switchkd.plain import json_object, shown
 from switchkd.sampling import noise_key
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None,),
     "layer_replication": (None,),
     "lora_bias": (False,),
+    "megatron_config": (None,),  # with it, peft imports a module that the adapter names
     "init_lora_weights": (True, False, "gaussian"),
 }
 VERSIONS = {"peft": "0.20", "bitsandbytes": "0.45"}  # as in pyproject.toml
@@ -72,17 +73,17 @@ def open_adapter(model: PreTrainedModel, folder: Path) -> None:
     """
     peft = require("peft")
     try:
-        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        kind = json_object((folder / ADAPTER_CONFIG).read_bytes()).get("peft_type")
         lora = peft.LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # peft refuses settings in many ways
         raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}; copy the adapter again") from error
     odd = [name for name, plain in PLAIN.items() if getattr(lora, name, plain[0]) not in plain]
     if lora is None or odd:
-        what = f"{', '.join(odd)} set" if lora else f"peft_type {kind}"
+        what = f"{', '.join(odd)} set" if lora else f"peft_type {shown(kind)}"
         raise ModelError(f"{folder} has {what}; switchkd opens LoRA adapters of linear layers only: merge it with peft")
     try:
         _inject(model, lora)
-    except (ValueError, TypeError) as error:  # no layer of that name, or no value of that kind
+    except Exception as error:  # no layer of that name, or no value of that kind: peft does not check
         raise ModelError(f"{folder} does not fit {model.config.model_type}: {error}") from error
     _refuse_outer_layers(model, folder)
     load_adapter(model, folder)

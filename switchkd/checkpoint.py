@@ -149,7 +149,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
         load_adapter(model, folder)
     else:
         # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
+        saved = type(model).from_pretrained(
+            folder, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
         model.load_state_dict(saved.state_dict())
 
 

@@ -13,6 +13,7 @@ import tyro
 from switchkd.commands import COMMANDS, NOT_FROM_RECIPE
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, nearest
+from switchkd.text import visible
 
 Config = TypeVar("Config")
 
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config: Any = parse(settings, args)
         _quiet_libraries()
         function(config)
-    except SwitchKDError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (SwitchKDError, OSError) as error:  # an OSError names the file and what the system says of it
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

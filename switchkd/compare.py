@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
-import yaml
-
-from switchkd.config import FREE_ON_RESUME
+from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.plain import check_type, json_object, read_yaml, shown
 from switchkd.results import FORMAT, Evaluation, results_of
+from switchkd.run_record import CONFIG
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 
 REFERENCES = ("teacher", "student before")
@@ -98,6 +98,43 @@ class Comparison:
         return next(iter(self.scores))
 
 
+class _Task(TypedDict):
+    name: str
+    version: int
+    primary: str
+
+
+class _Data(TypedDict):
+    file: str
+    sha256: str
+    ids: list[int]
+
+
+class _Model(TypedDict):
+    sha256: str
+
+
+class _Scored(TypedDict):
+    model: _Model
+
+
+class _ScoreSettings(TypedDict, total=False):
+    teacher_sha256: str
+
+
+class _Compared(TypedDict):
+    """What an evaluation file must hold to be compared, beside what every reader of one needs."""
+
+    task: _Task
+    data: _Data
+    settings: _ScoreSettings
+    results: dict[str, _Scored]
+
+
+class _Seeded(TypedDict):
+    seed: int
+
+
 def compare(
     paths: Sequence[str],
     task: str = "",
@@ -160,19 +197,21 @@ def load_result(path: str, task: str = "") -> Result:
     """
     file = _evaluation_file(Path(path), task)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json_object(file.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"no evaluation {file}; make one with `switchkd evaluate RUN`") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    form = record.get("format") if isinstance(record, dict) else None
-    if form != FORMAT:
-        raise DataError(f"{file} is of format {form}, not {FORMAT}; evaluate anew with `switchkd evaluate {path}`")
+    if (form := record.get("format")) != FORMAT:
+        raise DataError(
+            f"{file} is of format {shown(form)}, not {FORMAT}; evaluate anew with `switchkd evaluate {path}`"
+        )
+    settings = read_settings(file.parent) if (file.parent / CONFIG).is_file() else None
     try:
-        result = _result(file, record)
-    except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{file}, or config.yaml beside it, is not what switchkd writes: {what}") from error
+        check_type(record, _Compared)
+        result = _result(file, record, settings)
+    except DataError as error:
+        raise DataError(f"{file} is not what switchkd writes: {error}") from error
     if task and result.task["name"] != task:
         raise DataError(
             f"{file} is of the task {result.task['name']!r}, not {task!r}; make one with `switchkd evaluate {path} --task {task}`"
@@ -195,15 +234,26 @@ def _evaluation_file(path: Path, task: str) -> Path:
     raise DataError(f"{path} holds no {(named if task else own).name}; make it with {way_out}{hint}")
 
 
-def _result(file: Path, record: dict[str, Any]) -> Result:
+def _result(file: Path, record: dict[str, Any], config: dict[str, Any] | None) -> Result:
     models = results_of(record)
     if not any(name in models for name in STUDENTS):
         raise DataError(f"it has results of {', '.join(models) or 'nothing'}, and none of a student")
     task = {key: record["task"][key] for key in ("name", "version", "primary")}
     data = {key: record["data"][key] for key in ("file", "sha256", "ids")}
-    config = file.parent / "config.yaml"
-    settings = dict(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else None
-    return Result(file, task, data, dict(record["settings"]), models, settings)
+    return Result(file, task, data, dict(record["settings"]), models, config)
+
+
+def read_settings(run: Path, kind: type = _Seeded) -> dict[str, Any]:
+    """The settings of a run as plain values, defaults for those that it is too old to have; ``kind`` says what is read of them.
+
+    Raises DataError for what are none.
+    """
+    try:
+        settings = to_dict(TrainConfig()) | read_yaml(run / CONFIG)
+        check_type(settings, kind)
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{run} is no run directory, its {CONFIG} is not what switchkd writes: {error}") from error
+    return settings
 
 
 def check_comparable(results: Sequence[Result]) -> None:
@@ -326,6 +376,4 @@ def chosen_scores(results: Sequence[Result], methods: Sequence[Method], asked: S
     if unknown := [name for name in asked if name not in common]:
         raise ConfigError(f"no score {unknown[0]!r} that all results have{nearest(unknown[0], common)}")
     primary = results[0].task["primary"]
-    if not asked and primary not in common:
-        raise DataError(f"not all results have {primary!r}, the task's primary score; they share {', '.join(common)}")
     return list(dict.fromkeys(asked)) or [primary, *(name for name in common if name != primary and "@" not in name)]

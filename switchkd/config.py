@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-import yaml
 
 from switchkd.errors import ConfigError, nearest
 from switchkd.mixes import MIXES, Generated, Mix
 from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
+from switchkd.plain import read_yaml, shown
 from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
 from switchkd.templates import check_teacher_prompt
 
@@ -291,8 +291,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
             "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
+            "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
+        if max(self.adam_beta1, self.adam_beta2) >= 1:
+            raise ConfigError(f"adam_beta1 and adam_beta2 must be below 1, got {self.adam_beta1} and {self.adam_beta2}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs must be above 0 where max_steps is -1, got {self.num_train_epochs}")
         if self.max_new_tokens_start > self.max_new_tokens:
@@ -357,17 +360,6 @@ def load_recipe(path: str, cls: type[Config] = TrainConfig) -> Config:  # type: 
     return from_dict(cls, read_yaml(file), str(file))
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings in a YAML file; raises ConfigError if it holds none."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold settings as `name: value` lines, not {type(values).__name__}")
-    return values
-
-
 def shipped(kind: str) -> dict[str, Path]:
     """The ``recipes`` or ``plans`` that ship with the package, by name."""
     package = Path(str(files("switchkd")))
@@ -388,13 +380,18 @@ def named_file(path: str, kind: str) -> Path:
 
 def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
     """An instance of a settings dataclass from plain values; ``source`` names their file in error messages."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must hold settings as `name: value`, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
-            raise ConfigError(f"{source}: unknown setting {name!r}{nearest(str(name), names)}")
+            raise ConfigError(f"{source}: unknown setting {shown(name)}{nearest(name, names)}")
     given = {name: _typed(value, hints[name], f"{source}: {name}") for name, value in values.items()}
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -424,12 +421,12 @@ def rule(noun: str, value: Any, source: str) -> Any:
     """
     settings = {"name": value} if isinstance(value, str) else value
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
-        raise ConfigError(f"{source} must be a name or `{{name: …, setting: value}}`, got {value!r}")
+        raise ConfigError(f"{source} must be a name or `{{name: …, setting: value}}`, got {shown(value)}")
     name = settings["name"]
     cls = _imported(noun, name, source) if ":" in name else NOUNS[noun][1].get(name)
     if cls is None:
         raise ConfigError(
-            f"{source}: unknown {noun} {name!r}{nearest(name, NOUNS[noun][1])}; your own is my_module:MyClass"
+            f"{source}: unknown {noun} {shown(name)}{nearest(name, NOUNS[noun][1])}; your own is my_module:MyClass"
         )
     return from_dict(cls, {k: v for k, v in settings.items() if k != "name"}, f"{source} {name}")
 
@@ -471,10 +468,10 @@ def _typed(value: Any, hint: Any, source: str) -> Any:
         if option is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
     wanted = " or ".join(
         ", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal else getattr(o, "__name__", str(o))
         for o in options
     )
-    raise ConfigError(f"{source} must be {wanted}, got {value!r}")
+    raise ConfigError(f"{source} must be {wanted}, got {shown(value)}")

@@ -10,22 +10,21 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.compare_report import BLUE, GREY, VERMILLION
+from switchkd.plain import Lines
 from switchkd.report import number
 from switchkd.rollouts import mean
-from switchkd.run_record import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Metrics = list[dict[str, Any]]
+Metrics = Lines
 Array = NDArray[np.float64]
 
 # Steps that a curve of step metrics is averaged over; evaluations are drawn as they are.
@@ -112,11 +111,6 @@ class Curve:
     title: str
     figure: Figure
     summary: str
-
-
-def read_metrics(run: Path) -> Metrics:
-    """The step metrics of a run, up to a line that was cut short; none where it has not begun."""
-    return read_lines(run / "metrics.jsonl")
 
 
 def cost(metrics: Metrics) -> dict[str, float]:

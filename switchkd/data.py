@@ -6,21 +6,21 @@ Text becomes ids once, in ``tokenize``; from there on only ids travel. Letters i
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import repeat
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.formats import Format, Message, examples_of, format_of, text_field
 from switchkd.hub import PREFIX, hub_rows
+from switchkd.plain import json_object
 from switchkd.policies import REFERENCE
 from switchkd.small_data import SMALL, small_data_file
 from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = "gsm8k-sample"
 _SAMPLE_ROWS = {"train": range(512), "heldout": range(512, 576)}
+AnyExample = TypeVar("AnyExample")
 _NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index
 
 
@@ -91,26 +92,36 @@ def load_examples(
     """
     if (limit is not None and limit < 1) or skip_bad < 0:
         raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {skip_bad}")
-    examples: list[Example] = []
-    bad: list[str] = []
     layout: Format | None = None
+
+    def read(row: dict[str, Any], index: int, source: str) -> list[Example]:
+        nonlocal layout
+        layout = layout or format_of(row)
+        return _examples(row, layout, index, source, _teacher_name(row, teacher_field, teachers))
+
+    return _read_rows(path, limit, skip_bad, read)
+
+
+def _read_rows(
+    path: str, limit: int | None, skip_bad: int, read: Callable[[dict[str, Any], int, str], list[AnyExample]]
+) -> list[AnyExample]:
+    """What ``read`` makes of each row, its index and ``file:line``, up to ``limit``; bad rows are counted, and told or refused."""
+    found: list[AnyExample] = []
+    bad: list[str] = []
     for index, source, line in _rows(path):
         try:
-            row = _parse(line)
-            layout = layout or format_of(row)
-            teacher = _teacher_name(row, teacher_field, teachers)
-            examples += _examples(row, layout, index, source, teacher)
+            found += read(line if isinstance(line, dict) else json_object(line), index, source)
         except DataError as error:
             bad.append(f"{source}: {error}")
             if len(bad) > skip_bad:
                 raise DataError(_bad_rows_message(bad)) from error
-        if limit is not None and len(examples) >= limit:
+        if limit is not None and len(found) >= limit:
             break
-    if not examples:
+    if not found:
         raise DataError(f"{path}: no usable row" + "".join(f"\n  {line}" for line in bad[:3]))
     if bad:
         logger.warning("%s: skipped %d bad rows (skip_bad=%d): %s", path, len(bad), skip_bad, "; ".join(bad[:3]))
-    return examples[:limit]
+    return found[:limit]
 
 
 def _examples(row: dict[str, Any], layout: Format, index: int, source: str, teacher: str) -> list[Example]:
@@ -153,7 +164,7 @@ def _rows(path: str) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
         raise DataError(
             f"{path}: no such file (from {Path.cwd()}). Give a .jsonl or .jsonl.gz, or {SAMPLE!r}"
         ) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # a ValueError for a name that no file can have
         raise DataError(
             f"{path}: cannot be read after line {number}: {error}. Is it a whole, plain or gzip file?"
         ) from error
@@ -175,20 +186,6 @@ def _unzipped(raw: IO[bytes]) -> IO[bytes]:
     is_gzip = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
     return gzip.GzipFile(fileobj=raw) if is_gzip else raw  # type: ignore[return-value]
-
-
-def _parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(line, dict):
-        return line
-    try:
-        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON at column {error.colno}: {error.msg}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"a row must be a JSON object, not {type(row).__name__}")
-    return row
 
 
 def _teacher_name(row: dict[str, Any], field: str, known: Collection[str]) -> str:
@@ -332,24 +329,21 @@ def _teacher_prompts(examples: Sequence[Example], encode: Encoder, teacher_promp
     return (ids for ids, _ in encode([for_teacher(example, teacher_prompt) for example in examples]))
 
 
-def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedExample]:
+def load_text(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_bad: int = 0
+) -> list[TokenizedExample]:
     """The ``text`` fields of a JSONL file for language modelling: all tokens but the first are a completion.
 
-    Texts are cut at ``max_length`` tokens; those of fewer than two have nothing to predict and are left out. Raises
-    DataError for a row without a text, or if nothing is left.
+    Texts are cut at ``max_length`` tokens; those of fewer than two have nothing to predict and are left out. Bad rows and errors
+    are those of `load_examples`.
     """
-    found = []
-    for index, source, line in _rows(path):
-        try:
-            ids = tokenizer(text_field(_parse(line), "text"))["input_ids"]
-        except DataError as error:
-            raise DataError(f"{source}: {error}") from error
-        if len(ids) > 1:
-            truncated = len(ids) > max_length
-            found.append(TokenizedExample(index, ids[:1], ids[1:max_length], (), truncated, source))
-    if not found:
-        raise DataError(f"{path}: no row has a field 'text' of two tokens or more")
-    return found
+
+    def read(row: dict[str, Any], index: int, source: str) -> list[TokenizedExample]:
+        ids = tokenizer(text_field(row, "text"))["input_ids"]
+        text = TokenizedExample(index, ids[:1], ids[1:max_length], (), len(ids) > max_length, source)
+        return [text] if len(ids) > 1 else []
+
+    return _read_rows(path, None, skip_bad, read)
 
 
 def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int]]:

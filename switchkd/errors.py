@@ -38,5 +38,5 @@ class CheckpointError(SwitchKDError, OSError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown ``name``: the closest known one, or all of them if none is close."""
     known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    close = get_close_matches(name[:100], known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -10,12 +10,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import yaml
 
-from switchkd.compare import Result, by_method, check_comparable, load_result, references, training_settings
+from switchkd.compare import (
+    Result,
+    by_method,
+    check_comparable,
+    load_result,
+    read_settings,
+    references,
+    training_settings,
+)
 from switchkd.compare_report import GREY, direction
 from switchkd.curves import (
     MARKERS,
@@ -30,11 +37,11 @@ from switchkd.curves import (
     metric_panels,
     plain,
     plain_axes,
-    read_metrics,
 )
 from switchkd.errors import DataError
 from switchkd.results import LENGTH_BANDS
 from switchkd.rollouts import mean
+from switchkd.run_record import read_metrics
 from switchkd.statistics import FEW_EXAMPLES, Estimate, Values, estimate, score
 
 if TYPE_CHECKING:
@@ -43,6 +50,19 @@ if TYPE_CHECKING:
 
 INTERVALS = f"Bars: 95 % bootstrap interval; hollow: fewer than {FEW_EXAMPLES} examples."
 BANDS = "Bands: range of a method's runs."
+
+
+class _Rule(TypedDict):
+    name: str
+
+
+class _Settings(TypedDict):
+    """What is read of a run's settings; the rest of them is only compared."""
+
+    seed: int
+    policy: _Rule
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
 
 
 @dataclass(frozen=True)
@@ -70,10 +90,7 @@ def load_methods(paths: Sequence[str]) -> Methods:
 
 
 def _load(path: Path) -> Run:
-    try:
-        config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is no run directory, its config.yaml cannot be read: {error}") from error
+    config = read_settings(path, _Settings)
     try:
         return Run(path, config, read_metrics(path), load_result(str(path)))
     except DataError as error:

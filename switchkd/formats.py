@@ -6,11 +6,13 @@ One module knows the field names of the field's data sets; everything after it s
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from switchkd.errors import DataError
+from switchkd.plain import shown
 
 _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
 
@@ -54,14 +56,14 @@ def format_of(row: dict[str, Any]) -> Format:
     if known is None:
         needed = "; or ".join(map(str, FORMATS))
         hint = _VICUNA_HINT if {"question_id", "text", "category"} <= row.keys() else ""
-        raise DataError(f"the row has the fields {', '.join(row) or '(none)'}; needed are: {needed}{hint}")
+        raise DataError(f"the row has the fields {_names(row)}; needed are: {needed}{hint}")
     return known
 
 
 def examples_of(row: dict[str, Any], layout: Format) -> list[Record]:
     """The row's examples, one or more. Raises DataError for a row that lacks a field, a prompt or a reference."""
     if not layout.matches(row):
-        raise DataError(f"the row has the fields {', '.join(row) or '(none)'}; needed are: {layout}")
+        raise DataError(f"the row has the fields {_names(row)}; needed are: {layout}")
     records = layout.read(row)
     for record in records:
         if not any(message.content.strip() for message in record.messages if message.role != "system"):
@@ -69,6 +71,10 @@ def examples_of(row: dict[str, Any], layout: Format) -> list[Record]:
         if not record.references or not all(text.strip() for text in record.references):
             raise DataError("empty completion (an answer to train on or to score against)")
     return records
+
+
+def _names(row: dict[str, Any]) -> str:
+    return textwrap.shorten(", ".join(row), 300, placeholder=" …") or "(none)"
 
 
 def text_field(row: dict[str, Any], *names: str) -> str:
@@ -80,10 +86,6 @@ def text_field(row: dict[str, Any], *names: str) -> str:
 def _checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"field {name!r} must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"field {name!r} holds half of a surrogate pair at character {error.start}") from error
     return value
 
 
@@ -106,13 +108,16 @@ def _read_conversation(row: dict[str, Any]) -> list[Record]:
         raise DataError("field 'messages' must be a list of {role, content} objects")
     messages = tuple(Message(text_field(turn, "role"), text_field(turn, "content")) for turn in turns)
     answers = [position for position, message in enumerate(messages) if message.role == "assistant"]
+    roles = [message.role for message in messages]
+    if not all(roles):
+        raise DataError(f"field 'messages' has a turn without a role (roles: {shown(roles)})")
     if not answers:
-        raise DataError(f"field 'messages' has no assistant turn (roles: {[message.role for message in messages]})")
+        raise DataError(f"field 'messages' has no assistant turn (roles: {shown(roles)})")
     return [Record(messages[: answers[-1]], (messages[answers[-1]].content,))]
 
 
 def _read_instruction(row: dict[str, Any]) -> list[Record]:
-    context = next((name for name in ("input", "context") if row.get(name)), "")
+    context = next((name for name in ("input", "context") if row.get(name) not in (None, "")), "")
     output = row["output"] if "output" in row else row["response"]
     answers = output if isinstance(output, list) else [output]
     references = tuple(_checked_text(answer, "output") for answer in answers)

@@ -3,15 +3,15 @@
 Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from switchkd.errors import ConfigError, ModelError, SwitchKDError, nearest
+from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
+from switchkd.plain import check_type, json_object, shown
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,9 @@ def adapter_base(name: str) -> str:
         return name
     file = Path(name).expanduser() / ADAPTER_CONFIG
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
+        base = json_object(file.read_bytes()).get("base_model_name_or_path")
+        check_type(base, str | None, "base_model_name_or_path")
+    except (OSError, DataError) as error:
         raise ModelError(f"{file} cannot be read: {error}; copy the adapter again") from error
     if not base or _is_adapter(base):
         what = f"the adapter {base} as its base; merge that one first" if base else "no base_model_name_or_path"
@@ -374,6 +382,22 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no *.safetensors{f' but {others[0]}' if others else ''}; only safetensors are read: load "
             "the model with its own tools and write it again with model.save_pretrained(folder)"
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _check_shards(index: Path) -> None:
+    """Raise ModelError unless a list of shards names files of its own folder. (A link there may lead elsewhere: a hub's cache
+    is made of them, and what is read is safetensors in any case.)"""
+    try:
+        record = json_object(index.read_bytes())
+        check_type(record, _Index)
+    except (OSError, DataError) as error:
+        raise ModelError(f"{index} cannot be read: {error}; copy the model again") from error
+    if outside := [name for name in record["weight_map"].values() if not SHARD.fullmatch(name)]:
+        raise ModelError(
+            f"{index} names the shard {shown(outside[0])}, which is no *.safetensors in its folder; copy the model again"
+        )
 
 
 def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
@@ -392,12 +416,10 @@ def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
 
 @contextmanager
 def _as_model_error(source: str, is_local: bool) -> Iterator[None]:
-    """The many ways in which transformers refuse a file become one error."""
-    from safetensors import SafetensorError
-
+    """The many ways in which transformers refuse a file, or stumble over it, become one error."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         where = "" if is_local else f" (there is no local folder {source}, so the hub was asked)"
         raise ModelError(f"cannot load {source}{where}: {error}; check the name, or copy the model again") from error
 

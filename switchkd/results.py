@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from switchkd.errors import DataError
+from switchkd.plain import check_type, json_object, read_lines, shown
 from switchkd.statistics import Estimate, Values, estimate, score, spearman
 
 FORMAT = 1
@@ -106,21 +107,60 @@ def write_results(
     write_file(file, f"{{\n{lines}\n}}\n")
 
 
+class _Task(TypedDict):
+    primary: str
+
+
+class _Data(TypedDict):
+    ids: list[int]
+    groups: list[str]
+
+
+class _Values(TypedDict):
+    values: list[list[float | None]]
+    weights: list[float] | None
+
+
+class _Result(TypedDict):
+    model: dict[str, str]
+    scores: dict[str, _Values]
+
+
+class _Record(TypedDict):
+    """What is read of an evaluation file."""
+
+    task: _Task
+    data: _Data
+    results: dict[str, _Result]
+
+
+class _Text(TypedDict):
+    """A line of the text that was scored."""
+
+    model: str
+    example: int
+    seed: int | None
+    text: str
+    tokens: int
+    stop_reason: str
+
+
 def read_results(file: Path) -> dict[str, Evaluation]:
     """The evaluations in a file, by the name of their model; raises DataError for one that this version did not write."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json_object(file.read_bytes())
+        if record.get("format") != FORMAT:
+            raise DataError(f"format {shown(record.get('format'))}, this is {FORMAT}")
+        if not completions_file(file).is_file():
+            raise DataError(f"there is no {completions_file(file).name} beside it")
         texts: dict[str, list[Completion]] = {}
-        for line in completions_file(file).read_text(encoding="utf-8").splitlines():
-            text = json.loads(line)
-            texts.setdefault(text.pop("model"), []).append(Completion(**text))
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']}, this is {FORMAT}")
+        for line in read_lines(completions_file(file), _Text):
+            texts.setdefault(line["model"], []).append(Completion(*(line[f.name] for f in fields(Completion))))
         found = results_of(record)
         return {model: replace(result, completions=texts.get(model, ())) for model, result in found.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DataError) as error:
         raise DataError(
-            f"{file} cannot be read as an evaluation: {error!r}; make it again with `switchkd evaluate`"
+            f"{file} cannot be read as an evaluation: {error}; make it again with `switchkd evaluate`"
         ) from error
 
 
@@ -128,17 +168,29 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
     """The evaluations in a parsed file, by the name of their model, without the text.
 
     Raises:
-        KeyError, TypeError: it is no such file. DataError: a score has not a value for every example.
+        DataError: it is no such file, or a score has not a value for every example.
     """
+    check_type(record, _Record)
     primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
+    if len(groups) not in (0, examples):
+        raise DataError(f"there are {len(groups)} groups for {examples} examples")
     results = {}
     for model, result in record["results"].items():
-        scores = {name: Values(**values) for name, values in result["scores"].items()}
+        scores = {name: _values(name, **values) for name, values in result["scores"].items()}
         for name, values in scores.items():
             if values.values.shape[1] != examples:
                 raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
+        if primary not in scores:
+            raise DataError(f"{model} has no score {primary!r}, the task's primary one")
         results[model] = Evaluation(scores, primary, groups, result["model"])
     return results
+
+
+def _values(name: str, values: Any, weights: Any) -> Values:
+    try:
+        return Values(values, weights)
+    except ValueError as error:  # rows of different lengths, too
+        raise DataError(f"{name}: {error}") from error
 
 
 def completions_file(file: Path) -> Path:

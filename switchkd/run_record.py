@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from switchkd.config import TrainConfig, from_dict, read_yaml
-from switchkd.errors import ConfigError, DataError
+from switchkd.config import TrainConfig, from_dict
+from switchkd.errors import ConfigError
+from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
 
 if TYPE_CHECKING:
@@ -19,7 +19,36 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 
-Lines = list[dict[str, Any]]
+
+class StepLine(TypedDict):
+    """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
+
+    step: int
+    num_tokens: int
+    seconds: float
+
+
+class TextLine(TypedDict):
+    """A line of rollouts.jsonl, as far as it is read again."""
+
+    step: int
+    prompt_ids: list[TokenId]
+    completion_ids: list[TokenId]
+    speakers: list[int]
+    divergences: list[float | None]
+    thresholds: list[float | None]
+    stop_reason: str
+
+
+class SampleLine(TextLine):
+    """A line of samples.jsonl."""
+
+    sample_id: int
+    reference: str | None
+    scores: dict[str, float]
+    jsd: list[float]
+    log_probs: tuple[list[float], list[float]]
+    top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,7 @@ class RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
         config = read_config(path)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
-        return RunRecord(path, config, read_lines(path / "metrics.jsonl"), read_lines(path / "samples.jsonl"), found)
+        return RunRecord(path, config, read_metrics(path), read_lines(path / "samples.jsonl", SampleLine), found)
 
     @property
     def finished(self) -> bool:
@@ -53,7 +82,7 @@ class RunRecord:
         if self.finished:
             return f"Finished after {last} steps."
         of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
-        saved = [int(folder.name.removeprefix("checkpoint-")) for folder in self.path.glob("checkpoint-[0-9]*")]
+        saved = self._checkpoints()
         where = f"its newest checkpoint is that of step {max(saved)}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
 
@@ -67,14 +96,18 @@ class RunRecord:
                     found.setdefault(name, []).append(line["step"])
         return found
 
+    def _checkpoints(self) -> dict[int, Path]:
+        named = ((folder.name.removeprefix("checkpoint-"), folder) for folder in self.path.glob("checkpoint-*"))
+        return {int(number): folder for number, folder in named if number.isdecimal()}
+
     def rollouts(self, most: int) -> Lines:
         """At most so many of the generated texts, evenly spread over training."""
-        return read_lines(self.path / "rollouts.jsonl", most)
+        return read_lines(self.path / "rollouts.jsonl", TextLine, most)
 
     def rollouts_of(self, steps: Collection[int], most: int) -> dict[int, Lines]:
         """The first generated texts of each of these steps, at most so many."""
         found: dict[int, Lines] = {step: [] for step in steps}
-        for record in iter_lines(self.path / "rollouts.jsonl"):
+        for record in iter_lines(self.path / "rollouts.jsonl", TextLine):
             if len(own := found.get(record["step"], [])) < most and record["step"] in found:
                 own.append(record)
         return found
@@ -83,7 +116,7 @@ class RunRecord:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
         from switchkd.models import load_tokenizer
 
-        saved = [self.path / "student", self.path / "best", *sorted(self.path.glob("checkpoint-[0-9]*"))]
+        saved = [self.path / "student", self.path / "best", *self._checkpoints().values()]
         for folder in saved:
             if (folder / "tokenizer.json").is_file():
                 return load_tokenizer(str(folder))
@@ -98,37 +131,14 @@ def read_config(run: Path) -> TrainConfig:
     return from_dict(TrainConfig, read_yaml(file), str(file))
 
 
-def read_lines(file: Path, most: int | None = None) -> Lines:
-    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file."""
-    if most is None or not file.is_file():
-        return list(iter_lines(file))
-    with file.open("rb") as lines:
-        count = sum(1 for _ in lines)
-    return list(iter_lines(file, set(spread(count, most))))
-
-
-def iter_lines(file: Path, wanted: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file that a run appends to, or those of the ``wanted`` lines from 0; none where there is no file.
-
-    A last line that was cut short is left out. Raises DataError, naming the line, for any other that is no record.
-    """
-    if not file.is_file():
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines):
-            if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number + 1} is damaged: {error}") from error
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of the places 0 … count − 1, evenly spread, the first and last among them."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
+def read_metrics(run: Path) -> Lines:
+    """The step metrics of a run, up to a line that was cut short; none where it has not begun."""
+    file = run / "metrics.jsonl"
+    lines = read_lines(file, StepLine)
+    for number, line in enumerate(lines, start=1):
+        with damaged_at(file, number):
+            check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
+    return lines
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

@@ -54,6 +54,7 @@ from switchkd.models import (
     context_length,
     load_pair,
 )
+from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
@@ -302,7 +303,8 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     """The texts of the language-modelling loss, if a run has one."""
     if not config.lm_file:
         return []
-    texts = load_text(config.lm_file, pair.tokenizer, config.max_prompt_length + config.max_completion_length)
+    longest = config.max_prompt_length + config.max_completion_length
+    texts = load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad)
     if not quiet:
         report.console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
     return texts
@@ -312,6 +314,8 @@ def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[Tok
     """User prompts under a template, without a completion."""
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
+    for i, text in enumerate(texts):
+        check_text(text, f"prompt {i}")  # a command line may hold bytes that are not UTF-8
     # The template writes whole conversations; the answer is a placeholder that is not used.
     examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
     encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)

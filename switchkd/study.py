@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +29,12 @@ from typing import IO, Any
 import yaml
 
 from switchkd.checkpoint import MANIFEST, PREFIX, write_file
-from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, read_yaml, to_dict
-from switchkd.errors import ConfigError, nearest
+from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, to_dict
+from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.plain import read_yaml, shown, yaml_value
+from switchkd.results import read_results
+
+_FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ def load_plan(path: str) -> Plan:
         raise ConfigError(f"{file} is no plan: it needs `title`, `methods` by name and `sizes` by name")
     sizes = {name: from_dict(Size, size or {}, f"{file}: size {name}") for name, size in values["sizes"].items()}
     plan = from_dict(Plan, values | {"sizes": sizes}, str(file))
+    if not plan.methods or not all(size.seeds for size in sizes.values()):
+        raise ConfigError(f"{file} has nothing to run: it needs a method, and each size a seed")
+    for name in [
+        *plan.methods,
+        *(name for size in sizes.values() for name in [*size.pairs, *size.budgets, *size.evaluations]),
+    ]:
+        if not _FILE_NAME.fullmatch(name):
+            raise ConfigError(f"{file}: {shown(name)} names files of the study; use letters, digits and . _ - inside")
     if plan.baseline and plan.baseline not in plan.methods:
         raise ConfigError(f"{file}: baseline {plan.baseline!r} is no method{nearest(plan.baseline, plan.methods)}")
     return plan
@@ -110,7 +122,7 @@ def with_settings(size: Size, given: Sequence[str]) -> Size:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ConfigError(f"a setting is given as NAME=VALUE, such as max_train_tokens=20000, not {text!r}")
-        settings[name] = yaml.safe_load(value)
+        settings[name] = yaml_value(value, f"--set {name}")
     return dataclasses.replace(size, settings=size.settings | settings)
 
 
@@ -136,12 +148,13 @@ def joined(*parts: str) -> str:
 
 def _config(method: str, given: Any, shared: dict[str, Any], own: dict[str, Any]) -> TrainConfig:
     """A method's settings: its recipe's, those that all runs share, those that the plan gives the method, and the run's own."""
-    settings = {"recipe": given} if isinstance(given, str) else dict(given)
-    if "recipe" not in settings:
-        raise ConfigError(f"method {method!r} of the plan names no recipe: {given!r}")
-    recipe: TrainConfig = load_recipe(settings.pop("recipe"))
+    settings = {"recipe": given} if isinstance(given, str) else given
+    if not isinstance(settings, dict) or not isinstance(settings.get("recipe"), str):
+        raise ConfigError(f"method {method!r} of the plan names no recipe: {shown(given)}")
+    recipe: TrainConfig = load_recipe(settings["recipe"])
+    changes = shared | {name: value for name, value in settings.items() if name != "recipe"} | own
     # A rule in the plan replaces the recipe's whole rule.
-    return from_dict(TrainConfig, to_dict(recipe) | shared | settings | own, f"method {method!r} of the plan")
+    return from_dict(TrainConfig, to_dict(recipe) | changes, f"method {method!r} of the plan")
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -209,8 +222,8 @@ def _run_cell(cell: Cell, size: Size, output_dir: Path, jobs: int) -> tuple[bool
 
 def _trained(run: Path) -> bool:
     try:
-        return "student after" in json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["results"]
-    except (OSError, ValueError, KeyError):
+        return "student after" in read_results(run / "evaluation.json")
+    except DataError:
         return False
 
 

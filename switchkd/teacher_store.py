@@ -25,6 +25,7 @@ from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
 from switchkd.models import Pair
+from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 
@@ -115,12 +116,9 @@ def refuse_foreign(folder: Path) -> None:
 def read_json(file: Path) -> Header:
     """A stored JSON object; raises CheckpointError if it cannot be read."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json_object(file.read_bytes())
+    except (OSError, DataError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object; {_anew(file.parent)}")
-    return value
 
 
 def _difference(key: str, stored: Any, wanted: Any) -> str:
@@ -268,7 +266,7 @@ def _row(line: bytes, example: TokenizedExample, vocab_size: int, where: str) ->
         ids, sound = row["completion_ids"], row["id"] == example.id and isinstance(row["truncated"], bool)
         if sound and all(type(i) is int and 0 <= i < vocab_size for i in ids):
             return row
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise CheckpointError(
         f"{where} is damaged: not a completion of example {example.id}; delete the folder to have the work done again"

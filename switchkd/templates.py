@@ -130,22 +130,27 @@ class Encoder:
         return prompt, conversation[len(prompt) :].rstrip()
 
     def _render(self, turns: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (
+            Exception
+        ) as error:  # a template is a program, which transformers runs in a sandbox: it may fail in any way
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(f"{source}: the chat template refuses the turns {roles}: {error}") from error
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A chat template writes its own special tokens; else the tokenizer's beginning token is wanted, not its end.
         batch = self.tokenizer(texts, add_special_tokens=self.template != "chat")["input_ids"]
-        if self.template == "chat":
-            return batch
-        return [ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids for ids in batch]
+        return [ids[:-1] for ids in batch] if self._writes_end else batch
+
+    @cached_property
+    def _writes_end(self) -> bool:
+        """Whether the tokenizer puts an end token behind every text. (One that the text itself ends with is the text's.)"""
+        texts = [self.tokenizer("x", add_special_tokens=special)["input_ids"] for special in (True, False)]
+        ends = [ids[-1:] == [self.tokenizer.eos_token_id] for ids in texts]
+        return self.template != "chat" and ends == [True, False]
 
     def _continuation(self, prompt_ids: list[int], whole: list[int], completion: str) -> list[int]:
         """The completion's ids as they follow ``prompt_ids``: in context, or alone if they would merge into the prompt.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.plain import Lines, spread
 from switchkd.policies import STUDENT, TEACHER
-from switchkd.run_record import Lines, RunRecord, spread
+from switchkd.run_record import RunRecord
 from switchkd.text import pieces
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def _look(sample: dict[str, Any], decode: Pieces) -> dict[str, Any]:
     """A completion with what both models say of every token."""
     return {
         **_completion(sample, decode),
-        "scores": {name: round(value, 2) for name, value in sample["scores"].items()},
+        "scores": dict(zip(sample["scores"], _rounded(list(sample["scores"].values())), strict=True)),
         "jsd": _rounded(sample["jsd"]),
         "logProbs": [_rounded(sample["log_probs"][who]) for who in (STUDENT, TEACHER)],
-        "top": [[[[token, round(logp, 3)] for token, logp in best] for best in model] for model in sample["top"]],
+        "top": [[[[token, _log_prob(logp)] for token, logp in best] for best in model] for model in sample["top"]],
     }
 
 
@@ -115,3 +116,8 @@ def _completion(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
     """Four significant digits; None where there is no finite number."""
     return [None if v is None or not math.isfinite(v) else float(f"{v:.4g}") for v in values]
+
+
+def _log_prob(value: float) -> float:
+    """A number also where a probability is 0."""
+    return round(min(max(-999.0, value), 0.0), 3)

@@ -201,7 +201,7 @@ REFUSED = {
         strict={"values": [[1.0]], "weights": None}
     ),
     "1 of 60 examples have a value": lambda r: r["results"]["student after"]["scores"]["forward_kl"]["weights"].__setitem__(0, 1),
-    "they share forward_kl": lambda r: r["results"]["student after"]["scores"].pop("strict"),
+    "student after has no score 'strict', the task's primary one": lambda r: r["results"]["student after"]["scores"].pop("strict"),
 }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_a_damaged_config_is_refused(runs):
     for text in ("a: [", "- a"):
         with open(f"{runs[0]}/config.yaml", "w") as config:
             config.write(text)
-        with pytest.raises(DataError, match=r"evaluation\.json, or config\.yaml beside it"):
+        with pytest.raises(DataError, match=r"its config\.yaml is not what switchkd writes"):
             compare(runs)
 
 

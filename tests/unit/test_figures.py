@@ -18,7 +18,6 @@ from switchkd.curves import (
     Panel,
     draw,
     metric_panels,
-    read_metrics,
     run_curves,
     thinned,
 )
@@ -47,15 +46,6 @@ def lines(axes):
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_whole_of_the_metrics_is_read(tmp_path):
-    assert read_metrics(tmp_path) == []
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("")
-    assert read_metrics(tmp_path) == []
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_line_has_the_metrics_values_gaps_for_what_is_missing_and_passes_over_steps_without_it():

@@ -11,8 +11,9 @@ from fabricated import HOSTILE, metric, rollout, run, sample
 from switchkd.cli import main
 from switchkd.errors import ConfigError, DataError
 from switchkd.html_report import page
+from switchkd.plain import spread
 from switchkd.policies import AdaSwitch, Switch
-from switchkd.run_record import RunRecord, read_lines, spread
+from switchkd.run_record import RunRecord, read_metrics
 from switchkd.viewer import payload
 
 
@@ -114,12 +115,13 @@ def test_a_run_whose_tokenizer_is_gone_shows_ids_and_says_so(tmp_path):
 
 def test_a_cut_last_line_is_left_out_and_any_other_damage_is_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_lines(file) == [{"step": 1}, {"step": 2}]
-    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    whole = [metric(1), metric(2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"st')
+    assert read_metrics(tmp_path) == whole
+    file.write_text(json.dumps(metric(1)) + '\n{"st\n' + json.dumps(metric(3)) + "\n")
     with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is damaged"):
-        read_lines(file)
-    assert read_lines(tmp_path / "none.jsonl") == []
+        read_metrics(tmp_path)
+    assert read_metrics(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(("count", "most"), [(0, 3), (2, 3), (3, 3), (10, 1), (10, 2), (10, 4), (1000, 37)])

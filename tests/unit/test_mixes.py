@@ -186,7 +186,7 @@ def test_plain_text_is_all_completion_but_its_first_token(tmp_path):
     assert len(first.prompt_ids) == 1 and first.truncated and not second.truncated
     assert (second.id, second.source) == (2, f"{file}:4")
     for content, words in (
-        ('{"text": "a"}\n', "two tokens or more"),
+        ('{"text": "a"}\n', "corpus.jsonl: no usable row"),
         ('{"text": 3}\n', "corpus.jsonl:1: field 'text'"),
     ):
         file.write_text(content)
