@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import by_teacher
 from switchkd.divergences import log_probs
@@ -163,6 +164,7 @@ def decode(
         engine = BlockEngine(job, queue, rows, pace, keep_hidden, static_step)
         with evaluating(student, teacher), packed(student, teacher):
             while engine.rows:
+                signals.check()
                 engine.round()
                 cost = engine.cost(time.perf_counter() - start)
                 if progress is not None:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model, write_file
 from switchkd.config import TrainConfig
@@ -40,6 +41,7 @@ from switchkd.metrics import Metrics, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.objectives import CrossEntropy, Objective
+from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.sampling import keyed_uniform, noise_key
@@ -96,15 +98,17 @@ class Trainer:
         self.replay: list[Rollout] = []
         self.rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows_per_step = self.rows_per_rank * self.accelerator.num_processes
-        self.total_steps = _total_steps(config, len(examples), self.rows_per_step)
+        self.total_steps = total_steps(config, len(examples), self.rows_per_step)
         self.step = self.num_tokens = 0
         self.seconds = 0.0
         self.watch = Stopwatch(self.accelerator.device)  # of the teacher's forwards in updates
         self.best: dict[str, float] = {}
+        # What the files do not say yet of the last step: its metrics ({} before the first step), None if they say all.
+        self.due: Metrics | None = {}
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = _adamw(pair.student, config)
+        optimizer = adamw(pair.student, config)
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
         self.head, self.teacher_heads = Head.of(pair.student, pair.vocab_size), {}
         for name, teacher in pair.named_teachers.items():
@@ -126,23 +130,71 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
+            Stopped: a signal asked for an end. The step in which it came is dropped.
+            In both cases a checkpoint of the last finished step is saved, from which ``resume`` goes on.
         """
-        if self.step == 0:
-            self._sample(sample)
-        while self.progress < 1:
-            metrics, rollouts = self.train_step(on_round)
-            if self.accelerator.is_main_process:
-                if evaluate and self.config.eval_steps and self.step % self.config.eval_steps == 0:
-                    metrics |= self._evaluated(evaluate)
-                _append(self.run / "metrics.jsonl", [metrics])
-                _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
-                on_step(metrics, rollouts)
-            self._sample(sample)
-            if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
+        rollouts = Rollouts()
+        try:
+            while self.due is not None or self.progress < 1:
+                if self.due is None:
+                    self._stop_together()
+                    self.due, rollouts = self.train_step(on_round)
+                    if self.accelerator.is_main_process:
+                        _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
+                self._tell(rollouts, on_step, evaluate, sample)
+        except (signals.Stopped, NonFiniteError) as stop:
+            # Of several processes one may have failed alone; a signal is obeyed by all at once.
+            if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
                 self.save()
+            raise
+
+    def _tell(
+        self,
+        rollouts: Rollouts,
+        on_step: OnStep,
+        evaluate: Callable[[PreTrainedModel], dict[str, float]] | None,
+        sample: Callable[[float], list[dict[str, Any]]] | None,
+    ) -> None:
+        """Evaluate, sample and save where that is due after a step, and write what there is to say of it, all or nothing."""
+        assert self.due is not None
+        metrics, steps, records = dict(self.due), self.config.eval_steps, []
+        if self.accelerator.is_main_process:
+            if metrics and evaluate and steps and self.step % steps == 0:
+                metrics |= self._evaluated(evaluate)
+            if sample and self._every(self.config.sample_steps):
+                records = [{"step": self.step, **record} for record in sample(self.progress)]
+            _append(self.run / "samples.jsonl", records)
+            if metrics:
+                _append(self.run / "metrics.jsonl", [metrics])
+                on_step(metrics, rollouts)
+        self.due = None
+        if metrics and self._every(self.config.save_steps, at_end=True):
+            self.save()
+
+    def _every(self, steps: int, at_end: bool = False) -> bool:
+        """Whether something is due now that happens every so many steps (0: never) and at the end (``at_end``: in any case)."""
+        ended = self.progress >= 1 and (at_end or steps > 0)
+        return ended or (steps > 0 and self.step % steps == 0)
+
+    def _stop_together(self) -> None:
+        """Raise Stopped on every rank if a signal reached one: alone, a rank would leave the others waiting."""
+        mine = torch.tensor([signals.received()], device=self.accelerator.device)
+        if number := int(self.accelerator.gather(mine).max()):
+            raise signals.Stopped(number)
 
     def train_step(self, on_round: OnRound | None = None) -> tuple[Metrics, Rollouts]:
-        """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data)."""
+        """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data).
+
+        A step that does not come to its update leaves no trace in the trainer's state.
+        """
+        before = self.replay, self.mix_memory
+        try:
+            return self._train_step(on_round)
+        except BaseException:
+            self.replay, self.mix_memory = before
+            raise
+
+    def _train_step(self, on_round: OnRound | None) -> tuple[Metrics, Rollouts]:
         start = time.perf_counter()
         self._look_at_validation()
         source = self._source()
@@ -223,12 +275,6 @@ class Trainer:
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
-    def _sample(self, sample: Callable[[float], list[dict[str, Any]]] | None) -> None:
-        every = self.config.sample_steps
-        if sample and every and (self.step % every == 0 or self.progress >= 1) and self.accelerator.is_main_process:
-            records = sample(self.progress)
-            _append(self.run / "samples.jsonl", [{"step": self.step, **record} for record in records])
-
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all."""
         if self.accelerator.is_main_process:
@@ -242,6 +288,7 @@ class Trainer:
                     "num_tokens": self.num_tokens,
                     "seconds": self.seconds,
                     "best": self.best,
+                    "due": self.due,
                     "objective": self.objective_memory,
                     "mix": self.mix_memory,
                     "replay": [rollout.to_json() for rollout in self.replay],
@@ -257,12 +304,13 @@ class Trainer:
             raise CheckpointError(f"{self.run} holds no checkpoint to resume from; start without --resume")
         state = load_checkpoint(found[-1], self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
-        self.best = state["best"]
+        self.best, self.due = state["best"], state.get("due")
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
-                _keep_until(self.run / name, self.step)
+            told = self.step if self.due is None else self.step - 1
+            for name, step in (("rollouts.jsonl", self.step), ("metrics.jsonl", told), ("samples.jsonl", told)):
+                _keep_until(self.run / name, step)
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
@@ -317,6 +365,7 @@ class Trainer:
         with evaluating(self.student):
             # Every rank runs as many forwards as any other: a wrapped model may wait for all in each.
             for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
+                signals.check()
                 rows = batches[min(place, len(batches) - 1)]
                 loss = self._loss(rows, CrossEntropy())
                 if place < len(batches):
@@ -352,7 +401,9 @@ class Trainer:
         tokens = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
         micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
         sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
+        self.optimizer.zero_grad()  # of a step that was dropped
         for micro, (i, start) in enumerate(micros):
+            signals.check()
             syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
             with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
                 loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
@@ -405,7 +456,6 @@ class Trainer:
     def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
             return
-        self.optimizer.zero_grad()
         first = self.step * self.rows_per_step
         raise NonFiniteError(
             f"step {self.step + 1}: loss {' and '.join(map(str, losses))}, gradient norm {grad_norm} (samples {first}.."
@@ -422,39 +472,10 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(key % 2**63)
             self.student.train()
-            yield
-            self.student.eval()
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
-    """Rate of the update after ``step`` updates: linear warm-up, then constant or half a cosine down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float:
-    """Steps after which a run ends at the latest; infinite where a budget of tokens or time alone ends it."""
-    if config.max_steps >= 0:
-        return config.max_steps
-    if config.max_train_tokens or config.max_train_seconds:
-        return math.inf
-    return math.ceil(config.num_train_epochs * examples / rows_per_step)
-
-
-def _adamw(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ConfigError("the student has no trainable parameters")
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+            try:
+                yield
+            finally:
+                self.student.eval()
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

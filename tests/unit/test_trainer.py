@@ -17,8 +17,9 @@ from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteEr
 from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.mixes import Generated
 from switchkd.objectives import ForwardKL
+from switchkd.optimizer import learning_rate
 from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer, _Part, learning_rate
+from switchkd.trainer import Trainer, _Part
 
 SETTINGS = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05),
