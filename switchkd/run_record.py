@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchkd.checkpoint import write_file
 from switchkd.config import TrainConfig, from_dict, read_yaml
 from switchkd.errors import ConfigError, DataError
 from switchkd.results import Evaluation, read_results
@@ -109,6 +110,28 @@ def read_lines(file: Path, most: int | None = None) -> Lines:
             except ValueError as error:
                 raise DataError(f"{file}, line {number + 1} is damaged: {error}") from error
     return records
+
+
+def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to a file of JSON lines, which is made for the first."""
+    if records:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    write_file(path, "".join(kept))
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -49,7 +49,7 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, NonFiniteError, nearest
+from switchkd.errors import ConfigError, DataError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lock import locked
 from switchkd.model_card import CARD, model_card
@@ -90,7 +90,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     Raises:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
         InUseError: another process works in the directory.
-        NonFiniteError, Stopped: it had to end before its time. A note says which checkpoint stands.
+        NonFiniteError, NoMemoryError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = Accelerator(), Path(config.output_dir)
     mine = locked(run) if accelerator.is_main_process else nullcontext()
@@ -98,7 +98,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         try:
             with mine:
                 return _distil(config, accelerator)
-        except (signals.Stopped, NonFiniteError) as error:
+        except (signals.Stopped, NonFiniteError, NoMemoryError) as error:
             error.add_note(standing(run))
             raise
 

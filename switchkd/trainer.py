@@ -5,12 +5,12 @@ response token. All choices come from (seed, step), so a run that stops and resu
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model, write_file
+from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
 from switchkd.config import TrainConfig
-from switchkd.data import TokenizedExample, batch_indices, by_teacher, collate
+from switchkd.data import Batch, TokenizedExample, batch_indices, by_teacher, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, ConfigError, NonFiniteError
+from switchkd.errors import CheckpointError, ConfigError, NoMemoryError, NonFiniteError
 from switchkd.loss import (
     Head,
     SeveralTeachers,
@@ -37,13 +37,16 @@ from switchkd.loss import (
     response_tokens,
     total,
 )
+from switchkd.memory import halving
 from switchkd.metrics import Metrics, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
+from switchkd.nonfinite import blame, broken_weight
 from switchkd.objectives import CrossEntropy, Objective
 from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.run_record import append_lines, keep_until
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
@@ -105,6 +108,8 @@ class Trainer:
         self.best: dict[str, float] = {}
         # What the files do not say yet of the last step: its metrics ({} before the first step), None if they say all.
         self.due: Metrics | None = {}
+        # Fewer than the settings say, for the rest of the run, once memory ran out.
+        self.generation_rows, self.micro_rows = config.generation_batch_size, config.per_device_train_batch_size
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -130,8 +135,9 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
+            NoMemoryError: one row is too much for the memory.
             Stopped: a signal asked for an end. The step in which it came is dropped.
-            In both cases a checkpoint of the last finished step is saved, from which ``resume`` goes on.
+            In each case a checkpoint of the last finished step is saved, from which ``resume`` goes on.
         """
         rollouts = Rollouts()
         try:
@@ -140,12 +146,17 @@ class Trainer:
                     self._stop_together()
                     self.due, rollouts = self.train_step(on_round)
                     if self.accelerator.is_main_process:
-                        _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
+                        append_lines(
+                            self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts]
+                        )
                 self._tell(rollouts, on_step, evaluate, sample)
-        except (signals.Stopped, NonFiniteError) as stop:
+        except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
             # Of several processes one may have failed alone; a signal is obeyed by all at once.
             if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
-                self.save()
+                if broken := broken_weight(self.student, self.optimizer):
+                    stop.add_note(f"{broken} is not finite since step {self.step}, which is not saved")
+                else:
+                    self.save()
             raise
 
     def _tell(
@@ -163,9 +174,9 @@ class Trainer:
                 metrics |= self._evaluated(evaluate)
             if sample and self._every(self.config.sample_steps):
                 records = [{"step": self.step, **record} for record in sample(self.progress)]
-            _append(self.run / "samples.jsonl", records)
+            append_lines(self.run / "samples.jsonl", records)
             if metrics:
-                _append(self.run / "metrics.jsonl", [metrics])
+                append_lines(self.run / "metrics.jsonl", [metrics])
                 on_step(metrics, rollouts)
         self.due = None
         if metrics and self._every(self.config.save_steps, at_end=True):
@@ -276,7 +287,9 @@ class Trainer:
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
     def save(self) -> None:
-        """Write a checkpoint of this step, whole or not at all."""
+        """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
+        if broken := broken_weight(self.student, self.optimizer):
+            raise NonFiniteError(f"step {self.step}: {broken} is not finite after the update; lower learning_rate")
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.run,
@@ -310,7 +323,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             told = self.step if self.due is None else self.step - 1
             for name, step in (("rollouts.jsonl", self.step), ("metrics.jsonl", told), ("samples.jsonl", told)):
-                _keep_until(self.run / name, step)
+                keep_until(self.run / name, step)
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
@@ -387,8 +400,10 @@ class Trainer:
             "max_new_tokens": self._budget(),
             "seed": self.config.seed,
             "keep_hidden": self.config.objective.reads_teacher,
+            "batch_size": self.generation_rows,
         }
         rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
+        self.generation_rows = rollouts.rows_that_fit or self.generation_rows
         for rollout, example in zip(rollouts, examples, strict=True):
             if rollout.error:
                 raise rollout.failure(f"step {self.step + 1}, {example.source}")
@@ -396,12 +411,33 @@ class Trainer:
 
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
-        accelerator, size = self.accelerator, self.config.per_device_train_batch_size
+        accelerator = self.accelerator
         local = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
         tokens = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
+        gradients = partial(self._gradients, parts, tokens)
+        if accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
+            sums = gradients(self.micro_rows)
+        else:
+            sums, self.micro_rows = halving(gradients, self.micro_rows, "training", "per_device_train_batch_size")
+        losses = accelerator.reduce(sums, "sum").tolist()
+        grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
+        self._check_finite(parts, losses, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return losses, tokens[0], grad_norm
+
+    def _gradients(self, parts: Sequence[_Part], tokens: Sequence[int], size: int) -> torch.Tensor:
+        """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns each part's share of its mean.
+
+        The size moves rounding alone, but for dropout, whose masks are those of a micro-batch.
+        """
+        accelerator = self.accelerator
         micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
         sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
-        self.optimizer.zero_grad()  # of a step that was dropped
+        self.optimizer.zero_grad()  # of a try that was given up
         for micro, (i, start) in enumerate(micros):
             signals.check()
             syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
@@ -410,24 +446,20 @@ class Trainer:
                 # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
                 accelerator.backward(loss * (parts[i].weight * accelerator.num_processes))
             sums[i] += loss.detach()
-        losses = accelerator.reduce(sums, "sum").tolist()
-        grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
-        self._check_finite(losses, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return losses, tokens[0], grad_norm
+        return sums
 
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch."""
+        hidden, batch, teacher = self.read(rows, objective)
+        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
+
+    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
+        """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
         teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
         self.watch.lap(len(rows), start)
-        hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
-        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
+        return response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student), batch, teacher
 
     @torch.no_grad()
     def _teacher(self, rows: Rows, device: torch.device) -> Teacher:
@@ -453,14 +485,13 @@ class Trainer:
             hidden = response_hidden(self.pair.teacher_named(teacher), batch.to(device))
         return TeacherStates(self.teacher_heads[teacher], hidden)
 
-    def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
+    def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
             return
-        first = self.step * self.rows_per_step
+        cause = blame(self, [(part.rows, part.objective) for part in parts])
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {' and '.join(map(str, losses))}, gradient norm {grad_norm} (samples {first}.."
-            f"{first + self.rows_per_step - 1}); the weights are those of the step before. Lower learning_rate, or look for "
-            "broken values in the models"
+            f"step {self.step + 1}: {cause} (loss {' and '.join(map(str, losses))}, gradient norm {grad_norm}); the weights are "
+            "those of the step before. Lower learning_rate, or look for broken values in the models"
         )
 
     @contextmanager
@@ -481,24 +512,3 @@ class Trainer:
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that accelerate wraps."""
     return optimizer.optimizer
-
-
-def _append(path: Path, records: Sequence[Metrics]) -> None:
-    if records:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, and a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_file(path, "".join(kept))
