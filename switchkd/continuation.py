@@ -9,7 +9,7 @@ from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
 from switchkd.errors import ConfigError
 from switchkd.lock import LOCK
-from switchkd.run_record import read_config
+from switchkd.run_record import CONFIG, read_config
 from switchkd.teacher_store import json_sha256
 
 DATA = "data.json"
@@ -21,8 +21,13 @@ def check_run(run: Path, config: TrainConfig) -> None:
         before, now = to_dict(read_config(run)), to_dict(config)
         free = FREE_ON_RESUME | set(config.allow_change)
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
-    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
+    elif begun(run):
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
+
+
+def begun(run: Path) -> bool:
+    """Whether a directory holds more than a run writes that was stopped before it had scored anything."""
+    return run.exists() and any(path.name not in (CONFIG, DATA, LOCK) for path in run.iterdir())
 
 
 def check_data(run: Path, config: TrainConfig, data: Mapping[str, Sequence[TokenizedExample]]) -> None:

@@ -36,7 +36,7 @@ from switchkd.config import (
     TrainConfig,
     to_dict,
 )
-from switchkd.continuation import check_data, check_run
+from switchkd.continuation import begun, check_data, check_run
 from switchkd.data import (
     SAMPLE,
     Example,
@@ -107,7 +107,7 @@ def standing(run: Path) -> str:
     """What there is of a run that ended early, and the command that goes on."""
     if saved := checkpoints(run):
         return f"{saved[-1]} stands; go on with: switchkd train {shlex.quote(str(run))} --resume"
-    return "nothing was saved and nothing is in the way: the same command starts anew"
+    return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
 
 
 def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
@@ -132,12 +132,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
         data = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
         check_data(run, config, data)
         write_file(run / CONFIG, yaml.safe_dump(to_dict(replace(config, allow_change=())), sort_keys=False))
-        try:
-            results = _before(run / EVALUATION, config, pair, heldout, settings)
-        except signals.Stopped:
-            if not checkpoints(run):
-                trainer.save()  # a directory with settings and no checkpoint could neither go on nor start anew
-            raise
+        results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resume:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)

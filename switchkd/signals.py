@@ -4,6 +4,7 @@ Inside ``deferred()`` a signal is only noted. Whoever works in blocks (a decodin
 calls ``check`` between two of them, which raises ``Stopped``. Signals belong to the process, so what has been noted does too.
 """
 
+import os
 import signal
 import threading
 import time
@@ -62,6 +63,9 @@ def deferred(polled: bool = True) -> Iterator[None]:
         nonlocal first
         if not _received:
             _received, first = number, time.monotonic()
+            os.write(
+                2, b"stopping at the next whole point; once more to leave at once\n"
+            )  # safe wherever a signal comes
         elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             _restore(before)
             signal.raise_signal(number)

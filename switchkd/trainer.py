@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -38,7 +37,7 @@ from switchkd.loss import (
     total,
 )
 from switchkd.memory import halving
-from switchkd.metrics import Metrics, or_none, rollout_metrics
+from switchkd.metrics import Metrics, memory_bytes, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.nonfinite import blame, broken_weight
@@ -232,7 +231,7 @@ class Trainer:
             "seconds/generate": read_at - start,
             "seconds/teacher": teacher_seconds,
             "seconds/update": max(seconds - (read_at - start) - teacher_seconds, 0.0),
-            "memory_gib": self._memory() / 2**30,
+            "memory_gib": memory_bytes(self.accelerator.device) / 2**30,
             "tokens_per_second": tokens / seconds,
         }
         if self.corpus:
@@ -263,15 +262,6 @@ class Trainer:
         """The time of the slowest rank, so that all end at the same step."""
         mine = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.gather(mine).max().item()
-
-    def _memory(self) -> int:
-        """Bytes: the most that the device held in this step, or on a CPU what the process holds now."""
-        device = self.accelerator.device
-        if device.type != "cuda":
-            return psutil.Process().memory_info().rss
-        most = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return most
 
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
         """The student's scores now; the best student so far is kept in ``best/``."""

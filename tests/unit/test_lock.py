@@ -20,6 +20,8 @@ from switchkd.config import TrainConfig, to_dict
 from switchkd.continuation import check_data, check_run
 from switchkd.errors import ConfigError, InUseError
 from switchkd.lock import LOCK, locked
+from switchkd.runs import distil
+from switchkd.study import Size, run_cells
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -64,6 +66,17 @@ def test_a_second_process_is_refused_and_told_of_the_first_until_that_one_is_kil
     with locked(run):  # what the killed one left is no lock any more
         check_second_writer(run, os.getpid())
     assert not run.exists()
+
+
+def test_a_run_and_a_study_are_refused_before_anything_is_read(tmp_path):
+    missing = TrainConfig(
+        output_dir=str(tmp_path), teacher_model_name_or_path="nowhere", student_model_name_or_path="nowhere"
+    )
+    with locked(tmp_path):
+        with pytest.raises(InUseError):
+            distil(missing)
+        with pytest.raises(InUseError):
+            run_cells([], Size(), tmp_path, 1, lambda *_: None)
 
 
 def test_a_folder_that_holds_something_stays(tmp_path):
