@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from switchkd import signals
 from switchkd.commands import COMMANDS, NOT_FROM_RECIPE
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, nearest
@@ -19,25 +21,35 @@ Config = TypeVar("Config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for an error that is explained, 2 for wrong usage, 130 for Ctrl-C."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; returns the exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        if not args or args[0] in ("-h", "--help"):
-            print(_usage())
-            return 0 if args else 2
-        if args[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
-        settings, function, _, _ = COMMANDS[args[0]]
-        config: Any = parse(settings, args)
-        _quiet_libraries()
-        function(config)
+        with signals.terminable():
+            return _command(list(sys.argv[1:] if argv is None else argv))
     except (SwitchKDError, OSError) as error:  # an OSError names the file and what the system says of it
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        _say(error, "error: ")
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        _say(interrupt)
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
+
+
+def _command(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
+    settings, function, _, _ = COMMANDS[args[0]]
+    config: Any = parse(settings, args)
+    _quiet_libraries()
+    function(config)
     return 0
+
+
+def _say(error: BaseException, prefix: str = "") -> None:
+    """An error with its notes, on stderr."""
+    lines = [f"{prefix}{str(error) or 'interrupted'}", *getattr(error, "__notes__", [])]
+    print(visible("\n".join(lines)), file=sys.stderr)
 
 
 def parse(cls: type[Config], args: Sequence[str]) -> Config:

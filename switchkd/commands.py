@@ -376,10 +376,11 @@ def study(config: StudyConfig) -> None:
             progress.advance(1)
             console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
 
-        failed = run_cells(grid, size, output_dir, config.jobs, done)
-    if failed:
+        left = run_cells(grid, size, output_dir, config.jobs, done)
+    if left:
+        states = ", ".join(f"{name} {state}" for name, state in left.items())
         raise SwitchKDError(
-            f"{len(failed)} of {len(grid)} runs failed ({', '.join(failed)}): see {output_dir}/logs; the same command goes on"
+            f"{len(left)} of {len(grid)} runs are not done ({states}): see {output_dir}/logs; the same command goes on"
         )
     from switchkd.study_report import conclude
 

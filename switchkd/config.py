@@ -37,7 +37,7 @@ FREE_ON_RESUME = {
     "resume", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet",
+    "report_to", "quiet", "allow_change",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -279,6 +279,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    allow_change: tuple[str, ...] = ()
+    """Settings in which the run may differ from the one that it resumes; one that names a file allows other text in it."""
     quiet: bool = False
     """Print warnings, errors and where the student lies, and nothing else; the files are the same."""
 
@@ -311,6 +313,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             )
         if unknown := [name for name in self.report_to if name not in TRACKERS]:
             raise ConfigError(f"report_to: unknown tracker {unknown[0]!r}{nearest(unknown[0], TRACKERS)}")
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
+        if unknown := [name for name in self.allow_change if name not in names]:
+            raise ConfigError(f"allow_change: unknown setting {unknown[0]!r}{nearest(unknown[0], names)}")
+        if self.allow_change and not self.resume:
+            raise ConfigError(f"allow_change {' '.join(self.allow_change)} is for a run that goes on: give resume too")
         self._check_importance_weights()
         self._check_teacher_cache()
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import by_teacher
 from switchkd.divergences import log_probs
 from switchkd.engine import BlockEngine
 from switchkd.errors import ConfigError
 from switchkd.linear import packed
+from switchkd.memory import halving
 from switchkd.models import cache_bytes_per_token, num_parameters
 from switchkd.pace import BLOCKS, Drafter, Pace
 from switchkd.policies import STUDENT, TEACHER, Policy
@@ -123,7 +125,8 @@ def decode(
         block_size: positions decided in one round; "auto" chooses by running agreement and measured cost. It moves time,
             never tokens.
         eos_token_ids: ids that end a row (default: what the models' generation configs name).
-        batch_size: rows decoded together; a finished row's place goes to the next prompt.
+        batch_size: rows decoded together; a finished row's place goes to the next prompt. Where memory runs out, all rows are
+            decoded again with half as many together.
         drafter: which model proposes the block. It moves time, never tokens.
         repeatable: take the models' sizes for their costs and do not look at the clock: rounding too is then the same each time.
         memory_gib: GiB that key/value caches and block buffers may take; fewer rows are then decoded together.
@@ -142,6 +145,7 @@ def decode(
 
     Raises:
         ConfigError: for settings out of range. ModelError: for a model whose cache cannot be rolled back.
+        NoMemoryError: one row is too much for the memory. Stopped: a signal came between two rounds.
     """
     if block_size != "auto" and block_size < 1:
         raise ConfigError(f"block_size must be 'auto' or at least 1, got {block_size}")
@@ -153,23 +157,33 @@ def decode(
         student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size,
         teacher_prompt_ids,
     )  # fmt: skip
+    decodable = [row for row in job.rows if row.stop_reason is None]
+    if not decodable:
+        return Rollouts(row.rollout() for row in job.rows)
+    sizes = (num_parameters(student), num_parameters(teacher))
+    timed = block_size == "auto" and not repeatable
     start = time.perf_counter()
-    cost = DecodeCost()
-    if queue := deque(row for row in job.rows if row.stop_reason is None):
-        rows = min(batch_size or DEFAULT_BATCH, _rows_within(memory_gib, job))
-        sizes = (num_parameters(student), num_parameters(teacher))
-        timed = block_size == "auto" and not repeatable
+
+    def work(rows: int) -> DecodeCost:
+        """Decode from the prompts on; tokens do not depend on how many rows are decoded together."""
+        for row in decodable:
+            row.restart()
         pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, timed)
-        engine = BlockEngine(job, queue, rows, pace, keep_hidden, static_step)
+        engine = BlockEngine(job, deque(decodable), rows, pace, keep_hidden, static_step)
         with evaluating(student, teacher), packed(student, teacher):
             while engine.rows:
+                signals.check()
                 engine.round()
                 cost = engine.cost(time.perf_counter() - start)
                 if progress is not None:
                     progress(cost)
                 if watch is not None:
                     watch(Rollouts([row.rollout() for row in job.rows], cost))
-    return Rollouts([row.rollout() for row in job.rows], cost)
+        return cost
+
+    most = min(batch_size or DEFAULT_BATCH, _rows_within(memory_gib, job), len(decodable))
+    cost, rows = halving(work, most, "decoding", "generation_batch_size")
+    return Rollouts([row.rollout() for row in job.rows], cost, rows if rows < most else None)
 
 
 def decode_examples(
@@ -185,16 +199,19 @@ def decode_examples(
     rows are decoded together; a row's text depends on its own sample id, prompts and teacher alone.
     """
     made: dict[int, Rollout] = {}
-    cost = DecodeCost()
+    cost, fitting = DecodeCost(), None
     for name, places in by_teacher(examples).items():
         mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
         on_round = None if progress is None else partial(_further, progress, cost)
         rollouts = _decode_with(pair, name, mine, settings, ids, on_round)
+        if rollouts.rows_that_fit:
+            fitting = rollouts.rows_that_fit
+            settings = {**settings, "batch_size": fitting}
         for place, example, rollout in zip(places, mine, rollouts, strict=True):
             own = example.teacher_prompt_ids
             made[place] = dataclasses.replace(rollout, teacher=name, teacher_prompt_ids=own)
         cost += rollouts.cost
-    return Rollouts((made[place] for place in range(len(examples))), cost)
+    return Rollouts((made[place] for place in range(len(examples))), cost, fitting)
 
 
 def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:

@@ -35,6 +35,14 @@ class CheckpointError(SwitchKDError, OSError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class InUseError(SwitchKDError, BlockingIOError):
+    """Another process works in a folder."""
+
+
+class NoMemoryError(SwitchKDError, MemoryError):
+    """Memory runs out at the least that can be done at once."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown ``name``: the closest known one, or all of them if none is close."""
     known = sorted(known)

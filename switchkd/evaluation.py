@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
 from switchkd.decoding import decode
@@ -260,6 +261,7 @@ def _token_sums(
     order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
+            signals.check()
             places = order[start : start + batch_size]
             lengths = [len(rows[place][1]) for place in places]
             positions = np.concatenate([np.arange(length) for length in lengths])

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import context_length
@@ -51,6 +52,7 @@ def complete_by_generate(
     completions: list[Completion] = []
     with evaluating(model), _own_config_aside(model):
         for start in range(0, len(prompt_ids), batch_size):
+            signals.check()
             part = prompt_ids[start : start + batch_size]
             with _seeded(model.device, noise_key(seed, start, 0)):
                 rows = _generate(model, part, settings)

@@ -5,6 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+import torch
+
 from switchkd.policies import TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 
@@ -42,3 +45,12 @@ def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
 
 def or_none(value: float) -> float | None:
     return None if math.isnan(value) else value  # JSON has no NaN
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that a device has held since this was asked last, or on a CPU what the process holds now."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most

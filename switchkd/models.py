@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from switchkd import signals
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
@@ -128,6 +129,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    signals.check()
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     source, is_local = _locate(name)
     if _is_adapter(source):

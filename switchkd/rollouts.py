@@ -107,11 +107,16 @@ class DecodeCost:
 
 
 class Rollouts(list[Rollout]):
-    """The rollouts of one ``decode`` call, in the order of its prompts, with the ``cost`` of making them."""
+    """The rollouts of one ``decode`` call, in the order of its prompts, with the ``cost`` of making them.
 
-    def __init__(self, rollouts: Iterable[Rollout] = (), cost: DecodeCost | None = None):
+    ``rows_that_fit`` is how many rows memory held at a time where it ran out with more; None where it did not.
+    """
+
+    def __init__(
+        self, rollouts: Iterable[Rollout] = (), cost: DecodeCost | None = None, rows_that_fit: int | None = None
+    ):
         super().__init__(rollouts)
-        self.cost = cost or DecodeCost()
+        self.cost, self.rows_that_fit = cost or DecodeCost(), rows_that_fit
 
 
 def mean(values: Iterable[float]) -> float:

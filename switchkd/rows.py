@@ -46,6 +46,11 @@ class Row:
         elif len(self.completion) == job.max_new_tokens:
             self.stop_reason = "length"
 
+    def restart(self) -> None:
+        """Go back to the prompt."""
+        self.completion, self.speakers, self.divergences, self.thresholds, self.hidden = [], [], [], [], []
+        self.stop_reason = self.error = None
+
     def fail(self, reason: str, error: str) -> None:
         self.stop_reason, self.error = reason, error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from switchkd.checkpoint import write_file
 from switchkd.config import TrainConfig, from_dict
 from switchkd.errors import ConfigError
 from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, read_lines, read_yaml
@@ -139,6 +141,28 @@ def read_metrics(run: Path) -> Lines:
         with damaged_at(file, number):
             check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
     return lines
+
+
+def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to a file of JSON lines, which is made for the first."""
+    if records:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    write_file(path, "".join(kept))
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

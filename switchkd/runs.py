@@ -1,6 +1,8 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
 config.yaml       the settings, every one, usable as a recipe
+data.json         number and checksum of the examples that the run is on
+lock.json         the process that works here, while it does
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
 samples.jsonl     the same few prompts completed every ``sample_steps``, with what both models say of each token
@@ -11,8 +13,9 @@ trackers/         what trackers write, where a run reports to any
 student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +25,18 @@ import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from switchkd import live, report
+from switchkd import live, report, signals
 from switchkd.adapters import merged
 from switchkd.cache import verify_cache
-from switchkd.checkpoint import load_weights, save_model, write_file
+from switchkd.checkpoint import checkpoints, load_weights, save_model, write_file
 from switchkd.config import (
-    FREE_ON_RESUME,
     DataConfig,
     EvalConfig,
     ModelConfig,
     TrainConfig,
     to_dict,
 )
+from switchkd.continuation import begun, check_data, check_run
 from switchkd.data import (
     SAMPLE,
     Example,
@@ -46,8 +49,9 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.errors import ConfigError, DataError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
+from switchkd.lock import locked
 from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
@@ -58,7 +62,7 @@ from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
-from switchkd.run_record import CONFIG, read_config
+from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
@@ -81,62 +85,61 @@ STORE_SETTINGS = {
 def distil(config: TrainConfig) -> dict[str, Evaluation]:
     """Train as ``config`` says and write the run directory; returns the scores of before and after.
 
+    SIGTERM and Ctrl-C end it at the next whole point, with a checkpoint of the last finished step; a second one, a second later or
+    more, ends it at once. Called outside the main thread, it is ended as any other code.
+
     Raises:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
+        InUseError: another process works in the directory.
+        NonFiniteError, NoMemoryError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
-    accelerator = Accelerator()
+    accelerator, run = Accelerator(), Path(config.output_dir)
+    mine = locked(run) if accelerator.is_main_process else nullcontext()
+    with signals.deferred(polled=accelerator.num_processes == 1):
+        try:
+            with mine:
+                return _distil(config, accelerator)
+        except (signals.Stopped, NonFiniteError, NoMemoryError) as error:
+            error.add_note(standing(run))
+            raise
+
+
+def standing(run: Path) -> str:
+    """What there is of a run that ended early, and the command that goes on."""
+    if saved := checkpoints(run):
+        return f"{saved[-1]} stands; go on with: switchkd train {shlex.quote(str(run))} --resume"
+    return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
+
+
+def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
-    _check_run(run, config)
+    check_run(run, config)
     check_trackers(config.report_to)
     pair = open_pair(config, quiet=not main, seed=config.seed)
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
     heldout = load_heldout(config, pair, quiet=quiet)
+    validation = load_validation(config, pair, heldout.examples, quiet=quiet)
+    corpus = load_corpus(config, pair, quiet=quiet)
     trainer = Trainer(
-        pair,
-        train,
-        config,
-        accelerator,
-        teacher_cache=teacher_cache,
-        validation=load_validation(config, pair, heldout.examples, quiet=quiet),
-        corpus=load_corpus(config, pair, quiet=quiet),
+        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
     )
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     if main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_file(run / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False))
+        data = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+        check_data(run, config, data)
+        write_file(run / CONFIG, yaml.safe_dump(to_dict(replace(config, allow_change=())), sort_keys=False))
         results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resume:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
     if main:
-        student = accelerator.unwrap_model(trainer.student)
-        if trainer.best:
-            load_weights(run / BEST, student)
-        if trainer.best and not quiet:
-            report.console.print(
-                f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
-                f"{report.number(trainer.best['score'])}",
-                soft_wrap=True,
-            )
-        save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
-        known: dict[str, Any] = {}
-        if heldout.examples:
-            results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
-            known = all_settings(config, heldout, settings)
-            trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
-            write_scores(run / EVALUATION, heldout, known, results)
-            if not quiet:
-                report.print_results(results, heldout.shown() | known)
-        write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
-        report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
-        if not quiet:
-            report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)
+        _finish(trainer, heldout, settings, trackers, results, quiet)
     accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
@@ -154,6 +157,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     for model in dict.fromkeys([*pair.named_teachers.values(), pair.student]):
+        signals.check()
         verify_cache(model)
     return pair
 
@@ -172,6 +176,7 @@ def prepared(
     ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
     models on one prompt with the default teacher.
     """
+    signals.check()
     tokenized, drops = tokenize(
         examples,
         pair.tokenizer,
@@ -387,19 +392,6 @@ def run_of(student: str) -> Path | None:
     return folder if (folder / CONFIG).is_file() else None
 
 
-def _check_run(run: Path, config: TrainConfig) -> None:
-    """Refuse a directory in use, or one to resume that was started with other settings."""
-    if config.resume:
-        before, now = to_dict(read_config(run)), to_dict(config)
-        changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in FREE_ON_RESUME]
-        if changed:
-            raise ConfigError(
-                f"{run} was started with other settings ({'; '.join(changed)}); resume with the same, or start anew"
-            )
-    elif run.exists() and any(run.iterdir()):
-        raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
-
-
 def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
     """Raise ConfigError if the best student is to be chosen by a score that there will not be."""
     name = config.metric_for_best_model
@@ -412,10 +404,10 @@ def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
 def _before(
     file: Path, config: TrainConfig, pair: Pair, heldout: Heldout, settings: EvalSettings
 ) -> dict[str, Evaluation]:
-    """Teacher's and untrained student's scores, read back where a resumed run has them."""
+    """Teacher's and untrained student's scores, read back where a resumed run has them and nothing about it may differ."""
     if not (heldout.examples and config.eval_on_start):
         return {}
-    if config.resume and file.is_file():
+    if config.resume and file.is_file() and not config.allow_change:
         return read_results(file)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
@@ -444,3 +436,37 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
         run()
     else:
         live.train(trainer, heldout.task.primary, run)
+
+
+def _finish(
+    trainer: Trainer,
+    heldout: Heldout,
+    settings: EvalSettings,
+    trackers: Trackers,
+    results: dict[str, Evaluation],
+    quiet: bool,
+) -> None:
+    """Save the student, score it into ``results``, and say where all that lies."""
+    config, pair, run = trainer.config, trainer.pair, trainer.run
+    student = trainer.accelerator.unwrap_model(trainer.student)
+    if trainer.best:
+        load_weights(run / BEST, student)
+    if trainer.best and not quiet:
+        report.console.print(
+            f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
+            f"{report.number(trainer.best['score'])}",
+            soft_wrap=True,
+        )
+    save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
+    known: dict[str, Any] = {}
+    if heldout.examples:
+        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
+        known = all_settings(config, heldout, settings)
+        trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
+        write_scores(run / EVALUATION, heldout, known, results)
+        if not quiet:
+            report.print_results(results, heldout.shown() | known)
+    write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
+    report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    if not quiet:
+        report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

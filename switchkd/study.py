@@ -22,19 +22,27 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from switchkd import signals
 from switchkd.checkpoint import MANIFEST, PREFIX, write_file
 from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, to_dict
 from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.lock import locked
 from switchkd.plain import read_yaml, shown, yaml_value
 from switchkd.results import read_results
 
 _FILE_NAME = re.compile(r"\w[\w.-]*")
+# How a run stands: whole, ended by an error, ended by a signal, not begun since a signal came.
+DONE, FAILED, STOPPED, WAITING = "done", "FAILED", "stopped", "waiting"
+# Exit codes of a process that a signal ended: noted by itself, or by the system.
+STOPPED_CODES = {code for number in signals.STOPPING for code in (128 + number, -number)}
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -162,29 +170,79 @@ def _config(method: str, given: Any, shared: dict[str, Any], own: dict[str, Any]
 
 def run_cells(
     grid: Sequence[Cell], size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]
-) -> list[str]:
-    """Run what is not done yet, ``jobs`` at a time, and tell ``done`` of each; returns the names of those that failed.
+) -> dict[str, str]:
+    """Run what is not done yet, ``jobs`` at a time, and tell ``done`` of each; returns how those stand that are not done.
 
     A run that was stopped goes on from its newest checkpoint, or starts anew if it has none.
+
+    Raises:
+        Stopped: a signal came. It was passed on to what was running, and all of that has ended.
+        InUseError: another process works in ``output_dir``.
     """
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    with signals.deferred(), locked(output_dir):
+        left = _run_cells(grid, size, output_dir, jobs, done)
+        if number := signals.received():
+            stop = signals.Stopped(number)
+            stop.add_note("what was running has ended with a checkpoint; the same command goes on")
+            raise stop
+    return left
+
+
+def _run_cells(
+    grid: Sequence[Cell], size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]
+) -> dict[str, str]:
     for folder in ("cells", "logs"):
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
     for cell in grid:
         _write_cell(output_dir, cell)
-    failed = []
+    left, running = {}, _Running(jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        work = {pool.submit(_run_cell, cell, size, output_dir, jobs): cell for cell in grid}
+        work = {pool.submit(_run_cell, cell, size, output_dir, running): cell for cell in grid}
         try:
             for finished in as_completed(work):
-                name, (ok, seconds) = work[finished].name, finished.result()
-                failed += [] if ok else [name]
-                done(f"{name}: {'done' if ok else f'FAILED, see {output_dir}/logs/{name}.log'}", seconds)
+                name, (state, seconds) = work[finished].name, finished.result()
+                if state != DONE:
+                    left[name] = state
+                if state != WAITING:
+                    done(f"{name}: {state}{f', see {output_dir}/logs/{name}.log' if state == FAILED else ''}", seconds)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            running.end()
             raise
-    return failed
+    return left
+
+
+class _Running:
+    """The processes of a study that run now, each with its share of the cores."""
+
+    def __init__(self, jobs: int):
+        cores = max(1, (os.cpu_count() or 1) // jobs)
+        self.environment = dict(os.environ) if jobs == 1 else {**os.environ, "OMP_NUM_THREADS": str(cores)}
+        self.processes: set[subprocess.Popen] = set()
+
+    def run(self, arguments: Sequence[str], log: IO[str]) -> int:
+        """Run a command of switchkd and return its exit code; a signal that comes meanwhile is passed on to it."""
+        log.write(f"$ switchkd {' '.join(arguments)}\n")
+        log.flush()
+        command = [sys.executable, "-m", "switchkd.cli", *arguments]
+        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment) as process:
+            self.processes.add(process)
+            told = False
+            while process.poll() is None:
+                if signals.received() and not told:
+                    process.send_signal(signals.received())
+                    told = True
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+            self.processes.discard(process)
+        return process.returncode
+
+    def end(self) -> None:
+        """End all that runs where it stands: what has been told to stop before takes this for the second time."""
+        for process in list(self.processes):
+            process.terminate()
 
 
 def _write_cell(output_dir: Path, cell: Cell) -> None:
@@ -201,23 +259,29 @@ def _write_cell(output_dir: Path, cell: Cell) -> None:
         )
 
 
-def _run_cell(cell: Cell, size: Size, output_dir: Path, jobs: int) -> tuple[bool, float]:
-    """Train and evaluate one run in processes of its own: whether it is whole now, and the seconds that took."""
+def _run_cell(cell: Cell, size: Size, output_dir: Path, running: _Running) -> tuple[str, float]:
+    """Train and evaluate one run in processes of its own: how it stands now, and the seconds that took."""
     start = time.monotonic()
+    if signals.received():
+        return WAITING, 0.0
     run, settings = output_dir / cell.name, str(output_dir / "cells" / f"{cell.name}.yaml")
     commands = []
     if not _trained(run):
         resume = any(run.glob(f"{PREFIX}*/{MANIFEST}"))
         if run.exists() and not resume:
-            shutil.rmtree(run)
+            with locked(run):  # nobody writes there
+                shutil.rmtree(run)
         commands.append(["train", settings, *(["--resume"] if resume else [])])
     for task, own in size.evaluations.items():
         if not (run / f"evaluation-{task}.json").is_file():
             only = {} if cell.config.eval_on_start else {"only": "student"}
             commands.append(["evaluate", str(run), *flags({"task": task} | own | only)])
+    state = DONE
     with (output_dir / "logs" / f"{cell.name}.log").open("a", encoding="utf-8") as log:
-        ok = all(_command(command, jobs, log) for command in commands)
-    return ok, time.monotonic() - start
+        for command in commands:
+            if state == DONE and (code := running.run(command, log)):
+                state = STOPPED if code in STOPPED_CODES else FAILED
+    return state, time.monotonic() - start
 
 
 def _trained(run: Path) -> bool:
@@ -225,16 +289,6 @@ def _trained(run: Path) -> bool:
         return "student after" in read_results(run / "evaluation.json")
     except DataError:
         return False
-
-
-def _command(arguments: Sequence[str], jobs: int, log: IO[str]) -> bool:
-    """Run a command of switchkd with its share of the cores; ends with this process if that is interrupted."""
-    cores = max(1, (os.cpu_count() or 1) // jobs)
-    environment = dict(os.environ) if jobs == 1 else {**os.environ, "OMP_NUM_THREADS": str(cores)}
-    log.write(f"$ switchkd {' '.join(arguments)}\n")
-    log.flush()
-    command = [sys.executable, "-m", "switchkd.cli", *arguments]
-    return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode == 0
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

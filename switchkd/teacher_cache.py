@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.checkpoint import staged_file, write_file
 from switchkd.data import TokenizedExample, collate
@@ -284,6 +285,7 @@ def _read_teacher(
     kept = [nothing] * len(examples)
     with evaluating(teacher):
         for places in _batches(examples, batch_size):
+            signals.check()
             rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
             tensors = record(response_hidden(teacher, collate(rows).to(teacher.device)))
             lengths = [len(completion) for _, completion in rows]

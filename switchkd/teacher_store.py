@@ -202,6 +202,7 @@ def teacher_texts(
         # Chunks end where they would without a kill, so that the batches behind it are the same ones.
         part = examples[len(rows) : (len(rows) // chunk + 1) * chunk]
         rollouts = decode_examples(pair, part, settings, [example.id for example in part])
+        settings["batch_size"] = rollouts.rows_that_fit or settings["batch_size"]
         made = _sound_rows(rollouts)
         _append(folder, header, made)
         if len(made) < len(part):

@@ -5,27 +5,27 @@ response token. All choices come from (seed, step), so a run that stops and resu
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel
 
+from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model, write_file
+from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
 from switchkd.config import TrainConfig
-from switchkd.data import TokenizedExample, batch_indices, by_teacher, collate
+from switchkd.data import Batch, TokenizedExample, batch_indices, by_teacher, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, ConfigError, NonFiniteError
+from switchkd.errors import CheckpointError, ConfigError, NoMemoryError, NonFiniteError
 from switchkd.loss import (
     Head,
     SeveralTeachers,
@@ -36,12 +36,16 @@ from switchkd.loss import (
     response_tokens,
     total,
 )
-from switchkd.metrics import Metrics, or_none, rollout_metrics
+from switchkd.memory import halving
+from switchkd.metrics import Metrics, memory_bytes, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
+from switchkd.nonfinite import blame, broken_weight
 from switchkd.objectives import CrossEntropy, Objective
+from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.run_record import append_lines, keep_until
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
@@ -102,15 +106,19 @@ class Trainer:
         self.replay: list[Rollout] = []
         self.rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows_per_step = self.rows_per_rank * self.accelerator.num_processes
-        self.total_steps = _total_steps(config, len(examples), self.rows_per_step)
+        self.total_steps = total_steps(config, len(examples), self.rows_per_step)
         self.step = self.num_tokens = 0
         self.seconds = 0.0
         self.watch = Stopwatch(self.accelerator.device)  # of the teacher's forwards in updates
         self.best: dict[str, float] = {}
+        # What the files do not say yet of the last step: its metrics ({} before the first step), None if they say all.
+        self.due: Metrics | None = {}
+        # Fewer than the settings say, for the rest of the run, once memory ran out.
+        self.generation_rows, self.micro_rows = config.generation_batch_size, config.per_device_train_batch_size
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = _adamw(pair.student, config)
+        optimizer = adamw(pair.student, config)
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
         self.head, self.teacher_heads = Head.of(pair.student, pair.vocab_size), {}
         for name, teacher in pair.named_teachers.items():
@@ -132,23 +140,77 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
+            NoMemoryError: one row is too much for the memory.
+            Stopped: a signal asked for an end. The step in which it came is dropped.
+            In each case a checkpoint of the last finished step is saved, from which ``resume`` goes on.
         """
-        if self.step == 0:
-            self._sample(sample)
-        while self.progress < 1:
-            metrics, rollouts = self.train_step(on_round)
-            if self.accelerator.is_main_process:
-                if evaluate and self.config.eval_steps and self.step % self.config.eval_steps == 0:
-                    metrics |= self._evaluated(evaluate)
-                _append(self.run / "metrics.jsonl", [metrics])
-                _append(self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts])
+        rollouts = Rollouts()
+        try:
+            while self.due is not None or self.progress < 1:
+                if self.due is None:
+                    self._stop_together()
+                    self.due, rollouts = self.train_step(on_round)
+                    if self.accelerator.is_main_process:
+                        append_lines(
+                            self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts]
+                        )
+                self._tell(rollouts, on_step, evaluate, sample)
+        except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
+            # Of several processes one may have failed alone; a signal is obeyed by all at once.
+            if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
+                if broken := broken_weight(self.student, self.optimizer):
+                    stop.add_note(f"{broken} is not finite since step {self.step}, which is not saved")
+                else:
+                    self.save()
+            raise
+
+    def _tell(
+        self,
+        rollouts: Rollouts,
+        on_step: OnStep,
+        evaluate: Callable[[PreTrainedModel], dict[str, float]] | None,
+        sample: Callable[[float], list[dict[str, Any]]] | None,
+    ) -> None:
+        """Evaluate, sample and save where that is due after a step, and write what there is to say of it, all or nothing."""
+        assert self.due is not None
+        metrics, steps, records = dict(self.due), self.config.eval_steps, []
+        if self.accelerator.is_main_process:
+            if metrics and evaluate and steps and self.step % steps == 0:
+                metrics |= self._evaluated(evaluate)
+            if sample and self._every(self.config.sample_steps):
+                records = [{"step": self.step, **record} for record in sample(self.progress)]
+            append_lines(self.run / "samples.jsonl", records)
+            if metrics:
+                append_lines(self.run / "metrics.jsonl", [metrics])
                 on_step(metrics, rollouts)
-            self._sample(sample)
-            if self.progress >= 1 or (self.config.save_steps and self.step % self.config.save_steps == 0):
-                self.save()
+        self.due = None
+        if metrics and self._every(self.config.save_steps, at_end=True):
+            self.save()
+
+    def _every(self, steps: int, at_end: bool = False) -> bool:
+        """Whether something is due now that happens every so many steps (0: never) and at the end (``at_end``: in any case)."""
+        ended = self.progress >= 1 and (at_end or steps > 0)
+        return ended or (steps > 0 and self.step % steps == 0)
+
+    def _stop_together(self) -> None:
+        """Raise Stopped on every rank if a signal reached one: alone, a rank would leave the others waiting."""
+        mine = torch.tensor([signals.received()], device=self.accelerator.device)
+        if number := int(self.accelerator.gather(mine).max()):
+            raise signals.Stopped(number)
 
     def train_step(self, on_round: OnRound | None = None) -> tuple[Metrics, Rollouts]:
-        """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data)."""
+        """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data).
+
+        A step that does not come to its update leaves no trace in the trainer's state.
+        """
+        before = self.replay, self.mix_memory
+        try:
+            return self._train_step(on_round)
+        except BaseException:
+            self.replay, self.mix_memory = before
+            raise
+
+    def _train_step(self, on_round: OnRound | None) -> tuple[Metrics, Rollouts]:
         start = time.perf_counter()
         self._look_at_validation()
         source = self._source()
@@ -176,7 +238,7 @@ class Trainer:
             "seconds/generate": read_at - start,
             "seconds/teacher": teacher_seconds,
             "seconds/update": max(seconds - (read_at - start) - teacher_seconds, 0.0),
-            "memory_gib": self._memory() / 2**30,
+            "memory_gib": memory_bytes(self.accelerator.device) / 2**30,
             "tokens_per_second": tokens / seconds,
         }
         if self.corpus:
@@ -208,15 +270,6 @@ class Trainer:
         mine = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.gather(mine).max().item()
 
-    def _memory(self) -> int:
-        """Bytes: the most that the device held in this step, or on a CPU what the process holds now."""
-        device = self.accelerator.device
-        if device.type != "cuda":
-            return psutil.Process().memory_info().rss
-        most = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return most
-
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
         """The student's scores now; the best student so far is kept in ``best/``."""
         start = time.perf_counter()
@@ -230,14 +283,10 @@ class Trainer:
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
-    def _sample(self, sample: Callable[[float], list[dict[str, Any]]] | None) -> None:
-        every = self.config.sample_steps
-        if sample and every and (self.step % every == 0 or self.progress >= 1) and self.accelerator.is_main_process:
-            records = sample(self.progress)
-            _append(self.run / "samples.jsonl", [{"step": self.step, **record} for record in records])
-
     def save(self) -> None:
-        """Write a checkpoint of this step, whole or not at all."""
+        """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
+        if broken := broken_weight(self.student, self.optimizer):
+            raise NonFiniteError(f"step {self.step}: {broken} is not finite after the update; lower learning_rate")
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.run,
@@ -249,6 +298,7 @@ class Trainer:
                     "num_tokens": self.num_tokens,
                     "seconds": self.seconds,
                     "best": self.best,
+                    "due": self.due,
                     "objective": self.objective_memory,
                     "mix": self.mix_memory,
                     "replay": [rollout.to_json() for rollout in self.replay],
@@ -264,12 +314,13 @@ class Trainer:
             raise CheckpointError(f"{self.run} holds no checkpoint to resume from; start without --resume")
         state = load_checkpoint(found[-1], self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
-        self.best = state["best"]
+        self.best, self.due = state["best"], state.get("due")
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
-                _keep_until(self.run / name, self.step)
+            told = self.step if self.due is None else self.step - 1
+            for name, step in (("rollouts.jsonl", self.step), ("metrics.jsonl", told), ("samples.jsonl", told)):
+                keep_until(self.run / name, step)
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
@@ -320,6 +371,7 @@ class Trainer:
         with evaluating(self.student):
             # Every rank runs as many forwards as any other: a wrapped model may wait for all in each.
             for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
+                signals.check()
                 rows = batches[min(place, len(batches) - 1)]
                 loss = self._loss(rows, CrossEntropy())
                 if place < len(batches):
@@ -341,8 +393,10 @@ class Trainer:
             "max_new_tokens": self._budget(),
             "seed": self.config.seed,
             "keep_hidden": self.config.objective.reads_teacher,
+            "batch_size": self.generation_rows,
         }
         rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
+        self.generation_rows = rollouts.rows_that_fit or self.generation_rows
         for rollout, example in zip(rollouts, examples, strict=True):
             if rollout.error:
                 raise rollout.failure(f"step {self.step + 1}, {example.source}")
@@ -350,21 +404,17 @@ class Trainer:
 
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
-        accelerator, size = self.accelerator, self.config.per_device_train_batch_size
+        accelerator = self.accelerator
         local = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
         tokens = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
-        micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
-        sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
-        for micro, (i, start) in enumerate(micros):
-            syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
-            with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
-                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
-                # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
-                accelerator.backward(loss * (parts[i].weight * accelerator.num_processes))
-            sums[i] += loss.detach()
+        gradients = partial(self._gradients, parts, tokens)
+        if accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
+            sums = gradients(self.micro_rows)
+        else:
+            sums, self.micro_rows = halving(gradients, self.micro_rows, "training", "per_device_train_batch_size")
         losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
-        self._check_finite(losses, grad_norm)
+        self._check_finite(parts, losses, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
         self.optimizer.step()
@@ -372,14 +422,37 @@ class Trainer:
         self.step += 1
         return losses, tokens[0], grad_norm
 
+    def _gradients(self, parts: Sequence[_Part], tokens: Sequence[int], size: int) -> torch.Tensor:
+        """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns each part's share of its mean.
+
+        The size moves rounding alone, but for dropout, whose masks are those of a micro-batch.
+        """
+        accelerator = self.accelerator
+        micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
+        sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
+        self.optimizer.zero_grad()  # of a try that was given up
+        for micro, (i, start) in enumerate(micros):
+            signals.check()
+            syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
+            with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
+                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
+                # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
+                accelerator.backward(loss * (parts[i].weight * accelerator.num_processes))
+            sums[i] += loss.detach()
+        return sums
+
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch."""
+        hidden, batch, teacher = self.read(rows, objective)
+        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
+
+    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
+        """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
         teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
         self.watch.lap(len(rows), start)
-        hidden = response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student)
-        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
+        return response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student), batch, teacher
 
     @torch.no_grad()
     def _teacher(self, rows: Rows, device: torch.device) -> Teacher:
@@ -405,15 +478,13 @@ class Trainer:
             hidden = response_hidden(self.pair.teacher_named(teacher), batch.to(device))
         return TeacherStates(self.teacher_heads[teacher], hidden)
 
-    def _check_finite(self, losses: Sequence[float], grad_norm: float) -> None:
+    def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
             return
-        self.optimizer.zero_grad()
-        first = self.step * self.rows_per_step
+        cause = blame(self, [(part.rows, part.objective) for part in parts])
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {' and '.join(map(str, losses))}, gradient norm {grad_norm} (samples {first}.."
-            f"{first + self.rows_per_step - 1}); the weights are those of the step before. Lower learning_rate, or look for "
-            "broken values in the models"
+            f"step {self.step + 1}: {cause} (loss {' and '.join(map(str, losses))}, gradient norm {grad_norm}); the weights are "
+            "those of the step before. Lower learning_rate, or look for broken values in the models"
         )
 
     @contextmanager
@@ -425,8 +496,10 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(key % 2**63)
             self.student.train()
-            yield
-            self.student.eval()
+            try:
+                yield
+            finally:
+                self.student.eval()
 
 
 def _gathered(rollouts: Rollouts) -> Rollouts:
@@ -438,58 +511,6 @@ def _gathered(rollouts: Rollouts) -> Rollouts:
     return Rollouts([rollout for own, _ in parts for rollout in own], cost)
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
-    """Rate of the update after ``step`` updates: linear warm-up, then constant or half a cosine down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float:
-    """Steps after which a run ends at the latest; infinite where a budget of tokens or time alone ends it."""
-    if config.max_steps >= 0:
-        return config.max_steps
-    if config.max_train_tokens or config.max_train_seconds:
-        return math.inf
-    return math.ceil(config.num_train_epochs * examples / rows_per_step)
-
-
-def _adamw(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ConfigError("the student has no trainable parameters")
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
-
-
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that accelerate wraps."""
     return optimizer.optimizer
-
-
-def _append(path: Path, records: Sequence[Metrics]) -> None:
-    if records:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, and a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_file(path, "".join(kept))

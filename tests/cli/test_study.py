@@ -1,18 +1,27 @@
 """A study on a tiny pair: its grid, its runs in processes of their own, going on where it stopped, and what it concludes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import byte_level_tokenizer, save_llama
 
+from switchkd.checkpoint import checkpoints
 from switchkd.cli import main
 from switchkd.config import shipped
 from switchkd.curves import cost
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, InUseError
+from switchkd.lock import locked
 from switchkd.study import Plan, Size, cells, flags, load_plan, with_settings
 from switchkd.study_report import cost_table
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,7 @@ def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys):
     (output / "soft-seed0" / "checkpoint-1" / "manifest.json").write_text("{}")
     assert main(arguments) == 1
     said = capsys.readouterr()
-    assert "1 of 2 runs failed (soft-seed0)" in said.err and "sft-seed0: done" in said.out
+    assert "1 of 2 runs are not done (soft-seed0 FAILED)" in said.err and "sft-seed0: done" in said.out
     blocker.rmdir()
     (output / "soft-seed0" / "checkpoint-1" / "manifest.json").unlink()
     before = (output / "sft-seed0" / "metrics.jsonl").stat().st_mtime_ns
@@ -74,6 +83,44 @@ def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys):
     assert main(arguments) == 0
     assert main([*arguments, "--set", "max_steps=3"]) == 1
     assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_a_study_passes_a_signal_on_and_goes_on_where_it_was_stopped(plan, tmp_path):
+    """The run that goes on has saved and is not called failed; the one behind it was not begun."""
+    output = tmp_path / "study"
+    arguments = ["study", str(plan), "--output-dir", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "switchkd.cli",
+        *arguments,
+        "--set",
+        "max_steps=100000",
+        "eval_steps=0",
+        "save_steps=1000",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    run, until = output / "sft-seed0", time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < until, f"no step: {process.communicate()}"
+        time.sleep(0.05)
+    with pytest.raises(InUseError, match=f"{output} is in use by process {process.pid} on "), locked(output):
+        pass
+    process.send_signal(signal.SIGTERM)
+    said, wrong = process.communicate(timeout=300)
+    assert process.returncode == 143, wrong
+    assert "sft-seed0: stopped" in said and "FAILED" not in said and "soft-seed0" not in said
+    assert wrong.splitlines()[-2:][0] == "stopped by SIGTERM" and "the same command goes on" in wrong
+    assert len(checkpoints(run)) == 1 and not (output / "soft-seed0").exists()
+    log = (output / "logs" / "sft-seed0.log").read_text()
+    assert f"{checkpoints(run)[0]} stands; go on with" in log
+
+
+def test_a_run_that_is_ended_by_itself_is_not_called_failed(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("switchkd.study._Running.run", lambda *_: 143)
+    assert main(["study", str(plan), "--output-dir", str(tmp_path / "study")]) == 1
+    assert "2 of 2 runs are not done (sft-seed0 stopped, soft-seed0 stopped)" in capsys.readouterr().err
 
 
 def test_a_grid_is_every_combination_and_a_method_keeps_its_own_settings():

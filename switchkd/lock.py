@@ -1,0 +1,105 @@
+"""One writer to a folder: a second process is refused, and told who the first one is.
+
+The lock is ``flock`` on a small file, which the system takes back when its process ends, however that happens. Where a file
+system has no ``flock``, the file itself is the lock: one whose process ended on this machine is taken over, any other is explained.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from switchkd.errors import InUseError
+
+LOCK = "lock.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that works in ``folder`` while the block runs. It is made if it is not there; an empty one is removed.
+
+    Raises:
+        InUseError: another process works there; it is named by pid, host and start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    file = _taken(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _taken(path: Path) -> IO[str]:
+    """The open file at ``path``, locked, with this process in it."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            _lock(file, path)
+            # The process before may have removed the file between the two lines above.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    file.truncate(0)
+    json.dump(_me(), file)
+    file.flush()
+    return file
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError(
+            f"{path.parent} is in use by {_words(_owner(path))}; wait for it, or choose another folder"
+        ) from None
+    except OSError as error:
+        owner = _owner(path)
+        if owner and not _ended(owner):
+            raise InUseError(
+                f"{path.parent} is in use by {_words(owner)}, as far as can be told: its file system has no locks ({error}). "
+                f"If that process has ended, delete {path}"
+            ) from None
+
+
+def _me() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Who wrote the file; {} if that cannot be read (yet)."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return owner if owner.keys() == _me().keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _words(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+    return f"process {owner['pid']} on {owner['host']}, started {since}"
+
+
+def _ended(owner: dict[str, Any]) -> bool:
+    """Whether the owner is known to have ended: it was of this machine, and its pid is nobody's or another's now."""
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True

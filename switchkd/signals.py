@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT: the first one asks for an end at the next whole point, a second one ends the process where it stands.
+
+Inside ``deferred()`` a signal is only noted. Whoever works in blocks (a decoding round, a micro-batch, a batch of evaluation)
+calls ``check`` between two of them, which raises ``Stopped``. Signals belong to the process, so what has been noted does too.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+# A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.
+ONE_SIGNAL_SECONDS = 1.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that is answered at once. ``signal`` is its number; the exit code is 128 more."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+        super().__init__(f"stopped by {self.signal.name}")
+
+
+class Stopped(Interrupted):
+    """A signal that is answered between two blocks: what there is of the work is whole and can be saved."""
+
+
+_received = 0  # the signal that came, 0 for none
+_polled = False  # whether ``check`` may raise
+
+
+def received() -> int:
+    """The number of the signal that came in this ``deferred`` block; 0 for none."""
+    return _received
+
+
+def check() -> None:
+    """Raise Stopped if a signal came and blocks may end here."""
+    if _received and _polled:
+        raise Stopped(_received)
+
+
+@contextmanager
+def deferred(polled: bool = True) -> Iterator[None]:
+    """Note the first SIGTERM or SIGINT instead of obeying it; a later one does what it did before this block.
+
+    ``polled`` False keeps ``check`` silent, for processes that can only stop together. In another thread than the main one
+    nothing changes, since Python handles signals there only.
+    """
+    global _received, _polled
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    first = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _received
+        nonlocal first
+        if not _received:
+            _received, first = number, time.monotonic()
+            os.write(
+                2, b"stopping at the next whole point; once more to leave at once\n"
+            )  # safe wherever a signal comes
+        elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
+            _restore(before)
+            signal.raise_signal(number)
+
+    _received, _polled = 0, polled
+    try:
+        for number in STOPPING:
+            signal.signal(number, note)
+        yield
+    finally:
+        _restore(before)
+        _received, _polled = 0, False
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Interrupted where the process stands, as Ctrl-C does, so that what is half made is taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        _restore({signal.SIGTERM: before})
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _restore(handlers: dict[signal.Signals, Callable | int | None]) -> None:
+    for number, handler in handlers.items():
+        # None is a handler that was not set from Python, and cannot be put back from here.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,192 @@
+"""One process writes a run directory, and a run goes on with the settings and the text that it was started with."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import toy_examples
+
+from switchkd import continuation, lock
+from switchkd.config import TrainConfig, to_dict
+from switchkd.continuation import check_data, check_run
+from switchkd.errors import ConfigError, InUseError
+from switchkd.lock import LOCK, locked
+from switchkd.runs import distil
+from switchkd.study import Size, run_cells
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys
+from pathlib import Path
+from switchkd.lock import locked
+with locked(Path(sys.argv[1])):
+    print("in", flush=True)
+    input()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of a folder."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def check_second_writer(folder, pid):
+    with (
+        pytest.raises(InUseError, match=f"is in use by process {pid} on {socket.gethostname()}, started 20"),
+        locked(folder),
+    ):
+        pass
+
+
+def test_a_second_process_is_refused_and_told_of_the_first_until_that_one_is_killed(holder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    check_second_writer(run, holder.pid)
+    with monkeypatch.context() as mutant:  # a lock that locks nothing
+        mutant.setattr(lock, "_lock", lambda *_: None)
+        with pytest.raises(pytest.fail.Exception):
+            check_second_writer(tmp_path / "other", holder.pid)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert json.loads((run / LOCK).read_text())["pid"] == holder.pid
+    with locked(run):  # what the killed one left is no lock any more
+        check_second_writer(run, os.getpid())
+    assert not run.exists()
+
+
+def test_a_run_and_a_study_are_refused_before_anything_is_read(tmp_path):
+    missing = TrainConfig(
+        output_dir=str(tmp_path), teacher_model_name_or_path="nowhere", student_model_name_or_path="nowhere"
+    )
+    with locked(tmp_path):
+        with pytest.raises(InUseError):
+            distil(missing)
+        with pytest.raises(InUseError):
+            run_cells([], Size(), tmp_path, 1, lambda *_: None)
+
+
+def test_a_folder_that_holds_something_stays(tmp_path):
+    with suppress(KeyError), locked(tmp_path / "run"):
+        (tmp_path / "run" / "x").write_text("")
+        raise KeyError
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["x"]
+
+
+def owner(**changes):
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": lock._me()["started"]} | changes
+
+
+@pytest.mark.parametrize(
+    ("left", "refused"),
+    [
+        (owner(), True),
+        (owner(host="elsewhere"), True),
+        (owner(pid=2**22 + 1), False),
+        (owner(started=1.0), False),  # its pid is another process's now
+        ("half a li", False),
+    ],
+)
+def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explained(tmp_path, monkeypatch, left, refused):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("switchkd.lock.fcntl.flock", no_locks)
+    file = tmp_path / LOCK
+    file.write_text(json.dumps(left) if isinstance(left, dict) else left)
+    if refused:
+        with pytest.raises(InUseError, match=rf"No locks available.*has ended, delete {file}"), locked(tmp_path):
+            pass
+        assert json.loads(file.read_text()) == left
+    else:
+        with locked(tmp_path):
+            assert json.loads(file.read_text()) == owner()
+
+
+# --- the same run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as one leaves it that was stopped."""
+    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    check_data(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)})
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    return folder
+
+
+def resumed(run, **changes):
+    return dataclasses.replace(TrainConfig(output_dir=str(run)), resume=True, **changes)
+
+
+def check_settings(run):
+    check_run(run, resumed(run, save_steps=7))
+    with pytest.raises(ConfigError) as refused:
+        check_run(run, resumed(run, seed=5, learning_rate=0.5))
+    for words in ("seed: 0 -> 5", "learning_rate: 0.0001 -> 0.5", "--allow-change seed learning_rate"):
+        assert words in str(refused.value)
+    check_run(run, resumed(run, seed=5, allow_change=("seed",)))
+    with pytest.raises(ConfigError, match=r"learning_rate: .* --allow-change learning_rate$"):
+        check_run(run, resumed(run, seed=5, learning_rate=0.5, allow_change=("seed",)))
+
+
+def check_text(run):
+    same = {"train_file": toy_examples(4), "eval_file": toy_examples(2)}
+    check_data(run, resumed(run), same)
+    first, *rest = same["train_file"]
+    for other in (
+        dataclasses.replace(first, prompt_ids=[9, 9]),
+        dataclasses.replace(first, completion_ids=[9, 1]),
+        dataclasses.replace(first, teacher="math"),
+        dataclasses.replace(first, teacher_prompt_ids=[3]),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"train_file: other text behind it \(4 examples, sha256 .* -> 4 examples"
+        ):
+            check_data(run, resumed(run), same | {"train_file": [other, *rest]})
+    with pytest.raises(ConfigError, match=r"2 examples, .* -> 3 examples.* --allow-change eval_file$"):
+        check_data(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same})
+    check_data(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)})
+    check_data(run, resumed(run), same | {"eval_file": toy_examples(3)})  # what was allowed once is the run's own now
+
+
+def test_other_settings_are_refused_with_all_that_differs_and_allowed_one_by_one(run):
+    check_settings(run)
+
+
+def test_other_text_is_refused_and_allowed_by_the_setting_that_names_it(run):
+    check_text(run)
+
+
+def test_mutants_that_let_a_run_go_on_otherwise(run, monkeypatch):
+    monkeypatch.setattr(continuation, "_refuse", lambda *_: None)
+    for check in (check_settings, check_text):
+        with pytest.raises(pytest.fail.Exception):
+            check(run)
+    monkeypatch.undo()
+    monkeypatch.setattr(continuation, "_fingerprint", lambda examples: {"examples": len(examples), "sha256": "?"})
+    check_data(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)})
+    with pytest.raises(pytest.fail.Exception):
+        check_text(run)
+
+
+def test_what_is_allowed_must_be_a_setting_of_a_run_that_goes_on():
+    with pytest.raises(ConfigError, match="unknown setting 'learning_rat'; did you mean 'learning_rate'"):
+        TrainConfig(resume=True, allow_change=("learning_rat",))
+    with pytest.raises(ConfigError, match="give resume too"):
+        TrainConfig(allow_change=("seed",))

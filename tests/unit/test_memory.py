@@ -1,0 +1,228 @@
+"""Memory that runs out moves time, never tokens or gradients; and memory does not grow over a run."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from test_trainer import gradient_step, lines, trainer, weights
+from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
+
+from switchkd import decode, decode_reference
+from switchkd.cache import CachedModel
+from switchkd.checkpoint import checkpoints
+from switchkd.errors import NoMemoryError
+from switchkd.memory import halving
+from switchkd.mixes import Adaptive, Generated
+from switchkd.policies import Policy
+from switchkd.rows import Row
+from switchkd.runs import standing
+from switchkd.trainer import Trainer
+
+PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
+
+
+def ours(warned):
+    """What we said; libraries say things too."""
+    return [str(each.message) for each in warned if each.category is RuntimeWarning]
+
+
+def short_of_memory(patch, rows, after=0):
+    """Caches for more rows than ``rows`` do not fit; the first ``after`` rounds go well."""
+    seen, extend = [], CachedModel.extend
+
+    def limited(self, places, *args, **more):
+        seen.append(len(places))
+        if len(seen) > after and len(places) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return extend(self, places, *args, **more)
+
+    patch.setattr(CachedModel, "extend", limited)
+    return seen
+
+
+def check_tokens(monkeypatch):
+    models = tiny_model("llama", 1), tiny_model("llama", 2)
+    for name in ("switch_exponential", "adaswitch", "parity"):
+        policy: Policy = POLICIES[name]
+        expected = decode_reference(*models, PROMPTS, policy, 10, eos_token_ids=[])
+        with (
+            monkeypatch.context() as patch,
+            pytest.warns(RuntimeWarning, match="with 6 rows at once: from here on 1;") as said,
+        ):
+            short_of_memory(patch, rows=2, after=9)
+            made = decode(*models, PROMPTS, policy, 10, eos_token_ids=[], block_size=3, keep_hidden=True)
+        assert len(ours(said)) == 1 and made.rows_that_fit == 1
+        assert_same(made, expected)
+        assert made.cost.kept_tokens == sum(len(row.completion_ids) for row in expected)
+        hidden = decode(*models, PROMPTS, policy, 10, eos_token_ids=[], block_size=3, keep_hidden=True)
+        for row, other in zip(made, hidden, strict=True):
+            assert (row.teacher_hidden is None) == (other.teacher_hidden is None)
+            if row.teacher_hidden is not None:
+                torch.testing.assert_close(row.teacher_hidden, other.teacher_hidden, atol=1e-12, rtol=1e-9)
+
+
+def test_decoding_with_fewer_rows_gives_the_same_tokens_and_one_warning(monkeypatch):
+    check_tokens(monkeypatch)
+
+
+def test_mutant_that_goes_on_with_half_made_rows(monkeypatch):
+    """The policy's state is not that of the text any more."""
+    monkeypatch.setattr(Row, "restart", lambda _: None)
+    with pytest.raises(AssertionError):
+        check_tokens(monkeypatch)
+
+
+def micro_batches_of(patch, rows):
+    """A student that cannot be trained on more rows at once; returns the rows of the forwards that went well."""
+    seen, loss = [], Trainer._loss
+
+    def limited(self, batch, objective):
+        value = loss(self, batch, objective)
+        if len(batch) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        seen.append(len(batch))
+        return value
+
+    patch.setattr(Trainer, "_loss", limited)
+    return seen
+
+
+SHORT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mix": Generated(1.0)}
+
+
+def check_gradients(tmp_path, monkeypatch):
+    expected, whole, _ = gradient_step(tmp_path, **SHORT)
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(RuntimeWarning, match="training with 4 rows at once: from here on 1;") as said,
+    ):
+        seen = micro_batches_of(patch, 1)
+        gradients, metrics, _ = gradient_step(tmp_path, **SHORT)
+    assert len(ours(said)) == 1 and seen == [1] * 8
+    assert metrics["loss"] == pytest.approx(whole["loss"], abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-12, rtol=1e-12)
+
+
+def test_training_with_smaller_micro_batches_gives_the_same_gradients_and_one_warning(tmp_path, monkeypatch):
+    check_gradients(tmp_path, monkeypatch)
+
+
+def test_mutant_that_keeps_the_gradients_of_a_try_that_was_given_up(tmp_path, monkeypatch):
+    """Memory runs out in the second micro-batch, when the first has left its gradient."""
+    real, calls = Trainer._loss, []
+
+    def late(self, batch, objective):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, batch, objective)
+
+    expected, _, _ = gradient_step(tmp_path, **SHORT)
+    for mutant in (False, True):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="from here on 2;"):
+            patch.setattr(Trainer, "_loss", late)
+            if mutant:
+                patch.setattr("accelerate.optimizer.AcceleratedOptimizer.zero_grad", lambda *_, **__: None)
+            gradients, _, _ = gradient_step(tmp_path, **SHORT)
+        equal = all(torch.allclose(g, expected[name], atol=1e-12, rtol=1e-9) for name, g in gradients.items())
+        assert equal is not mutant
+
+
+def test_the_size_that_fits_is_kept_and_the_run_ends_as_it_would_have(tmp_path, monkeypatch):
+    straight = trainer(tmp_path / "straight", **SHORT)
+    straight.train()
+    short = trainer(tmp_path / "short", **SHORT)
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        seen = micro_batches_of(patch, 2)
+        decoded = short_of_memory(patch, rows=4)
+        short.train()
+    assert [text.split(":")[0] for text in ours(said)] == [
+        "memory ran out while decoding with 8 rows at once",
+        "memory ran out while training with 4 rows at once",
+    ]
+    assert seen == [2] * 4 * 6 and sum(rows > 4 for rows in decoded) == 1
+    for name, weight in weights(straight).items():
+        torch.testing.assert_close(weights(short)[name], weight, atol=1e-9, rtol=1e-6)
+    texts = ([r["completion_ids"] for r in lines(tmp_path / n, "rollouts.jsonl")] for n in ("straight", "short"))
+    assert next(texts) == next(texts)
+
+
+@pytest.mark.parametrize("where", ["decoding", "training"])
+def test_a_single_row_that_does_not_fit_stops_with_a_checkpoint_of_the_step_before(tmp_path, monkeypatch, where):
+    t = trainer(tmp_path, **SHORT)
+    t.due = None
+    t.train_step()
+    before = weights(t)
+    short_of_memory(monkeypatch, 0) if where == "decoding" else micro_batches_of(monkeypatch, 0)
+    with pytest.raises(NoMemoryError, match=f"memory runs out while {where} with a single row .*shorten the text"):
+        t.train()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True))
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"] and "checkpoint-1 stands" in standing(tmp_path)
+    again = trainer(tmp_path, **SHORT)
+    again.resume()
+    assert again.step == 1
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    calls = []
+
+    def broken(rows):
+        calls.append(rows)
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        halving(broken, 8, "training", "per_device_train_batch_size")
+    assert calls == [8]
+    assert halving(lambda rows: rows, 3, "x", "y") == (3, 3)
+
+
+# --- 200 steps ----------------------------------------------------------------------------------------------------
+
+
+def held():
+    """What this process holds: Python objects that the collector sees, and bytes of tensors."""
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = [each for each in objects if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    return len(objects), sum(each.numel() * each.element_size() for each in tensors)
+
+
+def growth(folder):
+    """Objects and bytes that 150 steps leave behind, after 50 in which buffers and caches have filled."""
+    mix = Adaptive(share=0.9, capacity=8, validation_steps=10)
+    t = trainer(
+        folder, toy_pair(), toy_examples(), mix=mix, validation=toy_examples(2), corpus=toy_examples(3), max_steps=200,
+        max_new_tokens=4, per_device_train_batch_size=2, save_steps=100,
+    )  # fmt: skip
+    seen = {}
+
+    def on_step(metrics, _):
+        if metrics["step"] in (50, 200):
+            seen[metrics["step"]] = held()
+
+    t.train(on_step)
+    return [after - before for before, after in zip(seen[50], seen[200], strict=True)]
+
+
+def test_memory_is_flat_over_200_steps(tmp_path):
+    objects, size = growth(tmp_path)
+    assert (
+        objects < 150 and size < 10_000
+    )  # less than one object a step; one step's text alone has more bytes of states
+
+
+def test_mutant_that_keeps_each_steps_text(tmp_path, monkeypatch):
+    kept, generate = [], Trainer._generate
+
+    def hoarding(self, *args):
+        rollouts = generate(self, *args)
+        kept.append(rollouts[0])
+        return rollouts
+
+    monkeypatch.setattr(Trainer, "_generate", hoarding)
+    objects, size = growth(tmp_path)
+    assert objects >= 150 and size >= 10_000
