@@ -15,6 +15,7 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.mixes import Adaptive, Generated, GroundTruth, Pairs, TeacherText
 from switchkd.objectives import TAID, CrossEntropy, DistiLLM2, ForwardKL
 from switchkd.policies import CAOPD, REFERENCE, STUDENT, TEACHER, TRB
+from switchkd.rollouts import Rollouts
 from switchkd.teacher_cache import TeacherCache
 
 ALWAYS = Adaptive(share=1.0, capacity=8, validation_steps=3)
@@ -213,7 +214,7 @@ def test_a_budget_grows_over_training(tmp_path):
 def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, policy, setting, expected):
     used = []
     monkeypatch.setattr(
-        "switchkd.trainer.decode_examples", lambda *arguments: used.append(arguments[2]["policy"]) or []
+        "switchkd.trainer.decode_examples", lambda *arguments: used.append(arguments[2]["policy"]) or Rollouts()
     )
     t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=8, max_new_tokens_start=2)
     for t.step in (0, 4):
