@@ -67,7 +67,7 @@ def model_card(trainer: Trainer, results: Mapping[str, Evaluation], evaluated: M
 
     ``results`` are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
     """
-    config = dataclasses.replace(trainer.config, resume=False)  # made again, a run starts anew
+    config = dataclasses.replace(trainer.config, resume=False, allow_change=())  # made again, a run starts anew
     models, data = _models(config), _data(config)
     parts = {
         "": _pair(trainer),

@@ -65,7 +65,7 @@ def trainer(folder, pair, examples=None, **changes):
 def lines(folder, name):
     """The records of a run's file, without what they say about time."""
     records = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+    return [{k: v for k, v in record.items() if "second" not in k and k != "memory_gib"} for record in records]
 
 
 def lora_student(family="llama", settings=LORA, stirred=True, dtype=torch.float64):

@@ -17,6 +17,7 @@ from switchkd.config import TrainConfig, from_dict
 from switchkd.mixes import GroundTruth
 from switchkd.model_card import model_card
 from switchkd.results import Evaluation
+from switchkd.run_record import read_config
 from switchkd.statistics import Values
 from switchkd.trainer import Trainer
 
@@ -79,7 +80,7 @@ def test_the_card_of_a_run_says_what_was_made_how_and_how_good_it_is(run, settin
 def test_the_settings_in_a_card_are_the_runs(run, settings):
     folder, _ = run
     card = ModelCard.load(folder / "student" / "README.md")
-    assert embedded(card) == runs.read_config(folder) == dataclasses.replace(settings, output_dir=str(folder))
+    assert embedded(card) == read_config(folder) == dataclasses.replace(settings, output_dir=str(folder))
     # A run that was resumed is made again from its start.
     assert not embedded(card_of(dataclasses.replace(settings, resume=True))).resume
 
