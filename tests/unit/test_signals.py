@@ -122,8 +122,16 @@ def test_mutants_do_not_go_on_bit_for_bit(straight, tmp_path, monkeypatch, mista
 # --- handlers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """A shell may start what runs in the background so that it ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", signals.STOPPING)
-def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before(monkeypatch, number):
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before(monkeypatch, number, interruptible):
     before = [signal.getsignal(each) for each in signals.STOPPING]
     with signals.terminable():
         with pytest.raises(KeyboardInterrupt) as caught, signals.deferred():

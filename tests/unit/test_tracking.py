@@ -152,6 +152,7 @@ def test_a_tracker_that_fails_is_named_once_and_neither_the_run_nor_another_trac
     settings, tmp_path, monkeypatch, capsys, moment
 ):
     made = []
+    monkeypatch.setattr(tracking, "find_spec", lambda name: object())  # trackio itself is not needed
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", lambda *_, **__: made.append(Flaky()) or made[-1])
     monkeypatch.setattr(Flaky, "fails_at", moment)
     distil(settings, tmp_path / "run", "trackio", "tensorboard")
