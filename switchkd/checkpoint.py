@@ -100,8 +100,13 @@ def save_checkpoint(
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run directory, oldest first."""
-    found = [p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = [p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and (p / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

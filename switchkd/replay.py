@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from switchkd.checkpoint import PREFIX, checkpoints, load_weights
+from switchkd.checkpoint import checkpoints, load_weights, step_of
 from switchkd.models import Pair
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
@@ -59,7 +59,7 @@ def check_records(
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
     done = {line["step"]: line.get("progress", 0.0) for line in run.metrics}
     students: list[tuple[int, Path | None]] = [(0, None)]
-    students += [(int(folder.name.removeprefix(PREFIX)), folder) for folder in checkpoints(run.path)]
+    students += [(step_of(folder), folder) for folder in checkpoints(run.path)]
     rollouts = run.rollouts_of([step + 1 for step, _ in students], most)
     for step, folder in students:
         if folder is not None:

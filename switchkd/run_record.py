@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from switchkd.checkpoint import write_file
+from switchkd.checkpoint import checkpoints, step_of, write_file
 from switchkd.config import TrainConfig, from_dict
 from switchkd.errors import ConfigError
 from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, read_lines, read_yaml
@@ -84,8 +84,8 @@ class RunRecord:
         if self.finished:
             return f"Finished after {last} steps."
         of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
-        saved = self._checkpoints()
-        where = f"its newest checkpoint is that of step {max(saved)}" if saved else "it has no checkpoint"
+        saved = checkpoints(self.path)
+        where = f"its newest checkpoint is that of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
 
     @cached_property
@@ -97,10 +97,6 @@ class RunRecord:
                 if isinstance(value, float) and not math.isfinite(value):
                     found.setdefault(name, []).append(line["step"])
         return found
-
-    def _checkpoints(self) -> dict[int, Path]:
-        named = ((folder.name.removeprefix("checkpoint-"), folder) for folder in self.path.glob("checkpoint-*"))
-        return {int(number): folder for number, folder in named if number.isdecimal()}
 
     def rollouts(self, most: int) -> Lines:
         """At most so many of the generated texts, evenly spread over training."""
@@ -118,7 +114,7 @@ class RunRecord:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
         from switchkd.models import load_tokenizer
 
-        saved = [self.path / "student", self.path / "best", *self._checkpoints().values()]
+        saved = [self.path / "student", self.path / "best", *checkpoints(self.path)]
         for folder in saved:
             if (folder / "tokenizer.json").is_file():
                 return load_tokenizer(str(folder))

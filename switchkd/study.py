@@ -30,7 +30,7 @@ from typing import IO, Any
 import yaml
 
 from switchkd import signals
-from switchkd.checkpoint import MANIFEST, PREFIX, write_file
+from switchkd.checkpoint import checkpoints, write_file
 from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, to_dict
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.lock import locked
@@ -267,7 +267,7 @@ def _run_cell(cell: Cell, size: Size, output_dir: Path, running: _Running) -> tu
     run, settings = output_dir / cell.name, str(output_dir / "cells" / f"{cell.name}.yaml")
     commands = []
     if not _trained(run):
-        resume = any(run.glob(f"{PREFIX}*/{MANIFEST}"))
+        resume = bool(checkpoints(run))
         if run.exists() and not resume:
             with locked(run):  # nobody writes there
                 shutil.rmtree(run)

@@ -52,7 +52,7 @@ def test_a_saved_model_replaces_the_one_before_and_opens_with_transformers(tmp_p
 
 
 def test_only_whole_checkpoints_count_and_in_order_of_their_steps(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "checkpoint-11"):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "checkpoint-²", "checkpoint-11"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-11":
             (tmp_path / name / "manifest.json").write_text("{}")

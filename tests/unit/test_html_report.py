@@ -49,8 +49,10 @@ def test_an_empty_run_a_stopped_one_and_one_with_nan_say_so(tmp_path):
     empty = Elements(page([run(tmp_path / "empty")])).text
     assert "No step was finished" in empty and "Nothing was evaluated" in empty and "No text was generated" in empty
     stopped = run(tmp_path / "stopped", [metric(1), metric(2)], max_steps=8, save_steps=1)
-    (stopped / "checkpoint-1").mkdir()
-    (stopped / "checkpoint-2").mkdir()
+    for step in (1, 2, 3):
+        (stopped / f"checkpoint-{step}").mkdir()
+        if step < 3:  # the third was being written
+            (stopped / f"checkpoint-{step}" / "manifest.json").write_text("{}")
     text = Elements(page([stopped])).text
     assert "stopped after step 2 of 8" in text and "newest checkpoint is that of step 2" in text
     broken = run(tmp_path / "broken", [metric(1), metric(2, loss=math.nan), metric(3, loss=math.inf)])
