@@ -11,9 +11,10 @@ import typing
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 
@@ -80,14 +81,9 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     A hint is a plain type, one that may be None, list, dict[str, …], a tuple (a list of that length), Annotated[int, range(…)],
     or a TypedDict (an object with at least these fields). Any number fits into 64 bits.
     """
-    parts, fields = typing.get_args(hint), _fields(hint)
-    kind = dict if fields else typing.get_origin(hint) or hint
+    kind, parts, number, fields, required = _shape(hint)
     if kind is types.UnionType:  # with None
         return None if value is None else check_type(value, parts[0], name)
-    if kind is Annotated:
-        kind, number = parts
-    else:
-        number = _NUMBER
     fits = type(value) is (list if kind is tuple else kind) or (kind is float and type(value) is int)
     if (
         not (kind is Any or fits)
@@ -95,7 +91,7 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
         or (kind is tuple and len(value) != len(parts))
     ):
         raise DataError(f"{name[:200] or 'it'} must be {getattr(hint, '__name__', hint)}, got {shown(value)}")
-    if missing := [key for key in fields if key not in value and key in getattr(hint, "__required_keys__", fields)]:
+    if missing := [key for key in fields if key not in value and key in required]:
         raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
     inside = value.items() if kind is dict else enumerate(value) if kind in (list, tuple) else ()
     for key, item in inside:
@@ -104,9 +100,25 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     return None
 
 
-def _fields(hint: Any) -> dict[str, Any]:
-    """What an object of that class must hold; nothing for other types."""
-    return typing.get_type_hints(hint, include_extras=True) if typing.is_typeddict(hint) else {}
+class _Shape(NamedTuple):
+    """A type hint taken apart: ``fields`` are those of a TypedDict, ``number`` the range of an int."""
+
+    kind: Any
+    parts: tuple[Any, ...]
+    number: range
+    fields: dict[str, Any]
+    required: Collection[str]
+
+
+@cache
+def _shape(hint: Any) -> _Shape:
+    # Asked for every value of a file, of which there are millions.
+    if typing.is_typeddict(hint):
+        return _Shape(dict, (), _NUMBER, typing.get_type_hints(hint, include_extras=True), hint.__required_keys__)
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        return _Shape(parts[0], (), parts[1], {}, ())
+    return _Shape(kind, parts, _NUMBER, {}, ())
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------------

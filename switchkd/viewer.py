@@ -37,23 +37,34 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
         notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
         decode = _as_numbers
     steps = sorted({sample["step"] for sample in run.samples})
-    looks, texts = min(len(steps), LOOKS), TRAINING_TEXTS
-    while True:
-        kept = {steps[place] for place in spread(len(steps), looks)}
-        shown = [sample for sample in run.samples if sample["step"] in kept]
-        found = {
-            "label": label,
-            "unit": run.config.policy.unit,
-            "vocabulary": _vocabulary(shown, decode),
-            "prompts": _prompts(shown, decode),
-            "texts": [_text(record, decode) for record in run.rollouts(texts)],
-        }
-        if len(json.dumps(found)) <= most_bytes or (looks <= 1 and texts <= 1):
-            break
-        looks, texts = max(looks // 2, 1), max(texts // 2, 1)
-    if looks < len(steps):
-        notes.append(f"{looks} of {len(steps)} looks at the prompts are shown, evenly spread.")
+    shown = [steps[place] for place in spread(len(steps), LOOKS)]
+    samples = [sample for sample in run.samples if sample["step"] in set(shown)]
+    found = {
+        "label": label,
+        "unit": run.config.policy.unit,
+        "vocabulary": _vocabulary(samples, decode),
+        "prompts": _prompts(samples, decode),
+        "texts": [_text(record, decode) for record in run.rollouts(TRAINING_TEXTS)],
+    }
+    while len(json.dumps(found)) > most_bytes and max(len(shown), len(found["texts"])) > 1:
+        shown = [shown[place] for place in spread(len(shown), max(len(shown) // 2, 1))]
+        found = _thinned(found, set(shown))
+    if len(shown) < len(steps):
+        notes.append(f"{len(shown)} of {len(steps)} looks at the prompts are shown, evenly spread.")
     return found | {"notes": notes}
+
+
+def _thinned(found: dict[str, Any], steps: set[int]) -> dict[str, Any]:
+    """What is left with the looks at these steps and half of the texts."""
+    prompts = [p | {"looks": [look for look in p["looks"] if look["step"] in steps]} for p in found["prompts"]]
+    tops = (look["top"] for prompt in prompts for look in prompt["looks"])
+    ids = {token for top in tops for model in top for best in model for token, _ in best}
+    texts = found["texts"]
+    return found | {
+        "vocabulary": {token: text for token, text in found["vocabulary"].items() if token in ids},
+        "prompts": prompts,
+        "texts": [texts[place] for place in spread(len(texts), max(len(texts) // 2, 1))],
+    }
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Pieces:
