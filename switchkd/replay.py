@@ -19,7 +19,7 @@ from switchkd.models import Pair
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
 from switchkd.run_record import Lines, RunRecord
-from switchkd.samples import read_again, sample_policy
+from switchkd.samples import Reader, sample_policy
 from switchkd.sampling import noise_key, speakers
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
@@ -56,6 +56,7 @@ def check_records(
 
     Raises CheckpointError for a checkpoint that is damaged.
     """
+    read = Reader(pair)
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
     done = {line["step"]: line.get("progress", 0.0) for line in run.metrics}
     students: list[tuple[int, Path | None]] = [(0, None)]
@@ -73,13 +74,13 @@ def check_records(
         for what, (records, rule) in written.items():
             if records:
                 progress(what)
-                yield _finding(what, pair, rule, records, run.config.seed)
+                yield _finding(what, read, rule, records, run.config.seed)
 
 
-def _finding(what: str, pair: Pair, policy: Policy, records: Lines, seed: int) -> Finding:
+def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int) -> Finding:
     others, largest = 0, 0.0
     for record in records:
-        found = replayed(pair, policy, _rollout(record), seed)
+        found = replayed(read, policy, _rollout(record), seed)
         others += sum(a != b for a, b in zip(found["speakers"], record["speakers"], strict=True))
         numbers = {name: record[name] for name in found if name != "speakers" and name in record}
         largest = max([largest, *(_difference(found[name], stored) for name, stored in numbers.items())])
@@ -93,12 +94,12 @@ def _rollout(record: dict[str, Any]) -> Rollout:
 
 
 @torch.no_grad()
-def replayed(pair: Pair, policy: Policy, rollout: Rollout, seed: int) -> dict[str, list[Any]]:
+def replayed(read: Reader, policy: Policy, rollout: Rollout, seed: int) -> dict[str, list[Any]]:
     """What ``policy`` says along a text that is written: speakers, divergences, thresholds and, of both models, ``log_probs``.
 
     Lists as in a `Rollout` and a `Trace`; both models read the whole text at once.
     """
-    logq, logp = read_again(pair, rollout)
+    logq, logp = read(rollout)
     state = policy.init(1)
     found: dict[str, list[Any]] = {"speakers": [], "divergences": [], "thresholds": [], "log_probs": [[], []]}
     for t, token in enumerate(torch.tensor(rollout.completion_ids).unsqueeze(1)):

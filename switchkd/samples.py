@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from switchkd.cache import evaluating
 from switchkd.config import TrainConfig
@@ -40,12 +41,35 @@ class Trace:
     jsd: list[float]
 
 
-@torch.no_grad()
-def trace(pair: Pair, rollout: Rollout) -> Trace:
-    """What the pair's student, and the teacher that a rollout was written with, say of it at temperature 1."""
-    logs = read_again(pair, rollout)
+class Reader:
+    """Reads texts again with a pair's models as they are."""
+
+    def __init__(self, pair: Pair):
+        self.pair = pair
+        self._heads: dict[PreTrainedModel, Head] = {}  # each is checked by a forward once
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> list[Tensor]:
+        """The next-token log-distributions of STUDENT and TEACHER along a rollout, ``[T, V]`` each, on the host."""
+        teacher = self.pair.teacher_named(rollout.teacher)
+        read = (self.pair.student, rollout.prompt_ids), (teacher, rollout.teacher_reads)
+        return [self._log_probs(model, prompt, rollout.completion_ids) for model, prompt in read]
+
+    def _log_probs(self, model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+        if not completion:
+            return torch.empty(0, self.pair.vocab_size)
+        if model not in self._heads:
+            self._heads[model] = Head.of(model, self.pair.vocab_size)
+        with evaluating(model):
+            batch = collate([(prompt, completion)]).to(next(model.parameters()).device)
+            return log_probs(self._heads[model](response_hidden(model, batch))).cpu()
+
+
+def trace(read: Reader, rollout: Rollout) -> Trace:
+    """What the student, and the teacher that a rollout was written with, say of it at temperature 1."""
+    logs = read(rollout)
     written = torch.tensor(rollout.completion_ids).unsqueeze(1)
-    best = [each.topk(min(TOP, pair.vocab_size)) for each in logs]
+    best = [each.topk(min(TOP, each.shape[1])) for each in logs]
     q, p = logs
     return Trace(
         [each.gather(1, written)[:, 0].tolist() for each in logs],
@@ -55,22 +79,6 @@ def trace(pair: Pair, rollout: Rollout) -> Trace:
         ],
         (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist(),
     )
-
-
-@torch.no_grad()
-def read_again(pair: Pair, rollout: Rollout) -> list[Tensor]:
-    """The next-token log-distributions of STUDENT and TEACHER along a rollout, ``[T, V]`` each, on the host."""
-    read = (pair.student, rollout.prompt_ids), (pair.teacher_named(rollout.teacher), rollout.teacher_reads)
-    return [_log_probs(model, prompt, rollout.completion_ids, pair.vocab_size) for model, prompt in read]
-
-
-def _log_probs(model: Any, prompt: list[int], completion: list[int], vocab_size: int) -> Tensor:
-    """``[T, V]`` on the host: the model's next-token log-distributions along a completion."""
-    if not completion:
-        return torch.empty(0, vocab_size)
-    with evaluating(model):
-        batch = collate([(prompt, completion)]).to(next(model.parameters()).device)
-        return log_probs(Head.of(model, vocab_size)(response_hidden(model, batch))).cpu()
 
 
 def sample_policy(config: TrainConfig, bound: Policy, progress: float) -> Policy:
@@ -87,9 +95,9 @@ def samples(
     references; ``reference`` is the first of these.
     """
     settings = config.decode_arguments() | {"policy": policy, "seed": config.seed}
-    records = []
+    records, read = [], Reader(pair)
     for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
-        found = trace(pair, rollout)
+        found = trace(read, rollout)
         text = pair.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         scores = task.score(text, example.references, example.group) if task else {}
         own = {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd}

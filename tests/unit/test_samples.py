@@ -14,7 +14,7 @@ from switchkd.decoding import decode_reference
 from switchkd.divergences import LN2, jsd
 from switchkd.mixes import Generated, GroundTruth
 from switchkd.policies import STUDENT, TEACHER, StudentOnly, Switch
-from switchkd.samples import TOP, sample_policy, samples, trace
+from switchkd.samples import TOP, Reader, sample_policy, samples, trace
 from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
 
@@ -37,7 +37,7 @@ def test_a_trace_is_what_two_plain_forwards_say(teacher_prompt):
     [rollout] = decode_reference(
         pair.student, pair.teacher, [[3, 4, 5]], Switch(decay=0.5), 8, eos_token_ids=[], teacher_prompt_ids=own
     )
-    found = trace(pair, rollout)
+    found = trace(Reader(pair), rollout)
     logs = {}
     for who, model, prompt in (
         (STUDENT, pair.student, [3, 4, 5]),
