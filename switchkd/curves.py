@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.compare_report import BLUE, GREY, VERMILLION
+from switchkd.metrics import BANDS
 from switchkd.plain import Lines
 from switchkd.report import number
 from switchkd.rollouts import mean
@@ -43,10 +44,13 @@ QUANTITIES = {
     "loss": ("loss", "mean per response token"),
     "lm_loss": ("language-modelling loss", "nats per token"),
     "switch/divergence_mean": ("mean divergence", OWN),
-    "switch/divergence_0+": ("divergence at positions 0 to 15", OWN),
-    "switch/divergence_16+": ("divergence at positions 16 to 63", OWN),
-    "switch/divergence_64+": ("divergence at positions 64 to 255", OWN),
-    "switch/divergence_256+": ("divergence at positions from 256", OWN),
+    **{
+        f"switch/divergence_{start}+": (
+            f"divergence at positions {f'from {start}' if math.isinf(end) else f'{start} to {end - 1}'}",
+            OWN,
+        )
+        for start, end in BANDS
+    },
     "switch/threshold": ("threshold", OWN),
     "switch/teacher_share": ("teacher's share of tokens", SHARE),
     "switch/switched_share": ("responses with a switch", SHARE),
@@ -69,7 +73,7 @@ CURVES = (
     (
         "divergence",
         "Divergence of student and teacher, by position in the response",
-        (*(f"switch/divergence_{start}+" for start in (0, 16, 64, 256)), "switch/threshold"),
+        (*(f"switch/divergence_{start}+" for start, _ in BANDS), "switch/threshold"),
     ),
     ("teacher_share", "Who wrote", ("switch/teacher_share", "switch/switched_share")),
     ("first_switch", "Where the teacher first took over", ("switch/first_switch",)),

@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from switchkd.compare_report import Sheet, signed
-from switchkd.config import TrainConfig, to_dict
-from switchkd.curves import run_curves
+from switchkd.config import to_dict
+from switchkd.curves import PARTS, cost, run_curves
+from switchkd.plain import Lines
 from switchkd.report import estimate_text, number, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
@@ -133,7 +134,8 @@ def improvements(run: RunRecord, label: str = "") -> list[str]:
 def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Rows of the summary: a name and a cell for each run. Rows in which every cell is empty are left out."""
     columns = [_facts(run) for run in runs]
-    rows = [(name, [column[name] for column in columns]) for name in columns[0]]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name, "") for column in columns]) for name in names]
     return [(name, cells) for name, cells in rows if any(cells)]
 
 
@@ -148,31 +150,30 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "student": config.student_model_name_or_path,
         "trained on": config.train_file,
         "seed": str(config.seed),
-        **_cost(run, config),
+        **_cost(run.metrics),
     }
 
 
-def _cost(run: RunRecord, config: TrainConfig) -> dict[str, str]:
-    metrics = run.metrics
-    total = sum(line["seconds"] for line in metrics)
-    parts = {
-        part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in ("generate", "teacher", "update")
-    }
-    split = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts.items()) if total else ""
+def _cost(metrics: Lines) -> dict[str, str]:
+    if not metrics:
+        return {}
+    taken = cost(metrics)
+    spent = {part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in PARTS}
+    split = ", ".join(f"{part} {s / taken['seconds']:.0%}" for part, s in spent.items()) if taken["seconds"] else ""
     forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
-    share = mean(_numbers(metrics, "switch/teacher_share"))
     memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
+    share = taken["teacher share"]
     return {
-        "steps": str(metrics[-1]["step"]) if metrics else "",
-        "response tokens trained on": f"{metrics[-1]['num_tokens']:,}" if metrics else "",
-        "time without evaluation": f"{_time(total)} ({split})" if metrics else "",
+        "steps": f"{taken['steps']}",
+        "response tokens trained on": f"{taken['tokens']:,}",
+        "time without evaluation": f"{_time(taken['seconds'])} ({split})",
         "teacher's share of the generated tokens": "" if math.isnan(share) else f"{share:.1%}",
         "teacher forwards per generated token": "" if math.isnan(forwards) else number(forwards),
         "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
     }
 
 
-def _numbers(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+def _numbers(metrics: Lines, name: str) -> list[float]:
     return [line[name] for line in metrics if line.get(name) is not None]
 
 

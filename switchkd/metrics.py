@@ -1,7 +1,6 @@
 """What a training step says of the text that it generated, under the names of ``metrics.jsonl``."""
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from switchkd.policies import TEACHER
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
 
 Metrics = dict[str, Any]
-BANDS = (16, 64, 256, math.inf)  # ends of the bands of response positions in which divergences are averaged
+# Bands of response positions in which divergences are averaged: the first of each, and the first after it.
+BANDS = ((0, 16), (16, 64), (64, 256), (256, math.inf))
 
 
 def rollout_metrics(rollouts: Rollouts) -> Metrics:
@@ -34,13 +34,12 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
 
 
 def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
-    """Mean divergence in bands of response positions that double in width; only bands in which the policy looked."""
-    seen: dict[int, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        for position, divergence in enumerate(rollout.divergences):
-            seen[next(i for i, end in enumerate(BANDS) if position < end)].append(divergence)
-    means = {band: mean(values) for band, values in sorted(seen.items())}
-    return {f"switch/divergence_{[0, *BANDS][band]}+": value for band, value in means.items() if not math.isnan(value)}
+    """Mean divergence in each band of response positions in which the policy looked."""
+    means = {
+        start: mean(d for r in rollouts for d in r.divergences[start : None if math.isinf(end) else int(end)])
+        for start, end in BANDS
+    }
+    return {f"switch/divergence_{start}+": value for start, value in means.items() if not math.isnan(value)}
 
 
 def or_none(value: float) -> float | None:
