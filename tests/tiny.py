@@ -1,5 +1,6 @@
 """Tiny random models and tabular toys that the tests share."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,19 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, laye
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def pair_on_disk(folder: Path, prompt: str = "What is {0} and {0}?", completion: str = "It is {1}.") -> dict[str, str]:
+    """A tiny teacher, a smaller student, and a file of twelve rows in ``folder``, as the settings that name them."""
+    tokenizer, data = byte_level_tokenizer(), folder / "data.jsonl"
+    rows = [{"prompt": prompt.format(i, 2 * i), "completion": completion.format(i, 2 * i)} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "teacher_model_name_or_path": save_llama(folder / "teacher", tokenizer, 1),
+        "student_model_name_or_path": save_llama(folder / "student", tokenizer, 2, layers=1),
+        "train_file": str(data),
+        "eval_file": str(data),
+    }
 
 
 def toy_pair(family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2)) -> Pair:

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
-from tiny import byte_level_tokenizer, save_llama
+from tiny import pair_on_disk
 
 from switchkd.cli import main
+from switchkd.study import flags
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -48,19 +49,12 @@ def visit(chromium):
 def trained(tmp_path_factory):
     """A run as it is: three steps of SWITCH with looks at each."""
     folder = tmp_path_factory.mktemp("report")
-    tokenizer = byte_level_tokenizer()
-    data = folder / "data.jsonl"
-    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
-        "student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
-        "train-file": data, "eval-file": data, "template": "chat", "max-prompt-length": 128, "max-new-tokens": 12,
-        "max-completion-length": 24, "eval-samples": 6, "eval-max-new-tokens": 8, "per-device-train-batch-size": 3,
-        "max-steps": 3, "sample-steps": 1, "sample-prompts": 5, "mix.lmbda": 1, "policy.decay": 0.5, "output-dir": folder / "run",
+        **pair_on_disk(folder), "template": "chat", "max_prompt_length": 128, "max_new_tokens": 12, "max_completion_length": 24,
+        "eval_samples": 6, "eval_max_new_tokens": 8, "per_device_train_batch_size": 3, "max_steps": 3, "sample_steps": 1,
+        "sample_prompts": 5, "mix.lmbda": 1, "policy.decay": 0.5, "output_dir": folder / "run",
     }  # fmt: skip
-    flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    assert main(["train", "switch", *flags]) == 0
+    assert main(["train", "switch", *flags(settings)]) == 0
     assert main(["report", str(folder / "run")]) == 0
     return folder / "run"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_level_tokenizer, save_llama
+from tiny import pair_on_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import StudentOnly
@@ -21,17 +21,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A teacher, a student and a data file, as flags."""
-    folder = tmp_path_factory.mktemp("pair")
-    tokenizer = byte_level_tokenizer()
-    data = folder / "data.jsonl"
-    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "--teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
-        "--student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
-        "--train-file": str(data),
-        "--eval-file": str(data),
-    }
+    settings = pair_on_disk(tmp_path_factory.mktemp("pair"))
+    return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
 SMALL = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import byte_level_tokenizer, save_llama
+from tiny import pair_on_disk
 
 from switchkd.checkpoint import checkpoints
 from switchkd.cli import main
@@ -27,13 +27,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    tokenizer, data = byte_level_tokenizer(), folder / "data.jsonl"
-    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "teacher_model_name_or_path": save_llama(folder / "teacher", tokenizer, 1),
-        "student_model_name_or_path": save_llama(folder / "student", tokenizer, 2, layers=1),
-        "train_file": str(data), "eval_file": str(data), "template": "none", "max_new_tokens": 8, "max_steps": 2,
+        **pair_on_disk(folder), "template": "none", "max_new_tokens": 8, "max_steps": 2,
         "per_device_train_batch_size": 2, "eval_samples": 4, "eval_max_new_tokens": 6, "eval_steps": 1, "save_steps": 1,
     }  # fmt: skip
     file = folder / "plan.yaml"

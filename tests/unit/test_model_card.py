@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
-from tiny import byte_level_tokenizer, save_llama, toy_examples, toy_pair
+from tiny import pair_on_disk, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import load_pair, runs
@@ -26,13 +26,9 @@ from switchkd.trainer import Trainer
 def settings(tmp_path_factory):
     """A run of seconds on a pair and data on disk."""
     folder = tmp_path_factory.mktemp("pair")
-    data, tokenizer = folder / "data.jsonl", byte_level_tokenizer()
-    rows = [{"prompt": f"Zebras are how many, {i}?", "completion": f"Exactly {2 * i} zebras."} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainConfig(
-        teacher_model_name_or_path=save_llama(folder / "teacher", tokenizer, 1),
-        student_model_name_or_path=save_llama(folder / "student", tokenizer, 2, layers=1),
-        train_file=str(data), eval_file=str(data), eval_samples=2, eval_max_new_tokens=4, max_new_tokens=6,
+        **pair_on_disk(folder, "Zebras are how many, {0}?", "Exactly {1} zebras."),
+        eval_samples=2, eval_max_new_tokens=4, max_new_tokens=6,
         max_completion_length=12, per_device_train_batch_size=2, max_steps=2, method="SWITCH: Koo *et al.*",
     )  # fmt: skip
 

@@ -4,36 +4,30 @@ import json
 import shutil
 
 import pytest
-from tiny import byte_level_tokenizer, save_llama
+from tiny import byte_level_tokenizer, pair_on_disk, save_llama
 
 from switchkd.cli import main
 from switchkd.models import load_pair
 from switchkd.policies import AdaSwitch
 from switchkd.replay import check_records
 from switchkd.run_record import RunRecord
+from switchkd.study import flags
 
 METHODS = ["switch", "adaswitch", "skd", "switch_mix_in", "trb", "hysteresis", "on_policy", "kd"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    tokenizer = byte_level_tokenizer()
-    (folder / "data.jsonl").write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 12)
-    return {
-        "teacher-model-name-or-path": save_llama(folder / "teacher", tokenizer, 1),
-        "student-model-name-or-path": save_llama(folder / "student", tokenizer, 2, layers=1),
-        "train-file": folder / "data.jsonl",
-    }
+    return pair_on_disk(tmp_path_factory.mktemp("pair"))
 
 
 def train(place, output, method="switch", **changes):
     settings = {
-        **place, "template": "chat", "max-prompt-length": 128, "max-new-tokens": 10, "max-completion-length": 24,
-        "eval-samples": 0, "per-device-train-batch-size": 3, "max-steps": 4, "save-steps": 2, "sample-steps": 1,
-        "sample-prompts": 2, "dtype": "float64", "learning-rate": 3e-3, "output-dir": output,
+        **place, "template": "chat", "max_prompt_length": 128, "max_new_tokens": 10, "max_completion_length": 24,
+        "eval_samples": 0, "per_device_train_batch_size": 3, "max_steps": 4, "save_steps": 2, "sample_steps": 1,
+        "sample_prompts": 2, "dtype": "float64", "learning_rate": 3e-3, "output_dir": output,
     } | changes  # fmt: skip
-    assert main(["train", method, *(str(part) for k, v in settings.items() for part in (f"--{k}", v))]) == 0
+    assert main(["train", method, *flags(settings)]) == 0
     return output
 
 

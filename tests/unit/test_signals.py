@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_trainer import lines, trainer, weights, without_times
-from tiny import byte_level_tokenizer, save_llama, toy_examples, toy_pair
+from tiny import pair_on_disk, toy_examples, toy_pair
 
 from switchkd import signals
 from switchkd.checkpoint import checkpoints
@@ -180,13 +180,8 @@ def test_exit_codes(monkeypatch, capsys, error, code):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run on a tiny pair that would take minutes."""
-    folder = tmp_path_factory.mktemp("pair")
-    tokenizer, data = byte_level_tokenizer(), folder / "data.jsonl"
-    data.write_text("".join(f'{{"prompt": "What is {i}?", "completion": "It is {i}."}}\n' for i in range(12)))
     return TrainConfig(
-        teacher_model_name_or_path=save_llama(folder / "teacher", tokenizer, 1),
-        student_model_name_or_path=save_llama(folder / "student", tokenizer, 2, layers=1),
-        train_file=str(data), eval_file=str(data), template="none", max_new_tokens=8, max_steps=5000,
+        **pair_on_disk(tmp_path_factory.mktemp("pair")), template="none", max_new_tokens=8, max_steps=5000,
         per_device_train_batch_size=2, eval_samples=2, eval_max_new_tokens=4, save_steps=1000, sample_steps=0,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
-from tiny import byte_level_tokenizer, save_llama
+from tiny import pair_on_disk
 
 from switchkd import runs, tracking
 from switchkd.config import TrainConfig, to_dict
@@ -28,14 +28,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of seconds: half of its steps generate, one of them is scored."""
-    folder = tmp_path_factory.mktemp("pair")
-    data, tokenizer = folder / "data.jsonl", byte_level_tokenizer()
-    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainConfig(
-        teacher_model_name_or_path=save_llama(folder / "teacher", tokenizer, 1),
-        student_model_name_or_path=save_llama(folder / "student", tokenizer, 2, layers=1),
-        train_file=str(data), eval_file=str(data), eval_samples=2, eval_max_new_tokens=4, eval_steps=2, eval_on_start=False,
+        **pair_on_disk(tmp_path_factory.mktemp("pair")), eval_samples=2, eval_max_new_tokens=4, eval_steps=2, eval_on_start=False,
         max_new_tokens=6, max_completion_length=12, per_device_train_batch_size=2, max_steps=4, save_steps=2,
     )  # fmt: skip
 
