@@ -1,0 +1,72 @@
+"""What a step says of the text that it generated, against counts by hand."""
+
+import math
+import time
+
+import pytest
+from tiny import toy_examples, toy_pair
+
+from switchkd.config import TrainConfig
+from switchkd.decoding import decode
+from switchkd.metrics import divergence_bands, rollout_metrics
+from switchkd.mixes import Generated
+from switchkd.policies import StudentOnly, Switch
+from switchkd.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.trainer import Trainer
+
+NAN = math.nan
+
+
+def row(divergences, thresholds, speakers=None):
+    count = len(divergences)
+    return Rollout(0, [3], [4] * count, speakers or [0] * count, divergences, thresholds, "length")
+
+
+def test_divergences_are_averaged_by_where_they_are_in_the_response():
+    long = row([1.0] * 16 + [2.0] * 48 + [3.0] * 192 + [4.0] * 10, [NAN] * 266)
+    short = row([3.0] * 16 + [NAN] * 2, [NAN] * 18)
+    assert divergence_bands([long, short]) == {
+        "switch/divergence_0+": 2.0, "switch/divergence_16+": 2.0, "switch/divergence_64+": 3.0, "switch/divergence_256+": 4.0
+    }  # fmt: skip
+    assert divergence_bands([short]) == {"switch/divergence_0+": 3.0}  # nothing is shown of where nobody looked
+    assert divergence_bands([row([NAN] * 20, [NAN] * 20)]) == {}
+
+
+def test_a_step_says_its_mean_threshold_and_none_where_there_is_none():
+    compared = Rollouts([row([0.5, 0.5], [1.0, 0.5], [0, 1]), row([0.5, 0.5], [NAN, 0.0])], DecodeCost(1.0, 4, 1))
+    assert rollout_metrics(compared)["switch/threshold"] == pytest.approx(0.5)
+    assert rollout_metrics(Rollouts([row([NAN], [NAN])], DecodeCost(1.0, 1)))["switch/threshold"] is None
+
+
+def test_agreement_and_blocks_are_counted_by_row_and_position():
+    pair = toy_pair()
+    same = decode(pair.student, pair.student, [[3, 4], [5, 6]], Switch(), 12, block_size=4, eos_token_ids=[])
+    assert (same.cost.blocks, same.cost.block_positions) == (6, 24) and same.cost.compared == same.cost.equal == 24
+    summary = same.cost.summary()
+    assert (summary["agreement"], summary["block_length"], summary["kept_per_block"]) == (1.0, 4.0, 4.0)
+    apart = decode(pair.student, pair.teacher, [[3, 4], [5, 6]], Switch(), 12, block_size=4, eos_token_ids=[]).cost
+    assert apart.equal < apart.compared <= apart.block_positions and apart.blocks > 6
+    assert apart.summary()["kept_per_block"] == 24 / apart.blocks < apart.summary()["block_length"]
+    alone = decode(pair.student, pair.teacher, [[3, 4]], StudentOnly(), 12, eos_token_ids=[]).cost
+    assert alone.compared == 0 and math.isnan(alone.summary()["agreement"])
+
+
+def test_the_parts_of_a_steps_time_are_all_of_it(tmp_path):
+    config = TrainConfig(
+        policy=Switch(), mix=Generated(1.0), max_new_tokens=6, max_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, output_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer = Trainer(toy_pair(), toy_examples(), config)
+    read, laps = trainer._teacher, []
+
+    def slow(*arguments):
+        laps.append(0.05)
+        time.sleep(0.05)
+        return read(*arguments)
+
+    trainer._teacher = slow
+    metrics, _ = trainer.train_step()
+    parts = [metrics[f"seconds/{part}"] for part in ("generate", "teacher", "update")]
+    assert sum(parts) == pytest.approx(metrics["seconds"]) and min(parts) > 0
+    assert len(laps) == 2 and parts[1] >= sum(laps)
+    assert metrics["memory_gib"] > 0.01 and metrics["progress"] == 0.5
