@@ -115,6 +115,15 @@ def test_a_run_whose_tokenizer_is_gone_shows_ids_and_says_so(tmp_path):
     assert shown["prompts"][0]["looks"][0]["tokens"][0].startswith("⟨") and "tokenizer" in shown["notes"][0]
 
 
+@pytest.mark.parametrize("missing", ["top", "completion_ids", "reference"])
+def test_a_record_without_one_of_its_fields_is_named_by_line_and_field(tmp_path, missing):
+    records = [sample(1, "yes"), sample(2, "no")]
+    del records[1][missing]
+    folder = run(tmp_path / "a", [metric(1)], records)
+    with pytest.raises(DataError, match=f"samples.jsonl, line 2 is damaged: it has no '{missing}'"):
+        RunRecord.read(folder)
+
+
 def test_a_cut_last_line_is_left_out_and_any_other_damage_is_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
     whole = [metric(1), metric(2)]

@@ -10,7 +10,7 @@ from switchkd.config import TrainConfig
 from switchkd.decoding import decode
 from switchkd.metrics import divergence_bands, rollout_metrics
 from switchkd.mixes import Generated
-from switchkd.policies import StudentOnly, Switch
+from switchkd.policies import StudentOnly, Switch, TeacherOnly
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.trainer import Trainer
 
@@ -23,12 +23,13 @@ def row(divergences, thresholds, speakers=None):
 
 
 def test_divergences_are_averaged_by_where_they_are_in_the_response():
-    long = row([1.0] * 16 + [2.0] * 48 + [3.0] * 192 + [4.0] * 10, [NAN] * 266)
-    short = row([3.0] * 16 + [NAN] * 2, [NAN] * 18)
+    long = row([float(t) for t in range(266)], [NAN] * 266)
+    short = row([100.0] * 16 + [NAN] * 2, [NAN] * 18)
     assert divergence_bands([long, short]) == {
-        "switch/divergence_0+": 2.0, "switch/divergence_16+": 2.0, "switch/divergence_64+": 3.0, "switch/divergence_256+": 4.0
+        "switch/divergence_0+": (7.5 + 100.0) / 2, "switch/divergence_16+": 39.5, "switch/divergence_64+": 159.5,
+        "switch/divergence_256+": 260.5,
     }  # fmt: skip
-    assert divergence_bands([short]) == {"switch/divergence_0+": 3.0}  # nothing is shown of where nobody looked
+    assert divergence_bands([short]) == {"switch/divergence_0+": 100.0}  # nothing is shown of where nobody looked
     assert divergence_bands([row([NAN] * 20, [NAN] * 20)]) == {}
 
 
@@ -47,6 +48,9 @@ def test_agreement_and_blocks_are_counted_by_row_and_position():
     apart = decode(pair.student, pair.teacher, [[3, 4], [5, 6]], Switch(), 12, block_size=4, eos_token_ids=[]).cost
     assert apart.equal < apart.compared <= apart.block_positions and apart.blocks > 6
     assert apart.summary()["kept_per_block"] == 24 / apart.blocks < apart.summary()["block_length"]
+    # The student drafts, and the rule does not ask it: the models can be compared all the same.
+    drafted = decode(pair.student, pair.teacher, [[3, 4]], TeacherOnly(), 12, block_size=4, drafter="student").cost
+    assert drafted.compared > 0
     alone = decode(pair.student, pair.teacher, [[3, 4]], StudentOnly(), 12, eos_token_ids=[]).cost
     assert alone.compared == 0 and math.isnan(alone.summary()["agreement"])
 

@@ -99,6 +99,15 @@ def test_a_record_that_was_changed_is_found_out_and_named(run, tmp_path, name, c
     assert wrong == [f"{file.split('.')[0]} of step {0 if file.startswith('samples') else 1}"]
 
 
+def test_so_many_texts_of_each_kind_are_read_and_no_more(run):
+    record = RunRecord.read(run)
+    pair = load_pair(
+        record.config.teacher_model_name_or_path, record.config.student_model_name_or_path, dtype="float64"
+    )
+    assert {f.texts for f in check_records(record, pair, most=1)} == {1}
+    assert {f.texts for f in check_records(record, pair)} == {2, 3}  # samples, and rollouts of a step
+
+
 def test_check_says_it_for_a_run_also_one_that_was_moved(run, tmp_path, capsys):
     broken = changed(run, tmp_path / "moved", "rollouts.jsonl", swap_speaker)
     assert main(["check", str(run)]) == 0

@@ -10,7 +10,7 @@ from switchkd.data import load_examples, tokenize
 from switchkd.errors import ConfigError, DataError, ModelError
 from switchkd.models import load_model, load_pair, load_tokenizer, num_parameters
 from switchkd.small_data import FILES, FOLDER
-from switchkd.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, make_pair, new_model
+from switchkd.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, _settings, make_pair, new_model
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,10 @@ def test_a_taken_folder_and_a_failure_leave_what_was_there(found, tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         make_pair(tmp_path / "pair", scale="tiny")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_students_learning_rate_stays_and_a_teachers_comes_down():
+    """A short run could otherwise teach the student nothing: it would first lose what coming down had gained."""
+    for sizes in SCALES.values():
+        rates = [_settings(shape, sizes.batch_size, 0).lr_scheduler_type for shape in (sizes.teacher, sizes.student)]
+        assert rates == ["cosine", "constant"]

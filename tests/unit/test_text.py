@@ -46,3 +46,10 @@ def test_bars():
     assert bars([0, 0.5, 1, -3, 9, math.inf, math.nan], 0, 1) == "▁▅█▁██·"
     assert bars([7.0], 7.0, 7.0) == "▁" and bars([], 0, 1) == ""
     assert bars([3, 2, 1], 1, 3) == "█▅▁"
+
+
+def test_bytes_that_never_become_a_character_are_not_held_back_for_ever():
+    [first, *_] = TOKENIZER.encode("🙂", add_special_tokens=False)
+    found = pieces(TOKENIZER, [first] * 10)
+    assert "".join(found) == TOKENIZER.decode([first] * 10)
+    assert [bool(piece) for piece in found] == [False, False, False, True] * 2 + [False, True]
