@@ -27,10 +27,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 from switchkd.checkpoint import save_model, write_file
-from switchkd.commands import DemoConfig, demo_settings
 from switchkd.config import DataConfig
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode
+from switchkd.demo import DemoConfig, demo_settings
 from switchkd.demo_pair import cache_folder
 from switchkd.divergences import log_probs
 from switchkd.models import Pair, load_pair, num_parameters

@@ -23,15 +23,12 @@ from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
 from switchkd.config import TrainConfig
-from switchkd.data import Batch, TokenizedExample, batch_indices, by_teacher, collate
+from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, ConfigError, NoMemoryError, NonFiniteError
 from switchkd.loss import (
     Head,
-    SeveralTeachers,
     Teacher,
-    TeacherStates,
-    TeacherTopK,
     response_hidden,
     response_tokens,
     total,
@@ -49,11 +46,10 @@ from switchkd.run_record import append_lines, keep_until
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.statistics import lower_is_better
 from switchkd.teacher_cache import TeacherCache
+from switchkd.teachers import Rows, Teachers
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
-
-Rows = Sequence[Rollout | TokenizedExample]
 
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 BEST = "best"  # the folder of the best student that evaluations in the run saw
@@ -120,10 +116,8 @@ class Trainer:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = adamw(pair.student, config)
         self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
-        self.head, self.teacher_heads = Head.of(pair.student, pair.vocab_size), {}
-        for name, teacher in pair.named_teachers.items():
-            teacher.to(self.accelerator.device)
-            self.teacher_heads[name] = Head.of(teacher, pair.vocab_size)
+        self.head = Head.of(pair.student, pair.vocab_size)
+        self.teachers = Teachers(pair, self.accelerator.device)
 
     def train(
         self,
@@ -450,33 +444,9 @@ class Trainer:
         """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
-        teacher = self._teacher(rows, batch.input_ids.device) if objective.reads_teacher else None
+        teacher = self.teachers(rows) if objective.reads_teacher else None
         self.watch.lap(len(rows), start)
         return response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student), batch, teacher
-
-    @torch.no_grad()
-    def _teacher(self, rows: Rows, device: torch.device) -> Teacher:
-        """What each row's teacher says at the row's response tokens."""
-        if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
-            ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
-            return TeacherTopK(torch.cat(ids).to(device), torch.cat(logs).to(device))
-        groups = by_teacher(rows)
-        parts = [self._states(name, [rows[place] for place in places], device) for name, places in groups.items()]
-        if len(parts) == 1:
-            return parts[0]
-        tokens = torch.arange(sum(len(row.completion_ids) for row in rows), device=device)
-        own = tokens.split([len(row.completion_ids) for row in rows])
-        return SeveralTeachers(parts, [torch.cat([own[place] for place in places]) for places in groups.values()])
-
-    def _states(self, teacher: str, rows: Rows, device: torch.device) -> TeacherStates:
-        """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
-        known = [row.teacher_hidden for row in rows if row.teacher_hidden is not None]
-        if len(known) == len(rows):
-            hidden = torch.cat([states.to(device) for states in known])
-        else:
-            batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
-            hidden = response_hidden(self.pair.teacher_named(teacher), batch.to(device))
-        return TeacherStates(self.teacher_heads[teacher], hidden)
 
     def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import StudentOnly
 from switchkd.cli import main, parse
-from switchkd.commands import COMMANDS, DemoConfig, EvaluateConfig, demo_settings
+from switchkd.commands import COMMANDS, EvaluateConfig
+from switchkd.demo import DemoConfig, demo_settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -116,7 +116,7 @@ class Witness:
 
     def __init__(self, trainer):
         self.trainer, self.steps, self.read_for_loss = trainer, [], 0
-        loss, teacher, generate = trainer._loss, trainer._teacher, trainer._generate
+        loss, teacher, generate = trainer._loss, trainer.teachers, trainer._generate
         self.generating = 0
 
         def seen_loss(rows, objective):
@@ -124,15 +124,15 @@ class Witness:
                 self.steps[-1] += rows
             return loss(rows, objective)
 
-        def seen_teacher(rows, batch):
+        def seen_teacher(rows):
             self.read_for_loss += 1
-            return teacher(rows, batch)
+            return teacher(rows)
 
         def seen_generate(*args):
             self.generating += 1
             return generate(*args)
 
-        trainer._loss, trainer._teacher, trainer._generate = seen_loss, seen_teacher, seen_generate
+        trainer._loss, trainer.teachers, trainer._generate = seen_loss, seen_teacher, seen_generate
 
     def run(self, steps):
         metrics = []
