@@ -26,7 +26,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from switchkd.checkpoint import save_model, write_file
+from switchkd.checkpoint import save_model
 from switchkd.config import DataConfig
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode
@@ -39,6 +39,7 @@ from switchkd.report import bar, console, number
 from switchkd.rollouts import DecodeCost
 from switchkd.runs import load_task
 from switchkd.sampling import draw, gumbel_noise, noise_key
+from switchkd.storage import write_file
 from switchkd.trainer import Trainer
 
 Contender = Callable[[], object]

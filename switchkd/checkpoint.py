@@ -1,70 +1,49 @@
-"""Checkpoints, whole or absent: the one file that moves folders into place.
+"""Checkpoints, whole or absent.
 
 A checkpoint is a folder ``checkpoint-N`` with the student and tokenizer as ``from_pretrained`` opens them, the optimizer's
-moments in safetensors, the trainer's state in JSON, and a manifest with size and SHA-256 of every file, written last.
+moments in safetensors, the trainer's state in JSON, and a manifest with size and SHA-256 of every file, written last: a folder
+without one is none, whatever else is in it. The best student that evaluations saw lies in ``best-N``, with such a manifest.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.adapters import has_adapter, load_adapter, save_adapter
-from switchkd.errors import CheckpointError, ModelError
+from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
+from switchkd.plain import check_type, json_object, shown
+from switchkd.storage import discard, free_bytes, staged_folder
 
-MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
-
-
-@contextmanager
-def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty sibling of ``target`` that takes its place if the block ends well, and is removed otherwise.
-
-    An empty ``target`` is replaced; OSError if something else is there by then, unless ``replace`` says to remove it.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{uuid4().hex}")
-    staging.mkdir()
-    try:
-        yield staging
-        for path in staging.rglob("*"):
-            _sync(path)
-        _sync(staging)
-        if replace:
-            shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+PREFIX, BEST = "checkpoint-", "best-"
 
 
-@contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise."""
-    staging = target.with_name(f".{target.name}.{uuid4().hex}")
-    try:
-        yield staging
-        _sync(staging)
-        os.replace(staging, target)
-        _sync(target.parent)
-    finally:
-        staging.unlink(missing_ok=True)
+class State(TypedDict):
+    """What state.json holds: all of a trainer that moves, but for weights and moments."""
+
+    step: int
+    num_tokens: int
+    seconds: float
+    best: dict[str, float]
+    due: dict[str, Any] | None
+    objective: dict[str, Any]
+    mix: dict[str, Any]
+    replay: list[dict[str, Any]]
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    with staged_file(path) as staging:
-        staging.write_text(text, encoding="utf-8")
+class _Entry(TypedDict):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,72 +51,137 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
     Of a model with an adapter, the adapter alone is saved.
     """
-    with staged_folder(folder, replace=True) as staging:
+    with staged_folder(folder, replace=True, needs=_bytes(_saved_weights(model))) as staging:
         _write_model(staging, model, tokenizer)
 
 
 def save_checkpoint(
     run: Path,
-    step: int,
+    state: State,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``run/checkpoint-step`` whole, then remove the oldest beyond ``keep``. An existing one stays as it is."""
-    target = run / f"{PREFIX}{step}"
+    """Write ``run/checkpoint-step`` and read it back; when it is whole, the oldest beyond ``keep`` go. One that is there stays.
+
+    Raises DiskError where it cannot be written, and CheckpointError if the disk does not give back what was written.
+    """
+    target = run / f"{PREFIX}{state['step']}"
     if not target.exists():
-        with staged_folder(target) as staging:
+        with staged_folder(target, needs=checkpoint_bytes(model, optimizer)) as staging:
             _write_model(staging, model, tokenizer)
-            save_file(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
-            (staging / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-            (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
+            save_file(_optimizer_tensors(model, optimizer), staging / OPTIMIZER)
+            (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            _write_manifest(staging)
+    verify(target)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
+    _prune_best(run)
     return target
 
 
+def save_best(run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the student of this step to ``run/best-step``; earlier ones stay while a checkpoint would go on with them."""
+    with staged_folder(run / f"{BEST}{step}", needs=_bytes(_saved_weights(model))) as staging:
+        _write_model(staging, model, tokenizer)
+        _write_manifest(staging)
+    _prune_best(run)
+
+
+def load_best(run: Path, step: int, model: PreTrainedModel) -> None:
+    """Put the weights of ``run/best-step`` into ``model``; raises CheckpointError if they are damaged."""
+    verify(run / f"{BEST}{step}")
+    load_weights(run / f"{BEST}{step}", model)
+
+
+def check_room(run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, keep: int, students: int) -> None:
+    """Raise DiskError if ``keep`` checkpoints and so many students more do not fit on the disk of ``run``."""
+    needs = keep * checkpoint_bytes(model, optimizer) + students * _bytes(list(model.parameters()))
+    if needs > (free := free_bytes(run)):
+        raise DiskError(
+            f"{run}: {keep} more checkpoints and {students} students need about {needs:,} bytes, and {free:,} are free there; make "
+            "room, choose another --output-dir, or keep fewer with --save-total-limit"
+        )
+
+
+def checkpoint_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in a checkpoint; all else in it is small beside them."""
+    return _bytes(_saved_weights(model)) + _bytes(list(_optimizer_tensors(model, optimizer).values()))
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, oldest first."""
-    found = [p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and (p / MANIFEST).is_file()]
+    """The checkpoints of a run directory, oldest first, damaged ones among them."""
+    return [folder for folder in numbered(run, PREFIX) if (folder / MANIFEST).is_file()]
+
+
+def numbered(run: Path, prefix: str) -> list[Path]:
+    """The folders of this prefix and a step in a run directory, the first step first."""
+    found = [p for p in run.glob(f"{prefix}*") if p.name.removeprefix(prefix).isdecimal() and p.is_dir()]
     return sorted(found, key=step_of)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is of."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint or best student is of."""
+    return int(folder.name.rpartition("-")[2])
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Check every file against the manifest, then load weights and moments in place; returns the trainer's state.
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> State:
+    """Load weights and moments of a checkpoint that was found whole, in place; returns the trainer's state.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint belongs to another model.
+        CheckpointError: it belongs to another model.
     """
-    verify(folder)
     try:
         load_weights(folder, model)
-    except (RuntimeError, ModelError) as error:
+        _load_optimizer(folder, model, optimizer)
+    except (RuntimeError, ValueError, OSError, ModelError, SafetensorError) as error:
         raise CheckpointError(f"{folder} belongs to another model: {error}") from error
-    _load_optimizer(folder, model, optimizer)
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> State:
+    """The trainer's state in a checkpoint; raises CheckpointError if there is none, or it is of another step."""
+    found = _read_json(folder / STATE, State)
+    if found["step"] != step_of(folder):
+        raise CheckpointError(f"{folder} holds step {found['step']}: it was renamed, or swapped with another")
+    return found  # type: ignore[return-value]
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint with its manifest. Raises CheckpointError naming the first that differs."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {MANIFEST} cannot be read ({error})") from error
-    for name, expected in manifest.items():
+    """Compare every file with the manifest. Raises CheckpointError naming the first that differs."""
+    for name, entry in _read_json(folder / MANIFEST, dict[str, _Entry]).items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; resume from another checkpoint of {folder.parent}")
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} is damaged (not as written); resume from another checkpoint of {folder.parent}"
-            )
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve())
+            whole = inside and path.stat().st_size == entry["size"] and _sha256(path) == entry["sha256"]
+        except (OSError, ValueError) as error:  # ValueError: no file has such a name
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not inside:
+            raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder, {shown(name)}")
+        if not whole:
+            raise CheckpointError(f"{path} is damaged: it is not as it was written")
+
+
+def _read_json(file: Path, kind: Any) -> dict[str, Any]:
+    try:
+        found = json_object(file.read_bytes())
+        check_type(found, kind)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.parent} is not a whole checkpoint: {file.name} cannot be read: {error}"
+        ) from error
+    except DataError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    return found
+
+
+def _prune_best(run: Path) -> None:
+    """Take away the best students but for the last, and for those that were the best when a checkpoint was written."""
+    steps = [step_of(folder) for folder in checkpoints(run)]
+    for folder, later in pairwise(numbered(run, BEST)):
+        if not any(step_of(folder) <= step < step_of(later) for step in steps):
+            discard(folder)
 
 
 def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -170,32 +214,32 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = load_file(folder / "optimizer.safetensors")
+    tensors = load_file(folder / OPTIMIZER)
+    if differing := tensors.keys() ^ _optimizer_tensors(model, optimizer).keys():
+        name = min(differing)
+        raise ModelError(f"{name} is in {'the checkpoint' if name in tensors else 'the model'} alone")
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
-        if parameter_name not in parameters:
-            raise CheckpointError(
-                f"{folder}/optimizer.safetensors has a moment of {parameter_name}, which is not in the model"
-            )
         parameter = parameters[parameter_name]
         optimizer.state[parameter][key] = value.to(parameter.device)
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def _saved_weights(model: PreTrainedModel) -> list[Tensor]:
+    """What ``_write_model`` writes of a model."""
+    return [p for p in model.parameters() if p.requires_grad or not has_adapter(model)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    manifest = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

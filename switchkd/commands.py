@@ -16,6 +16,7 @@ from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, T
 from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
+from switchkd.storage import write_file
 
 if TYPE_CHECKING:
     from switchkd.data import TokenizedExample
@@ -217,8 +218,6 @@ def generate(config: GenerateConfig) -> None:
         print_rollout(rollout, pair.tokenizer)
     console.print(cost_line(rollouts.cost), soft_wrap=True)
     if config.output_file:
-        from switchkd.checkpoint import write_file
-
         records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
         write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
 
@@ -302,8 +301,6 @@ def lm_eval(config: LmEvalConfig) -> None:
     console.print(benchmark_table(metrics(answer)))
     console.print(f"{model.dtype}; " + ", ".join(f"{name} {seed}" for name, seed in SEEDS.items()), soft_wrap=True)
     if config.output_file:
-        from switchkd.checkpoint import write_file
-
         # A task's definition may hold functions.
         kept = json.dumps(record(answer, dataclasses.asdict(config), model), indent=1, default=str)
         write_file(Path(config.output_file), kept)

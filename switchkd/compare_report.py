@@ -14,6 +14,7 @@ from switchkd.compare import FEW_RUNS, Comparison, Difference, Method, Row
 from switchkd.report import FEW, console, number
 from switchkd.results import FORMAT
 from switchkd.statistics import FEW_EXAMPLES, RESAMPLES, Estimate, lower_is_better
+from switchkd.storage import staged_file, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -265,8 +266,6 @@ def show(comparison: Comparison) -> None:
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.md, compare.json, compare.svg and compare.png into ``folder``; returns their paths."""
-    from switchkd.checkpoint import write_file
-
     folder.mkdir(parents=True, exist_ok=True)
     page, record = folder / "compare.md", folder / "compare.json"
     pictures = save_figure(plot(comparison), folder / "compare")
@@ -278,8 +277,6 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 def save_figure(figure: Figure, target: Path) -> list[Path]:
     """Write a figure as ``target``.svg and .png; equal figures give equal files."""
     import matplotlib
-
-    from switchkd.checkpoint import staged_file
 
     pictures = [target.with_name(f"{target.name}.{form}") for form in ("svg", "png")]
     with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):

@@ -34,7 +34,7 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
 
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
-    "resume", "save_steps", "save_total_limit", "output_dir", "merge",
+    "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
     "report_to", "quiet", "allow_change",
@@ -260,7 +260,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     save_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     save_total_limit: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, at least two: the newest may turn out to be damaged."""
     eval_on_start: bool = True
     """Score teacher and untrained student before the first step."""
     eval_steps: int = 0
@@ -278,7 +278,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     merge: bool = False
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
-    """Go on from the newest checkpoint in output_dir."""
+    """Go on from the newest checkpoint in output_dir that is whole."""
+    resume_from: str = ""
+    """Go on from this checkpoint of output_dir and no other, such as checkpoint-100; later ones are set aside."""
     allow_change: tuple[str, ...] = ()
     """Settings in which the run may differ from the one that it resumes; one that names a file allows other text in it."""
     quiet: bool = False
@@ -290,7 +292,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "max_prompt_length": 1, "max_completion_length": 1, "skip_bad": 0, "max_new_tokens": 1, "block_size": 0,
             "generation_batch_size": 1, "generation_memory_gib": 0.0, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
-            "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 1, "learning_rate": 0.0,
+            "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 2, "learning_rate": 0.0,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
             "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
             "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0,
@@ -316,10 +318,19 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         if unknown := [name for name in self.allow_change if name not in names]:
             raise ConfigError(f"allow_change: unknown setting {unknown[0]!r}{nearest(unknown[0], names)}")
-        if self.allow_change and not self.resume:
+        if self.allow_change and not self.resumes:
             raise ConfigError(f"allow_change {' '.join(self.allow_change)} is for a run that goes on: give resume too")
         self._check_importance_weights()
         self._check_teacher_cache()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self.resume or bool(self.resume_from)
+
+    def anew(self) -> TrainConfig:
+        """The same settings for a run that begins."""
+        return dataclasses.replace(self, resume=False, resume_from="", allow_change=())
 
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache == "none":

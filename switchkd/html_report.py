@@ -27,6 +27,7 @@ from switchkd.results import Evaluation
 from switchkd.rollouts import mean
 from switchkd.run_record import RunRecord, labels
 from switchkd.statistics import difference, lower_is_better, verdict
+from switchkd.storage import write_file
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
@@ -39,8 +40,6 @@ def write_report(paths: Sequence[Path], file: Path, progress: Callable[[str], No
 
     Raises ConfigError for a folder that is no run, DataError for one with damaged records.
     """
-    from switchkd.checkpoint import write_file
-
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, page(paths, progress))
 

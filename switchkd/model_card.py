@@ -6,7 +6,6 @@ Names and paths stand in code spans, where no character is markup; no text of a 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ def model_card(trainer: Trainer, results: Mapping[str, Evaluation], evaluated: M
 
     ``results`` are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
     """
-    config = dataclasses.replace(trainer.config, resume=False, allow_change=())  # made again, a run starts anew
+    config = trainer.config.anew()
     models, data = _models(config), _data(config)
     parts = {
         "": _pair(trainer),

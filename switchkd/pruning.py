@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.models import load_model, load_tokenizer
+from switchkd.storage import staged_folder
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,6 @@ def prune(
     rows = influence_rows(tokenizer, default_texts(seed) if texts is None else texts)
     kept = choose_layers(layer_influence(model, rows), layers)
     student = prune_layers(model, kept)
-    from switchkd.checkpoint import staged_folder
-
     with staged_folder(target) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

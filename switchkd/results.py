@@ -18,6 +18,7 @@ import numpy as np
 from switchkd.errors import DataError
 from switchkd.plain import check_type, json_object, read_lines, shown
 from switchkd.statistics import Estimate, Values, estimate, score, spearman
+from switchkd.storage import write_file
 
 FORMAT = 1
 # Completions of so many tokens are one group where scores are shown by length (SWITCH, table 2).
@@ -91,8 +92,6 @@ def write_results(
     results: Mapping[str, Evaluation],
 ) -> None:
     """Write evaluations by the name of their model, each whole or not at all; what they depend on stands beside them."""
-    from switchkd.checkpoint import write_file  # with torch, which those who only read do not need
-
     record = {
         "format": FORMAT,
         "task": task,

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from switchkd.checkpoint import checkpoints, step_of, write_file
+from switchkd.checkpoint import checkpoints, step_of
 from switchkd.config import TrainConfig, from_dict
 from switchkd.errors import ConfigError
-from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, read_lines, read_yaml
+from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
+from switchkd.storage import sync, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.yaml"
+METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
+
+
+class _Step(TypedDict):
+    """What every line of every record has."""
+
+    step: int
 
 
 class StepLine(TypedDict):
@@ -68,7 +76,7 @@ class RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
         config = read_config(path)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
-        return RunRecord(path, config, read_metrics(path), read_lines(path / "samples.jsonl", SampleLine), found)
+        return RunRecord(path, config, read_metrics(path), read_lines(path / SAMPLES, SampleLine), found)
 
     @property
     def finished(self) -> bool:
@@ -100,12 +108,12 @@ class RunRecord:
 
     def rollouts(self, most: int) -> Lines:
         """At most so many of the generated texts, evenly spread over training."""
-        return read_lines(self.path / "rollouts.jsonl", TextLine, most)
+        return read_lines(self.path / ROLLOUTS, TextLine, most)
 
     def rollouts_of(self, steps: Collection[int], most: int) -> dict[int, Lines]:
         """The first generated texts of each of these steps, at most so many."""
         found: dict[int, Lines] = {step: [] for step in steps}
-        for record in iter_lines(self.path / "rollouts.jsonl", TextLine):
+        for record in iter_lines(self.path / ROLLOUTS, TextLine):
             if len(own := found.get(record["step"], [])) < most and record["step"] in found:
                 own.append(record)
         return found
@@ -114,7 +122,7 @@ class RunRecord:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
         from switchkd.models import load_tokenizer
 
-        saved = [self.path / "student", self.path / "best", *checkpoints(self.path)]
+        saved = [self.path / "student", *checkpoints(self.path)]
         for folder in saved:
             if (folder / "tokenizer.json").is_file():
                 return load_tokenizer(str(folder))
@@ -131,7 +139,7 @@ def read_config(run: Path) -> TrainConfig:
 
 def read_metrics(run: Path) -> Lines:
     """The step metrics of a run, up to a line that was cut short; none where it has not begun."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     lines = read_lines(file, StepLine)
     for number, line in enumerate(lines, start=1):
         with damaged_at(file, number):
@@ -139,26 +147,31 @@ def read_metrics(run: Path) -> Lines:
     return lines
 
 
-def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines, which is made for the first."""
-    if records:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, and a last line that was cut short."""
-    if not path.exists():
+def keep_until(file: Path, step: int) -> None:
+    """Cut off the lines of steps after ``step``, and a last line that was cut short; raises DataError for one that is damaged."""
+    if not file.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_file(path, "".join(kept))
+    end = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            with damaged_at(file, number):
+                record = json_object(line)
+                check_type(record, _Step)
+            if record["step"] > step:
+                break
+            end += len(line)
+    with written(file):
+        os.truncate(file, end)
+
+
+def sync_records(run: Path) -> None:
+    """Push the records to the disk, before a checkpoint says that they reach so far."""
+    for name in RECORDS:
+        if (run / name).is_file():
+            with written(run / name):
+                sync(run / name)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

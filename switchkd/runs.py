@@ -1,14 +1,14 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
 config.yaml       the settings, every one, usable as a recipe
-data.json         number and checksum of the examples that the run is on
+origin.json       checksums of the text and models that the run is on
 lock.json         the process that works here, while it does
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
 samples.jsonl     the same few prompts completed every ``sample_steps``, with what both models say of each token
-checkpoint-N/     whole checkpoints, the newest ones
+checkpoint-N/     whole checkpoints, the newest ones; 0 is of the untrained student
 evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
-best/             the best student so far, where the run looks for one
+best-N/           the best student so far, where the run looks for one
 trackers/         what trackers write, where a run reports to any
 student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
 """
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from switchkd import live, report, signals
 from switchkd.adapters import merged
 from switchkd.cache import verify_cache
-from switchkd.checkpoint import checkpoints, load_weights, save_model, write_file
+from switchkd.checkpoint import checkpoints, load_best, save_model
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -36,7 +36,7 @@ from switchkd.config import (
     TrainConfig,
     to_dict,
 )
-from switchkd.continuation import begun, check_data, check_run
+from switchkd.continuation import begun, check_origin, check_run
 from switchkd.data import (
     SAMPLE,
     Example,
@@ -49,7 +49,7 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, NoMemoryError, NonFiniteError, nearest
+from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lock import locked
 from switchkd.model_card import CARD, model_card
@@ -64,12 +64,13 @@ from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
+from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
-from switchkd.trainer import BEST, Metrics, OnRound, OnStep, Trainer
+from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
 
 EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
@@ -91,7 +92,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     Raises:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
         InUseError: another process works in the directory.
-        NonFiniteError, NoMemoryError, Stopped: it had to end before its time. A note says which checkpoint stands.
+        NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = Accelerator(), Path(config.output_dir)
     mine = locked(run) if accelerator.is_main_process else nullcontext()
@@ -99,7 +100,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         try:
             with mine:
                 return _distil(config, accelerator)
-        except (signals.Stopped, NonFiniteError, NoMemoryError) as error:
+        except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
             error.add_note(standing(run))
             raise
 
@@ -130,11 +131,12 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     if main:
-        data = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
-        check_data(run, config, data)
-        write_file(run / CONFIG, yaml.safe_dump(to_dict(replace(config, allow_change=())), sort_keys=False))
+        tidy(run)
+        texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+        check_origin(run, config, texts, _model_checksums(pair, heldout))
+        write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
         results = _before(run / EVALUATION, config, pair, heldout, settings)
-    if config.resume:
+    if config.resumes:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
@@ -285,6 +287,18 @@ class Heldout:
         return {"file": self.file, "sha256": self.sha256, "ids": ids, "groups": groups}
 
 
+def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
+    """Checksums of the models as they were loaded, by the settings that name them."""
+    tokenizer = json_sha256(pair.tokenizer.get_vocab())
+    found = {
+        "teacher_model_name_or_path": heldout.teacher_sha256,
+        "student_model_name_or_path": json_sha256([weights_sha256(pair.student), tokenizer]),
+    }
+    if pair.teachers:
+        found["teachers"] = json_sha256({name: weights_sha256(model) for name, model in pair.teachers.items()})
+    return found
+
+
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
@@ -407,7 +421,7 @@ def _before(
     """Teacher's and untrained student's scores, read back where a resumed run has them and nothing about it may differ."""
     if not (heldout.examples and config.eval_on_start):
         return {}
-    if config.resume and file.is_file() and not config.allow_change:
+    if config.resumes and file.is_file() and not config.allow_change:
         return read_results(file)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
@@ -450,7 +464,7 @@ def _finish(
     config, pair, run = trainer.config, trainer.pair, trainer.run
     student = trainer.accelerator.unwrap_model(trainer.student)
     if trainer.best:
-        load_weights(run / BEST, student)
+        load_best(run, int(trainer.best["step"]), student)
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "

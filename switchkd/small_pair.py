@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError, ModelError, nearest
 from switchkd.small_data import NOT_MADE, PARTS, TASKS, Row, small_pair_folder
+from switchkd.storage import staged_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,6 @@ def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full") ->
 
     Every choice is keyed by ``seed``. Raises ConfigError for an unknown ``scale`` or a folder that is taken.
     """
-    from switchkd.checkpoint import staged_folder
     from switchkd.report import console
 
     folder = folder or small_pair_folder()

@@ -30,12 +30,13 @@ from typing import IO, Any
 import yaml
 
 from switchkd import signals
-from switchkd.checkpoint import checkpoints, write_file
+from switchkd.checkpoint import checkpoints
 from switchkd.config import TrainConfig, from_dict, load_recipe, named_file, to_dict
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.lock import locked
 from switchkd.plain import read_yaml, shown, yaml_value
 from switchkd.results import read_results
+from switchkd.storage import write_file
 
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 # How a run stands: whole, ended by an error, ended by a signal, not begun since a signal came.

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from switchkd.checkpoint import write_file
 from switchkd.compare import compare
 from switchkd.compare_report import markdown, save_figure, show, write
 from switchkd.curves import Metrics, cost, draw, metric_panels
 from switchkd.report import console, number
 from switchkd.rollouts import mean
 from switchkd.run_record import read_metrics
+from switchkd.storage import write_file
 from switchkd.study import Cell, Plan, Size, joined
 
 

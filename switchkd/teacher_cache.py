@@ -23,12 +23,12 @@ from torch import Tensor
 
 from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import staged_file, write_file
 from switchkd.data import TokenizedExample, collate
 from switchkd.divergences import log_probs
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
 from switchkd.loss import CHUNK_BYTES, Head, TeacherTopK, response_hidden
 from switchkd.models import Pair
+from switchkd.storage import staged_file, write_file
 from switchkd.teacher_store import (
     Header,
     Progress,

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from switchkd.checkpoint import write_file
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
@@ -28,6 +27,7 @@ from switchkd.models import Pair
 from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
+from switchkd.storage import write_file
 
 Header = dict[str, Any]  # flat and JSON-ready
 Progress = Callable[[int], None]  # told of every example that is done

@@ -13,8 +13,8 @@ from uuid import uuid4
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from switchkd import report
-from switchkd.checkpoint import write_file
 from switchkd.errors import ConfigError
+from switchkd.storage import write_file
 
 PROJECT, FOLDER = "switchkd", "trackers"
 

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
+from switchkd.checkpoint import State, check_room, load_checkpoint, save_best, save_checkpoint
 from switchkd.config import TrainConfig
+from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, ConfigError, NoMemoryError, NonFiniteError
+from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDError
 from switchkd.loss import (
     Head,
     Teacher,
@@ -42,9 +43,10 @@ from switchkd.objectives import CrossEntropy, Objective
 from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
-from switchkd.run_record import append_lines, keep_until
+from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.sampling import keyed_uniform, noise_key
 from switchkd.statistics import lower_is_better
+from switchkd.storage import append_lines
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teachers import Rows, Teachers
 
@@ -52,7 +54,6 @@ OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-BEST = "best"  # the folder of the best student that evaluations in the run saw
 
 # Words that part the uses of (seed, step): which text, dropout, and what to replay.
 _CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
@@ -136,18 +137,19 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
             NoMemoryError: one row is too much for the memory.
             Stopped: a signal asked for an end. The step in which it came is dropped.
-            In each case a checkpoint of the last finished step is saved, from which ``resume`` goes on.
+            In each of these cases a checkpoint of the last finished step is saved, from which ``resume`` goes on.
+            DiskError: something cannot be written. The last checkpoint stands.
         """
         rollouts = Rollouts()
         try:
+            if self.step == 0:
+                self._prove_room()
             while self.due is not None or self.progress < 1:
                 if self.due is None:
                     self._stop_together()
                     self.due, rollouts = self.train_step(on_round)
                     if self.accelerator.is_main_process:
-                        append_lines(
-                            self.run / "rollouts.jsonl", [{"step": self.step, **r.to_json()} for r in rollouts]
-                        )
+                        append_lines(self.run / ROLLOUTS, [{"step": self.step, **r.to_json()} for r in rollouts])
                 self._tell(rollouts, on_step, evaluate, sample)
         except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
             # Of several processes one may have failed alone; a signal is obeyed by all at once.
@@ -173,9 +175,9 @@ class Trainer:
                 metrics |= self._evaluated(evaluate)
             if sample and self._every(self.config.sample_steps):
                 records = [{"step": self.step, **record} for record in sample(self.progress)]
-            append_lines(self.run / "samples.jsonl", records)
+            append_lines(self.run / SAMPLES, records)
             if metrics:
-                append_lines(self.run / "metrics.jsonl", [metrics])
+                append_lines(self.run / METRICS, [metrics])
                 on_step(metrics, rollouts)
         self.due = None
         if metrics and self._every(self.config.save_steps, at_end=True):
@@ -265,7 +267,7 @@ class Trainer:
         return self.accelerator.gather(mine).max().item()
 
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
-        """The student's scores now; the best student so far is kept in ``best/``."""
+        """The student's scores now; the best student so far is kept."""
         start = time.perf_counter()
         student = self.accelerator.unwrap_model(self.student)
         scores = evaluate(student)
@@ -273,48 +275,69 @@ class Trainer:
             sign = -1 if lower_is_better(name) else 1
             if not self.best or sign * scores[name] > sign * self.best["score"]:
                 self.best = {"step": self.step, "score": scores[name]}
-                save_model(self.run / BEST, student, self.pair.tokenizer)
+                save_best(self.run, self.step, student, self.pair.tokenizer)
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
+
+    def _prove_room(self) -> None:
+        """Save before the first step: that proves that a checkpoint can be written, and says now if there is no room for more."""
+        self.save()
+        if self.accelerator.is_main_process:
+            students = 3 if self.config.metric_for_best_model else 1
+            student = self.accelerator.unwrap_model(self.student)
+            check_room(self.run, student, _inner(self.optimizer), self.config.save_total_limit, students)
 
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
         if broken := broken_weight(self.student, self.optimizer):
-            raise NonFiniteError(f"step {self.step}: {broken} is not finite after the update; lower learning_rate")
+            since = "after the update; lower learning_rate" if self.step else "before training; take another student"
+            raise NonFiniteError(f"step {self.step}: {broken} is not finite {since}")
         if self.accelerator.is_main_process:
+            student, optimizer = self.accelerator.unwrap_model(self.student), _inner(self.optimizer)
+            sync_records(self.run)
             save_checkpoint(
-                self.run,
-                self.step,
-                self.accelerator.unwrap_model(self.student),
-                self.pair.tokenizer,
-                _inner(self.optimizer),
-                {
-                    "num_tokens": self.num_tokens,
-                    "seconds": self.seconds,
-                    "best": self.best,
-                    "due": self.due,
-                    "objective": self.objective_memory,
-                    "mix": self.mix_memory,
-                    "replay": [rollout.to_json() for rollout in self.replay],
-                },
-                self.config.save_total_limit,
+                self.run, self._state(), student, self.pair.tokenizer, optimizer, self.config.save_total_limit
             )
         self.accelerator.wait_for_everyone()
 
+    def _state(self) -> State:
+        return {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "best": self.best,
+            "due": self.due,
+            "objective": self.objective_memory,
+            "mix": self.mix_memory,
+            "replay": [rollout.to_json() for rollout in self.replay],
+        }
+
     def resume(self) -> None:
-        """Continue from the newest checkpoint; later lines of metrics and rollouts are taken back."""
-        found = checkpoints(self.run)
-        if not found:
-            raise CheckpointError(f"{self.run} holds no checkpoint to resume from; start without --resume")
-        state = load_checkpoint(found[-1], self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
+        """Continue from the newest whole checkpoint, or from ``resume_from``; what is later in the directory is taken back.
+
+        Raises CheckpointError if that cannot be.
+        """
+        folder = self._from_main(partial(whole_checkpoint, self.run, self.config.resume_from))
+        state = load_checkpoint(folder, self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
-        self.best, self.due = state["best"], state.get("due")
+        self.best, self.due = state["best"], state["due"]
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
-            told = self.step if self.due is None else self.step - 1
-            for name, step in (("rollouts.jsonl", self.step), ("metrics.jsonl", told), ("samples.jsonl", told)):
-                keep_until(self.run / name, step)
+            take_back(self.run, self.step, self.step if self.due is None else self.step - 1)
+
+    def _from_main(self, find: Callable[[], Path]) -> Path:
+        """What the main process finds, on every rank, or the error that it meets."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [find()]
+            except SwitchKDError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], SwitchKDError):
+            raise found[0]
+        return found[0]
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""

@@ -61,7 +61,7 @@ def run(place, tmp_path_factory):
 
 def test_a_run_directory_holds_settings_metrics_rollouts_checkpoints_scores_and_student(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "data.json", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "checkpoint-2", "checkpoint-3",
+        "config.yaml", "origin.json", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "checkpoint-2", "checkpoint-3",
         "evaluation.json", "evaluation.completions.jsonl", "student",
     }  # fmt: skip
     metrics = records(run / "metrics.jsonl")

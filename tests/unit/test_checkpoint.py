@@ -5,7 +5,8 @@ import torch
 from tiny import byte_level_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from switchkd.checkpoint import checkpoints, save_model, staged_folder, write_file
+from switchkd.checkpoint import checkpoints, save_model
+from switchkd.storage import staged_folder, write_file
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
@@ -36,7 +37,7 @@ def test_write_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("switchkd.checkpoint._sync", full)
+    monkeypatch.setattr("switchkd.storage.sync", full)
     with pytest.raises(OSError, match="no space"):
         write_file(file, "new")
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]

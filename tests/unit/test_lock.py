@@ -17,7 +17,7 @@ from tiny import toy_examples
 
 from switchkd import continuation, lock
 from switchkd.config import TrainConfig, to_dict
-from switchkd.continuation import check_data, check_run
+from switchkd.continuation import check_origin, check_run
 from switchkd.errors import ConfigError, InUseError
 from switchkd.lock import LOCK, locked
 from switchkd.runs import distil
@@ -119,13 +119,16 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
+MODELS = {"teacher_model_name_or_path": "1" * 64, "student_model_name_or_path": "2" * 64}
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run directory as one leaves it that was stopped."""
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     folder = tmp_path / "run"
     folder.mkdir()
-    check_data(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)})
+    check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     return folder
 
@@ -145,9 +148,9 @@ def check_settings(run):
         check_run(run, resumed(run, seed=5, learning_rate=0.5, allow_change=("seed",)))
 
 
-def check_text(run):
+def check_contents(run):
     same = {"train_file": toy_examples(4), "eval_file": toy_examples(2)}
-    check_data(run, resumed(run), same)
+    check_origin(run, resumed(run), same, MODELS)
     first, *rest = same["train_file"]
     for other in (
         dataclasses.replace(first, prompt_ids=[9, 9]),
@@ -156,33 +159,37 @@ def check_text(run):
         dataclasses.replace(first, teacher_prompt_ids=[3]),
     ):
         with pytest.raises(
-            ConfigError, match=r"train_file: other text behind it \(4 examples, sha256 .* -> 4 examples"
+            ConfigError, match=r"train_file: other contents \(4 examples, sha256 .* -> 4 examples"
         ):
-            check_data(run, resumed(run), same | {"train_file": [other, *rest]})
+            check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS)
     with pytest.raises(ConfigError, match=r"2 examples, .* -> 3 examples.* --allow-change eval_file$"):
-        check_data(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same})
-    check_data(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)})
-    check_data(run, resumed(run), same | {"eval_file": toy_examples(3)})  # what was allowed once is the run's own now
+        check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS)
+    check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS)
+    check_origin(run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS)  # what was allowed once is the run's own now
+    for name in MODELS:
+        with pytest.raises(ConfigError, match=rf"{name}: other contents \(sha256 .* --allow-change {name}$"):
+            check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64})
+    check_origin(run, resumed(run, allow_change=tuple(MODELS)), {}, dict.fromkeys(MODELS, "3" * 64))
 
 
 def test_other_settings_are_refused_with_all_that_differs_and_allowed_one_by_one(run):
     check_settings(run)
 
 
-def test_other_text_is_refused_and_allowed_by_the_setting_that_names_it(run):
-    check_text(run)
+def test_other_text_or_models_are_refused_and_allowed_by_the_setting_that_names_them(run):
+    check_contents(run)
 
 
 def test_mutants_that_let_a_run_go_on_otherwise(run, monkeypatch):
     monkeypatch.setattr(continuation, "_refuse", lambda *_: None)
-    for check in (check_settings, check_text):
+    for check in (check_settings, check_contents):
         with pytest.raises(pytest.fail.Exception):
             check(run)
     monkeypatch.undo()
     monkeypatch.setattr(continuation, "_fingerprint", lambda examples: {"examples": len(examples), "sha256": "?"})
-    check_data(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)})
+    check_origin(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
     with pytest.raises(pytest.fail.Exception):
-        check_text(run)
+        check_contents(run)
 
 
 def test_what_is_allowed_must_be_a_setting_of_a_run_that_goes_on():

@@ -270,36 +270,9 @@ def test_checkpoints_open_with_transformers_alone_and_the_oldest_go(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint-6").eos_token == "<|im_end|>"
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
-    t = trainer(tmp_path, save_steps=6)
-    t.train()
-    file = tmp_path / "checkpoint-6" / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
-    data = bytearray(file.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    if damage == "remove":
-        file.unlink()
-    else:
-        file.write_bytes(bytes(data[:-3] if damage in ("cut", "manifest") else data))
-    with pytest.raises(CheckpointError, match=file.name):
-        trainer(tmp_path).resume()
-
-
 def test_no_checkpoint_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="start without --resume"):
         trainer(tmp_path).resume()
-
-
-def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
-    t = trainer(tmp_path)
-    t.train_step()
-    t.save()
-    t.train_step()
-    monkeypatch.setattr("switchkd.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        t.save()
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_frozen_student_is_refused(tmp_path):
@@ -374,7 +347,7 @@ def test_the_best_student_is_kept_also_over_a_stop(tmp_path, metric, best):
 
     part(stop=4)
     assert part().best == {"step": best, "score": scores[best]}
-    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype=torch.float64)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / f"best-{best}", dtype=torch.float64)
     assert all(torch.equal(p, made[best][name]) for name, p in kept.named_parameters())
 
 

@@ -1,0 +1,139 @@
+"""Files and folders that are whole or absent: the one module that moves them into place, and takes them away.
+
+What is being written lies beside its place under a hidden name, is pushed to the disk, and then renamed. What is taken away gets
+such a name first. Whatever a killed process left under one is nobody's, and ``tidy`` removes it.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from switchkd.errors import DiskError, SwitchKDError
+
+
+@contextmanager
+def staged_folder(target: Path, replace: bool = False, needs: int | None = None) -> Iterator[Path]:
+    """An empty sibling of ``target`` that takes its place if the block ends well, and is removed otherwise.
+
+    An empty ``target`` is replaced; DiskError if something else is there by then, unless ``replace`` says to take it away.
+    ``needs`` is for the message if the disk is full: the bytes that will be written.
+    """
+    staging, old = _hidden(target), _hidden(target)
+    with written(target, needs):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir()
+            yield staging
+            for path in staging.rglob("*"):
+                sync(path)
+            sync(staging)
+            if replace and target.exists():
+                os.replace(target, old)
+            os.replace(staging, target)
+            sync(target.parent)
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.replace(old, target)
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(target: Path, needs: int | None = None) -> Iterator[Path]:
+    """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise."""
+    staging = _hidden(target)
+    with written(target, needs):
+        try:
+            yield staging
+            sync(staging)
+            os.replace(staging, target)
+            sync(target.parent)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with staged_file(path, len(text)) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to a file of JSON lines, which is made for the first. Where that fails, the last line may be cut short."""
+    if records:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        with written(path, len(text)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+
+def discard(path: Path) -> None:
+    """Take a folder away: at once as far as its name goes, so that no half of it is ever seen."""
+    hidden = _hidden(path)
+    with written(path):
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a folder a name under which nothing looks for it, and return that; one set aside there before is taken away."""
+    aside = path.with_name(f"{path.name}.set-aside")
+    if aside.exists():
+        discard(aside)
+    with written(path):
+        os.replace(path, aside)
+    return aside
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder``, in which nobody else may work."""
+    for path in folder.glob(".*"):
+        if _HIDDEN.fullmatch(path.name):
+            with written(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def written(path: Path, needs: int | None = None) -> Iterator[None]:
+    """Raise DiskError for a write in this block that fails, with path, room and the ``needs`` bytes that it would have taken."""
+    try:
+        yield
+    except SwitchKDError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers write in Rust, which has no OSError: it says `(os error 28)`.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        wanted = "" if needs is None else f"about {needs:,} bytes are to be written, and "
+        raise DiskError(f"{path} cannot be written: {error}; {wanted}{free_bytes(path):,} are free there") from error
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk of ``path``, which need not be there yet."""
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def sync(path: Path) -> None:
+    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex}")
