@@ -75,9 +75,7 @@ def save_checkpoint(
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             _write_manifest(staging)
     verify(target)
-    for old in checkpoints(run)[:-keep]:
-        discard(old)
-    _prune_best(run)
+    prune(run, keep)
     return target
 
 
@@ -174,6 +172,13 @@ def _read_json(file: Path, kind: Any) -> dict[str, Any]:
     except DataError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     return found
+
+
+def prune(run: Path, keep: int) -> None:
+    """Take away all checkpoints but for the newest ``keep``, and the best students that none of them would go on with."""
+    for old in checkpoints(run)[:-keep]:
+        discard(old)
+    _prune_best(run)
 
 
 def _prune_best(run: Path) -> None:

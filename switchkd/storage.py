@@ -113,8 +113,10 @@ def written(path: Path, needs: int | None = None) -> Iterator[None]:
         # safetensors and tokenizers write in Rust, which has no OSError: it says `(os error 28)`.
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        wanted = "" if needs is None else f"about {needs:,} bytes are to be written, and "
-        raise DiskError(f"{path} cannot be written: {error}; {wanted}{free_bytes(path):,} are free there") from error
+        wanted = "" if needs is None else f"it takes about {needs:,} bytes, and "
+        raise DiskError(
+            f"{path} cannot be written: {error}; {wanted}{free_bytes(path):,} bytes are free there"
+        ) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import State, check_room, load_checkpoint, save_best, save_checkpoint
+from switchkd.checkpoint import State, check_room, load_checkpoint, prune, save_best, save_checkpoint
 from switchkd.config import TrainConfig
 from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
@@ -325,6 +325,7 @@ class Trainer:
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
             take_back(self.run, self.step, self.step if self.due is None else self.step - 1)
+            prune(self.run, self.config.save_total_limit)
 
     def _from_main(self, find: Callable[[], Path]) -> Path:
         """What the main process finds, on every rank, or the error that it meets."""

@@ -158,14 +158,14 @@ def check_contents(run):
         dataclasses.replace(first, teacher="math"),
         dataclasses.replace(first, teacher_prompt_ids=[3]),
     ):
-        with pytest.raises(
-            ConfigError, match=r"train_file: other contents \(4 examples, sha256 .* -> 4 examples"
-        ):
+        with pytest.raises(ConfigError, match=r"train_file: other contents \(4 examples, sha256 .* -> 4 examples"):
             check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS)
     with pytest.raises(ConfigError, match=r"2 examples, .* -> 3 examples.* --allow-change eval_file$"):
         check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS)
     check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS)
-    check_origin(run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS)  # what was allowed once is the run's own now
+    check_origin(
+        run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS
+    )  # what was allowed once is the run's own now
     for name in MODELS:
         with pytest.raises(ConfigError, match=rf"{name}: other contents \(sha256 .* --allow-change {name}$"):
             check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64})
