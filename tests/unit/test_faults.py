@@ -14,14 +14,17 @@ from test_trainer import trainer
 from tiny import pair_on_disk, toy_examples, toy_pair
 
 from switchkd import checkpoint, storage
+from switchkd import trainer as trainer_module
 from switchkd.checkpoint import MANIFEST, checkpoints, verify
 from switchkd.cli import main
 from switchkd.continuation import whole_checkpoint
 from switchkd.errors import DiskError
 from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.mixes import Adaptive
+from switchkd.optimizer import adamw
 from switchkd.storage import append_lines, staged_folder, tidy, write_file
 from switchkd.tasks import TASKS
+from switchkd.trainer import Trainer
 
 # --- one save -----------------------------------------------------------------------------------------------------
 
@@ -272,27 +275,40 @@ def test_a_run_whose_disk_is_full_says_what_stands_and_goes_on_when_there_is_roo
         assert sorted(set(steps)) == [1, 2, 3] and (name[0] == "r" or len(steps) == 3)
 
 
-def test_a_disk_without_room_for_the_checkpoints_to_come_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    t = trainer(tmp_path, save_total_limit=3, max_steps=1)
+def check_room(folder, patch):
+    """Too little room for what is to come is refused before the first step, and what there is by then is whole."""
+    usage, t = shutil.disk_usage(folder), trainer(folder, save_total_limit=3, max_steps=1)
     size = checkpoint.checkpoint_bytes(t.pair.student, t.optimizer.optimizer)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=3 * size))
-    with pytest.raises(
-        DiskError, match=rf"3 more checkpoints and 1 students need about [\d,]+ bytes, and {3 * size:,} are free"
-    ):
-        t.train()
-    assert t.step == 0 and [c.name for c in checkpoints(tmp_path)] == ["checkpoint-0"]
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=5 * size))
+    with patch.context() as small:
+        small.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=3 * size))
+        words = rf"3 more checkpoints and 1 students need about [\d,]+ bytes, and {3 * size:,} are free"
+        with pytest.raises(DiskError, match=words):
+            t.train()
+    assert t.step == 0 and [c.name for c in checkpoints(folder)] == ["checkpoint-0"]
     t.train()
+    first, last = (sum(p.stat().st_size for p in c.glob("*.safetensors")) for c in checkpoints(folder))
+    assert (
+        first == last and size <= first < size + 10_000
+    )  # else the first would prove nothing: moments are two thirds of it
 
 
-def test_the_first_checkpoint_has_the_size_of_those_to_come(tmp_path):
-    """Else it would prove nothing: the optimizer's moments are two thirds of a checkpoint."""
-    t = trainer(tmp_path, max_steps=2, save_steps=1)
-    t.train()
-    first, last = (sum(p.stat().st_size for p in c.glob("*.safetensors")) for c in checkpoints(tmp_path))
-    expected = checkpoint.checkpoint_bytes(t.pair.student, t.optimizer.optimizer)
-    assert first == last and expected <= first < expected + 10_000
+def test_a_disk_without_room_for_the_checkpoints_to_come_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    check_room(tmp_path, monkeypatch)
+
+
+def without_moments(model, config):
+    optimizer = adamw(model, config)
+    optimizer.state.clear()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "mistake", [(Trainer, "_prove_room", lambda _: None), (trainer_module, "adamw", without_moments)]
+)
+def test_mutants_that_save_nothing_or_too_little_before_the_first_step(tmp_path, monkeypatch, mistake):
+    monkeypatch.setattr(*mistake)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_room(tmp_path, monkeypatch)
 
 
 # --- single pieces ------------------------------------------------------------------------------------------------
