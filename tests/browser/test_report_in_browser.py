@@ -143,6 +143,7 @@ def test_texts_that_were_trained_on_can_be_looked_at_too(visit, trained):
     assert page.locator("#response .token").count() == len(json.loads(rollouts[0])["completion_ids"])
     assert "watched prompts only" in page.locator("#token").text_content()
     page.click("text=All tokens as a table")
+    page.locator("#table tbody tr").first.wait_for()
     assert page.locator("#table tbody tr").count() == page.locator("#response .token").count()
 
 

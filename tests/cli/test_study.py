@@ -107,9 +107,9 @@ def test_a_study_passes_a_signal_on_and_goes_on_where_it_was_stopped(plan, tmp_p
     assert process.returncode == 143, wrong
     assert "sft-seed0: stopped" in said and "FAILED" not in said and "soft-seed0" not in said
     assert wrong.splitlines()[-2:][0] == "stopped by SIGTERM" and "the same command goes on" in wrong
-    assert len(checkpoints(run)) == 1 and not (output / "soft-seed0").exists()
+    assert len(checkpoints(run)) == 2 and not (output / "soft-seed0").exists()
     log = (output / "logs" / "sft-seed0.log").read_text()
-    assert f"{checkpoints(run)[0]} stands; go on with" in log
+    assert f"{checkpoints(run)[-1]} stands; go on with" in log
 
 
 def test_a_run_that_is_ended_by_itself_is_not_called_failed(plan, tmp_path, monkeypatch, capsys):

@@ -379,10 +379,10 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, other):
     with pytest.raises(CheckpointError, match=r"checkpoint-1 belongs to another model: .* first base_model\.model\."):
         wrong.resume()
     assert all(torch.equal(a, b) for a, b in zip(before, wrong.pair.student.parameters(), strict=True))
-    weights = checkpoints(tmp_path)[0] / "adapter_model.safetensors"
+    weights = checkpoints(tmp_path)[-1] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged"):
-        trainer(tmp_path, self_pair()).resume()
+        trainer(tmp_path, self_pair(), resume_from="checkpoint-1").resume()
 
 
 # --- by name ------------------------------------------------------------------------------------------------------

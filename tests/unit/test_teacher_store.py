@@ -370,7 +370,7 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
             if where == "forward":
                 pair.teacher.model.register_forward_hook(die)
             if where == "write":  # the data is written and not yet in place
-                patch.setattr("switchkd.checkpoint._sync", dying(2 * moment + 1))
+                patch.setattr("switchkd.storage.sync", dying(2 * moment + 1))
             build(folder, kind, pair, batch_size=2, progress=die if where == "between" else lambda _: None)
         there = {p.name: p.read_bytes() for p in folder.iterdir()}
         assert there.items() <= whole.items() and len(there) < len(whole)

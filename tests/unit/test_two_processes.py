@@ -105,7 +105,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_from_a_whole_check
     start = time.monotonic()
     done = launched(tmp_path / "two", 2, "Generated(0.5)", dies_after=4)
     assert done.returncode != 0 and time.monotonic() - start < 120  # two interpreters start in that time, too
-    assert [folder.name for folder in checkpoints(tmp_path / "two")] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoints(tmp_path / "two")] == ["checkpoint-0", "checkpoint-3"]
     resumed = trained(tmp_path / "two", 2, "Generated(0.5)", resume=True)
     assert_equal(trained(tmp_path / "one", 1, "Generated(0.5)"), resumed)
 
