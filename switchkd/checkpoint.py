@@ -7,6 +7,7 @@ without one is none, whatever else is in it. The best student that evaluations s
 
 import hashlib
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,10 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from switchkd.adapters import has_adapter, load_adapter, save_adapter
 from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
 from switchkd.plain import check_type, json_object, shown
+from switchkd.sharding import full, shard_like, state_of
 from switchkd.storage import discard, free_bytes, staged_folder
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 PREFIX, BEST = "checkpoint-", "best-"
+
+Moments = dict[str, Tensor]  # AdamW's state by parameter name: ``name/exp_avg``, ``name/exp_avg_sq``, ``name/step``
 
 
 class State(TypedDict):
@@ -60,7 +64,7 @@ def save_checkpoint(
     state: State,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
+    moments: Moments,
     keep: int,
 ) -> Path:
     """Write ``run/checkpoint-step`` and read it back; when it is whole, the oldest beyond ``keep`` go. One that is there stays.
@@ -69,9 +73,9 @@ def save_checkpoint(
     """
     target = run / f"{PREFIX}{state['step']}"
     if not target.exists():
-        with staged_folder(target, needs=checkpoint_bytes(model, optimizer)) as staging:
+        with staged_folder(target, needs=checkpoint_bytes(model, moments)) as staging:
             _write_model(staging, model, tokenizer)
-            save_file(_optimizer_tensors(model, optimizer), staging / OPTIMIZER)
+            save_file(moments, staging / OPTIMIZER)
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             _write_manifest(staging)
     verify(target)
@@ -93,9 +97,9 @@ def load_best(run: Path, step: int, model: PreTrainedModel) -> None:
     load_weights(run / f"{BEST}{step}", model)
 
 
-def check_room(run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, keep: int, students: int) -> None:
+def check_room(run: Path, model: PreTrainedModel, moments: Moments, keep: int, students: int) -> None:
     """Raise DiskError if ``keep`` checkpoints and so many students more do not fit on the disk of ``run``."""
-    needs = keep * checkpoint_bytes(model, optimizer) + students * _bytes(list(model.parameters()))
+    needs = keep * checkpoint_bytes(model, moments) + students * _bytes(list(model.parameters()))
     if needs > (free := free_bytes(run)):
         raise DiskError(
             f"{run}: {keep} more checkpoints and {students} students need about {needs:,} bytes, and {free:,} are free there; make "
@@ -103,9 +107,9 @@ def check_room(run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
         )
 
 
-def checkpoint_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(model: PreTrainedModel, moments: Moments) -> int:
     """Bytes of the tensors in a checkpoint; all else in it is small beside them."""
-    return _bytes(_saved_weights(model)) + _bytes(list(_optimizer_tensors(model, optimizer).values()))
+    return _bytes(_saved_weights(model)) + _bytes(list(moments.values()))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -193,7 +197,7 @@ def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     if has_adapter(model):
         save_adapter(model, folder)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_of(model))
     tokenizer.save_pretrained(folder)
 
 
@@ -206,28 +210,32 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
         saved = type(model).from_pretrained(
             folder, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-        model.load_state_dict(saved.state_dict())
+        own = model.state_dict()
+        model.load_state_dict({name: shard_like(tensor, own.get(name)) for name, tensor in saved.state_dict().items()})
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: ``name/exp_avg``, ``name/exp_avg_sq``, ``name/step``."""
-    tensors = {}
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """The optimizer's state, whole; of a sharded model all ranks must ask for it, while the model is in shards."""
+    return {
+        name: full(optimizer.state[parameter][key]).contiguous() for name, parameter, key in _moments(model, optimizer)
+    }
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter, str]]:
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.contiguous()
-    return tensors
+        for key in optimizer.state.get(parameter, {}):
+            yield f"{name}/{key}", parameter, key
 
 
 def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     tensors = load_file(folder / OPTIMIZER)
-    if differing := tensors.keys() ^ _optimizer_tensors(model, optimizer).keys():
+    own = {name: (parameter, key) for name, parameter, key in _moments(model, optimizer)}
+    if differing := tensors.keys() ^ own.keys():
         name = min(differing)
         raise ModelError(f"{name} is in {'the checkpoint' if name in tensors else 'the model'} alone")
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, key = name.rsplit("/", 1)
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+    for name, (parameter, key) in own.items():
+        state = optimizer.state[parameter]
+        state[key] = shard_like(tensors[name].to(parameter.device), state[key])
 
 
 def _saved_weights(model: PreTrainedModel) -> list[Tensor]:

@@ -36,7 +36,7 @@ NOUNS: dict[str, tuple[type, dict[str, type]]] = {
 FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
-    "eval_on_start", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
+    "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
     "report_to", "quiet", "allow_change",
 }  # fmt: skip
 
@@ -239,6 +239,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Rows in one forward and backward of one process."""
     gradient_accumulation_steps: int = 1
     """Forwards and backwards in one optimizer step; 8x1, 4x2 and 1x8 give the same gradient."""
+    fsdp: bool = False
+    """Over several processes: keep the student's weights, gradients and moments in shards (FSDP2), gathered once a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     learning_rate: float = 1e-4
@@ -309,6 +311,13 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if self.merge and (not self.use_peft or self.load_in_4bit):
             why = "there is no adapter: set use_peft" if not self.use_peft else "weights in 4 bits would round it away"
             raise ConfigError(f"merge adds an adapter to the student's weights, and {why}; or drop merge")
+        if self.fsdp and (self.use_peft or self.static_step):
+            why = (
+                "an adapter is small: leave it whole" if self.use_peft else "static_step needs weights that never move"
+            )
+            raise ConfigError(
+                f"fsdp does not go with {'use_peft' if self.use_peft else 'static_step'}: {why}; drop one of them"
+            )
         if self.metric_for_best_model and not (self.eval_steps and self.eval_samples):
             raise ConfigError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"

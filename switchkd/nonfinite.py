@@ -12,6 +12,7 @@ from torch import nn
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample
 from switchkd.divergences import log_probs
+from switchkd.sharding import local
 
 if TYPE_CHECKING:
     from switchkd.objectives import Objective
@@ -53,11 +54,11 @@ def _broken(trainer: Trainer, row: Row, objective: Objective) -> str:
 
 @torch.no_grad()
 def broken_weight(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """The first trained weight, or moment of the optimizer, that is not finite, in words; "" if all are."""
+    """The first trained weight, or moment of the optimizer, that is not finite, in words; "" if all that this rank has are."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             values = {"": parameter} | optimizer.state.get(parameter, {})
             for key, value in values.items():
-                if not value.isfinite().all():
+                if not local(value).isfinite().all():
                     return f"the optimizer's {key} of {name}" if key else f"the student's weight {name}"
     return ""

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from switchkd import live, report, signals
 from switchkd.adapters import merged
 from switchkd.cache import verify_cache
-from switchkd.checkpoint import checkpoints, load_best, save_model
+from switchkd.checkpoint import checkpoints, save_model
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -64,6 +64,7 @@ from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
+from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
@@ -140,9 +141,11 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
-    if main:
-        _finish(trainer, heldout, settings, trackers, results, quiet)
-    accelerator.wait_for_everyone()
+    trainer.load_best()
+    with whole(trainer.student):
+        if main:
+            _finish(trainer, heldout, settings, trackers, results, quiet)
+        accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
 
@@ -463,8 +466,6 @@ def _finish(
     """Save the student, score it into ``results``, and say where all that lies."""
     config, pair, run = trainer.config, trainer.pair, trainer.run
     student = trainer.accelerator.unwrap_model(trainer.student)
-    if trainer.best:
-        load_best(run, int(trainer.best["step"]), student)
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "

@@ -27,6 +27,7 @@ from switchkd.models import Pair
 from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
+from switchkd.sharding import state_of
 from switchkd.storage import write_file
 
 Header = dict[str, Any]  # flat and JSON-ready
@@ -71,7 +72,7 @@ def weights_sha256(model: nn.Module) -> str:
     """One checksum of all parameters and saved buffers; tied ones are read once."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state_of(model).items():
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return tensors_sha256({" = ".join(names[key]): tensor for key, tensor in tensors.items()})

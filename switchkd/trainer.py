@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,17 @@ from transformers import PreTrainedModel
 
 from switchkd import signals
 from switchkd.cache import evaluating
-from switchkd.checkpoint import State, check_room, load_checkpoint, prune, save_best, save_checkpoint
+from switchkd.checkpoint import (
+    Moments,
+    State,
+    check_room,
+    load_best,
+    load_checkpoint,
+    moments_of,
+    prune,
+    save_best,
+    save_checkpoint,
+)
 from switchkd.config import TrainConfig
 from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
@@ -45,11 +55,13 @@ from switchkd.pace import Stopwatch
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.sampling import keyed_uniform, noise_key
+from switchkd.sharding import clip, gather, reducing, shard, whole
 from switchkd.statistics import lower_is_better
 from switchkd.storage import append_lines
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teachers import Rows, Teachers
 
+Found = TypeVar("Found")
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 
@@ -95,8 +107,9 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         if self.accelerator.distributed_type in SHARDED:
             raise ConfigError(
-                f"weights sharded by {self.accelerator.distributed_type.value} are not supported: rows are decoded at their own "
-                "pace, and a forward in which not all ranks take part would wait for ever; launch with plain data parallelism"
+                f"weights sharded by accelerate's {self.accelerator.distributed_type.value} are not supported: rows are decoded at "
+                "their own pace, and a forward in which not all ranks take part would wait for ever; launch with plain data "
+                "parallelism, and shard the student with --fsdp"
             )
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
@@ -115,9 +128,13 @@ class Trainer:
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = adamw(pair.student, config)
-        self.student, self.optimizer = self.accelerator.prepare(pair.student, optimizer)
         self.head = Head.of(pair.student, pair.vocab_size)
+        if config.fsdp and self.accelerator.num_processes > 1:
+            shard(pair.student.to(self.accelerator.device), self.accelerator)
+            self.student = pair.student
+            self.optimizer = self.accelerator.prepare(adamw(pair.student, config), device_placement=[False])
+        else:
+            self.student, self.optimizer = self.accelerator.prepare(pair.student, adamw(pair.student, config))
         self.teachers = Teachers(pair, self.accelerator.device)
 
     def train(
@@ -154,7 +171,7 @@ class Trainer:
         except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
             # Of several processes one may have failed alone; a signal is obeyed by all at once.
             if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
-                if broken := broken_weight(self.student, self.optimizer):
+                if broken := self._broken_weight():
                     stop.add_note(f"{broken} is not finite since step {self.step}, which is not saved")
                 else:
                     self.save()
@@ -170,11 +187,16 @@ class Trainer:
         """Evaluate, sample and save where that is due after a step, and write what there is to say of it, all or nothing."""
         assert self.due is not None
         metrics, steps, records = dict(self.due), self.config.eval_steps, []
-        if self.accelerator.is_main_process:
-            if metrics and evaluate and steps and self.step % steps == 0:
+        evaluating, sampling = (
+            metrics and evaluate and steps and self.step % steps == 0,
+            self._every(self.config.sample_steps),
+        )
+        with whole(self.student) if evaluating or sampling else nullcontext():
+            if evaluating and evaluate and self.accelerator.is_main_process:
                 metrics |= self._evaluated(evaluate)
-            if sample and self._every(self.config.sample_steps):
+            if sampling and sample and self.accelerator.is_main_process:
                 records = [{"step": self.step, **record} for record in sample(self.progress)]
+        if self.accelerator.is_main_process:
             append_lines(self.run / SAMPLES, records)
             if metrics:
                 append_lines(self.run / METRICS, [metrics])
@@ -208,6 +230,7 @@ class Trainer:
 
     def _train_step(self, on_round: OnRound | None) -> tuple[Metrics, Rollouts]:
         start = time.perf_counter()
+        gather(self.student)
         self._look_at_validation()
         source = self._source()
         rows, rollouts = self._rows(source, on_round)
@@ -281,24 +304,30 @@ class Trainer:
 
     def _prove_room(self) -> None:
         """Save before the first step: that proves that a checkpoint can be written, and says now if there is no room for more."""
-        self.save()
+        moments = self.save()
         if self.accelerator.is_main_process:
             students = 3 if self.config.metric_for_best_model else 1
             student = self.accelerator.unwrap_model(self.student)
-            check_room(self.run, student, _inner(self.optimizer), self.config.save_total_limit, students)
+            check_room(self.run, student, moments, self.config.save_total_limit, students)
 
-    def save(self) -> None:
+    def save(self) -> Moments:
         """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
-        if broken := broken_weight(self.student, self.optimizer):
+        if broken := self._broken_weight():
             since = "after the update; lower learning_rate" if self.step else "before training; take another student"
             raise NonFiniteError(f"step {self.step}: {broken} is not finite {since}")
-        if self.accelerator.is_main_process:
-            student, optimizer = self.accelerator.unwrap_model(self.student), _inner(self.optimizer)
-            sync_records(self.run)
-            save_checkpoint(
-                self.run, self._state(), student, self.pair.tokenizer, optimizer, self.config.save_total_limit
-            )
-        self.accelerator.wait_for_everyone()
+        student = self.accelerator.unwrap_model(self.student)
+        moments = moments_of(student, _inner(self.optimizer))
+        with whole(student):
+            if self.accelerator.is_main_process:
+                sync_records(self.run)
+                keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
+                save_checkpoint(self.run, self._state(), student, tokenizer, moments, keep)
+            self.accelerator.wait_for_everyone()
+        return moments
+
+    def _broken_weight(self) -> str:
+        """A weight or moment that is not finite, on whichever rank; "" if all are."""
+        return max(gather_object([broken_weight(self.student, self.optimizer)]))
 
     def _state(self) -> State:
         return {
@@ -327,7 +356,13 @@ class Trainer:
             take_back(self.run, self.step, self.step if self.due is None else self.step - 1)
             prune(self.run, self.config.save_total_limit)
 
-    def _from_main(self, find: Callable[[], Path]) -> Path:
+    def load_best(self) -> None:
+        """Take the weights of the best student that evaluations saw, if they looked for one, on every rank."""
+        self.best = self._from_main(lambda: self.best)
+        if self.best:
+            load_best(self.run, int(self.best["step"]), self.accelerator.unwrap_model(self.student))
+
+    def _from_main(self, find: Callable[[], Found]) -> Found:
         """What the main process finds, on every rank, or the error that it meets."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -423,15 +458,15 @@ class Trainer:
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
         accelerator = self.accelerator
-        local = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
-        tokens = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
+        own = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
+        tokens = accelerator.reduce(own.to(accelerator.device), "sum").tolist()
         gradients = partial(self._gradients, parts, tokens)
         if accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
             sums = gradients(self.micro_rows)
         else:
             sums, self.micro_rows = halving(gradients, self.micro_rows, "training", "per_device_train_batch_size")
         losses = accelerator.reduce(sums, "sum").tolist()
-        grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf).item()
+        grad_norm = clip(list(self.student.parameters()), self.config.max_grad_norm or math.inf)
         self._check_finite(parts, losses, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
@@ -451,7 +486,7 @@ class Trainer:
         self.optimizer.zero_grad()  # of a try that was given up
         for micro, (i, start) in enumerate(micros):
             signals.check()
-            syncs = nullcontext() if micro == len(micros) - 1 else accelerator.no_sync(self.student)
+            syncs = reducing(accelerator, self.student, last=micro == len(micros) - 1)
             with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
                 loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
                 # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
@@ -475,7 +510,8 @@ class Trainer:
     def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
             return
-        cause = blame(self, [(part.rows, part.objective) for part in parts])
+        with whole(self.student):
+            cause = blame(self, [(part.rows, part.objective) for part in parts])
         raise NonFiniteError(
             f"step {self.step + 1}: {cause} (loss {' and '.join(map(str, losses))}, gradient norm {grad_norm}); the weights are "
             "those of the step before. Lower learning_rate, or look for broken values in the models"
