@@ -5,12 +5,13 @@ gathered once a step, by all ranks together; every forward finds them whole unti
 gradients and leaves shards. A model that was never sharded passes through all functions here as it is.
 """
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +24,7 @@ def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
     layers = set(model._no_split_modules or ())
     for module in [each for each in model.modules() if type(each).__name__ in layers] + [model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    atexit.register(_leave)
 
 
 def gather(model: nn.Module) -> None:
@@ -87,6 +89,12 @@ def clip(parameters: list[nn.Parameter], most: float) -> float:
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm.item()
+
+
+def _leave() -> None:
+    """End the process group while Python still runs: a thread of its own may otherwise abort the process at its end."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

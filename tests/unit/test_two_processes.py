@@ -53,7 +53,7 @@ def dying(*arguments):
     return train_step(*arguments)
 trainer.train_step = dying
 trainer.train(
-    evaluate=lambda student: dict(score=float(sum(p.double().sum() for p in student.parameters()))),
+    evaluate=lambda student: dict(score=sum(p.double().sum().item() for p in student.parameters())),
     sample=lambda progress: [dict(logits=trainer.pair.student(torch.tensor([[3, 4, 5]])).logits[0, -1].tolist())],
 )
 with whole(trainer.student):
@@ -118,15 +118,12 @@ def test_two_ranks_with_half_a_student_each_are_one(tmp_path, family):
     straight = trained(one, 1, mix, family=family)
     assert_equal(straight, trained(two, 2, mix, fsdp=True, family=family))
     assert written(two) == written(one)
-    for name in (
-        "optimizer.safetensors",
-        "model.safetensors",
-    ):  # what lies on the disk is whole, for any number of processes
+    for name in ("optimizer.safetensors", "model.safetensors"):  # on the disk it is whole, for any number of processes
         assert_equal(load_file(one / "checkpoint-5" / name), load_file(two / "checkpoint-5" / name))
     for line, other in zip(lines(one, "samples.jsonl"), lines(two, "samples.jsonl"), strict=True):
-        assert line["logits"] == pytest.approx(other["logits"], rel=1e-9)
+        assert line["logits"] == pytest.approx(other["logits"], rel=1e-6)
     found = [[line["eval/score"] for line in lines(run, "metrics.jsonl") if "eval/score" in line] for run in (one, two)]
-    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-9)
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-6)
     for folder, processes in ((one, 2), (two, 1)):
         (folder / "weights.safetensors").unlink()
         shutil.rmtree(folder / "checkpoint-5")
