@@ -60,6 +60,7 @@ from switchkd.models import (
 )
 from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
+from switchkd.processes import new_accelerator
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
@@ -95,7 +96,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         InUseError: another process works in the directory.
         NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
-    accelerator, run = Accelerator(), Path(config.output_dir)
+    accelerator, run = new_accelerator(), Path(config.output_dir)
     mine = locked(run) if accelerator.is_main_process else nullcontext()
     with signals.deferred(polled=accelerator.num_processes == 1):
         try:
@@ -125,18 +126,20 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
+    checksums = _model_checksums(pair, heldout) if main else {}
     trainer = Trainer(
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
     )
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
-    if main:
-        tidy(run)
-        texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
-        check_origin(run, config, texts, _model_checksums(pair, heldout))
-        write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
-        results = _before(run / EVALUATION, config, pair, heldout, settings)
+    texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+    with whole(trainer.student):
+        if main:
+            tidy(run)
+            check_origin(run, config, texts, checksums)
+            write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
+            results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resumes:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)

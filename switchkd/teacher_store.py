@@ -5,6 +5,7 @@ texts.jsonl      a line for every example, in order: id, token ids, whether the 
 complete.json    number of lines and checksum, once all are there
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -145,8 +145,10 @@ def _examples_sha256(examples: Sequence[TokenizedExample], completions: bool) ->
 
 
 def _bytes_sha256(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)  # no copy of what lies in the host's memory in order
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    flat = tensor.detach().cpu().contiguous()  # no copy of what lies in the host's memory in order
+    # A numpy view would do as well, but for ever keep the memory from being freed, as weights that were gathered are.
+    raw = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr()) if flat.numel() else b""
+    return hashlib.sha256(raw).hexdigest()
 
 
 # --- the teacher's own text ---------------------------------------------------------------------------------------

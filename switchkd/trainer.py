@@ -4,7 +4,6 @@ Each optimizer step takes the next prompts, gets their text from where the mix s
 response token. All choices come from (seed, step), so a run that stops and resumes is the run that did not stop.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from switchkd import signals
@@ -36,7 +35,7 @@ from switchkd.config import TrainConfig
 from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDError
+from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError
 from switchkd.loss import (
     Head,
     Teacher,
@@ -52,6 +51,7 @@ from switchkd.nonfinite import blame, broken_weight
 from switchkd.objectives import CrossEntropy, Objective
 from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
+from switchkd.processes import all_rollouts, check_unsharded, from_main, new_accelerator, slowest, stop_together
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.sampling import keyed_uniform, noise_key
@@ -61,11 +61,8 @@ from switchkd.storage import append_lines
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teachers import Rows, Teachers
 
-Found = TypeVar("Found")
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
-
-SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 # Words that part the uses of (seed, step): which text, dropout, and what to replay.
 _CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
@@ -104,13 +101,8 @@ class Trainer:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
             )
-        self.accelerator = accelerator or Accelerator()
-        if self.accelerator.distributed_type in SHARDED:
-            raise ConfigError(
-                f"weights sharded by accelerate's {self.accelerator.distributed_type.value} are not supported: rows are decoded at "
-                "their own pace, and a forward in which not all ranks take part would wait for ever; launch with plain data "
-                "parallelism, and shard the student with --fsdp"
-            )
+        self.accelerator = accelerator or new_accelerator()
+        check_unsharded(self.accelerator)
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
         self.replay: list[Rollout] = []
@@ -163,7 +155,7 @@ class Trainer:
                 self._prove_room()
             while self.due is not None or self.progress < 1:
                 if self.due is None:
-                    self._stop_together()
+                    stop_together(self.accelerator)
                     self.due, rollouts = self.train_step(on_round)
                     if self.accelerator.is_main_process:
                         append_lines(self.run / ROLLOUTS, [{"step": self.step, **r.to_json()} for r in rollouts])
@@ -210,12 +202,6 @@ class Trainer:
         ended = self.progress >= 1 and (at_end or steps > 0)
         return ended or (steps > 0 and self.step % steps == 0)
 
-    def _stop_together(self) -> None:
-        """Raise Stopped on every rank if a signal reached one: alone, a rank would leave the others waiting."""
-        mine = torch.tensor([signals.received()], device=self.accelerator.device)
-        if number := int(self.accelerator.gather(mine).max()):
-            raise signals.Stopped(number)
-
     def train_step(self, on_round: OnRound | None = None) -> tuple[Metrics, Rollouts]:
         """One optimizer step; returns its metrics and the rollouts it made (none for a step on the data).
 
@@ -242,7 +228,7 @@ class Trainer:
         losses, tokens, grad_norm = self._update(parts)
         teacher_seconds = sum(lap for _, lap in self.watch.take())
         self.num_tokens += tokens
-        seconds = self._agreed(time.perf_counter() - start)
+        seconds = slowest(self.accelerator, time.perf_counter() - start)
         self.seconds += seconds
         self.objective_memory = self.config.objective.remember(self.objective_memory, losses[0], self.progress)
         metrics = {
@@ -283,11 +269,6 @@ class Trainer:
         """Steps that the run will have had, as far as its budgets tell by now; infinite before the first step."""
         budget = self.config.max_train_tokens or self.config.max_train_seconds
         return self.step / self.progress if budget and self.step else self.total_steps
-
-    def _agreed(self, seconds: float) -> float:
-        """The time of the slowest rank, so that all end at the same step."""
-        mine = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.gather(mine).max().item()
 
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
         """The student's scores now; the best student so far is kept."""
@@ -346,7 +327,7 @@ class Trainer:
 
         Raises CheckpointError if that cannot be.
         """
-        folder = self._from_main(partial(whole_checkpoint, self.run, self.config.resume_from))
+        folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, self.config.resume_from))
         state = load_checkpoint(folder, self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
         self.best, self.due = state["best"], state["due"]
@@ -358,22 +339,9 @@ class Trainer:
 
     def load_best(self) -> None:
         """Take the weights of the best student that evaluations saw, if they looked for one, on every rank."""
-        self.best = self._from_main(lambda: self.best)
+        self.best = from_main(self.accelerator, lambda: self.best)
         if self.best:
             load_best(self.run, int(self.best["step"]), self.accelerator.unwrap_model(self.student))
-
-    def _from_main(self, find: Callable[[], Found]) -> Found:
-        """What the main process finds, on every rank, or the error that it meets."""
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                found = [find()]
-            except SwitchKDError as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], SwitchKDError):
-            raise found[0]
-        return found[0]
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
@@ -401,7 +369,7 @@ class Trainer:
         if source == "replay":
             return self._replayed(), Rollouts()
         mine = self._generate(examples, on_round)
-        rollouts = _gathered(mine)
+        rollouts = all_rollouts(mine)
         if self.config.mix.capacity:  # for replay; the oldest go first
             self.replay = [*self.replay, *rollouts][-self.config.mix.capacity :]
         return ([*examples, *mine] if source == "pairs" else mine), rollouts
@@ -530,15 +498,6 @@ class Trainer:
                 yield
             finally:
                 self.student.eval()
-
-
-def _gathered(rollouts: Rollouts) -> Rollouts:
-    """What all ranks generated, as one process would have, without the teacher's states."""
-    light = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
-    parts = gather_object([(light, rollouts.cost)])
-    cost = sum((own for _, own in parts), DecodeCost())
-    cost.seconds = max(own.seconds for _, own in parts)  # they ran side by side
-    return Rollouts([rollout for own, _ in parts for rollout in own], cost)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -13,11 +13,13 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_trainer import lines
-from tiny import toy_examples, toy_pair
+from tiny import pair_on_disk, toy_examples, toy_pair
 
 from switchkd.checkpoint import checkpoints
+from switchkd.cli import main
 from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError
+from switchkd.results import read_results
 from switchkd.trainer import Trainer
 
 TESTS = Path(__file__).parents[1]
@@ -161,6 +163,47 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_from_a_whole_check
     assert [folder.name for folder in checkpoints(tmp_path / "two")] == ["checkpoint-0", "checkpoint-3"]
     resumed = trained(tmp_path / "two", 2, "Generated(0.5)", resume=True)
     assert_equal(trained(tmp_path / "one", 1, "Generated(0.5)"), resumed)
+
+
+def test_a_run_by_two_processes_with_half_a_student_each_is_scored_and_saved_whole(tmp_path):
+    """From the command line: origin, scores of before and after, best student, model card, and a checkpoint to go on from."""
+    arguments = [
+        "train",
+        "switch",
+        "--template",
+        "none",
+        "--dtype",
+        "float64",
+        "--max-new-tokens",
+        "5",
+        "--max-steps",
+        "4",
+    ]
+    arguments += [
+        "--gradient-accumulation-steps",
+        "2",
+        "--eval-samples",
+        "3",
+        "--eval-max-new-tokens",
+        "4",
+        "--eval-steps",
+        "2",
+    ]
+    arguments += ["--metric-for-best-model", "forward_kl", "--learning-rate", "3e-3", "--fsdp", "--quiet"]
+    for name, value in pair_on_disk(tmp_path).items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*arguments, "--per-device-train-batch-size", "4", "--output-dir", str(one)]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "switchkd.cli"]
+    own = ["--per-device-train-batch-size", "2", "--output-dir", str(two)]
+    done = subprocess.run([*launch, *arguments, *own], capture_output=True, text=True, timeout=240, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((one / "origin.json").read_text()) == json.loads((two / "origin.json").read_text())
+    scores = [read_results(run / "evaluation.json") for run in (one, two)]
+    for name, found in scores[0].items():
+        assert scores[1][name].means() == pytest.approx(found.means(), rel=1e-6, nan_ok=True), name
+    assert {path.relative_to(one) for path in one.rglob("*")} == {path.relative_to(two) for path in two.rglob("*")}
+    assert_equal(*(load_file(run / "student" / "model.safetensors") for run in (one, two)))
 
 
 def test_sharded_weights_are_refused_before_they_can_wait_for_ever(tmp_path):
