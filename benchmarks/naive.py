@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from switchkd.cache import CACHE
 from switchkd.policies import Policy
 
 
@@ -35,7 +36,7 @@ def naive_decode(
     for t in range(max_new_tokens):
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logq, logp = (
-            model(ids, attention_mask=mask, position_ids=places, past_key_values=cache, logits_to_keep=1)
+            model(ids, attention_mask=mask, position_ids=places, logits_to_keep=1, **{CACHE: cache})
             .logits[:, -1, :vocab_size]
             .log_softmax(-1)
             for model, cache in zip((student, teacher), caches, strict=True)

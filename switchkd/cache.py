@@ -7,6 +7,7 @@ what keeps learned positions (GPT-2, OPT), rotary positions and sliding windows 
 Shapes: B rows in the cache, b rows in a forward, T new tokens, S slots, H key/value heads, D head size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from switchkd.errors import ModelError
 from switchkd.models import refuse_recurrent
+
+# What transformers calls the cache that a forward is given: another name since 5.24.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class _Layer(CacheLayerMixin):
@@ -194,9 +199,9 @@ class CachedModel:
                 input_ids=tokens,
                 attention_mask=self._mask(positions),
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **{CACHE: self.cache},
             )
         self.hidden = entered[-1] if entered else self.hidden
         return output.logits[..., : self.vocab_size]

@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, save, tiny_model, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from switchkd import data, pruning
+from switchkd.cache import CACHE
 from switchkd.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.models import load_model, load_tokenizer
 from switchkd.pruning import choose_layers, decoder_layers, layer_influence, prune, prune_layers
@@ -75,8 +76,9 @@ def test_a_pruned_model_decodes_with_a_cache_after_saving_and_loading(family, tm
     loaded = load_model(str(tmp_path), "float64", "cpu")
     assert torch.equal(logits(loaded), logits(smaller))
     with torch.no_grad():
-        cache = loaded(input_ids=IDS[:, :5], use_cache=True).past_key_values
-        step = loaded(input_ids=IDS[:, 5:], past_key_values=cache, use_cache=True).logits
+        cache = DynamicCache(config=loaded.config)
+        loaded(input_ids=IDS[:, :5], use_cache=True, **{CACHE: cache})
+        step = loaded(input_ids=IDS[:, 5:], use_cache=True, **{CACHE: cache}).logits
     torch.testing.assert_close(step, logits(smaller)[:, 5:], rtol=1e-10, atol=1e-10)
 
 
