@@ -7,7 +7,7 @@ without one is none, whatever else is in it. The best student that evaluations s
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -73,7 +73,8 @@ def save_checkpoint(
     """
     target = run / f"{PREFIX}{state['step']}"
     if not target.exists():
-        with staged_folder(target, needs=checkpoint_bytes(model, moments)) as staging:
+        needs = _bytes([*_saved_weights(model), *moments.values()])
+        with staged_folder(target, needs=needs) as staging:
             _write_model(staging, model, tokenizer)
             save_file(moments, staging / OPTIMIZER)
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -97,19 +98,15 @@ def load_best(run: Path, step: int, model: PreTrainedModel) -> None:
     load_weights(run / f"{BEST}{step}", model)
 
 
-def check_room(run: Path, model: PreTrainedModel, moments: Moments, keep: int, students: int) -> None:
-    """Raise DiskError if ``keep`` checkpoints and so many students more do not fit on the disk of ``run``."""
-    needs = keep * checkpoint_bytes(model, moments) + students * _bytes(list(model.parameters()))
+def check_room(run: Path, model: PreTrainedModel, keep: int, students: int) -> None:
+    """Raise DiskError if ``keep`` checkpoints like the newest and so many students more do not fit on the disk of ``run``."""
+    size = sum(entry["size"] for entry in _read_json(checkpoints(run)[-1] / MANIFEST, dict[str, _Entry]).values())
+    needs = keep * size + students * _bytes(list(model.parameters()))
     if needs > (free := free_bytes(run)):
         raise DiskError(
             f"{run}: {keep} more checkpoints and {students} students need about {needs:,} bytes, and {free:,} are free there; make "
             "room, choose another --output-dir, or keep fewer with --save-total-limit"
         )
-
-
-def checkpoint_bytes(model: PreTrainedModel, moments: Moments) -> int:
-    """Bytes of the tensors in a checkpoint; all else in it is small beside them."""
-    return _bytes(_saved_weights(model)) + _bytes(list(moments.values()))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -249,7 +246,7 @@ def _saved_weights(model: PreTrainedModel) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad or not has_adapter(model)]
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

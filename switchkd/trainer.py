@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.checkpoint import (
-    Moments,
     State,
     check_room,
     load_best,
@@ -179,16 +178,14 @@ class Trainer:
         """Evaluate, sample and save where that is due after a step, and write what there is to say of it, all or nothing."""
         assert self.due is not None
         metrics, steps, records = dict(self.due), self.config.eval_steps, []
-        evaluating, sampling = (
-            metrics and evaluate and steps and self.step % steps == 0,
-            self._every(self.config.sample_steps),
-        )
-        with whole(self.student) if evaluating or sampling else nullcontext():
-            if evaluating and evaluate and self.accelerator.is_main_process:
+        main, sampling = self.accelerator.is_main_process, self._every(self.config.sample_steps)
+        scoring = bool(metrics and steps) and self.step % steps == 0
+        with whole(self.student) if scoring or sampling else nullcontext():
+            if main and scoring and evaluate:
                 metrics |= self._evaluated(evaluate)
-            if sampling and sample and self.accelerator.is_main_process:
+            if main and sampling and sample:
                 records = [{"step": self.step, **record} for record in sample(self.progress)]
-        if self.accelerator.is_main_process:
+        if main:
             append_lines(self.run / SAMPLES, records)
             if metrics:
                 append_lines(self.run / METRICS, [metrics])
@@ -285,13 +282,12 @@ class Trainer:
 
     def _prove_room(self) -> None:
         """Save before the first step: that proves that a checkpoint can be written, and says now if there is no room for more."""
-        moments = self.save()
+        self.save()
         if self.accelerator.is_main_process:
             students = 3 if self.config.metric_for_best_model else 1
-            student = self.accelerator.unwrap_model(self.student)
-            check_room(self.run, student, moments, self.config.save_total_limit, students)
+            check_room(self.run, self.pair.student, self.config.save_total_limit, students)
 
-    def save(self) -> Moments:
+    def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
         if broken := self._broken_weight():
             since = "after the update; lower learning_rate" if self.step else "before training; take another student"
@@ -304,7 +300,6 @@ class Trainer:
                 keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
                 save_checkpoint(self.run, self._state(), student, tokenizer, moments, keep)
             self.accelerator.wait_for_everyone()
-        return moments
 
     def _broken_weight(self) -> str:
         """A weight or moment that is not finite, on whichever rank; "" if all are."""
