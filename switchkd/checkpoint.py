@@ -148,8 +148,13 @@ def read_state(folder: Path) -> State:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first that differs."""
-    for name, entry in _read_json(folder / MANIFEST, dict[str, _Entry]).items():
+    """Compare every file with the manifest. Raises CheckpointError naming the first that differs, or would be read beside them."""
+    manifest = _read_json(folder / MANIFEST, dict[str, _Entry])
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".safetensors", ".json", ".jinja") and name not in manifest and name != MANIFEST:
+            raise CheckpointError(f"{path} was not written with its checkpoint: take it out")
+    for name, entry in manifest.items():
         path = folder / name
         try:
             inside = path.resolve().is_relative_to(folder.resolve())
