@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import tyro
 from switchkd import signals
 from switchkd.commands import COMMANDS, NOT_FROM_RECIPE
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
-from switchkd.errors import ConfigError, SwitchKDError, nearest
+from switchkd.errors import ConfigError, SwitchKDError, SwitchKDWarning, nearest
 from switchkd.text import visible
 
 Config = TypeVar("Config")
@@ -42,6 +43,7 @@ def _command(args: list[str]) -> int:
     settings, function, _, _ = COMMANDS[args[0]]
     config: Any = parse(settings, args)
     _quiet_libraries()
+    warnings.formatwarning = _warning
     function(config)
     return 0
 
@@ -50,6 +52,18 @@ def _say(error: BaseException, prefix: str = "") -> None:
     """An error with its notes, on stderr."""
     lines = [f"{prefix}{str(error) or 'interrupted'}", *getattr(error, "__notes__", [])]
     print(visible("\n".join(lines)), file=sys.stderr)
+
+
+_plainly = warnings.formatwarning
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings in one line; others as Python shows them."""
+    if issubclass(category, SwitchKDWarning):
+        return f"warning: {visible(str(message))}\n"
+    return _plainly(message, category, filename, lineno, line)
 
 
 def parse(cls: type[Config], args: Sequence[str]) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 from switchkd.checkpoint import BEST, PREFIX, checkpoints, numbered, read_state, step_of, verify
 from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
-from switchkd.errors import CheckpointError, ConfigError
+from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
 from switchkd.lock import LOCK
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
 from switchkd.storage import discard, set_aside, write_file
@@ -93,7 +93,7 @@ def whole_checkpoint(run: Path, resume_from: str = "") -> Path:
             continue
         if damaged:
             warnings.warn(
-                f"{'; '.join(map(str, damaged))}. The run goes on from {folder}", RuntimeWarning, stacklevel=2
+                f"{'; '.join(map(str, damaged))}. The run goes on from {folder}", SwitchKDWarning, stacklevel=2
             )
         return folder
     others = ", ".join(folder.name for folder in checkpoints(run) if folder not in found)
@@ -131,7 +131,7 @@ def take_back(run: Path, step: int, told: int) -> None:
         if step_of(folder) > step:
             warnings.warn(
                 f"{folder} is later than the step that the run goes on from: it is now {set_aside(folder)}, and may be deleted",
-                RuntimeWarning,
+                SwitchKDWarning,
                 stacklevel=2,
             )
     for folder in numbered(run, BEST):

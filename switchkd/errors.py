@@ -47,6 +47,10 @@ class NoMemoryError(SwitchKDError, MemoryError):
     """Memory runs out at the least that can be done at once."""
 
 
+class SwitchKDWarning(RuntimeWarning):
+    """A run goes on otherwise than it was told to, with what it is worth; the command line prints it in one line."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown ``name``: the closest known one, or all of them if none is close."""
     known = sorted(known)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from switchkd.errors import NoMemoryError
+from switchkd.errors import NoMemoryError, SwitchKDWarning
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -
         warnings.warn(
             f"memory ran out while {what} with {at_first} rows at once: from here on {rows}; the result is the same but for "
             f"rounding. {setting} {rows} would begin with that",
-            RuntimeWarning,
+            SwitchKDWarning,
             stacklevel=2,
         )
     return result, rows

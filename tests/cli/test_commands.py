@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(run, place, tmp_path):
         "rollouts.jsonl",
     ):
         assert (output / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path, capsys):
+    output = Path(shutil.copytree(run, tmp_path / "run"))
+    file = output / "checkpoint-3" / "model.safetensors"
+    os.truncate(file, 100)
+    assert main(["train", str(output), "--resume-from", "checkpoint-3"]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"error: {file} is damaged: it is not as it was written; there is checkpoint-2: give --resume-from, or --resume for the "
+        "newest that is whole\n"
+    )
+    again = [sys.executable, "-m", "switchkd.cli", "train", str(output), "--resume"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        f"warning: {file} is damaged: it is not as it was written. The run goes on from {output / 'checkpoint-2'}",
+        f"warning: {file.parent} is later than the step that the run goes on from: it is now {file.parent}.set-aside, and may be "
+        "deleted",
+    ]
+    assert (output / "checkpoint-3" / "model.safetensors").read_bytes() == (
+        run / "student" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_resuming_with_other_settings_is_refused(run, place, capsys):
