@@ -18,7 +18,7 @@ from switchkd import trainer as trainer_module
 from switchkd.checkpoint import MANIFEST, checkpoints, verify
 from switchkd.cli import main
 from switchkd.continuation import whole_checkpoint
-from switchkd.errors import DiskError
+from switchkd.errors import DiskError, SwitchKDWarning
 from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.mixes import Adaptive
 from switchkd.optimizer import adamw
@@ -141,7 +141,7 @@ def test_mutants_lose_something_at_some_file_operation(saves, monkeypatch, mista
     monkeypatch.setitem(globals(), "tidy", storage.tidy)
     try:
         saves.attempt(Faults())  # without faults nothing is wrong
-        with pytest.raises((AssertionError, OSError, RuntimeWarning)):
+        with pytest.raises((AssertionError, OSError, SwitchKDWarning)):
             for how in ("ENOSPC", KILL):
                 for at in range(1, 100):
                     saves.attempt(Faults(at, how))

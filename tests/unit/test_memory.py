@@ -11,7 +11,7 @@ from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 from switchkd import decode, decode_reference
 from switchkd.cache import CachedModel
 from switchkd.checkpoint import checkpoints
-from switchkd.errors import NoMemoryError
+from switchkd.errors import NoMemoryError, SwitchKDWarning
 from switchkd.memory import halving
 from switchkd.mixes import Adaptive, Generated
 from switchkd.policies import Policy
@@ -24,7 +24,7 @@ PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]
 
 def ours(warned):
     """What we said; libraries say things too."""
-    return [str(each.message) for each in warned if each.category is RuntimeWarning]
+    return [str(each.message) for each in warned if each.category is SwitchKDWarning]
 
 
 def short_of_memory(patch, rows, after=0):
@@ -48,7 +48,7 @@ def check_tokens(monkeypatch):
         expected = decode_reference(*models, PROMPTS, policy, 10, eos_token_ids=[])
         with (
             monkeypatch.context() as patch,
-            pytest.warns(RuntimeWarning, match="with 6 rows at once: from here on 1;") as said,
+            pytest.warns(SwitchKDWarning, match="with 6 rows at once: from here on 1;") as said,
         ):
             short_of_memory(patch, rows=2, after=9)
             made = decode(*models, PROMPTS, policy, 10, eos_token_ids=[], block_size=3, keep_hidden=True)
@@ -95,7 +95,7 @@ def check_gradients(tmp_path, monkeypatch):
     expected, whole, _ = gradient_step(tmp_path, **SHORT)
     with (
         monkeypatch.context() as patch,
-        pytest.warns(RuntimeWarning, match="training with 4 rows at once: from here on 1;") as said,
+        pytest.warns(SwitchKDWarning, match="training with 4 rows at once: from here on 1;") as said,
     ):
         seen = micro_batches_of(patch, 1)
         gradients, metrics, _ = gradient_step(tmp_path, **SHORT)
@@ -122,7 +122,7 @@ def test_mutant_that_keeps_the_gradients_of_a_try_that_was_given_up(tmp_path, mo
     expected, _, _ = gradient_step(tmp_path, **SHORT)
     for mutant in (False, True):
         calls.clear()
-        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="from here on 2;"):
+        with monkeypatch.context() as patch, pytest.warns(SwitchKDWarning, match="from here on 2;"):
             patch.setattr(Trainer, "_loss", late)
             if mutant:
                 patch.setattr("accelerate.optimizer.AcceleratedOptimizer.zero_grad", lambda *_, **__: None)

@@ -17,7 +17,7 @@ from tiny import pair_on_disk, toy_pair
 from switchkd.checkpoint import MANIFEST, checkpoints, load_checkpoint, verify
 from switchkd.cli import main
 from switchkd.continuation import whole_checkpoint
-from switchkd.errors import CheckpointError, DataError
+from switchkd.errors import CheckpointError, DataError, SwitchKDWarning
 from switchkd.mixes import Adaptive
 
 ROOT = Path(__file__).parents[2]
@@ -186,9 +186,9 @@ def check_fallback(stopped, folder, straight, kind):
     ):
         run(folder, resume_from="checkpoint-8")
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.warns(RuntimeWarning) as warned:
+    with pytest.warns(SwitchKDWarning) as warned:
         run(folder, resume=True)
-    first, second = (str(each.message) for each in warned if each.category is RuntimeWarning)
+    first, second = (str(each.message) for each in warned if each.category is SwitchKDWarning)
     assert str(file.parent) in first and name in first
     assert first.endswith(f"The run goes on from {folder / 'checkpoint-6'}")
     assert second.startswith(
@@ -211,7 +211,7 @@ def test_mutants_that_see_no_damage_or_fall_back_too_readily(stopped, straight, 
     ):
         with (
             monkeypatch.context() as patch,
-            pytest.raises((AssertionError, pytest.fail.Exception, RuntimeWarning)),
+            pytest.raises((AssertionError, pytest.fail.Exception, SwitchKDWarning)),
         ):
             patch.setattr(name, mutant)
             check_fallback(stopped, tmp_path / str(number), straight, "bit flipped")
@@ -231,10 +231,12 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_if_it_is_told_to(stopped, stra
     for name in ("checkpoint-6", str(tmp_path / "1" / "checkpoint-6")):
         folder = shutil.copytree(stopped, tmp_path / str(len(name) > 12))
         folder = folder.rename(tmp_path / ("1" if "/" in name else "0"))
-        with pytest.warns(RuntimeWarning, match="it is now .*checkpoint-8.set-aside, and may be deleted"):
+        with pytest.warns(SwitchKDWarning, match="it is now .*checkpoint-8.set-aside, and may be deleted"):
             run(folder, resume_from=name)
         assert contents(folder) == straight
-        with pytest.warns(RuntimeWarning, match="set-aside"):  # once more: the one that was set aside before makes room
+        with pytest.warns(
+            SwitchKDWarning, match="set-aside"
+        ):  # once more: the one that was set aside before makes room
             run(folder, resume_from="checkpoint-10")
         assert contents(folder) == straight
 
@@ -314,7 +316,7 @@ def test_the_best_student_of_a_future_that_was_given_up_is_forgotten(tmp_path):
 
     assert part(max_steps=8, save_total_limit=3).best["step"] == 8 and best() == ["best-4", "best-8"]
     scores[8] = 0.0
-    with pytest.warns(RuntimeWarning, match="set-aside"):
+    with pytest.warns(SwitchKDWarning, match="set-aside"):
         assert part(max_steps=8, resume_from="checkpoint-6").best == {"step": 4, "score": 2.0}
     assert best() == ["best-4"]
     bit_flipped(tmp_path / "run" / "best-4" / "model.safetensors")
