@@ -23,6 +23,7 @@ from switchkd.divergences import forward_kl, log_probs
 from switchkd.errors import ConfigError, DataError
 from switchkd.generate_backend import complete_by_generate
 from switchkd.loss import Head, response_hidden
+from switchkd.memory import halving
 from switchkd.models import Pair
 from switchkd.policies import Policy, StudentOnly
 from switchkd.results import Completion, Evaluation
@@ -254,24 +255,29 @@ def _token_sums(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, and tokens there.
 
-    Each ``[bands, rows]`` float64.
+    Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
     """
     sums = np.zeros((3, len(POSITION_BANDS), len(rows)))
     heads = Head.of(pair.teacher, pair.vocab_size), Head.of(model, pair.vocab_size)
-    order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
+    left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
+
+    def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The next ``size`` places, and what their tokens lose."""
+        signals.check()
+        return left[:size], *_token_losses(pair, model, heads, [rows[place] for place in left[:size]])
+
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            signals.check()
-            places = order[start : start + batch_size]
+        while left:
+            size = min(batch_size, len(left))
+            (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")
             lengths = [len(rows[place][1]) for place in places]
             positions = np.concatenate([np.arange(length) for length in lengths])
             owners = np.repeat(places, lengths)
-            per_token = np.stack(
-                [*_token_losses(pair, model, heads, [rows[place] for place in places]), np.ones(len(owners))]
-            )
+            per_token = np.stack([kl, nll, np.ones(len(owners))])
             for band, (low, high) in enumerate(POSITION_BANDS.values()):
                 inside = (low <= positions) & (positions <= high)
                 np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
+            left = left[len(places) :]
             progress(len(places), None)
     return sums[0], sums[1], sums[2]
 

@@ -375,12 +375,18 @@ class Trainer:
         order = sorted(range(len(keys)), key=keys.__getitem__)
         return [self.replay[order[i % len(order)]] for i in range(self.rows_per_step)[self._mine]]
 
-    @torch.no_grad()
     def _look_at_validation(self) -> None:
         """Tell the mix, where it wants to know, the mean negative log-likelihood (nats) of the validation completions."""
-        every, size = self.config.mix.validation_steps, self.config.per_device_train_batch_size
+        every = self.config.mix.validation_steps
         if not every or self.step % every:
             return
+        sums = self._fitting(self._validation_sums, "validating")
+        total_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        self.mix_memory = self.config.mix.remember(self.mix_memory, total_loss / max(tokens, 1))
+
+    @torch.no_grad()
+    def _validation_sums(self, size: int) -> torch.Tensor:
+        """Negative log-likelihood (nats) and tokens of this rank's validation completions ``[2]``, ``size`` rows at a time."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
@@ -393,8 +399,14 @@ class Trainer:
                 if place < len(batches):
                     sums[0] += loss
                     sums[1] += sum(len(row.completion_ids) for row in rows)
-        total_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        self.mix_memory = self.config.mix.remember(self.mix_memory, total_loss / max(tokens, 1))
+        return sums
+
+    def _fitting(self, work: Callable[[int], torch.Tensor], what: str) -> torch.Tensor:
+        """``work`` with as many rows at a time as memory allows."""
+        if self.accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
+            return work(self.micro_rows)
+        result, self.micro_rows = halving(work, self.micro_rows, what, "per_device_train_batch_size")
+        return result
 
     def _budget(self) -> int:
         """Tokens that a completion may have at this step."""
@@ -423,11 +435,7 @@ class Trainer:
         accelerator = self.accelerator
         own = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
         tokens = accelerator.reduce(own.to(accelerator.device), "sum").tolist()
-        gradients = partial(self._gradients, parts, tokens)
-        if accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
-            sums = gradients(self.micro_rows)
-        else:
-            sums, self.micro_rows = halving(gradients, self.micro_rows, "training", "per_device_train_batch_size")
+        sums = self._fitting(partial(self._gradients, parts, tokens), "training")
         losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = clip(list(self.student.parameters()), self.config.max_grad_norm or math.inf)
         self._check_finite(parts, losses, grad_norm)

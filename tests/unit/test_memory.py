@@ -1,22 +1,26 @@
 """Memory that runs out moves time, never tokens or gradients; and memory does not grow over a run."""
 
+import dataclasses
 import gc
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import gradient_step, lines, trainer, weights
 from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 
-from switchkd import decode, decode_reference
+from switchkd import decode, decode_reference, evaluation
 from switchkd.cache import CachedModel
 from switchkd.checkpoint import checkpoints
 from switchkd.errors import NoMemoryError, SwitchKDWarning
+from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.memory import halving
 from switchkd.mixes import Adaptive, Generated
 from switchkd.policies import Policy
 from switchkd.rows import Row
 from switchkd.runs import standing
+from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
@@ -165,6 +169,100 @@ def test_a_single_row_that_does_not_fit_stops_with_a_checkpoint_of_the_step_befo
     again = trainer(tmp_path, **SHORT)
     again.resume()
     assert again.step == 1
+
+
+# --- scores of held-out text --------------------------------------------------------------------------------------
+
+
+def readings_of(patch, rows, after=0):
+    """More than ``rows`` references are too many to be read at once, but for the first ``after`` times; returns how many were."""
+    seen, read = [], evaluation._token_losses
+
+    def limited(pair, model, heads, batch):
+        losses = read(pair, model, heads, batch)
+        seen.append(len(batch))
+        if len(batch) > rows and len(seen) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return losses
+
+    patch.setattr(evaluation, "_token_losses", limited)
+    return seen
+
+
+def scored(told=None, **changes):
+    pair, settings = toy_pair(), dataclasses.replace(EvalSettings(max_new_tokens=2), **changes)
+    pair.tokenizer.batch_decode = lambda rows, **_: [str(row) for row in rows]
+    progress = (lambda *_: None) if told is None else lambda count, _: told.append(count)
+    return evaluate(pair, pair.student, toy_examples(12), TASKS["references"], settings, progress)
+
+
+def check_scores(tmp_path, monkeypatch):
+    expected, told = scored(), []
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(SwitchKDWarning, match="scoring with") as said,
+    ):
+        seen = readings_of(patch, 1, after=1)
+        found = scored(told)
+    assert len(ours(said)) == 1 and seen == [8, 4, 2, 1, 1, 1, 1]
+    assert "with 4 rows at once: from here on 1;" in ours(said)[0] and "score_batch_size 1 would" in ours(said)[0]
+    assert sum(told) == 24 and told[:5] == [8, 1, 1, 1, 1]  # read once, completed once
+    for name, values in expected.scores.items():
+        np.testing.assert_allclose(found.scores[name].values, values.values, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(found.scores[name].weights, values.weights)
+
+
+def check_validation(tmp_path, monkeypatch):
+    """Memory runs out in the second batch, when the first has been summed."""
+    more = {"mix": Adaptive(validation_steps=1), "validation": toy_examples(5), "per_device_train_batch_size": 4}
+    whole, short = trainer(tmp_path, **more), trainer(tmp_path, **more)
+    whole._look_at_validation()
+    real, calls = Trainer._loss, []
+
+    def late(self, batch, objective):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, batch, objective)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(SwitchKDWarning, match="validating with 4 rows at once: from here on 2"),
+    ):
+        patch.setattr(Trainer, "_loss", late)
+        short._look_at_validation()
+    assert calls == [4, 1, 2, 2, 1] and short.micro_rows == 2
+    assert short.mix_memory["loss"] == pytest.approx(whole.mix_memory["loss"], abs=1e-12)
+
+
+CHECKS = [check_scores, check_validation]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_held_out_text_read_with_fewer_rows_has_the_same_scores_and_one_warning(tmp_path, monkeypatch, check):
+    check(tmp_path, monkeypatch)
+
+
+MUTANTS = {
+    "the size that fits is forgotten": lambda work, rows, *words: (halving(work, rows, *words)[0], rows),
+    "nothing is tried again": lambda work, rows, *_: (work(rows), rows),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutants_read_held_out_text_otherwise(tmp_path, monkeypatch, check, mistake):
+    for module in ("evaluation", "trainer"):
+        monkeypatch.setattr(f"switchkd.{module}.halving", MUTANTS[mistake])
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check(tmp_path, monkeypatch)
+
+
+def test_a_single_reference_that_does_not_fit_is_explained(monkeypatch):
+    seen = readings_of(monkeypatch, 0)
+    with pytest.raises(NoMemoryError, match=r"memory runs out while scoring with a single row .*shorten"):
+        scored()
+    assert seen == [8, 4, 2, 1]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
