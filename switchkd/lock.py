@@ -1,4 +1,4 @@
-"""One writer to a folder: a second process is refused, and told who the first one is.
+"""One writer to a folder: a second process is refused, or waits, and is told who the first one is.
 
 The lock is ``flock`` on a small file, which the system takes back when its process ends, however that happens. Where a file
 system has no ``flock``, the file itself is the lock: one whose process ended on this machine is taken over, any other is explained.
@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,21 +17,25 @@ from typing import IO, Any
 
 import psutil
 
+from switchkd import signals
 from switchkd.errors import InUseError
 
 LOCK = "lock.json"
+_POLL_SECONDS = 0.2
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Be the only process that works in ``folder`` while the block runs. It is made if it is not there; an empty one is removed.
+
+    With ``wait`` a second process waits until the first one is done, and says so in a warning.
 
     Raises:
         InUseError: another process works there; it is named by pid, host and start.
+        Stopped: a signal came while waiting.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    file = _taken(path)
+    file = _awaited(path) if wait else _taken(path)
     try:
         yield
     finally:
@@ -40,19 +45,36 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
+def _awaited(path: Path) -> IO[str]:
+    """``_taken`` as soon as nobody else has it."""
+    said = False
+    while True:
+        try:
+            return _taken(path)
+        except InUseError as error:
+            if not said:
+                warnings.warn(f"waiting: {error}", RuntimeWarning, stacklevel=4)
+            said = True
+        signals.check()
+        time.sleep(_POLL_SECONDS)
+
+
 def _taken(path: Path) -> IO[str]:
     """The open file at ``path``, locked, with this process in it."""
     while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            _lock(file, path)
-            # The process before may have removed the file between the two lines above.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        except BaseException:
+        with suppress(FileExistsError):  # a file by that name fails below
+            path.parent.mkdir(parents=True)
+        # The process before may remove folder or file between any two lines here.
+        with suppress(FileNotFoundError):
+            file = path.open("a+", encoding="utf-8")
+            try:
+                _lock(file, path)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            except BaseException:
+                file.close()
+                raise
             file.close()
-            raise
-        file.close()
     file.truncate(0)
     json.dump(_me(), file)
     file.flush()

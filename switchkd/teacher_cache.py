@@ -32,6 +32,7 @@ from switchkd.storage import staged_file, write_file
 from switchkd.teacher_store import (
     Header,
     Progress,
+    alone,
     fingerprint,
     json_sha256,
     read_json,
@@ -77,7 +78,7 @@ class TeacherCache:
     ) -> "TeacherCache":
         """Write what is missing in ``folder``, shard by shard, and open it; where all is there, the teacher is not called.
 
-        One process at a time builds in a folder.
+        One process at a time builds in a folder: a second waits for it, and then finds the work done.
 
         Args:
             pair: its teacher reads the examples.
@@ -93,20 +94,8 @@ class TeacherCache:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         folder, header = Path(folder), _header(pair, examples, kind, top_k)
-        layout, digest = _open_manifest(folder, header, examples)
-        for half in folder.glob(".shard-*"):
-            half.unlink()  # of a process that was killed while it wrote
-        record: Callable[[Tensor], dict[str, Tensor]] | None = None
-        for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)])):
-            file = _shard_file(folder, number)
-            if file.exists():
-                _check_shard(file, digest)
-            else:
-                record = record or _recorder(pair, kind, top_k)
-                tensors = _read_teacher(pair, examples[start:end], record, batch_size)
-                with staged_file(file) as staging:
-                    save_file(tensors, staging, _seal(file, digest, tensors))
-            progress(end - start)
+        with alone(folder, whole=_is_whole(folder)):
+            layout = _fill(pair, examples, folder, header, batch_size, progress)
         return _opened(folder, kind, layout, examples)
 
     @staticmethod
@@ -218,6 +207,40 @@ def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExa
         raise CheckpointError(f"{file} has no {error}; delete {folder} and build the cache again") from error
     refuse_other(folder, stored, header)
     return layout, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether nothing is missing, as far as names tell."""
+    if not (folder / MANIFEST).exists():
+        return False
+    shards = len(read_json(folder / MANIFEST).get("firsts", ()))
+    return all(_shard_file(folder, number).exists() for number in range(shards))
+
+
+def _fill(
+    pair: Pair,
+    examples: Sequence[TokenizedExample],
+    folder: Path,
+    header: Header,
+    batch_size: int,
+    progress: Progress,
+) -> _Layout:
+    """Check what is there, write what is missing, and return where everything lies."""
+    layout, digest = _open_manifest(folder, header, examples)
+    for half in folder.glob(".shard-*"):
+        half.unlink()  # of a process that was killed while it wrote
+    record: Callable[[Tensor], dict[str, Tensor]] | None = None
+    for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)])):
+        file = _shard_file(folder, number)
+        if file.exists():
+            _check_shard(file, digest)
+        else:
+            record = record or _recorder(pair, header["kind"], header.get("top_k", 0))
+            tensors = _read_teacher(pair, examples[start:end], record, batch_size)
+            with staged_file(file) as staging:
+                save_file(tensors, staging, _seal(file, digest, tensors))
+        progress(end - start)
+    return layout
 
 
 def _opened(folder: Path, kind: Kind, layout: _Layout, examples: Sequence[TokenizedExample]) -> TeacherCache:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
+from switchkd.lock import LOCK, locked
 from switchkd.models import Pair
 from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
@@ -106,9 +108,15 @@ def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
         )
 
 
+def alone(folder: Path, whole: bool) -> AbstractContextManager[None]:
+    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither."""
+    return nullcontext() if whole else locked(folder, wait=True)
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raise CheckpointError if a folder that is no store yet holds visible files: they are someone else's."""
-    if folder.exists() and (foreign := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+    visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+    if foreign := [name for name in visible if name != LOCK]:
         raise CheckpointError(
             f"{folder} is no store of the teacher's work, but holds {foreign[0]}; name an empty folder"
         )
@@ -173,7 +181,7 @@ def teacher_texts(
 
     A token's noise is keyed by (``seed``, example id, position), so the text depends on no batch. It is stored in
     ``folder`` as it is made; a call after a kill goes on behind the last whole line, and where all is there, the teacher is
-    not called. One process at a time writes a folder.
+    not called. One process at a time writes a folder: a second waits for it, and then finds the text.
 
     Args:
         pair: the teacher writes; the student drafts for it, which moves time and never tokens.
@@ -188,19 +196,37 @@ def teacher_texts(
         CheckpointError: the folder holds text made under other conditions (all that differs is named), or is damaged.
         DataError, NonFiniteError: a prompt cannot be completed; the text before it is kept.
         ConfigError: for settings out of range.
+        Stopped: a signal came while it waited, or decoded.
     """
     if not examples:
         raise DataError("no examples for the teacher to complete; give a train_file with at least one usable row")
     folder = Path(folder)
     header = _texts_header(pair, examples, max_new_tokens, temperature, seed)
-    rows = _open_texts(folder, header, examples)
     settings = {
         "policy": TeacherOnly(), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
         "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
         "repeatable": repeatable,
     }  # fmt: skip
+    with alone(folder, whole=(folder / COMPLETE).exists()):
+        rows = _fill_texts(pair, examples, folder, header, settings, progress)
+    return [
+        dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
+        for e, row in zip(examples, rows, strict=True)
+    ]
+
+
+def _fill_texts(
+    pair: Pair,
+    examples: Sequence[TokenizedExample],
+    folder: Path,
+    header: Header,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> list[Header]:
+    """All rows; those that are missing are made, and stored chunk by chunk."""
+    rows = _open_texts(folder, header, examples)
     progress(len(rows))
-    chunk = _CHUNK_BATCHES * max(batch_size, 1)
+    chunk = _CHUNK_BATCHES * max(settings["batch_size"], 1)
     while len(rows) < len(examples):
         # Chunks end where they would without a kill, so that the batches behind it are the same ones.
         part = examples[len(rows) : (len(rows) // chunk + 1) * chunk]
@@ -213,10 +239,7 @@ def teacher_texts(
         rows += made
         progress(len(made))
     _seal(folder, len(rows))
-    return [
-        dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
-        for e, row in zip(examples, rows, strict=True)
-    ]
+    return rows
 
 
 def _texts_header(
