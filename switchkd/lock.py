@@ -55,7 +55,8 @@ def _awaited(path: Path) -> IO[str]:
             if not said:
                 warnings.warn(f"waiting: {error}", RuntimeWarning, stacklevel=4)
             said = True
-        signals.check()
+        if number := signals.received():  # not ``check``, which is silent where others wait for this process
+            raise signals.Stopped(number)
         time.sleep(_POLL_SECONDS)
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from switchkd import signals
 from switchkd.errors import ConfigError, SwitchKDError
@@ -14,12 +15,16 @@ from switchkd.rollouts import DecodeCost, Rollouts
 
 Found = TypeVar("Found")
 
+# How long ranks wait for one that evaluates or has the teacher's work done. By default it is minutes, after which they die.
+PATIENCE = timedelta(days=1)
+
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
 def new_accelerator() -> Accelerator:
     """An accelerator over the processes that a launcher has started, on CPUs too; only if told so does it use those by itself."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
 def check_unsharded(accelerator: Accelerator) -> None:

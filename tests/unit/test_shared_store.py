@@ -116,14 +116,15 @@ def test_a_whole_store_is_read_without_the_lock(tmp_path, kind, monkeypatch):
         assert files(tmp_path) == there
 
 
+@pytest.mark.parametrize("polled", [True, False])  # of one process, of several
 @pytest.mark.parametrize("kind", STORES)
-def test_a_signal_ends_the_wait(tmp_path, monkeypatch, kind):
+def test_a_signal_ends_the_wait(tmp_path, monkeypatch, kind, polled):
     monkeypatch.setattr(lock.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with (
         locked(tmp_path),
         pytest.warns(RuntimeWarning, match="waiting: ") as said,
         pytest.raises(Stopped),
-        signals.deferred(),
+        signals.deferred(polled),
     ):
         fill(kind, tmp_path)
     assert len(said) == 1 and not tmp_path.exists()  # nothing was made; the folder went with the lock
