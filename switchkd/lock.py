@@ -18,7 +18,7 @@ from typing import IO, Any
 import psutil
 
 from switchkd import signals
-from switchkd.errors import InUseError
+from switchkd.errors import InUseError, SwitchKDWarning
 
 LOCK = "lock.json"
 _POLL_SECONDS = 0.2
@@ -53,7 +53,7 @@ def _awaited(path: Path) -> IO[str]:
             return _taken(path)
         except InUseError as error:
             if not said:
-                warnings.warn(f"waiting: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"waiting: {error}", SwitchKDWarning, stacklevel=4)
             said = True
         if number := signals.received():  # not ``check``, which is silent where others wait for this process
             raise signals.Stopped(number)

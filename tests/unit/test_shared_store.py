@@ -11,6 +11,7 @@ from test_teacher_store import KINDS, build, silent, texts
 from tiny import toy_pair
 
 from switchkd import lock, signals, teacher_store
+from switchkd.errors import SwitchKDWarning
 from switchkd.lock import LOCK, locked
 from switchkd.signals import Stopped
 
@@ -122,7 +123,7 @@ def test_a_signal_ends_the_wait(tmp_path, monkeypatch, kind, polled):
     monkeypatch.setattr(lock.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with (
         locked(tmp_path),
-        pytest.warns(RuntimeWarning, match="waiting: ") as said,
+        pytest.warns(SwitchKDWarning, match="waiting: ") as said,
         pytest.raises(Stopped),
         signals.deferred(polled),
     ):
