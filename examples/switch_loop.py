@@ -16,8 +16,10 @@ import math
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from switchkd import load_pair
+from switchkd.cache import CACHE  # what this version of transformers calls it
 from switchkd.data import load_examples
 
 
@@ -37,11 +39,10 @@ class Reader:
     """A model that reads a text token by token and predicts the next one."""
 
     def __init__(self, model):
-        self.model, self.cache = model, None
+        self.model, self.cache = model, DynamicCache(config=model.config)
 
     def next_distribution(self, new_ids: list[int]) -> Tensor:
-        output = self.model(torch.tensor([new_ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        output = self.model(torch.tensor([new_ids]), use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
         return output.logits[0, -1].float().softmax(-1)
 
 
