@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from switchkd.adapters import has_adapter, load_adapter, save_adapter
 from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
 from switchkd.plain import check_type, json_object, shown
+from switchkd.rollouts import RolloutRecord
 from switchkd.sharding import full, shard_like, state_of
 from switchkd.storage import discard, free_bytes, staged_folder
 
@@ -40,7 +41,7 @@ class State(TypedDict):
     due: dict[str, Any] | None
     objective: dict[str, Any]
     mix: dict[str, Any]
-    replay: list[dict[str, Any]]
+    replay: list[RolloutRecord]
 
 
 class _Entry(TypedDict):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from switchkd.checkpoint import checkpoints, load_weights, step_of
+from switchkd.checkpoint import checkpoints, load_weights, step_of, verify
 from switchkd.models import Pair
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
@@ -59,11 +59,11 @@ def check_records(
     read = Reader(pair)
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
     done = {line["step"]: line.get("progress", 0.0) for line in run.metrics}
-    students: list[tuple[int, Path | None]] = [(0, None)]
-    students += [(step_of(folder), folder) for folder in checkpoints(run.path)]
-    rollouts = run.rollouts_of([step + 1 for step, _ in students], most)
-    for step, folder in students:
+    students: dict[int, Path | None] = {0: None} | {step_of(folder): folder for folder in checkpoints(run.path)}
+    rollouts = run.rollouts_of([step + 1 for step in students], most)
+    for step, folder in students.items():
         if folder is not None:
+            verify(folder)
             load_weights(folder, pair.student)
         now = done.get(step, 0.0)
         samples = [sample for sample in run.samples if sample["step"] == step][:most]
@@ -80,17 +80,12 @@ def check_records(
 def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int) -> Finding:
     others, largest = 0, 0.0
     for record in records:
-        found = replayed(read, policy, _rollout(record), seed)
+        found = replayed(read, policy, Rollout.from_json(record), seed)
         others += sum(a != b for a, b in zip(found["speakers"], record["speakers"], strict=True))
         numbers = {name: record[name] for name in found if name != "speakers" and name in record}
         largest = max([largest, *(_difference(found[name], stored) for name, stored in numbers.items())])
     tokens = sum(len(record["completion_ids"]) for record in records)
     return Finding(what, len(records), tokens, others, largest)
-
-
-def _rollout(record: dict[str, Any]) -> Rollout:
-    own = Rollout.__dataclass_fields__
-    return Rollout.from_json({name: value for name, value in record.items() if name in own})
 
 
 @torch.no_grad()

@@ -1,14 +1,30 @@
 """The one record that flows from decoding to training, and what decoding it cost."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from switchkd.errors import DataError, NonFiniteError, SwitchKDError
+from switchkd.plain import TokenId
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class RolloutRecord(TypedDict):
+    """What ``Rollout.to_json`` writes, by type."""
+
+    sample_id: int
+    prompt_ids: list[TokenId]
+    completion_ids: list[TokenId]
+    speakers: list[int]
+    divergences: list[float | None]
+    thresholds: list[float | None]
+    stop_reason: str
+    error: str | None
+    teacher_prompt_ids: list[TokenId] | None
+    teacher: str
 
 
 @dataclass(frozen=True)
@@ -53,15 +69,17 @@ class Rollout:
         """Share of the completion that the teacher wrote; NaN if it is empty."""
         return mean(self.speakers)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RolloutRecord:
         """A JSON-ready dictionary of everything but the hidden states; NaN becomes null."""
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher_hidden"}
-        return record | {name: [None if math.isnan(v) else v for v in record[name]] for name in _WITH_NAN}
+        record = {name: getattr(self, name) for name in RolloutRecord.__annotations__}
+        record |= {name: [None if math.isnan(v) else v for v in record[name]] for name in _WITH_NAN}
+        return cast(RolloutRecord, record)
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Rollout":
-        """The rollout that ``to_json`` described."""
-        return Rollout(**record | {name: [math.nan if v is None else v for v in record[name]] for name in _WITH_NAN})
+    def from_json(record: Mapping[str, Any]) -> "Rollout":
+        """The rollout that ``to_json`` described; what else stands beside it is passed over."""
+        own = {name: record[name] for name in RolloutRecord.__annotations__ if name in record}
+        return Rollout(**own | {name: [math.nan if v is None else v for v in own[name]] for name in _WITH_NAN})
 
 
 _WITH_NAN = ("divergences", "thresholds")

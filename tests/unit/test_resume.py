@@ -1,5 +1,6 @@
 """A run that was interrupted anywhere ends in the bytes of the one that was not, from whichever whole checkpoint it goes on."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -265,6 +266,28 @@ def test_a_record_that_is_damaged_is_named_and_not_cut_off(stopped, tmp_path):
     assert len(file.read_bytes().splitlines()) == 2 + len(rest)
 
 
+def write_state(folder, content):
+    """Another state, with a manifest that agrees."""
+    (folder / "state.json").write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_state_of_another_kind_is_an_error_that_names_the_field(stopped, tmp_path):
+    folder = shutil.copytree(stopped / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    state = json.loads((folder / "state.json").read_text())
+    for change, words in (
+        (lambda record: record.pop("speakers"), r"replay\[1\] has no 'speakers'"),
+        (lambda record: record.update(completion_ids=["a"]), r"replay\[1\].completion_ids\[0\] must be"),
+    ):
+        other = json.loads(json.dumps(state))
+        change(other["replay"][1])
+        write_state(folder, json.dumps(other).encode())
+        with pytest.raises(CheckpointError, match=rf"state.json is damaged: {words}"):
+            whole_checkpoint(folder.parent)
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -289,10 +312,7 @@ def test_whatever_stands_in_a_checkpoint_is_an_error_that_names_it(stopped, name
         content = json.dumps(manifest | {outside: manifest["state.json"]}).encode()
     (folder / name).write_bytes(content)
     if name == "state.json":
-        import hashlib
-
-        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        write_state(folder, content)
     with suppress(CheckpointError):
         assert whole_checkpoint(folder.parent) == folder and outside.startswith("../checkpoint-8")
 
