@@ -15,6 +15,7 @@ from switchkd.config import TrainConfig, from_dict
 from switchkd.errors import ConfigError
 from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
+from switchkd.rollouts import RolloutRecord
 from switchkd.storage import sync, written
 
 if TYPE_CHECKING:
@@ -30,30 +31,22 @@ class _Step(TypedDict):
     step: int
 
 
-class StepLine(TypedDict):
+class StepLine(_Step):
     """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
 
-    step: int
     num_tokens: int
     seconds: float
 
 
-class TextLine(TypedDict):
-    """A line of rollouts.jsonl, as far as it is read again."""
+class TextLine(RolloutRecord):
+    """A line of rollouts.jsonl."""
 
     step: int
-    prompt_ids: list[TokenId]
-    completion_ids: list[TokenId]
-    speakers: list[int]
-    divergences: list[float | None]
-    thresholds: list[float | None]
-    stop_reason: str
 
 
 class SampleLine(TextLine):
     """A line of samples.jsonl."""
 
-    sample_id: int
     reference: str | None
     scores: dict[str, float]
     jsd: list[float]
