@@ -201,9 +201,8 @@ def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
         save_adapter(model, folder)
     else:
         model.save_pretrained(folder, state_dict=state_of(model))
-        if not any(
-            folder.glob("*.safetensors")
-        ):  # of several processes, transformers lets the first alone write, without a word
+        # Of several processes, transformers lets the first alone write, without a word.
+        if not any(folder.glob("*.safetensors")):
             raise CheckpointError(
                 f"{folder}: transformers wrote no weights; only the first process of a group may save"
             )

@@ -312,12 +312,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             why = "there is no adapter: set use_peft" if not self.use_peft else "weights in 4 bits would round it away"
             raise ConfigError(f"merge adds an adapter to the student's weights, and {why}; or drop merge")
         if self.fsdp and (self.use_peft or self.static_step):
-            why = (
-                "an adapter is small: leave it whole" if self.use_peft else "static_step needs weights that never move"
-            )
-            raise ConfigError(
-                f"fsdp does not go with {'use_peft' if self.use_peft else 'static_step'}: {why}; drop one of them"
-            )
+            why = "use_peft: an adapter is small" if self.use_peft else "static_step: its weights may never move"
+            raise ConfigError(f"fsdp does not go with {why}; drop one of them")
         if self.metric_for_best_model and not (self.eval_steps and self.eval_samples):
             raise ConfigError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"

@@ -6,6 +6,7 @@ from tiny import byte_level_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
 from switchkd.checkpoint import checkpoints, save_model
+from switchkd.errors import CheckpointError
 from switchkd.storage import staged_folder, write_file
 
 
@@ -50,6 +51,15 @@ def test_a_saved_model_replaces_the_one_before_and_opens_with_transformers(tmp_p
     opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), tiny_model(seed=2).parameters(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_model_of_which_nothing_was_written_is_an_error(tmp_path, monkeypatch):
+    """Of several processes, transformers lets the first alone write, without a word."""
+    model = tiny_model()
+    monkeypatch.setattr(model, "save_pretrained", lambda *_, **__: None)
+    with pytest.raises(CheckpointError, match="transformers wrote no weights"):
+        save_model(tmp_path / "student", model, byte_level_tokenizer())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_whole_checkpoints_count_and_in_order_of_their_steps(tmp_path):

@@ -95,6 +95,20 @@ def micro_batches_of(patch, rows):
 SHORT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mix": Generated(1.0)}
 
 
+def second_too_many(patch):
+    """Memory runs out in the second micro-batch and in no other; returns the sizes of all."""
+    real, calls = Trainer._loss, []
+
+    def late(self, batch, objective):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, batch, objective)
+
+    patch.setattr(Trainer, "_loss", late)
+    return calls
+
+
 def check_gradients(tmp_path, monkeypatch):
     expected, whole, _ = gradient_step(tmp_path, **SHORT)
     with (
@@ -115,19 +129,10 @@ def test_training_with_smaller_micro_batches_gives_the_same_gradients_and_one_wa
 
 def test_mutant_that_keeps_the_gradients_of_a_try_that_was_given_up(tmp_path, monkeypatch):
     """Memory runs out in the second micro-batch, when the first has left its gradient."""
-    real, calls = Trainer._loss, []
-
-    def late(self, batch, objective):
-        calls.append(len(batch))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, batch, objective)
-
     expected, _, _ = gradient_step(tmp_path, **SHORT)
     for mutant in (False, True):
-        calls.clear()
         with monkeypatch.context() as patch, pytest.warns(SwitchKDWarning, match="from here on 2;"):
-            patch.setattr(Trainer, "_loss", late)
+            second_too_many(patch)
             if mutant:
                 patch.setattr("accelerate.optimizer.AcceleratedOptimizer.zero_grad", lambda *_, **__: None)
             gradients, _, _ = gradient_step(tmp_path, **SHORT)
@@ -217,19 +222,11 @@ def check_validation(tmp_path, monkeypatch):
     more = {"mix": Adaptive(validation_steps=1), "validation": toy_examples(5), "per_device_train_batch_size": 4}
     whole, short = trainer(tmp_path, **more), trainer(tmp_path, **more)
     whole._look_at_validation()
-    real, calls = Trainer._loss, []
-
-    def late(self, batch, objective):
-        calls.append(len(batch))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, batch, objective)
-
     with (
         monkeypatch.context() as patch,
         pytest.warns(SwitchKDWarning, match="validating with 4 rows at once: from here on 2"),
     ):
-        patch.setattr(Trainer, "_loss", late)
+        calls = second_too_many(patch)
         short._look_at_validation()
     assert calls == [4, 1, 2, 2, 1] and short.micro_rows == 2
     assert short.mix_memory["loss"] == pytest.approx(whole.mix_memory["loss"], abs=1e-12)

@@ -19,7 +19,7 @@ from switchkd.checkpoint import MANIFEST, checkpoints, load_checkpoint, verify
 from switchkd.cli import main
 from switchkd.continuation import whole_checkpoint
 from switchkd.errors import CheckpointError, DataError, SwitchKDWarning
-from switchkd.mixes import Adaptive
+from switchkd.mixes import Adaptive, Generated
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -286,6 +286,25 @@ def test_a_state_of_another_kind_is_an_error_that_names_the_field(stopped, tmp_p
         write_state(folder, json.dumps(other).encode())
         with pytest.raises(CheckpointError, match=rf"state.json is damaged: {words}"):
             whole_checkpoint(folder.parent)
+
+
+def test_a_manifest_reaches_no_file_outside_its_folder(stopped, tmp_path):
+    """Also where size and checksum agree."""
+    folder = shutil.copytree(stopped / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    (tmp_path / "outside.json").write_text("{}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["../../outside.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"names a file outside its folder, '\.\./\.\./outside\.json'"):
+        whole_checkpoint(folder.parent)
+
+
+def test_records_are_on_the_disk_before_a_checkpoint_says_how_far_they_reach(tmp_path, monkeypatch):
+    t = trainer(tmp_path, max_steps=1, mix=Generated(1.0))
+    synced = []
+    monkeypatch.setattr("switchkd.run_record.sync", lambda file: synced.append((file.name, len(checkpoints(tmp_path)))))
+    t.train()
+    assert synced[-2:] == [("metrics.jsonl", 1), ("rollouts.jsonl", 1)] and len(checkpoints(tmp_path)) == 2
 
 
 _JSON = st.recursive(

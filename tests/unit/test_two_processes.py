@@ -206,6 +206,12 @@ def test_a_run_by_two_processes_with_half_a_student_each_is_scored_and_saved_who
     assert_equal(*(load_file(run / "student" / "model.safetensors") for run in (one, two)))
 
 
+@pytest.mark.parametrize("other", ["use_peft", "static_step"])
+def test_what_does_not_go_with_a_student_in_shards_is_refused(other):
+    with pytest.raises(ConfigError, match=f"fsdp does not go with {other}: .*; drop one of them"):
+        TrainConfig(fsdp=True, **{other: True})
+
+
 def test_sharded_weights_are_refused_before_they_can_wait_for_ever(tmp_path):
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ConfigError, match="sharded by accelerate's FSDP are not supported"):
