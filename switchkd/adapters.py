@@ -6,7 +6,7 @@ model as before. Only the adapter is trained and saved. peft is imported when an
 
 import copy
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from switchkd.errors import ConfigError, ModelError, nearest
+from switchkd.masters import Masters, cast_weights
 from switchkd.models import ADAPTER_CONFIG
 from switchkd.plain import json_object, shown
 from switchkd.sampling import noise_key
@@ -64,10 +65,13 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int) -> Non
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(noise_key(seed, 0, 0) % 2**63)
         _inject(model, lora)
+    _widen(model)
 
 
-def open_adapter(model: PreTrainedModel, folder: Path) -> None:
+def open_adapter(model: PreTrainedModel, folder: Path, train: bool = False) -> None:
     """Put the adapter saved in ``folder`` on its base ``model``, trainable; everything else is frozen.
+
+    To be gone on with (``train``), it is opened in float32 or wider, whatever the base is in.
 
     Raises ModelError if it is more than LoRA on the body, or does not fit the model.
     """
@@ -86,6 +90,8 @@ def open_adapter(model: PreTrainedModel, folder: Path) -> None:
     except Exception as error:  # no layer of that name, or no value of that kind: peft does not check
         raise ModelError(f"{folder} does not fit {model.config.model_type}: {error}") from error
     _refuse_outer_layers(model, folder)
+    if train:
+        _widen(model)
     load_adapter(model, folder)
 
 
@@ -114,19 +120,27 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, in peft's format. (save_pretrained would ask the hub about the base's vocabulary.)"""
-    tensors = {name: tensor.contiguous() for name, tensor in _tensors(model).items()}
+def save_adapter(
+    model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write the adapter alone, in peft's format. (save_pretrained would ask the hub about the base's vocabulary.)
+
+    ``weights`` take the place of the adapter's own by these names; ``dtype`` None saves them as they are.
+    """
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in _tensors(model, weights or {}).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.peft_config[NAME].save_pretrained(str(folder))
     model.generation_config.save_pretrained(folder)
 
 
 @torch.no_grad()
-def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Read saved adapter weights into the adapter of ``model``, in place. Raises ModelError unless names and shapes agree."""
+def load_adapter(model: PreTrainedModel, folder: Path, masters: Masters | None = None) -> None:
+    """Read saved adapter weights into the adapter of ``model``, or its masters, in place.
+
+    Raises ModelError unless names and shapes agree.
+    """
     try:
-        saved, own = load_file(folder / WEIGHTS), _tensors(model)
+        saved, own = load_file(folder / WEIGHTS), _tensors(model, masters.named if masters else {})
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} cannot be read: {error}; copy the adapter again") from error
     shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, own)]
@@ -139,11 +153,22 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+    if masters:
+        masters.publish()
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` as a plain model, the adapter added to its weights. Takes the model's memory once more."""
+def merged(
+    model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A copy of ``model`` as a plain model, the adapter added to its weights. Takes the model's memory once more.
+
+    ``weights`` take the place of the adapter's own by these names. The sum is made in float32 or wider and rounded to ``dtype``
+    (None: the model's own), which is what the copy's weights are in.
+    """
     plain = copy.deepcopy(model)
+    cast_weights(plain, torch.promote_types(model.dtype, torch.float32))
+    for name, weight in (weights or {}).items():
+        plain.get_parameter(name).data.copy_(weight)
     layers = set(adapter_layers(plain))
     for name, layer in [(name, module) for name, module in plain.named_modules() if module in layers]:
         layer.merge(safe_merge=True)
@@ -151,6 +176,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
         setattr(plain.get_submodule(parent), child, layer.get_base_layer())
     del plain.peft_config
     plain._hf_peft_config_loaded = False
+    cast_weights(plain, dtype or model.dtype)
     return plain
 
 
@@ -173,6 +199,12 @@ def _inject(model: PreTrainedModel, lora: "LoraConfig") -> None:
     # A folder's own name, so that the adapter opens from anywhere; sorted, so that equal adapters have equal files.
     lora.base_model_name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     lora.target_modules = sorted(lora.target_modules)
+
+
+def _widen(model: PreTrainedModel) -> None:
+    """Put the adapter into float32, if it is narrower: it is to be updated."""
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -201,9 +233,10 @@ def _refuse_outer_layers(model: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapter's weights by their names in peft's files; they share the model's memory."""
+def _tensors(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's weights by their names in peft's files; they share the memory of ``weights``, else the model's."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    state = {**model.state_dict(), **{name: weight.detach() for name, weight in weights.items()}}
+    tensors = get_peft_model_state_dict(model, state, adapter_name=NAME, save_embedding_layers=False)
     return {PREFIX + name: tensor for name, tensor in tensors.items()}

@@ -2,12 +2,14 @@
 
 A checkpoint is a folder ``checkpoint-N`` with the student and tokenizer as ``from_pretrained`` opens them, the optimizer's
 moments in safetensors, the trainer's state in JSON, and a manifest with size and SHA-256 of every file, written last: a folder
-without one is none, whatever else is in it. The best student that evaluations saw lies in ``best-N``, with such a manifest.
+without one is none, whatever else is in it. Weights and moments are as they are updated, in float32 or wider. The best student
+that evaluations saw lies in ``best-N``, with such a manifest.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.adapters import has_adapter, load_adapter, save_adapter
 from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
+from switchkd.masters import Masters
 from switchkd.plain import check_type, json_object, shown
 from switchkd.rollouts import RolloutRecord
 from switchkd.sharding import full, shard_like, state_of
@@ -28,6 +31,7 @@ from switchkd.storage import discard, free_bytes, staged_folder
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 PREFIX, BEST = "checkpoint-", "best-"
 
+Weights = Mapping[str, Tensor]  # the masters by parameter name, whole
 Moments = dict[str, Tensor]  # AdamW's state by parameter name: ``name/exp_avg``, ``name/exp_avg_sq``, ``name/step``
 
 
@@ -51,13 +55,20 @@ class _Entry(TypedDict):
     sha256: str
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both; replaces what is there.
 
-    Of a model with an adapter, the adapter alone is saved.
+    Of a model with an adapter, the adapter alone is saved. ``weights`` take the place of the model's own by these names, and
+    all are saved in ``dtype`` (None: as they are).
     """
-    with staged_folder(folder, replace=True, needs=_bytes(_saved_weights(model))) as staging:
-        _write_model(staging, model, tokenizer)
+    with staged_folder(folder, replace=True, needs=_bytes(_saved_weights(model, weights or {}))) as staging:
+        _write_model(staging, model, tokenizer, weights or {}, dtype)
 
 
 def save_checkpoint(
@@ -65,18 +76,21 @@ def save_checkpoint(
     state: State,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
     moments: Moments,
     keep: int,
 ) -> Path:
-    """Write ``run/checkpoint-step`` and read it back; when it is whole, the oldest beyond ``keep`` go. One that is there stays.
+    """Write ``run/checkpoint-step``, the model with these ``weights``, and read it back; when it is whole, the oldest go.
+
+    The newest ``keep`` stay. A checkpoint of this step that is there already stays as it is.
 
     Raises DiskError where it cannot be written, and CheckpointError if the disk does not give back what was written.
     """
     target = run / f"{PREFIX}{state['step']}"
     if not target.exists():
-        needs = _bytes([*_saved_weights(model), *moments.values()])
+        needs = _bytes([*_saved_weights(model, weights), *moments.values()])
         with staged_folder(target, needs=needs) as staging:
-            _write_model(staging, model, tokenizer)
+            _write_model(staging, model, tokenizer, weights)
             save_file(moments, staging / OPTIMIZER)
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             _write_manifest(staging)
@@ -85,18 +99,20 @@ def save_checkpoint(
     return target
 
 
-def save_best(run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_best(
+    run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Weights
+) -> None:
     """Write the student of this step to ``run/best-step``; earlier ones stay while a checkpoint would go on with them."""
-    with staged_folder(run / f"{BEST}{step}", needs=_bytes(_saved_weights(model))) as staging:
-        _write_model(staging, model, tokenizer)
+    with staged_folder(run / f"{BEST}{step}", needs=_bytes(_saved_weights(model, weights))) as staging:
+        _write_model(staging, model, tokenizer, weights)
         _write_manifest(staging)
     _prune_best(run)
 
 
-def load_best(run: Path, step: int, model: PreTrainedModel) -> None:
-    """Put the weights of ``run/best-step`` into ``model``; raises CheckpointError if they are damaged."""
+def load_best(run: Path, step: int, model: PreTrainedModel, masters: Masters) -> None:
+    """Put the weights of ``run/best-step`` into ``model`` and masters; raises CheckpointError if they are damaged."""
     verify(run / f"{BEST}{step}")
-    load_weights(run / f"{BEST}{step}", model)
+    load_weights(run / f"{BEST}{step}", model, masters)
 
 
 def check_room(run: Path, model: PreTrainedModel, keep: int, students: int) -> None:
@@ -126,15 +142,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> State:
+def load_checkpoint(folder: Path, model: PreTrainedModel, masters: Masters, optimizer: torch.optim.Optimizer) -> State:
     """Load weights and moments of a checkpoint that was found whole, in place; returns the trainer's state.
 
     Raises:
         CheckpointError: it belongs to another model.
     """
     try:
-        load_weights(folder, model)
-        _load_optimizer(folder, model, optimizer)
+        load_weights(folder, model, masters)
+        _load_optimizer(folder, masters, optimizer)
     except (RuntimeError, ValueError, OSError, ModelError, SafetensorError) as error:
         raise CheckpointError(f"{folder} belongs to another model: {error}") from error
     return read_state(folder)
@@ -196,59 +212,84 @@ def _prune_best(run: Path) -> None:
             discard(folder)
 
 
-def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+) -> None:
     if has_adapter(model):
-        save_adapter(model, folder)
+        save_adapter(model, folder, weights, dtype)
     else:
-        model.save_pretrained(folder, state_dict=state_of(model))
+        state = _state_to_save(model, weights, dtype)
+        saved_in = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        model.save_pretrained(folder, state_dict=state)  # which takes the tensors out of ``state``
         # Of several processes, transformers lets the first alone write, without a word.
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(
                 f"{folder}: transformers wrote no weights; only the first process of a group may save"
             )
+        config = copy.deepcopy(model.config)  # which says what the model computes in
+        config.dtype = saved_in
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Put the weights that ``save_model`` wrote, or the adapter's, into a model of that kind."""
+def _state_to_save(model: nn.Module, weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, the masters in their place, in ``dtype``. Tied ones stay one tensor."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own, saved = state_of(model), {}
+    for key, tensor in {id(tensor): tensor for tensor in own.values()}.items():
+        saved[key] = weights.get(names.get(key, ""), tensor)
+        if dtype is not None and tensor.is_floating_point():
+            saved[key] = saved[key].to(dtype)
+    return {name: saved[id(tensor)] for name, tensor in own.items()}
+
+
+def load_weights(folder: Path, model: PreTrainedModel, masters: Masters | None = None) -> None:
+    """Put the weights that ``save_model`` wrote, or the adapter's, into a model of that kind, and unrounded into its masters."""
     if has_adapter(model):
-        load_adapter(model, folder)
-    else:
-        # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
-        saved = type(model).from_pretrained(
-            folder, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-        own = model.state_dict()
-        model.load_state_dict({name: shard_like(tensor, own.get(name)) for name, tensor in saved.state_dict().items()})
+        load_adapter(model, folder, masters)
+        return
+    # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
+    dtype = model.dtype if masters is None else masters.dtype
+    saved = type(model).from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    own = model.state_dict()
+    model.load_state_dict({name: shard_like(tensor, own.get(name)) for name, tensor in saved.state_dict().items()})
+    if masters is not None:
+        masters.load(dict(saved.named_parameters()))
 
 
-def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+def moments_of(masters: Masters, optimizer: torch.optim.Optimizer) -> Moments:
     """The optimizer's state, whole; of a sharded model all ranks must ask for it, while the model is in shards."""
-    return {
-        name: full(optimizer.state[parameter][key]).contiguous() for name, parameter, key in _moments(model, optimizer)
-    }
+    return {name: full(optimizer.state[weight][key]).contiguous() for name, weight, key in _moments(masters, optimizer)}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter, str]]:
-    for name, parameter in model.named_parameters():
-        for key in optimizer.state.get(parameter, {}):
-            yield f"{name}/{key}", parameter, key
+def _moments(masters: Masters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter, str]]:
+    for name, weight in masters.named.items():
+        for key in optimizer.state.get(weight, {}):
+            yield f"{name}/{key}", weight, key
 
 
-def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizer(folder: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> None:
     tensors = load_file(folder / OPTIMIZER)
-    own = {name: (parameter, key) for name, parameter, key in _moments(model, optimizer)}
+    own = {name: (weight, key) for name, weight, key in _moments(masters, optimizer)}
     if differing := tensors.keys() ^ own.keys():
         name = min(differing)
         raise ModelError(f"{name} is in {'the checkpoint' if name in tensors else 'the model'} alone")
-    for name, (parameter, key) in own.items():
-        state = optimizer.state[parameter]
-        state[key] = shard_like(tensors[name].to(parameter.device), state[key])
+    for name, (weight, key) in own.items():
+        state = optimizer.state[weight]
+        state[key] = shard_like(tensors[name].to(weight.device), state[key])
 
 
-def _saved_weights(model: PreTrainedModel) -> list[Tensor]:
+def _saved_weights(model: PreTrainedModel, weights: Weights) -> list[Tensor]:
     """What ``_write_model`` writes of a model."""
-    return [p for p in model.parameters() if p.requires_grad or not has_adapter(model)]
+    adapter = has_adapter(model)
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or not adapter}
+    return list({**own, **weights}.values())
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

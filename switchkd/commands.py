@@ -260,11 +260,14 @@ def _asked() -> Iterator[str]:
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    from switchkd.models import default_device
+    from switchkd.precision import with_dtypes
     from switchkd.report import console, print_results
     from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
 
     # The default teacher alone is compared with.
-    pair = open_pair(dataclasses.replace(config, teachers={}, teacher_field=""))
+    config = with_dtypes(dataclasses.replace(config, teachers={}, teacher_field=""), default_device())
+    pair = open_pair(config)
     heldout = load_heldout(config, pair)
     models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
     results = {
@@ -394,11 +397,14 @@ def plot(config: PlotConfig) -> None:
 
 
 def check(config: TrainConfig) -> None:
+    from switchkd.models import default_device
+    from switchkd.precision import with_dtypes
     from switchkd.preflight import check_run
     from switchkd.report import console
     from switchkd.runs import open_pair
 
-    pair = open_pair(config, seed=config.seed)
+    config = with_dtypes(config, default_device())
+    pair = open_pair(config, seed=config.seed, train=True)
     for line in check_run(config, pair):
         console.print(line, soft_wrap=True)
     if (Path(config.output_dir) / "metrics.jsonl").is_file():
@@ -415,7 +421,8 @@ def _check_records(path: Path, pair: Pair) -> None:
         findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
-    if wrong := [finding.what for finding in findings if not finding.holds(run.config.dtype)]:
+    dtypes = run.config.dtype, run.config.teacher_dtype
+    if wrong := [finding.what for finding in findings if not finding.holds(*dtypes)]:
         raise DataError(
             f"{path}: the records of {', '.join(wrong)} are not what these models and settings give; models, settings or "
             "files were changed since"

@@ -37,10 +37,12 @@ FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet", "allow_change",
+    "report_to", "quiet", "allow_change", "save_dtype",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
+BASE = "base"  # as a teacher: the model under the student's adapter
+INPUT_ONLY = ("bf16",)  # another name for a setting, under which nothing is recorded
 
 
 def check_at_least(config: Any, least: dict[str, float]) -> None:
@@ -70,8 +72,13 @@ class ModelConfig(_Settings):
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
     teacher_field: str = ""
     """The field of a training row that names its teacher, one of `teachers`."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Dtype of both models' weights. Divergences and decisions are computed in float32 or better in any case."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """What the student multiplies in; auto is bfloat16 on a GPU that is good at it, else float32. Trained weights and moments are
+    kept and updated in float32 in any case (in float64 with float64), and so are divergences and decisions."""
+    bf16: bool = False
+    """The same as dtype bfloat16, by the name that transformers has for it; it is recorded as dtype."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Dtype of the teachers' weights and products; auto is bfloat16 on a GPU that is good at it, else float32."""
     use_peft: bool = False
     """Train a LoRA adapter on the frozen student; needs the extra `peft`. Goes on with the student's own if it is an adapter."""
     lora_r: int = 16
@@ -85,8 +92,29 @@ class ModelConfig(_Settings):
     load_in_4bit: bool = False
     """QLoRA: the frozen student in 4 bits (NF4), products in dtype; needs the extra `qlora`."""
 
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher is the model under the student's adapter."""
+        return self.teacher_model_name_or_path == BASE
+
+    def _take_bf16(self) -> None:
+        """``bf16`` is another way to say ``dtype``; a flag for one may meet a recipe's word on the other."""
+        if self.bf16 and self.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(
+                f"bf16 means dtype bfloat16, and dtype is {self.dtype}; give --dtype bfloat16 alone, or drop bf16"
+            )
+        if self.bf16:
+            object.__setattr__(self, "dtype", "bfloat16")
+            object.__setattr__(self, "bf16", False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._take_bf16()
+        if self.teacher_is_base and self.teacher_dtype not in ("auto", self.dtype):
+            raise ConfigError(
+                f"the teacher {BASE!r} is on the student's own weights, so it cannot be in teacher_dtype {self.teacher_dtype} "
+                f"beside dtype {self.dtype}; leave teacher_dtype out"
+            )
         if bool(self.teachers) != bool(self.teacher_field):
             missing = "teacher_field, the field of a row that names one" if self.teachers else "teachers, by name"
             raise ConfigError(
@@ -277,6 +305,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """The run directory: settings, metrics, rollouts, checkpoints, student, evaluation."""
     report_to: tuple[str, ...] = ()
     """Trackers to which the lines of metrics.jsonl go too: tensorboard, trackio, wandb; needs the extra `track`."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Dtype in which `student/` is saved; auto is that of the folder that the student came from, and for an adapter that it is
+    trained in. The student is rounded to it before it is scored for the last time. Checkpoints are not rounded."""
     merge: bool = False
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
     resume: bool = False
@@ -419,7 +450,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a settings dataclass, such that ``from_dict`` gives it back."""
-    plain = dataclasses.asdict(config)
+    plain = {name: value for name, value in dataclasses.asdict(config).items() if name not in INPUT_ONLY}
     for noun in NOUNS:
         if hasattr(config, noun):
             plain[noun] = {"name": name_of(getattr(config, noun)), **_plain(plain[noun])}

@@ -8,7 +8,7 @@ Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N res
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,21 @@ from switchkd.data import Batch
 from switchkd.errors import ModelError
 from switchkd.objectives import Objective, Tokens
 
-# Bytes of fp32 logits of one model that exist at once: enough tokens for efficient matrix products.
-CHUNK_BYTES = 2**24
-# Of these, what the divergence works on at once; autograd holds about sixteen tensors of this size, best in the CPU's cache.
-PIECE_BYTES = 2**21
+
+class Sizes(NamedTuple):
+    """How much of the loss is worked on at once, in bytes of one model's fp32 logits."""
+
+    chunk: int  # of a product with the output layer: enough tokens for an efficient one
+    piece: int  # of these, what the divergence works on; autograd holds about sixteen tensors of this size
+
+
+# A CPU works fastest in its cache. A GPU wants few and large calls: at 150,000 token ids, a piece of a CPU's size is three tokens.
+CPU_SIZES, DEVICE_SIZES = Sizes(2**24, 2**21), Sizes(2**29, 2**28)
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    """How much of the loss is worked on at once on this device."""
+    return CPU_SIZES if device.type == "cpu" else DEVICE_SIZES
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +162,8 @@ def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Ten
         assert teacher is not None
         tokens = objective.look_ahead(tokens, *_of_text(objective, teacher, head, hidden, tokens))
     weight, bias = head.parameters()
-    return _Total.apply(objective, teacher, head, tokens, hidden, weight, bias)
+    # Within autograd.Function nothing tells whether somebody wants gradients.
+    return _Total.apply(objective, teacher, head, tokens, torch.is_grad_enabled(), hidden, weight, bias)
 
 
 class _Total(torch.autograd.Function):
@@ -164,22 +176,24 @@ class _Total(torch.autograd.Function):
         teacher: Teacher | None,
         head: Head,
         tokens: Tokens,
+        learns: bool,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=weight.device)
-        wants = ctx.needs_input_grad[4:]
+        wants = [learns and want for want in ctx.needs_input_grad[5:]]
+        sizes = sizes_on(weight.device)
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(x, dtype=wide) if want and x is not None else None
             for want, x in zip(wants, (hidden, weight, bias), strict=True)
         )
-        for rows in _slices(len(hidden), CHUNK_BYTES, head.vocab_size):
+        for rows in _slices(len(hidden), sizes.chunk, head.vocab_size):
             h = hidden[rows].to(weight.dtype)
             raw, says = head.raw(h), _says(teacher, rows)
-            for piece in _slices(len(h), PIECE_BYTES, head.vocab_size):
-                with torch.enable_grad():
+            for piece in _slices(len(h), sizes.piece, head.vocab_size):
+                with torch.set_grad_enabled(any(wants)):
                     leaf = raw[piece].detach().requires_grad_(any(wants))
                     logp, logq = says(piece, divergences.log_probs(head.finish(leaf)))
                     loss = objective.loss(logp, logq, tokens[rows][piece]).sum()
@@ -204,7 +218,7 @@ class _Total(torch.autograd.Function):
                 "the loss can be back-propagated once: its gradients are scaled in place; compute it again"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
+        return None, None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
 
 
 def _says(teacher: Teacher | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
@@ -218,7 +232,7 @@ def _of_text(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` of the tokens written, under teacher and student, at the objective's temperature."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for rows in _slices(len(hidden), CHUNK_BYTES, head.vocab_size):
+    for rows in _slices(len(hidden), sizes_on(hidden.device).chunk, head.vocab_size):
         pair = _says(teacher, rows)(slice(None), divergences.log_probs(head(hidden[rows])))
         for logs, part in zip(pair, found, strict=True):
             part.append(objective.soften(logs).gather(1, tokens.ids[rows].unsqueeze(1))[:, 0])
@@ -240,15 +254,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def response_hidden(model: PreTrainedModel, batch: Batch, forward: Callable[..., Any] | None = None) -> Tensor:
+def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What enters the output layer where the response tokens are predicted, ``[N, H]``: for the token at t, at t − 1.
 
-    The output layer itself is run on one position only. ``forward`` is the model as wrapped for training (DDP), if it is.
+    The output layer itself is run on one position only.
     """
     predicts = batch.loss_mask.roll(-1, dims=1)
     predicts[:, -1] = False
     with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
-        (forward or model)(
+        model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,

@@ -168,7 +168,11 @@ def _pair(trainer: Trainer) -> str:
     lines.append(
         f"- student: {_code(config.student_model_name_or_path)}, {num_parameters(pair.student):,} parameters, {trained:,} trained"
     )
-    lines.append(f"- dtype: {config.dtype}{', the frozen student in 4 bits' if config.load_in_4bit else ''}")
+    masters = str(trainer.masters.dtype).removeprefix("torch.")
+    lines.append(
+        f"- the student was trained in {masters}, and multiplied in {config.dtype}"
+        f"{', its frozen weights in 4 bits' if config.load_in_4bit else ''}; the teacher was in {config.teacher_dtype}"
+    )
     if has_adapter(pair.student):
         where = "lies here alone: load it on its base" if _is_adapter(trainer) else "is merged into the weights here"
         lines.append(f"- what was trained is a LoRA adapter, which {where}")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from switchkd import signals
+from switchkd.config import BASE
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
+from switchkd.precision import chosen_dtype, chosen_teacher_dtype
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
 
 if TYPE_CHECKING:
@@ -22,9 +24,8 @@ if TYPE_CHECKING:
     from switchkd.config import ModelConfig
 
 MADE = ("demo", "small")  # pairs that the package makes in the user's cache
-BASE = "base"  # as a teacher: the model under the student's adapter
 ADAPTER_CONFIG = "adapter_config.json"
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -43,7 +44,8 @@ class Pair:
 
     ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
     are padding. ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
-    more teachers by name, for data rows that name one; all others have ``teacher``.
+    more teachers by name, for data rows that name one; all others have ``teacher``. ``folder_dtype`` is what the student's folder
+    says that its weights are in, in which a distilled student is saved by default.
     """
 
     teacher: "PreTrainedModel"
@@ -53,6 +55,7 @@ class Pair:
     eos_token_ids: tuple[int, ...]
     warnings: tuple[str, ...]
     teachers: "Mapping[str, PreTrainedModel]" = field(default_factory=dict)
+    folder_dtype: str = "float32"
 
     @property
     def named_teachers(self) -> "dict[str, PreTrainedModel]":
@@ -71,6 +74,7 @@ def load_pair(
     student: str | None = None,
     *,
     dtype: str = "float32",
+    teacher_dtype: str = "auto",
     device: str | None = None,
     lora: "ModelConfig | None" = None,
     seed: int = 0,
@@ -82,6 +86,8 @@ def load_pair(
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
     The teacher ``"base"`` is the student's own base, on the same weights. ``teachers`` are more of them by name; each is checked
     as the first one is, and equal folders are loaded once.
+    ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
+    good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
     tokenizers are not equal id by id or a model has too few logits rows.
@@ -100,7 +106,7 @@ def load_pair(
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
             vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
     student_model = _load_student(student_name, dtype, device, lora, seed)
-    models = _load_teachers(sources, dtype, device, student_model)
+    models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
     for name, model in models.items():
         with _naming(name):
             check_logits_rows(model, vocab_size, "teacher")
@@ -115,7 +121,8 @@ def load_pair(
             "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
             "adapter already",
         )
-    return Pair(models.pop(""), student_model, tokenizer, vocab_size, eos, warnings, models)
+    source_dtype = _folder_dtype(student_name)
+    return Pair(models.pop(""), student_model, tokenizer, vocab_size, eos, warnings, models, source_dtype)
 
 
 def load_model(
@@ -130,7 +137,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     signals.check()
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
     source, is_local = _locate(name)
     if _is_adapter(source):
         from switchkd.adapters import open_adapter
@@ -339,14 +347,16 @@ def _load_teachers(
 def _load_student(
     name: str, dtype: str, device: str | None, lora: "ModelConfig | None", seed: int
 ) -> "PreTrainedModel":
-    model = load_model(name, dtype, device, lora is not None and lora.load_in_4bit)
-    if lora is not None:
-        from switchkd.adapters import add_adapter, check_settings
+    if lora is None:
+        return load_model(name, dtype, device)
+    from switchkd.adapters import add_adapter, check_settings, open_adapter
 
-        if _is_adapter(name):
-            check_settings(model, lora, Path(name))
-        else:
-            add_adapter(model, lora, seed)
+    model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
+    if _is_adapter(name):
+        open_adapter(model, Path(name), train=True)
+        check_settings(model, lora, Path(name))
+    else:
+        add_adapter(model, lora, seed)
     return model
 
 
@@ -440,19 +450,32 @@ def _attention(config: "PretrainedConfig") -> str:
     return "eager" if soft_capped or not _model_class(config)._supports_sdpa else "sdpa"
 
 
-def _dtype(name: str) -> "torch.dtype":
+def _dtype(name: str, device: "torch.device") -> "torch.dtype":
     import torch
 
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
-    return getattr(torch, name)
+    return getattr(torch, chosen_dtype(name, device))
+
+
+def _folder_dtype(name: str) -> str:
+    """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
+    source, is_local = _locate(adapter_base(name))
+    return str(_load_config(source, is_local).dtype or "float32").removeprefix("torch.")
+
+
+def default_device() -> "torch.device":
+    """Where models are loaded if nobody says where: the current CUDA device, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device(name: str | None) -> "torch.device":
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample
 from switchkd.divergences import log_probs
+from switchkd.masters import Masters
 from switchkd.sharding import local
 
 if TYPE_CHECKING:
@@ -53,12 +53,11 @@ def _broken(trainer: Trainer, row: Row, objective: Objective) -> str:
 
 
 @torch.no_grad()
-def broken_weight(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+def broken_weight(masters: Masters, optimizer: torch.optim.Optimizer) -> str:
     """The first trained weight, or moment of the optimizer, that is not finite, in words; "" if all that this rank has are."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            values = {"": parameter} | optimizer.state.get(parameter, {})
-            for key, value in values.items():
-                if not local(value).isfinite().all():
-                    return f"the optimizer's {key} of {name}" if key else f"the student's weight {name}"
+    for name, weight in masters.named.items():
+        values = {"": weight} | optimizer.state.get(weight, {})
+        for key, value in values.items():
+            if not local(value).isfinite().all():
+                return f"the optimizer's {key} of {name}" if key else f"the student's weight {name}"
     return ""

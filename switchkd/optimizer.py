@@ -1,8 +1,10 @@
 """AdamW, its learning rate at every step, and how many steps there are."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError
@@ -27,20 +29,28 @@ def total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float
     return math.ceil(config.num_train_epochs * examples / rows_per_step)
 
 
-def adamw(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; raises ConfigError if nothing is."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+def adamw(weights: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over ``weights``, which it updates, with its moments, in their own dtype.
+
+    Raises:
+        ConfigError: there are none, or some are narrower than float32, in which a small update is rounded away.
+    """
+    if not weights:
         raise ConfigError("the student has no trainable parameters")
+    if narrow := {str(weight.dtype) for weight in weights if weight.element_size() < 4}:
+        raise ConfigError(
+            f"AdamW would update weights in {', '.join(sorted(narrow))}, in which an update much smaller than the weight is lost: "
+            "give it masters in float32 (switchkd.masters.Masters)"
+        )
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [w for w in weights if w.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
     # As the first update would make them; made here, the first checkpoint already has the size of all others.
-    for parameter in parameters:
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": step, **moments}
+    for weight in weights:
+        step = torch.zeros((), dtype=torch.float32, device=weight.device)
+        moments = {name: torch.zeros_like(weight, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": step, **moments}
     return optimizer

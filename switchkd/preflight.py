@@ -1,10 +1,12 @@
 """``switchkd check``: what a run would do and need, before it does anything."""
 
+import torch
 import yaml
 
 from switchkd.base_model import BaseModel
 from switchkd.config import TrainConfig, name_of, to_dict
-from switchkd.loss import CHUNK_BYTES
+from switchkd.loss import sizes_on
+from switchkd.masters import Masters
 from switchkd.models import Pair, cache_bytes_per_token, num_parameters, parameter_bytes
 from switchkd.runs import (
     check_context,
@@ -36,33 +38,45 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     models = {role_of(name): (sources[name], model) for name, model in pair.named_teachers.items()}
     models["student"] = config.student_model_name_or_path, pair.student
     lines = [
-        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, {config.dtype}, "
-        f"{model.get_output_embeddings().weight.shape[0]} logits rows"
+        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, multiplied in "
+        f"{_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]
     lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
     budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
     until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
     lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows{until}; text: {name_of(config.mix)}")
-    need = memory_estimate(config, pair)
-    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())
-    lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB ({parts})")
+    need = memory_estimate(config, pair, trainer.masters)
+    parts = "".join(f"\n  {part}: {size / 2**30:.2f}" for part, size in need.items() if size)
+    lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB{parts}")
     return [*lines, "", "settings:", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
 
 
-def memory_estimate(config: TrainConfig, pair: Pair) -> dict[str, float]:
+def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    trained = sum(p.numel() * p.element_size() for p in pair.student.parameters() if p.requires_grad)
+    weights = list(masters.named.values())
+    trained = sum(weight.numel() * weight.element_size() for weight in weights)
+    own = {id(weight) for weight in weights}
+    held = sum(p.numel() * p.element_size() for p in pair.student.parameters() if id(p) not in own)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    teachers = list(dict.fromkeys(pair.named_teachers.values()))
+    teachers = [model for model in dict.fromkeys(pair.named_teachers.values()) if not isinstance(model, BaseModel)]
     # One teacher writes at a time.
-    cache = (longest_teacher_prompt(config, pair) + config.max_new_tokens) * max(map(cache_bytes_per_token, teachers))
+    cache = longest_teacher_prompt(config, pair) + config.max_new_tokens
+    cache *= max(map(cache_bytes_per_token, pair.named_teachers.values()))
     cache += (config.max_prompt_length + config.max_new_tokens) * cache_bytes_per_token(pair.student)
+    wide, sizes, head = _name(masters.dtype), sizes_on(weights[0].device), pair.student.get_output_embeddings().weight
+    # A chunk's logits of both models, in the dtype that each multiplies in, and what autograd holds of a piece of them.
+    logits = sum(sizes.chunk / 4 * model.dtype.itemsize for model in (pair.student, pair.teacher))
     return {
-        "teacher": float(sum(parameter_bytes(model) for model in teachers if not isinstance(model, BaseModel))),
-        "student": parameter_bytes(pair.student),
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "loss": 5 * CHUNK_BYTES + 1.0 * parameter_bytes(pair.student.get_output_embeddings()),
+        f"teacher, in {_name(pair.teacher.dtype)}": float(sum(map(parameter_bytes, teachers))),
+        f"the student's trained weights, as they are updated, in {wide}": trained,
+        f"the student as it multiplies, in {_name(pair.student.dtype)}": held,
+        f"gradients, in {wide}": trained,
+        f"the optimizer's moments, in {wide}": 2 * trained,
+        "loss": logits + 16.0 * sizes.piece + head.numel() * max(4, head.element_size()),
         "key/value caches": rows * cache if config.mix.generates else 0.0,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -7,9 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from switchkd import signals
+from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, SwitchKDError
 from switchkd.rollouts import DecodeCost, Rollouts
 
@@ -27,13 +34,47 @@ def new_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
-def check_unsharded(accelerator: Accelerator) -> None:
-    """Raise ConfigError if the launcher was told to shard models."""
+def with_launchers_settings(accelerator: Accelerator, config: TrainConfig) -> TrainConfig:
+    """``config`` with what the accelerator was told and means the same here: bf16, and the steps that a gradient is summed over.
+
+    Raises ConfigError, naming the setting, for what the accelerator was told that would change results here, or not reach them.
+    """
+    _refuse_foreign(accelerator)
+    told: dict[str, Any] = {}
+    if accelerator.mixed_precision == "bf16":
+        told["dtype"] = "bfloat16"
+    if accelerator.gradient_accumulation_steps > 1:
+        told["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name, value in told.items():
+        own = getattr(config, name)
+        if own not in (value, defaults[name]):
+            raise ConfigError(
+                f"{name} is {own} in the settings and {value} in the accelerator or its launcher; give it in one place, or the "
+                "same in both"
+            )
+    return dataclasses.replace(config, **told)
+
+
+def _refuse_foreign(accelerator: Accelerator) -> None:
     if accelerator.distributed_type in SHARDED:
         raise ConfigError(
             f"weights sharded by accelerate's {accelerator.distributed_type.value} are not supported: rows are decoded at their "
             "own pace, and a forward in which not all ranks take part would wait for ever; launch with plain data parallelism, and "
             "shard the student with --fsdp"
+        )
+    dynamo, ways = accelerator.state.dynamo_plugin, accelerator.parallelism_config
+    foreign = {
+        f"mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision not in ("no", "bf16"),
+        f"the dynamo backend {dynamo.backend.value}": dynamo.backend != DynamoBackend.NO,
+        f"parallelism_config {ways}": ways is not None and ways.total_size > 1,
+        "DistributedDataParallelKwargs": accelerator.ddp_handler is not None,
+        "AutocastKwargs": accelerator.autocast_handler is not None,
+    }
+    if named := [setting for setting, told in foreign.items() if told]:
+        raise ConfigError(
+            f"the accelerator, or its launcher, was told {' and '.join(named)}, which has no meaning here: switchkd makes products "
+            "in bfloat16 or float32 (--dtype), compiles nothing, and sums gradients over processes itself; take it out"
         )
 
 

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 from switchkd import live, report, signals
 from switchkd.adapters import merged
 from switchkd.cache import verify_cache
-from switchkd.checkpoint import checkpoints, save_model
+from switchkd.checkpoint import Weights, checkpoints, save_model
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -52,6 +53,7 @@ from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lock import locked
+from switchkd.masters import cast_weights
 from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
@@ -60,7 +62,8 @@ from switchkd.models import (
 )
 from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
-from switchkd.processes import new_accelerator
+from switchkd.precision import with_dtypes
+from switchkd.processes import new_accelerator, with_launchers_settings
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
@@ -79,9 +82,9 @@ DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
-    "teacher_model_name_or_path", "dtype", "train_file", "train_samples", "template", "max_prompt_length", "max_completion_length",
-    "skip_bad", "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature", "seed", "teacher_cache",
-    "teacher_cache_top_k",
+    "teacher_model_name_or_path", "teacher_dtype", "train_file", "train_samples", "template", "max_prompt_length",
+    "max_completion_length", "skip_bad", "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature",
+    "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
 
 
@@ -117,9 +120,10 @@ def standing(run: Path) -> str:
 def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
+    config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
     check_run(run, config)
     check_trackers(config.report_to)
-    pair = open_pair(config, quiet=not main, seed=config.seed)
+    pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
@@ -145,22 +149,27 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
     trainer.load_best()
+    saved = trainer.final_weights()
     with whole(trainer.student):
         if main:
-            _finish(trainer, heldout, settings, trackers, results, quiet)
+            _finish(trainer, *saved, heldout, settings, trackers, results, quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
 
 
-def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0) -> Pair:
+def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False) -> Pair:
     """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models.
 
-    ``seed`` is the key of a new adapter's weights.
+    ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
+    which the trainer keeps; else the student is loaded in the dtype that it computes in.
     """
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
     lora = config if config.use_peft else None
-    pair = load_pair(*names, dtype=config.dtype, lora=lora, seed=seed, teachers=config.teachers)
+    dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
+    pair = load_pair(
+        *names, dtype=dtype, teacher_dtype=config.teacher_dtype, lora=lora, seed=seed, teachers=config.teachers
+    )
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -402,7 +411,8 @@ def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
 
 def all_settings(config: Any, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
     """Every setting that a score depends on, beside the examples."""
-    text = {name: getattr(config, name) for name in ("template", "max_prompt_length", "max_completion_length", "dtype")}
+    names = "template", "max_prompt_length", "max_completion_length", "dtype", "teacher_dtype"
+    text = {name: getattr(config, name) for name in names}
     return settings.to_json() | text | {"teacher_sha256": heldout.teacher_sha256}
 
 
@@ -460,22 +470,28 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
 
 def _finish(
     trainer: Trainer,
+    weights: Weights,
+    dtype: torch.dtype,
     heldout: Heldout,
     settings: EvalSettings,
     trackers: Trackers,
     results: dict[str, Evaluation],
     quiet: bool,
 ) -> None:
-    """Save the student, score it into ``results``, and say where all that lies."""
-    config, pair, run = trainer.config, trainer.pair, trainer.run
-    student = trainer.accelerator.unwrap_model(trainer.student)
+    """Save the student, which has these ``weights``, in ``dtype``, score it into ``results``, and say where all that lies."""
+    config, pair, run, student = trainer.config, trainer.pair, trainer.run, trainer.student
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
             f"{report.number(trainer.best['score'])}",
             soft_wrap=True,
         )
-    save_model(run / "student", merged(student) if config.merge else student, pair.tokenizer)
+    if config.merge:
+        computes = student.dtype
+        student, weights = merged(student, weights, dtype), {}
+    save_model(run / "student", student, pair.tokenizer, weights, dtype)
+    if config.merge:
+        cast_weights(student, computes)
     known: dict[str, Any] = {}
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)

@@ -7,23 +7,31 @@ gradients and leaves shards. A model that was never sharded passes through all f
 
 import atexit
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 
-def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Leave each process its share of every weight, in place; layers are gathered and reduced one by one."""
+def shard(model: PreTrainedModel, accelerator: Accelerator, compute: torch.dtype) -> None:
+    """Leave each process its share of every weight, in place; layers are gathered and reduced one by one.
+
+    Shares, gradients over ranks and moments are in float32 or wider, so that the shares are what an optimizer may update; gathered
+    weights and products are in ``compute``.
+    """
+    wide = torch.promote_types(model.dtype, torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(wide)
+    policy = MixedPrecisionPolicy(compute, wide) if compute != wide else MixedPrecisionPolicy()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     layers = set(model._no_split_modules or ())
     for module in [each for each in model.modules() if type(each).__name__ in layers] + [model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     atexit.register(_leave)
 
 
@@ -44,19 +52,21 @@ def whole(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-@contextmanager
-def reducing(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
-    """For the backward in this context: whether it is the last of a step, in which gradients are summed over ranks."""
+def reduce_in_next_backward(model: nn.Module, last: bool) -> None:
+    """Whether the next backward is the last of a step, in which gradients are averaged over ranks and weights become shards."""
     for unit in _units(model):
         unit.set_requires_gradient_sync(last, recurse=False)
         unit.set_reshard_after_backward(last, recurse=False)
-    with nullcontext() if last else accelerator.no_sync(model):
-        yield
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds a share of the weights."""
+    return bool(_units(model))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, as they are: those of a sharded model must be ``whole``."""
-    if not _units(model):
+    if not is_sharded(model):
         return model.state_dict(keep_vars=True)  # of a sharded one, this would be its shards
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():

@@ -26,7 +26,7 @@ from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
 from switchkd.divergences import log_probs
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
-from switchkd.loss import CHUNK_BYTES, Head, TeacherTopK, response_hidden
+from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
 from switchkd.models import Pair
 from switchkd.storage import staged_file, write_file
 from switchkd.teacher_store import (
@@ -293,7 +293,8 @@ def _recorder(pair: Pair, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str
 
 def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
     """The k largest log-probabilities with their ids, a chunk of tokens at a time: ``[N, V]`` never exists."""
-    parts = [log_probs(head(h)).topk(k) for h in hidden.split(max(1, CHUNK_BYTES // (4 * head.vocab_size)))]
+    tokens = max(1, sizes_on(hidden.device).chunk // (4 * head.vocab_size))
+    parts = [log_probs(head(h)).topk(k) for h in hidden.split(tokens)]
     values, ids = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return {"ids": ids.int(), "log_probs": values}
 

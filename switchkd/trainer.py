@@ -19,9 +19,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from switchkd import signals
+from switchkd.adapters import has_adapter
 from switchkd.cache import evaluating
 from switchkd.checkpoint import (
     State,
+    Weights,
     check_room,
     load_best,
     load_checkpoint,
@@ -42,6 +44,7 @@ from switchkd.loss import (
     response_tokens,
     total,
 )
+from switchkd.masters import Masters
 from switchkd.memory import halving
 from switchkd.metrics import Metrics, memory_bytes, or_none, rollout_metrics
 from switchkd.mixes import Source
@@ -50,11 +53,18 @@ from switchkd.nonfinite import blame, broken_weight
 from switchkd.objectives import CrossEntropy, Objective
 from switchkd.optimizer import adamw, learning_rate, total_steps
 from switchkd.pace import Stopwatch
-from switchkd.processes import all_rollouts, check_unsharded, from_main, new_accelerator, slowest, stop_together
+from switchkd.processes import (
+    all_rollouts,
+    from_main,
+    new_accelerator,
+    slowest,
+    stop_together,
+    with_launchers_settings,
+)
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.sampling import keyed_uniform, noise_key
-from switchkd.sharding import clip, gather, reducing, shard, whole
+from switchkd.sharding import clip, gather, is_sharded, reduce_in_next_backward, shard, whole
 from switchkd.statistics import lower_is_better
 from switchkd.storage import append_lines
 from switchkd.teacher_cache import TeacherCache
@@ -94,14 +104,14 @@ class Trainer:
         validation: Sequence[TokenizedExample] = (),
         corpus: Sequence[TokenizedExample] = (),
     ):
-        self.pair, self.examples, self.config = pair, examples, config
+        self.accelerator = accelerator or new_accelerator()
+        self.config = config = with_launchers_settings(self.accelerator, config)
+        self.pair, self.examples = pair, examples
         self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
             )
-        self.accelerator = accelerator or new_accelerator()
-        check_unsharded(self.accelerator)
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
         self.replay: list[Rollout] = []
@@ -120,12 +130,12 @@ class Trainer:
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.head = Head.of(pair.student, pair.vocab_size)
+        self.student = pair.student.to(self.accelerator.device)
+        compute = torch.bfloat16 if config.dtype == "bfloat16" else None  # else what the student was loaded in
         if config.fsdp and self.accelerator.num_processes > 1:
-            shard(pair.student.to(self.accelerator.device), self.accelerator)
-            self.student = pair.student
-            self.optimizer = self.accelerator.prepare(adamw(pair.student, config), device_placement=[False])
-        else:
-            self.student, self.optimizer = self.accelerator.prepare(pair.student, adamw(pair.student, config))
+            shard(self.student, self.accelerator, compute or self.student.dtype)
+        self.masters = Masters(self.student, compute)
+        self.optimizer = adamw(list(self.masters.named.values()), config)
         self.teachers = Teachers(pair, self.accelerator.device)
 
     def train(
@@ -180,9 +190,10 @@ class Trainer:
         metrics, steps, records = dict(self.due), self.config.eval_steps, []
         main, sampling = self.accelerator.is_main_process, self._every(self.config.sample_steps)
         scoring = bool(metrics and steps) and self.step % steps == 0
+        weights = self.masters.whole() if scoring and self.config.metric_for_best_model else {}
         with whole(self.student) if scoring or sampling else nullcontext():
             if main and scoring and evaluate:
-                metrics |= self._evaluated(evaluate)
+                metrics |= self._evaluated(evaluate, weights)
             if main and sampling and sample:
                 records = [{"step": self.step, **record} for record in sample(self.progress)]
         if main:
@@ -267,16 +278,15 @@ class Trainer:
         budget = self.config.max_train_tokens or self.config.max_train_seconds
         return self.step / self.progress if budget and self.step else self.total_steps
 
-    def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]]) -> Metrics:
-        """The student's scores now; the best student so far is kept."""
+    def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]], weights: Weights) -> Metrics:
+        """The student's scores now; the best student so far is kept, with its masters, ``weights``."""
         start = time.perf_counter()
-        student = self.accelerator.unwrap_model(self.student)
-        scores = evaluate(student)
+        scores = evaluate(self.student)
         if name := self.config.metric_for_best_model:
             sign = -1 if lower_is_better(name) else 1
             if not self.best or sign * scores[name] > sign * self.best["score"]:
                 self.best = {"step": self.step, "score": scores[name]}
-                save_best(self.run, self.step, student, self.pair.tokenizer)
+                save_best(self.run, self.step, self.student, self.pair.tokenizer, weights)
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
@@ -292,18 +302,17 @@ class Trainer:
         if broken := self._broken_weight():
             since = "after the update; lower learning_rate" if self.step else "before training; take another student"
             raise NonFiniteError(f"step {self.step}: {broken} is not finite {since}")
-        student = self.accelerator.unwrap_model(self.student)
-        moments = moments_of(student, _inner(self.optimizer))
-        with whole(student):
+        weights, moments = self.masters.whole(), moments_of(self.masters, self.optimizer)
+        with whole(self.student):
             if self.accelerator.is_main_process:
                 sync_records(self.run)
                 keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
-                save_checkpoint(self.run, self._state(), student, tokenizer, moments, keep)
+                save_checkpoint(self.run, self._state(), self.student, tokenizer, weights, moments, keep)
             self.accelerator.wait_for_everyone()
 
     def _broken_weight(self) -> str:
         """A weight or moment that is not finite, on whichever rank; "" if all are."""
-        return max(gather_object([broken_weight(self.student, self.optimizer)]))
+        return max(gather_object([broken_weight(self.masters, self.optimizer)]))
 
     def _state(self) -> State:
         return {
@@ -323,7 +332,7 @@ class Trainer:
         Raises CheckpointError if that cannot be.
         """
         folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, self.config.resume_from))
-        state = load_checkpoint(folder, self.accelerator.unwrap_model(self.student), _inner(self.optimizer))
+        state = load_checkpoint(folder, self.student, self.masters, self.optimizer)
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
         self.best, self.due = state["best"], state["due"]
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
@@ -336,7 +345,17 @@ class Trainer:
         """Take the weights of the best student that evaluations saw, if they looked for one, on every rank."""
         self.best = from_main(self.accelerator, lambda: self.best)
         if self.best:
-            load_best(self.run, int(self.best["step"]), self.accelerator.unwrap_model(self.student))
+            load_best(self.run, int(self.best["step"]), self.student, self.masters)
+
+    def final_weights(self) -> tuple[Weights, torch.dtype]:
+        """The masters, whole, and the dtype that the student is to be saved in, to which it is rounded now. All ranks must ask."""
+        name: str = self.config.save_dtype
+        if name == "auto":
+            own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
+            name = str(self.masters.dtype).removeprefix("torch.") if own else self.pair.folder_dtype
+        dtype: torch.dtype = getattr(torch, name)
+        self.masters.round_to(dtype)
+        return self.masters.whole(), dtype
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""
@@ -436,13 +455,15 @@ class Trainer:
         own = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
         tokens = accelerator.reduce(own.to(accelerator.device), "sum").tolist()
         sums = self._fitting(partial(self._gradients, parts, tokens), "training")
+        self.masters.sum_gradients(accelerator)
         losses = accelerator.reduce(sums, "sum").tolist()
-        grad_norm = clip(list(self.student.parameters()), self.config.max_grad_norm or math.inf)
+        grad_norm = clip(list(self.masters.named.values()), self.config.max_grad_norm or math.inf)
         self._check_finite(parts, losses, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.masters.publish()
         self.step += 1
         return losses, tokens[0], grad_norm
 
@@ -454,14 +475,15 @@ class Trainer:
         accelerator = self.accelerator
         micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
         sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
+        # The loss is a sum over all ranks' tokens, divided once; shards get the mean of all ranks' gradients.
+        averaged = accelerator.num_processes if is_sharded(self.student) else 1
         self.optimizer.zero_grad()  # of a try that was given up
         for micro, (i, start) in enumerate(micros):
             signals.check()
-            syncs = reducing(accelerator, self.student, last=micro == len(micros) - 1)
-            with syncs, self._keyed_dropout(accelerator.process_index * len(micros) + micro):
+            reduce_in_next_backward(self.student, last=micro == len(micros) - 1)
+            with self._keyed_dropout(accelerator.process_index * len(micros) + micro):
                 loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
-                # DDP averages gradients over ranks; the loss is a sum over all ranks' tokens divided once.
-                accelerator.backward(loss * (parts[i].weight * accelerator.num_processes))
+                (loss * (parts[i].weight * averaged)).backward()
             sums[i] += loss.detach()
         return sums
 
@@ -476,7 +498,7 @@ class Trainer:
         start = self.watch.now()
         teacher = self.teachers(rows) if objective.reads_teacher else None
         self.watch.lap(len(rows), start)
-        return response_hidden(self.accelerator.unwrap_model(self.student), batch, self.student), batch, teacher
+        return response_hidden(self.student, batch), batch, teacher
 
     def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
         if all(map(math.isfinite, [*losses, grad_norm])):
@@ -501,8 +523,3 @@ class Trainer:
                 yield
             finally:
                 self.student.eval()
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that accelerate wraps."""
-    return optimizer.optimizer

@@ -127,8 +127,7 @@ def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
     names, parameters = zip(*student.named_parameters(), strict=True)
     expected = torch.autograd.grad(expected_loss / 7, parameters)
     for rows, piece in ((100, 100), (5, 2), (3, 3), (1, 1)):
-        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * rows)
-        monkeypatch.setattr(loss, "PIECE_BYTES", 4 * VOCAB * piece)
+        monkeypatch.setattr(loss, "CPU_SIZES", loss.Sizes(4 * VOCAB * rows, 4 * VOCAB * piece))
         ours_loss = total(student, teacher, ROWS, objective)
         torch.testing.assert_close(ours_loss, expected_loss, atol=1e-12, rtol=1e-12)
         for name, ours, wanted in zip(names, torch.autograd.grad(ours_loss / 7, parameters), expected, strict=True):

@@ -158,7 +158,7 @@ def test_a_second_corpus_adds_its_own_mean(tmp_path):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         t = trainer(tmp_path / name, pair, mix=GroundTruth(), max_grad_norm=0.0, **settings)
-        t.optimizer.optimizer.register_step_pre_hook(
+        t.optimizer.register_step_pre_hook(
             lambda *_: gradients.update({name: [p.grad.clone() for p in t.pair.student.parameters()]})
         )
         return t.train_step()[0]

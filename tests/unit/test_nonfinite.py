@@ -100,7 +100,7 @@ def overflowing(folder, step, **changes):
             with torch.no_grad():
                 t.pair.student.lm_head.weight[3, 1] = math.inf
 
-    t.optimizer.optimizer.register_step_post_hook(overflow)
+    t.optimizer.register_step_post_hook(overflow)
     return t
 
 

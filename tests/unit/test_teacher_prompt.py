@@ -28,6 +28,7 @@ from switchkd.divergences import forward_kl, log_probs
 from switchkd.errors import CheckpointError, ConfigError, DataError
 from switchkd.evaluation import EvalSettings, evaluate
 from switchkd.loss import response_hidden
+from switchkd.masters import Masters
 from switchkd.mixes import Adaptive, Generated, GroundTruth, Pairs
 from switchkd.models import cache_bytes_per_token, load_pair
 from switchkd.objectives import DistiLLM2, ForwardKL
@@ -450,7 +451,7 @@ def test_contexts_and_memory_count_the_teachers_prompt(place):
         ConfigError, match=rf"under teacher_prompt of up to {limit} \+ completion 150 .* the teacher's context"
     ):
         check_context(told, pair)
-    caches = [memory_estimate(config, pair)["key/value caches"] for config in (plain, told)]
+    caches = [memory_estimate(config, pair, Masters(pair.student))["key/value caches"] for config in (plain, told)]
     assert caches[1] / caches[0] == pytest.approx((300 + limit + 100) / 600)
 
 

@@ -20,6 +20,7 @@ from switchkd.config import ModelConfig, TrainConfig, from_dict, load_recipe, to
 from switchkd.data import Example, Message, by_teacher, load_examples, tokenize
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, ConfigError, DataError, ModelError, VocabularyError
+from switchkd.masters import Masters
 from switchkd.mixes import Adaptive, Generated
 from switchkd.objectives import ForwardKL, MiniLLM, ReverseKL
 from switchkd.policies import MixIn
@@ -108,7 +109,7 @@ def test_text_does_not_depend_on_the_company_of_other_teachers():
 @pytest.mark.parametrize("source", ["policy", "examples"])
 def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeypatch, source, chunk_tokens):
     """Whatever the split into micro-batches and chunks; each teacher reads its own rows, the student each batch once."""
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_tokens * 4 * 23)
+    monkeypatch.setattr(loss_module, "CPU_SIZES", loss_module.Sizes(chunk_tokens * 4 * 23, 2**21))
     runs = []
     for size in (8, 4, 1):
         gradients, metrics, rollouts = gradient_step(
@@ -261,8 +262,8 @@ def test_teachers_are_checked_frozen_and_loaded_once(tmp_path, monkeypatch):
     assert pair.teachers["other"] is not pair.teacher and list(pair.named_teachers) == ["", *teachers]
     assert not any(p.requires_grad or m.training for m in pair.named_teachers.values() for p in m.parameters())
     assert all(p.requires_grad for p in pair.student.parameters()) and pair.warnings == ()
-    need = memory_estimate(TrainConfig(), pair)
-    assert need["teacher"] == 2 * need["student"]
+    need = memory_estimate(TrainConfig(), pair, Masters(pair.student))
+    assert need["teacher, in float32"] == 2 * need["the student's trained weights, as they are updated, in float32"]
 
 
 def test_base_may_be_one_of_several(tmp_path):

@@ -56,7 +56,7 @@ def without_times(records):
 def gradient_step(folder, **changes):
     t = trainer(folder, **changes)
     gradients = {}
-    t.optimizer.optimizer.register_step_pre_hook(
+    t.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in t.pair.student.named_parameters()})
     )
     metrics, rollouts = t.train_step()

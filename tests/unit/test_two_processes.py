@@ -60,7 +60,7 @@ trainer.train(
     sample=lambda progress: [dict(logits=trainer.pair.student(torch.tensor([[3, 4, 5]])).logits[0, -1].tolist())],
 )
 with whole(trainer.student):
-    weights = dict((name, p.detach().clone()) for name, p in accelerator.unwrap_model(trainer.student).named_parameters())
+    weights = dict((name, p.detach().clone()) for name, p in trainer.student.named_parameters())
 sharded = sum(p.to_local().numel() for p in trainer.student.parameters()) if {fsdp} and {processes} > 1 else 0
 if accelerator.is_main_process:
     assert accelerator.num_processes == {processes}
@@ -139,8 +139,8 @@ from switchkd import trainer as module
 gather, gathered = module.gather, []
 module.gather = lambda model: gathered or gathered.append(gather(model))
 torch.distributed.fsdp.FSDPModule.reshard = lambda unit: None
-reducing = module.reducing
-module.reducing = lambda accelerator, model, last: reducing(accelerator, model, last=False)
+reducing = module.reduce_in_next_backward
+module.reduce_in_next_backward = lambda model, last: reducing(model, last=False)
 """,
     "both ranks read the same rows": """
 from switchkd import trainer as module

@@ -1,0 +1,39 @@
+"""Which dtype ``auto`` means: what models multiply in on this device. (``masters`` keeps in float32 what is trained.)"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from switchkd.config import ModelConfig
+
+if TYPE_CHECKING:  # `switchkd --help` answers without loading torch
+    import torch
+
+Settings = TypeVar("Settings", bound=ModelConfig)
+AUTO = "auto"
+
+
+def good_at_bfloat16(device: "torch.device") -> bool:
+    """Whether products in bfloat16 are made by the device itself. On a CPU they are mostly slower than those in float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu"
+
+
+def chosen_dtype(name: str, device: "torch.device") -> str:
+    """``name``, or what ``auto`` means on this device: bfloat16 where it is good at it, else float32."""
+    return name if name != AUTO else "bfloat16" if good_at_bfloat16(device) else "float32"
+
+
+def chosen_teacher_dtype(name: str, student: str, device: "torch.device") -> str:
+    """``name``, or what ``auto`` means: float64 beside a student in float64, whose run is to be exact, else by device."""
+    return "float64" if name == AUTO and student == "float64" else chosen_dtype(name, device)
+
+
+def with_dtypes(config: Settings, device: "torch.device") -> Settings:
+    """The same settings with ``auto`` replaced by what it means on this device. A teacher on the student's base has its dtype."""
+    dtype = chosen_dtype(config.dtype, device)
+    teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, device)
+    chosen: dict[str, Any] = {"dtype": dtype, "teacher_dtype": teacher}
+    return replace(config, **chosen)
