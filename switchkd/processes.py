@@ -68,6 +68,7 @@ def _refuse_foreign(accelerator: Accelerator) -> None:
         f"mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision not in ("no", "bf16"),
         f"the dynamo backend {dynamo.backend.value}": dynamo.backend != DynamoBackend.NO,
         f"parallelism_config {ways}": ways is not None and ways.total_size > 1,
+        "device_placement False": not accelerator.device_placement,
         "DistributedDataParallelKwargs": accelerator.ddp_handler is not None,
         "AutocastKwargs": accelerator.autocast_handler is not None,
     }

@@ -404,6 +404,7 @@ def test_what_an_accelerator_was_told_and_means_the_same_here_is_taken_over(tmp_
         ({"dynamo_backend": "eager"}, {}, "the dynamo backend EAGER, which has no meaning here"),
         ({"kwargs_handlers": [DistributedDataParallelKwargs()]}, {}, "DistributedDataParallelKwargs"),
         ({"kwargs_handlers": [AutocastKwargs(enabled=False)]}, {}, "AutocastKwargs"),
+        ({"device_placement": False}, {}, "device_placement False, which has no meaning here"),
         ({"mixed_precision": "bf16"}, {"dtype": "float32"}, "dtype is float32 in the settings and bfloat16 in the accelerator"),
         ({"gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps is 2 in the settings and 4 in the accelerator"),
     ],
