@@ -11,6 +11,8 @@ from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
 from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
 from switchkd.lock import LOCK
+from switchkd.models import default_device
+from switchkd.precision import with_dtypes
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
 from switchkd.storage import discard, set_aside, write_file
 from switchkd.teacher_store import json_sha256
@@ -24,7 +26,7 @@ ORIGIN = "origin.json"
 def check_run(run: Path, config: TrainConfig) -> None:
     """Raise ConfigError for a directory that holds something, or one to resume that was started with other settings."""
     if config.resumes:
-        before, now = to_dict(read_config(run)), to_dict(config)
+        before, now = (to_dict(with_dtypes(each, default_device())) for each in (read_config(run), config))
         free = FREE_ON_RESUME | set(config.allow_change)
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
     elif begun(run):

@@ -37,8 +37,9 @@ class Masters:
                 parameter.data = parameter.data.to(dtype)
 
     def _master(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        wide = torch.promote_types(parameter.dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(parameter.dtype, dtype), torch.float32)
         if wide == dtype:
+            parameter.data = parameter.data.to(wide)
             return parameter
         if dtype == torch.float16:
             raise ConfigError(

@@ -131,7 +131,9 @@ class Trainer:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.head = Head.of(pair.student, pair.vocab_size)
         self.student = pair.student.to(self.accelerator.device)
-        compute = torch.bfloat16 if config.dtype == "bfloat16" else None  # else what the student was loaded in
+        compute = (
+            None if config.dtype == "auto" else getattr(torch, config.dtype)
+        )  # None: what the student was loaded in
         if config.fsdp and self.accelerator.num_processes > 1:
             shard(self.student, self.accelerator, compute or self.student.dtype)
         self.masters = Masters(self.student, compute)

@@ -321,6 +321,15 @@ def test_a_student_that_was_loaded_in_bfloat16_gets_masters_too(tmp_path):
         adamw(list(t.student.parameters()), SETTINGS)
 
 
+@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_student_multiplies_in_what_the_settings_say_whatever_it_was_loaded_in(tmp_path, dtype, loaded):
+    t = trainer(tmp_path, toy_pair(dtype=loaded), dtype=dtype)
+    assert {p.dtype for p in t.student.parameters()} == {getattr(torch, dtype)}
+    assert t.masters.dtype == torch.promote_types(torch.promote_types(loaded, getattr(torch, dtype)), torch.float32)
+    t.train_step()
+
+
 def test_decoding_and_scores_use_the_same_rounded_weights(tmp_path):
     t = trainer(tmp_path, dtype="bfloat16", mix=Generated(1.0), learning_rate=1e-2)
     t.train_step()
