@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from switchkd.ends import named
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.formats import Format, Message, examples_of, format_of, text_field
 from switchkd.hub import PREFIX, hub_rows
@@ -253,20 +254,22 @@ def tokenize(
     max_prompt_length: int,
     max_completion_length: int,
     teacher_prompt: str = "",
+    eos_token_ids: Collection[int] = (),
 ) -> tuple[list[TokenizedExample], DropCounts]:
     """Prompts and completions as token ids; lengths are in tokens, the end-of-turn token counts.
 
     A prompt longer than ``max_prompt_length`` is dropped: a cut prompt is another question. A longer completion is cut
-    and gets no end token. An example whose own text spells out the end token is dropped, since generation would have
-    stopped there. ``teacher_prompt`` is what the teacher reads in place of the last user turn, with the fields {prompt} and
+    and gets no end token. ``eos_token_ids`` stop generation (a pair's; default: the tokenizer's eos token, and what the template
+    closes with). An example whose own text spells out one of them is dropped, since generation would have stopped there.
+    ``teacher_prompt`` is what the teacher reads in place of the last user turn, with the fields {prompt} and
     {completion}; an example of which that is longer than ``teacher_prompt_limit`` is dropped too. Raises ConfigError for a
-    template or tokenizer that cannot be used, DataError when nothing is left.
+    template or tokenizer that cannot be used or an end at which nothing stops, DataError when nothing is left.
     """
     if min(max_prompt_length, max_completion_length) < 1:
         raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
     kept: list[TokenizedExample] = []
     long_prompts = long_teacher_prompts = end_tokens = 0
-    encode = Encoder(tokenizer, template)
+    encode = Encoder(tokenizer, template, frozenset(eos_token_ids))
     limit = teacher_prompt_limit(tokenizer, teacher_prompt, max_prompt_length, max_completion_length)
     teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
     for example, (prompt_ids, completion_ids), teacher_ids in zip(
@@ -276,8 +279,10 @@ def tokenize(
             long_prompts += 1
         elif len(teacher_ids or ()) > limit:
             long_teacher_prompts += 1
-        elif {completion_ids[-1], tokenizer.eos_token_id}.intersection(completion_ids[:-1]):
+        elif _spells_end(example.completion, completion_ids, eos_token_ids, tokenizer):
             end_tokens += 1
+        elif eos_token_ids and completion_ids[-1] not in eos_token_ids:
+            raise ConfigError(_stops_nothing(example.source, completion_ids[-1], eos_token_ids, tokenizer))
         else:
             cut = completion_ids[:max_completion_length]
             truncated = len(cut) < len(completion_ids)
@@ -306,6 +311,23 @@ def tokenize(
             )
         )
     return kept, counts
+
+
+def _spells_end(
+    text: str, completion_ids: list[int], eos_token_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether a completion holds an end token that is its own, and not its end."""
+    ends = {*(eos_token_ids or (tokenizer.eos_token_id,)), completion_ids[-1]}
+    marks = (str(token) for index, token in tokenizer.added_tokens_decoder.items() if index in ends)
+    return not ends.isdisjoint(completion_ids[:-1]) or any(mark in text for mark in marks)
+
+
+def _stops_nothing(source: str, end: int, stops: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return (
+        f"{source}: the template closes the completion with {named([end], tokenizer)}, at which nothing stops: texts end at "
+        f"{named(stops, tokenizer)}. Load the pair for that template (load_pair's template), use 'alpaca' or 'none', or add the id "
+        "to eos_token_id in both models' generation_config.json"
+    )
 
 
 def teacher_prompt_limit(

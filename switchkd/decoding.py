@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import by_teacher
-from switchkd.divergences import log_probs
+from switchkd.ends import Ends
 from switchkd.engine import BlockEngine
 from switchkd.errors import ConfigError
 from switchkd.linear import packed
@@ -51,7 +51,7 @@ def decode_reference(
     temperature: float = 1.0,
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: Sequence[int] | Ends | None = None,
     vocab_size: int | None = None,
     *,
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
@@ -69,8 +69,8 @@ def decode_reference(
         while row.stop_reason is None:
             t = len(row.completion)
             with evaluating(student, teacher):
-                logq = _next_log_probs(student, row.tokens_of(STUDENT), job.vocab_size)
-                logp = _next_log_probs(teacher, row.tokens_of(TEACHER), job.vocab_size)
+                logq = _next_log_probs(student, row.tokens_of(STUDENT), job)
+                logp = _next_log_probs(teacher, row.tokens_of(TEACHER), job)
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
@@ -82,10 +82,10 @@ def decode_reference(
     return Rollouts([row.rollout() for row in job.rows])
 
 
-def _next_log_probs(model: PreTrainedModel, tokens: list[int], vocab_size: int) -> Tensor:
+def _next_log_probs(model: PreTrainedModel, tokens: list[int], job: Job) -> Tensor:
     """``[1, V]`` on the host, where the reference loop decides."""
     ids = torch.tensor([tokens], device=next(model.parameters()).device)
-    return log_probs(model(ids).logits[:, -1, :vocab_size]).cpu()
+    return job.ends.log_probs(model(ids).logits[:, -1, : job.vocab_size]).cpu()
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def decode(
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
     block_size: int | Literal["auto"] = "auto",
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: Sequence[int] | Ends | None = None,
     batch_size: int | None = None,
     *,
     drafter: Drafter = "auto",
@@ -124,7 +124,8 @@ def decode(
         sample_ids: one id a prompt (default: its index); equal (seed, id, prompt) give equal text in any batch.
         block_size: positions decided in one round; "auto" chooses by running agreement and measured cost. It moves time,
             never tokens.
-        eos_token_ids: ids that end a row (default: what the models' generation configs name).
+        eos_token_ids: ids that end a row, or a pair's ``ends``, which also say whether they are one event (default: what the
+            models' generation configs name, as ``load_pair`` leaves them).
         batch_size: rows decoded together; a finished row's place goes to the next prompt. Where memory runs out, all rows are
             decoded again with half as many together.
         drafter: which model proposes the block. It moves time, never tokens.
@@ -234,7 +235,7 @@ def _decode_with(
         [example.prompt_ids for example in examples],
         **settings,
         sample_ids=sample_ids,
-        eos_token_ids=pair.eos_token_ids,
+        eos_token_ids=pair.ends,
         vocab_size=pair.vocab_size,
         teacher_prompt_ids=[example.teacher_reads for example in examples] if own else None,
         progress=progress,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from switchkd.cache import CachedModel
-from switchkd.divergences import log_probs
 from switchkd.pace import Pace, Plan, Stopwatch
 from switchkd.policies import STUDENT, TEACHER, State
 from switchkd.rollouts import DecodeCost
@@ -59,7 +58,7 @@ class BlockEngine:
         width = job.teacher.config.get_text_config().hidden_size * job.teacher.dtype.itemsize
         fits = len(job.rows) * job.max_new_tokens * width <= HIDDEN_BYTES
         self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
-        self.eos = torch.tensor(sorted(job.eos_token_ids), dtype=torch.int64, device=self.device)
+        self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
         self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
@@ -106,7 +105,7 @@ class BlockEngine:
         for k in range(block.plan.forwards):
             draft = block.drafts[-1].unsqueeze(1) if k else None
             logits = self._forward(who, rows, draft, texts=k == 0)
-            logs = log_probs(logits[:, 0])
+            logs = self.job.ends.log_probs(logits[:, 0])
             block.logs[who].append(logs)
             block.drafts.append(self._own_draw(who, logs, block.noise[k]))
             hidden.append(self.models[who].hidden)
@@ -130,7 +129,7 @@ class BlockEngine:
             index = torch.tensor(rows, device=self.device)
             drafts = torch.stack(block.drafts, 1)[index, : block.plan.block - 1] if block.plan.block > 1 else None
             logits = self._forward(who, rows, drafts, texts=True)
-            own = [log_probs(logits[:, k]) for k in range(block.plan.block)]
+            own = [self.job.ends.log_probs(logits[:, k]) for k in range(block.plan.block)]
             if len(rows) < len(self.rows):
                 own = [logs.index_copy(0, index, part) for logs, part in zip(block.logs[drafter], own, strict=True)]
             block.logs[who] = own

@@ -19,7 +19,7 @@ from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
 from switchkd.decoding import decode
-from switchkd.divergences import forward_kl, log_probs
+from switchkd.divergences import forward_kl
 from switchkd.errors import ConfigError, DataError
 from switchkd.generate_backend import complete_by_generate
 from switchkd.loss import Head, response_hidden
@@ -162,7 +162,7 @@ def complete(
     for seed in settings.passes:
         write = _by_generate if settings.backend == "generate" else _by_engine
         written = write(pair, model, examples, settings, seed or 0, progress)
-        texts = pair.tokenizer.batch_decode([own for own, _ in written], skip_special_tokens=True)
+        texts = pair.tokenizer.batch_decode([pair.ends.before(own) for own, _ in written], skip_special_tokens=True)
         completions.append([
             Completion(example.id, seed, text, len(own), reason)
             for example, text, (own, reason) in zip(examples, texts, written, strict=True)
@@ -197,7 +197,7 @@ def _by_engine(
         settings.temperature,
         seed,
         sample_ids=[example.id for example in examples],
-        eos_token_ids=pair.eos_token_ids,
+        eos_token_ids=pair.ends,
         batch_size=settings.batch_size,
         vocab_size=pair.vocab_size,
         progress=on_round,
@@ -224,7 +224,7 @@ def _by_generate(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=seed,
-        eos_token_ids=pair.eos_token_ids,
+        eos_token_ids=pair.ends,
         vocab_size=pair.vocab_size,
         batch_size=settings.batch_size,
         progress=lambda count: progress(count, None),
@@ -258,7 +258,7 @@ def _token_sums(
     Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
     """
     sums = np.zeros((3, len(POSITION_BANDS), len(rows)))
-    heads = Head.of(pair.teacher, pair.vocab_size), Head.of(model, pair.vocab_size)
+    heads = [Head.of(each, pair.vocab_size, pair.ends) for each in (pair.teacher, model)]
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
     def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -283,18 +283,18 @@ def _token_sums(
 
 
 def _token_losses(
-    pair: Pair, model: PreTrainedModel, heads: tuple[Head, Head], rows: Sequence[Prompt]
+    pair: Pair, model: PreTrainedModel, heads: Sequence[Head], rows: Sequence[Prompt]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
     batch = collate(rows).to(model.device)
-    targets = batch.input_ids[batch.loss_mask]
+    targets = pair.ends.events(batch.input_ids[batch.loss_mask])
     head_p, head_q = heads
     hidden_q = response_hidden(model, batch)
     hidden_p = hidden_q if model is pair.teacher else response_hidden(pair.teacher, batch)
     kl, nll = [], []
     for part in _chunks(len(targets)):
-        logq = log_probs(head_q(hidden_q[part]))
-        logp = logq if model is pair.teacher else log_probs(head_p(hidden_p[part]))
+        logq = head_q.log_probs(head_q(hidden_q[part]))
+        logp = logq if model is pair.teacher else head_p.log_probs(head_p(hidden_p[part]))
         kl.append(forward_kl(logp, logq).double())
         nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0].double())
     return torch.cat(kl).cpu().numpy(), torch.cat(nll).cpu().numpy()

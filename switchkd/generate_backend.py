@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from switchkd import signals
 from switchkd.cache import evaluating
+from switchkd.ends import Ends
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import context_length
 from switchkd.sampling import noise_key
@@ -28,7 +30,7 @@ def complete_by_generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] | Ends = (),
     vocab_size: int | None = None,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda _: None,
@@ -48,15 +50,17 @@ def complete_by_generate(
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be finite and at least 0 (0 is greedy), got {temperature}")
     _check_prompts(prompt_ids, max_new_tokens, context_length(model))
-    settings = _settings(model, max_new_tokens, temperature, sorted(eos_token_ids), vocab_size)
+    rows = model.get_output_embeddings().weight.shape[0]
+    ends = Ends.asked(eos_token_ids, rows if vocab_size is None else vocab_size, model)
+    settings = _settings(model, max_new_tokens, temperature, list(ends.ids), vocab_size)
     completions: list[Completion] = []
     with evaluating(model), _own_config_aside(model):
         for start in range(0, len(prompt_ids), batch_size):
             signals.check()
             part = prompt_ids[start : start + batch_size]
             with _seeded(model.device, noise_key(seed, start, 0)):
-                rows = _generate(model, part, settings)
-            completions += [_cut(row, eos_token_ids) for row in rows]
+                texts = _generate(model, part, settings, ends)
+            completions += [_cut(text, ends.ids) for text in texts]
             progress(len(part))
     return completions
 
@@ -77,13 +81,22 @@ def _settings(
     )
 
 
-def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, ends: Ends
+) -> list[list[int]]:
     """What ``generate`` writes after each prompt: prompts end together (padding is on the left), so answers start together."""
     longest = max(map(len, prompts))
     padded = [[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, attention_mask = (torch.tensor(rows, device=model.device) for rows in (padded, mask))
-    return model.generate(ids, attention_mask=attention_mask, generation_config=settings)[:, longest:].tolist()
+
+    def law(_: Tensor, logits: Tensor) -> Tensor:
+        """The model's law with its ends merged; generate's temperature comes after it."""
+        return ends.log_probs(logits)
+
+    merge = LogitsProcessorList([] if ends.merged_into is None else [law])
+    written = model.generate(ids, attention_mask=attention_mask, generation_config=settings, logits_processor=merge)
+    return written[:, longest:].tolist()
 
 
 def _cut(row: list[int], eos_token_ids: Sequence[int]) -> Completion:

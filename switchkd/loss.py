@@ -7,7 +7,7 @@ Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N res
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from switchkd import divergences
 from switchkd.cache import evaluating, head_inputs
 from switchkd.data import Batch
+from switchkd.ends import NO_ENDS, Ends
 from switchkd.errors import ModelError
 from switchkd.objectives import Objective, Tokens
 
@@ -48,10 +49,11 @@ class Head:
     vocab_size: int
     scale: float = 1.0
     softcap: float | None = None
+    ends: Ends = NO_ENDS
 
     @staticmethod
-    def of(model: PreTrainedModel, vocab_size: int) -> "Head":
-        """The model's own head, cut to the first ``vocab_size`` ids.
+    def of(model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS) -> "Head":
+        """The model's own head, cut to the first ``vocab_size`` ids; ``ends`` say what of its law is merged.
 
         Raises:
             ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer.
@@ -65,7 +67,7 @@ class Head:
         config = model.config.get_text_config()
         # Cohere multiplies, Granite divides, Gemma caps.
         scale = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
-        head = Head(linear, vocab_size, scale, getattr(config, "final_logit_softcapping", None))
+        head = Head(linear, vocab_size, scale, getattr(config, "final_logit_softcapping", None), ends)
         head._check(model)
         return head
 
@@ -81,6 +83,10 @@ class Head:
         """Scale and cap."""
         logits = raw if self.scale == 1.0 else raw * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities ``[..., vocab_size]`` of the next token as the pair compares them, fp32 or wider."""
+        return self.ends.log_probs(logits)
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[vocab_size, H]`` and bias ``[vocab_size]``, if there is one."""
@@ -113,7 +119,7 @@ class TeacherStates:
     def at(self, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
         """For a chunk of the tokens: a function of a piece of it and the student's ``logq`` there to ``(logp, logq)``."""
         logits = self.head(self.hidden[rows])
-        return lambda piece, logq: (divergences.log_probs(logits[piece]), logq)
+        return lambda piece, logq: (self.head.log_probs(logits[piece]), logq)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +151,8 @@ class SeveralTeachers:
             found.append((places[inside] - rows.start, part.head(part.hidden[inside])))
         logits = torch.cat([own for _, own in found])
         order = torch.cat([places for places, _ in found]).argsort()
-        logits = logits[order]
-        return lambda piece, logq: (divergences.log_probs(logits[piece]), logq)
+        logits, law = logits[order], self.parts[0].head.log_probs  # all of one pair
+        return lambda piece, logq: (law(logits[piece]), logq)
 
 
 Teacher = TeacherStates | TeacherTopK | SeveralTeachers
@@ -158,6 +164,7 @@ def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Ten
     Gradients reach ``hidden`` and the student's ``head``; the teacher is a constant, and None if the objective does not ask
     it.
     """
+    tokens = replace(tokens, ids=head.ends.events(tokens.ids))
     if objective.looks_ahead:
         assert teacher is not None
         tokens = objective.look_ahead(tokens, *_of_text(objective, teacher, head, hidden, tokens))
@@ -195,7 +202,7 @@ class _Total(torch.autograd.Function):
             for piece in _slices(len(h), sizes.piece, head.vocab_size):
                 with torch.set_grad_enabled(any(wants)):
                     leaf = raw[piece].detach().requires_grad_(any(wants))
-                    logp, logq = says(piece, divergences.log_probs(head.finish(leaf)))
+                    logp, logq = says(piece, head.log_probs(head.finish(leaf)))
                     loss = objective.loss(logp, logq, tokens[rows][piece]).sum()
                 total += loss.detach()
                 if any(wants):
@@ -233,7 +240,7 @@ def _of_text(
     """Log-probabilities ``[N]`` of the tokens written, under teacher and student, at the objective's temperature."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for rows in _slices(len(hidden), sizes_on(hidden.device).chunk, head.vocab_size):
-        pair = _says(teacher, rows)(slice(None), divergences.log_probs(head(hidden[rows])))
+        pair = _says(teacher, rows)(slice(None), head.log_probs(head(hidden[rows])))
         for logs, part in zip(pair, found, strict=True):
             part.append(objective.soften(logs).gather(1, tokens.ids[rows].unsqueeze(1))[:, 0])
     empty = hidden.new_zeros(0)

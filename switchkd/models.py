@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from switchkd import signals
 from switchkd.config import BASE
+from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
+from switchkd.ends import eos_token_ids as eos_token_ids
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype
-from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings, shared_eos
+from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,8 @@ class Pair:
     """A teacher (frozen) and a student (trainable) over one tokenizer, both in eval mode.
 
     ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
-    are padding. ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
+    are padding. ``eos_token_ids`` stop a text; where ``merged_eos_token_id`` is one of them, all are one event (``ends``).
+    ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
     more teachers by name, for data rows that name one; all others have ``teacher``. ``folder_dtype`` is what the student's folder
     says that its weights are in, in which a distilled student is saved by default.
     """
@@ -56,6 +59,12 @@ class Pair:
     warnings: tuple[str, ...]
     teachers: "Mapping[str, PreTrainedModel]" = field(default_factory=dict)
     folder_dtype: str = "float32"
+    merged_eos_token_id: int | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """What stops a text, and the law of that."""
+        return Ends(tuple(self.eos_token_ids), self.merged_eos_token_id)
 
     @property
     def named_teachers(self) -> "dict[str, PreTrainedModel]":
@@ -79,6 +88,7 @@ def load_pair(
     lora: "ModelConfig | None" = None,
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
+    template: str | None = None,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
@@ -88,6 +98,8 @@ def load_pair(
     as the first one is, and equal folders are loaded once.
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
+    ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
+    template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
     tokenizers are not equal id by id or a model has too few logits rows.
@@ -111,10 +123,10 @@ def load_pair(
         with _naming(name):
             check_logits_rows(model, vocab_size, "teacher")
             check_logits_rows(student_model, vocab_size, "student")
-            ends = (eos_token_ids(model, tokenizers[name]), eos_token_ids(student_model, student_tokenizer))
-            eos = shared_eos(*ends, vocab_size)
+    ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
     warnings = prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings += told
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
             "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
@@ -122,7 +134,10 @@ def load_pair(
             "adapter already",
         )
     source_dtype = _folder_dtype(student_name)
-    return Pair(models.pop(""), student_model, tokenizer, vocab_size, eos, warnings, models, source_dtype)
+    default = models.pop("")
+    return Pair(
+        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into
+    )
 
 
 def load_model(
@@ -145,6 +160,7 @@ def load_model(
 
         model = load_model(adapter_base(source), dtype, device, load_in_4bit)
         open_adapter(model, Path(source))
+        _take_generation_config(model, Path(source))
         return model
     config = _load_config(source, is_local)
     refuse_recurrent(config)
@@ -168,6 +184,15 @@ def load_model(
             f"first {', '.join(unusable[:3])}; copy or download the model again"
         )
     return model.eval().to(torch_device)
+
+
+def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
+    """What is saved beside an adapter says where its texts end; its base may end them otherwise."""
+    from transformers import GenerationConfig
+
+    if (adapter / "generation_config.json").is_file():
+        with _as_model_error(str(adapter), True):
+            model.generation_config = GenerationConfig.from_pretrained(str(adapter), local_files_only=True)
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -209,29 +234,6 @@ def adapter_base(name: str) -> str:
 def student_base(name: str) -> str:
     """The model that the teacher ``"base"`` of student ``name`` is."""
     return adapter_base(_pair_names(BASE, name)[1])
-
-
-def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Every id that ends a text, sorted: those of generation_config, config and tokenizer together.
-
-    Raises ModelError if none of the three names one.
-    """
-    found = declared_eos(model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
-    if not found:
-        raise ModelError(
-            f"{model.config.model_type}: no EOS token in generation_config.json, config.json or the tokenizer, so no "
-            "text would ever end; set eos_token_id in generation_config.json"
-        )
-    return tuple(sorted(found))
-
-
-def declared_eos(*sources: object) -> set[int]:
-    """All ids that these configs or tokenizers name as ``eos_token_id``: one, several or none each."""
-    found: set[int] = set()
-    for source in sources:
-        value = getattr(source, "eos_token_id", None)
-        found.update([] if value is None else [value] if isinstance(value, int) else value)
-    return found
 
 
 def context_length(model: "PreTrainedModel") -> float:
@@ -318,6 +320,28 @@ def _naming(teacher: str) -> Iterator[None]:
         if not teacher:
             raise
         raise type(error)(f"teacher {teacher!r}: {error}") from error
+
+
+def _ends(
+    teachers: "Mapping[str, PreTrainedModel]",
+    student: "PreTrainedModel",
+    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+    student_tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    template: str | None,
+) -> tuple[Ends, tuple[str, ...]]:
+    """The ends of a pair, which all of its models then declare, and what there is to say of them."""
+    found = {}
+    for name, model in teachers.items():
+        with _naming(name):
+            found[f"teacher {name!r}" if name else "teacher"] = declared_ends(model, tokenizers[name], vocab_size)
+    found["student"] = declared_ends(student, student_tokenizer, vocab_size)
+    models = [*teachers.values(), student]
+    merged = any(merged_by(model) is not None for model in models)
+    ends, told = pair_ends({role: ids for role, (ids, _) in found.items()}, tokenizers[""], template, merged)
+    for model in models:
+        ends.declare(model)
+    return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)
 
 
 def _is_adapter(name: str | Path) -> bool:

@@ -10,7 +10,6 @@ import torch
 
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample
-from switchkd.divergences import log_probs
 from switchkd.masters import Masters
 from switchkd.sharding import local
 
@@ -43,7 +42,7 @@ def _broken(trainer: Trainer, row: Row, objective: Objective) -> str:
     if not row.completion_ids:
         return ""
     hidden, _, teacher = trainer.read([row], objective)
-    logq = log_probs(trainer.head(hidden))
+    logq = trainer.head.log_probs(trainer.head(hidden))
     # Log-softmax spreads one NaN or +inf over its whole row; a log-probability of −inf is a masked token.
     if teacher is not None and teacher.at(slice(0, len(logq)))(slice(None), logq)[0].isnan().any():
         return "the teacher's logits are not finite"

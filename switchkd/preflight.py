@@ -5,6 +5,7 @@ import yaml
 
 from switchkd.base_model import BaseModel
 from switchkd.config import TrainConfig, name_of, to_dict
+from switchkd.ends import named
 from switchkd.loss import sizes_on
 from switchkd.masters import Masters
 from switchkd.models import Pair, cache_bytes_per_token, num_parameters, parameter_bytes
@@ -17,6 +18,7 @@ from switchkd.runs import (
     longest_teacher_prompt,
     role_of,
 )
+from switchkd.templates import Encoder
 from switchkd.tracking import check_trackers
 from switchkd.trainer import Trainer
 
@@ -42,7 +44,10 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
         f"{_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]
-    lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both; end ids {list(pair.eos_token_ids)}")
+    lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both")
+    close = Encoder(pair.tokenizer, config.template, frozenset(pair.eos_token_ids)).end
+    written = "" if close is None else f"; training text closes with {named([close], pair.tokenizer)}"
+    lines.append(f"ends: {pair.ends.words(pair.tokenizer)}{written}")
     budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
     until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
     lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows{until}; text: {name_of(config.mix)}")

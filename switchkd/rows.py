@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd.ends import Ends
 from switchkd.errors import ConfigError
-from switchkd.models import context_length, declared_eos
+from switchkd.models import context_length
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
 
@@ -41,7 +42,7 @@ class Row:
         self.speakers.append(speaker)
         self.divergences.append(divergence)
         self.thresholds.append(threshold)
-        if token in job.eos_token_ids:
+        if token in job.ends.ids:
             self.stop_reason = "eos"
         elif len(self.completion) == job.max_new_tokens:
             self.stop_reason = "length"
@@ -92,7 +93,7 @@ class Job:
     max_new_tokens: int
     temperature: float
     seed: int
-    eos_token_ids: frozenset[int]
+    ends: Ends
     vocab_size: int
 
     def capacity(self, who: int) -> int:
@@ -109,7 +110,7 @@ class Job:
         temperature: float,
         seed: int,
         sample_ids: Sequence[int] | None,
-        eos_token_ids: Sequence[int] | None,
+        eos_token_ids: Sequence[int] | Ends | None,
         vocab_size: int | None,
         teacher_prompt_ids: Sequence[Sequence[int]] | None,
     ) -> "Job":
@@ -127,16 +128,10 @@ class Job:
         shared = min(model.config.get_text_config().vocab_size for model in (student, teacher))
         if vocab_size is not None and not 0 < vocab_size <= shared:
             raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
-        named = (
-            declared_eos(student.generation_config, teacher.generation_config)
-            if eos_token_ids is None
-            else eos_token_ids
-        )
+        ends = Ends.asked(eos_token_ids, vocab_size or shared, student, teacher)
         own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
         rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
-        job = Job(
-            student, teacher, policy, rows, max_new_tokens, temperature, seed, frozenset(named), vocab_size or shared
-        )
+        job = Job(student, teacher, policy, rows, max_new_tokens, temperature, seed, ends, vocab_size or shared)
         for row in rows:
             _check_row(row, job)
         return job

@@ -166,9 +166,16 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     """
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
     lora = config if config.use_peft else None
+    template = config.template if isinstance(config, DataConfig) else None
     dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
     pair = load_pair(
-        *names, dtype=dtype, teacher_dtype=config.teacher_dtype, lora=lora, seed=seed, teachers=config.teachers
+        *names,
+        dtype=dtype,
+        teacher_dtype=config.teacher_dtype,
+        lora=lora,
+        seed=seed,
+        teachers=config.teachers,
+        template=template,
     )
     if not quiet:
         for warning in pair.warnings:
@@ -201,6 +208,7 @@ def prepared(
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         teacher_prompt=teacher_prompt,
+        eos_token_ids=pair.eos_token_ids,
     )
     left_out = {
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
@@ -352,7 +360,7 @@ def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[Tok
         check_text(text, f"prompt {i}")  # a command line may hold bytes that are not UTF-8
     # The template writes whole conversations; the answer is a placeholder that is not used.
     examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
-    encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)
+    encoded = zip(examples, Encoder(pair.tokenizer, template, frozenset(pair.eos_token_ids))(examples), strict=True)
     return [TokenizedExample(example.id, ids, [], (), False, example.source) for example, (ids, _) in encoded]
 
 

@@ -17,7 +17,7 @@ from switchkd.cache import evaluating
 from switchkd.config import TrainConfig
 from switchkd.data import TokenizedExample, collate
 from switchkd.decoding import decode_examples
-from switchkd.divergences import LN2, jsd, log_probs
+from switchkd.divergences import LN2, jsd
 from switchkd.loss import Head, response_hidden
 from switchkd.models import Pair
 from switchkd.policies import Policy, StudentOnly
@@ -59,10 +59,11 @@ class Reader:
         if not completion:
             return torch.empty(0, self.pair.vocab_size)
         if model not in self._heads:
-            self._heads[model] = Head.of(model, self.pair.vocab_size)
+            self._heads[model] = Head.of(model, self.pair.vocab_size, self.pair.ends)
         with evaluating(model):
             batch = collate([(prompt, completion)]).to(next(model.parameters()).device)
-            return log_probs(self._heads[model](response_hidden(model, batch))).cpu()
+            head = self._heads[model]
+            return head.log_probs(head(response_hidden(model, batch))).cpu()
 
 
 def trace(read: Reader, rollout: Rollout) -> Trace:
@@ -98,7 +99,7 @@ def samples(
     records, read = [], Reader(pair)
     for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
         found = trace(read, rollout)
-        text = pair.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        text = pair.tokenizer.decode(pair.ends.before(rollout.completion_ids), skip_special_tokens=True)
         scores = task.score(text, example.references, example.group) if task else {}
         own = {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd}
         records.append(rollout.to_json() | own | {"scores": scores, "reference": next(iter(example.references), None)})

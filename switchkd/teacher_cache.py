@@ -24,7 +24,6 @@ from torch import Tensor
 from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
-from switchkd.divergences import log_probs
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
 from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
 from switchkd.models import Pair
@@ -180,6 +179,8 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
     else:
         wide = torch.promote_types(weight.dtype, torch.float32)
         header |= {"dtype": _name(wide), "top_k": top_k}
+        if pair.ends.merged_into is not None:
+            header |= {"merged_eos_token_ids": [pair.ends.merged_into, *pair.ends.ids]}
     return header | fingerprint(pair, examples, completions=True)
 
 
@@ -288,13 +289,13 @@ def _recorder(pair: Pair, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str
     if kind == "hidden":
         dtype = pair.teacher.get_output_embeddings().weight.dtype
         return lambda hidden: {"hidden": hidden.to(dtype).cpu()}
-    return partial(_largest, Head.of(pair.teacher, pair.vocab_size), top_k)
+    return partial(_largest, Head.of(pair.teacher, pair.vocab_size, pair.ends), top_k)
 
 
 def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
     """The k largest log-probabilities with their ids, a chunk of tokens at a time: ``[N, V]`` never exists."""
     tokens = max(1, sizes_on(hidden.device).chunk // (4 * head.vocab_size))
-    parts = [log_probs(head(h)).topk(k) for h in hidden.split(tokens)]
+    parts = [head.log_probs(head(h)).topk(k) for h in hidden.split(tokens)]
     values, ids = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return {"ids": ids.int(), "log_probs": values}
 

@@ -245,11 +245,13 @@ def _fill_texts(
 def _texts_header(
     pair: Pair, examples: Sequence[TokenizedExample], max_new_tokens: int, temperature: float, seed: int
 ) -> Header:
+    merged = pair.ends.merged_into
     return {
         "format": _FORMAT,
         **fingerprint(pair, examples, completions=False),
         "vocab_size": pair.vocab_size,
         "eos_token_ids": list(pair.eos_token_ids),
+        **({} if merged is None else {"merged_eos_token_id": merged}),
         "max_new_tokens": max_new_tokens,
         "temperature": float(temperature),
         "seed": seed,

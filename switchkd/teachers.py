@@ -18,7 +18,8 @@ class Teachers:
     def __init__(self, pair: Pair, device: torch.device):
         self.pair, self.device = pair, device
         self._heads = {
-            name: Head.of(teacher.to(device), pair.vocab_size) for name, teacher in pair.named_teachers.items()
+            name: Head.of(teacher.to(device), pair.vocab_size, pair.ends)
+            for name, teacher in pair.named_teachers.items()
         }
 
     @torch.no_grad()

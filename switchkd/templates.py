@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TEMPLATES = ("chat", "alpaca", "none")
 TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK = 256
+_PROBE = "It is forty-two."
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -75,18 +76,21 @@ class Encoder:
     """Turns examples into (prompt_ids, completion_ids); a completion ends with the end-of-turn token.
 
     ``chat`` is the tokenizer's own chat template, ``alpaca`` the Alpaca prompt, ``none`` the prompt text as it is.
+    ``eos_token_ids`` stop generation (default: the tokenizer's eos token): of several closing tokens that a chat template
+    writes, the first of these ends the completion, and what stands before it is part of the text.
     Raises ConfigError if the template is unknown or the tokenizer lacks what it needs.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
+    eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
             raise ConfigError(f"unknown template {self.template!r}{nearest(self.template, TEMPLATES)}")
         if self.template == "chat" and not self.tokenizer.chat_template:
             raise ConfigError("template 'chat' needs a tokenizer with a chat template; use 'alpaca' or 'none'")
-        if self.template != "chat" and self.tokenizer.eos_token_id is None:
+        if self.template != "chat" and self._eos is None:
             raise ConfigError(f"template {self.template!r} needs a tokenizer with an eos token to end completions with")
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
@@ -127,7 +131,7 @@ class Encoder:
                 f"{example.source}: the chat template's generation prompt {prompt[-40:]!r} is not how it begins an "
                 "assistant turn, so no completion can follow it; use template 'alpaca' or 'none'"
             )
-        return prompt, conversation[len(prompt) :].rstrip()
+        return prompt, conversation[len(prompt) :].rstrip().removesuffix(self.plain_close)
 
     def _render(self, turns: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
         try:
@@ -159,24 +163,83 @@ class Encoder:
         """
         if whole[: len(prompt_ids)] == prompt_ids:
             return whole[len(prompt_ids) :]
-        return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return self._alone(completion)
 
-    def _ended(self, completion_ids: list[int]) -> list[int]:
-        """Up to the token that ends the turn: the first special one after the answer, else the eos token is added."""
-        end = 0
-        if self.template == "chat":
-            # Some templates write more after it, a newline or a second end token, where generation has long stopped.
-            for position in reversed(range(len(completion_ids))):
-                if completion_ids[position] in self._special_ids:
-                    end = position + 1
-                elif self.tokenizer.decode(completion_ids[position : position + 1]).strip():
-                    break
-        if end:
-            return completion_ids[:end]
-        if self.tokenizer.eos_token_id is None:
-            raise ConfigError("neither the chat template nor the tokenizer has a token that ends a turn")
-        return [*completion_ids, self.tokenizer.eos_token_id]
+    @property
+    def end(self) -> int | None:
+        """The id that completions end with; None if the chat template does not show it before the first example."""
+        if self.template != "chat":
+            return self._eos
+        if self._closing is None:
+            return None
+        return self._ended(self._alone("" if self.plain_close else self._closing))[-1]
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+    def plain_close(self) -> str:
+        """What a chat template writes behind an answer in ordinary text, if it has no token of its own for that, else "".
+
+        No text could stop there, and every answer would end in these words; so they are left out.
+        """
+        closing = self._closing or ""
+        return "" if self._marks.intersection(self._alone(closing)) else closing
+
+    @cached_property
+    def _closing(self) -> str | None:
+        """What the chat template writes behind an answer, without white space at the end; None if it takes no probe."""
+        turns = [{"role": role, "content": _PROBE} for role in ("system", "user", "assistant")]
+        for trial in (turns[1:], turns):  # some want a system turn
+            try:
+                _, found, closing = self._render(trial, "a probe", add_generation_prompt=False).rpartition(_PROBE)
+            except DataError:
+                continue
+            if found:
+                return closing.rstrip()
+        return None
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        """The tokens that may close an answer: the template's own after it, or, where that is not known, all special ones."""
+        added = self.tokenizer.added_tokens_decoder
+        if self._closing is None:
+            known = {index for index, token in added.items() if token.special}
+        else:
+            known = {index for index in self._alone(self._closing) if index in added or index in self.eos_token_ids}
+        # What the vocabulary does not have closes nothing.
+        return frozenset(known - {self.tokenizer.unk_token_id})
+
+    def _alone(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _ended(self, completion_ids: list[int]) -> list[int]:
+        """Up to the token that ends the turn: the first after the answer that stops generation, else the first of the template.
+
+        Some templates write more after it, a newline or a second end token, where generation has long stopped. Without any,
+        the eos token is added.
+        """
+        for ends in (self.eos_token_ids or {self._eos}, self._marks):
+            for place in self._close_of(completion_ids):
+                if completion_ids[place] in ends:
+                    return completion_ids[: place + 1]
+        if self._eos is None:
+            raise ConfigError("neither the chat template nor the tokenizer has a token that ends a turn")
+        return [*completion_ids, self._eos]
+
+    @property
+    def _eos(self) -> int | None:
+        """What is added where a template writes no end: the tokenizer's eos token, or, if it has none, one that stops."""
+        own = self.tokenizer.eos_token_id
+        return min(self.eos_token_ids, default=None) if own is None else own
+
+    def _close_of(self, completion_ids: list[int]) -> range:
+        """The places of the template's own tokens after the answer, and of white space between them."""
+        start = len(completion_ids)
+        while (
+            self.template == "chat"
+            and start
+            and (
+                completion_ids[start - 1] in self._marks
+                or not self.tokenizer.decode(completion_ids[start - 1 : start]).strip()
+            )
+        ):
+            start -= 1
+        return range(start, len(completion_ids))

@@ -129,7 +129,7 @@ class Trainer:
         self.run = Path(config.output_dir)
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
-        self.head = Head.of(pair.student, pair.vocab_size)
+        self.head = Head.of(pair.student, pair.vocab_size, pair.ends)
         self.student = pair.student.to(self.accelerator.device)
         compute = (
             None if config.dtype == "auto" else getattr(torch, config.dtype)

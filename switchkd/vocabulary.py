@@ -1,9 +1,9 @@
-"""Whether models can share text: one tokenizer id by id, logits for every id, one way to end; and what differs in prompts."""
+"""Whether models can share text: one tokenizer id by id, logits for every id; and what differs in prompts."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from switchkd.errors import ModelError, VocabularyError
+from switchkd.errors import VocabularyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,22 +36,6 @@ def check_logits_rows(model: "PreTrainedModel", vocab_size: int, role: str) -> N
             f"the {role} has {rows} logits rows for {vocab_size} token ids, so some tokens could never be scored; "
             "take the tokenizer that belongs to this model"
         )
-
-
-def shared_eos(teacher: tuple[int, ...], student: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """The EOS ids of teacher and student; raises ModelError if they differ or lie outside the vocabulary."""
-    if teacher != student:
-        raise ModelError(
-            f"teacher and student end texts differently: EOS ids {list(teacher)} and {list(student)}; set "
-            f"eos_token_id to {list(teacher)} in the student's generation_config.json, and check its tokenizer's "
-            "eos_token, or choose a student of the same kind (base or instruct)"
-        )
-    if teacher[-1] >= vocab_size:
-        raise ModelError(
-            f"EOS id {teacher[-1]} lies outside the shared vocabulary of {vocab_size} ids; "
-            "correct eos_token_id in both models' config.json and generation_config.json"
-        )
-    return teacher
 
 
 def prompt_warnings(teacher: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> tuple[str, ...]:
