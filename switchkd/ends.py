@@ -76,9 +76,11 @@ class Ends:
 
         return ids.masked_fill(torch.isin(ids, torch.tensor(self.ids, device=ids.device)), self.merged_into)
 
-    def before(self, completion_ids: list[int]) -> list[int]:
-        """A completion without the end that closes it: no token of the answer, special or not."""
-        return completion_ids[:-1] if completion_ids[-1:] and completion_ids[-1] in self.ids else completion_ids
+    def answer(self, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """A completion without an end that stands outside the text: one that the tokenizer added, special or not."""
+        last = completion_ids[-1:]
+        outside = last and last[0] in self.ids and last[0] in tokenizer.added_tokens_decoder
+        return completion_ids[:-1] if outside else completion_ids
 
     @property
     def _others(self) -> list[int]:

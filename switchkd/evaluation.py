@@ -162,7 +162,9 @@ def complete(
     for seed in settings.passes:
         write = _by_generate if settings.backend == "generate" else _by_engine
         written = write(pair, model, examples, settings, seed or 0, progress)
-        texts = pair.tokenizer.batch_decode([pair.ends.before(own) for own, _ in written], skip_special_tokens=True)
+        texts = pair.tokenizer.batch_decode(
+            [pair.ends.answer(own, pair.tokenizer) for own, _ in written], skip_special_tokens=True
+        )
         completions.append([
             Completion(example.id, seed, text, len(own), reason)
             for example, text, (own, reason) in zip(examples, texts, written, strict=True)

@@ -99,7 +99,8 @@ def samples(
     records, read = [], Reader(pair)
     for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
         found = trace(read, rollout)
-        text = pair.tokenizer.decode(pair.ends.before(rollout.completion_ids), skip_special_tokens=True)
+        answer = pair.ends.answer(rollout.completion_ids, pair.tokenizer)
+        text = pair.tokenizer.decode(answer, skip_special_tokens=True)
         scores = task.score(text, example.references, example.group) if task else {}
         own = {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd}
         records.append(rollout.to_json() | own | {"scores": scores, "reference": next(iter(example.references), None)})

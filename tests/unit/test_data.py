@@ -92,8 +92,9 @@ def test_chat_ids_are_what_the_chat_template_writes(template, eos, completion):
     ids = row.prompt_ids + row.completion_ids
     assert tokenizer.decode(whole).startswith(tokenizer.decode(ids))
     rest = tokenizer.decode(whole).removeprefix(tokenizer.decode(ids))
-    assert rest.removesuffix("<|endoftext|>").strip() == "", "only what follows the end of the turn may be missing"
-    assert row.completion_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert rest.removesuffix("<|endoftext|>").strip() == "", "only what follows the end of the text may be missing"
+    end = eos if template == SECOND_END else "<|im_end|>"  # of two closing tokens the one that stops
+    assert row.completion_ids[-1] == tokenizer.convert_tokens_to_ids(end)
     if not completion.startswith("\n"):  # there the newline of the generation prompt would merge with the answer's
         assert ids == whole[: len(ids)]
 

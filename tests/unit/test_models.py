@@ -25,7 +25,6 @@ from transformers import (
 from switchkd.errors import ConfigError, ModelError, VocabularyError
 from switchkd.models import (
     check_vocabulary,
-    eos_token_ids,
     load_model,
     load_pair,
     load_tokenizer,
@@ -224,26 +223,6 @@ def test_padded_logits_rows_are_accepted_and_too_few_are_refused(folder, tmp_pat
 
 
 # --- EOS and chat template ----------------------------------------------------------------------------------------
-
-
-def test_eos_ids_come_from_all_three_places():
-    model = tiny_model()
-    model.generation_config.eos_token_id, model.config.eos_token_id = [9, 3], 5
-    assert eos_token_ids(model, tiny_tokenizer()) == (1, 3, 5, 9)
-
-
-def test_a_pair_without_any_eos_is_refused():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="no EOS token"):
-        eos_token_ids(model, tokenizer)
-
-
-def test_differing_eos_is_refused_with_both_and_the_way_out(folder, tmp_path):
-    student = save(tmp_path / "student")
-    edit_json(student / "generation_config.json", eos_token_id=[1, 4])
-    with pytest.raises(ModelError, match=r"EOS ids \[1\] and \[1, 4\]; set eos_token_id to \[1\]"):
-        load_pair(str(folder), str(student), device="cpu")
 
 
 def test_eos_outside_the_vocabulary_is_refused(folder):

@@ -282,9 +282,10 @@ def test_each_teacher_must_fit_the_student_and_is_named_if_not(tmp_path):
             VocabularyError,
             "cut text differently",
         ),
-        "end": (save(tmp_path / "e", tokenizer=tiny_tokenizer(eos="<pad>")), ModelError, "end texts differently"),
+        "end": (save(tmp_path / "e"), ModelError, "EOS id 20 lies outside"),
         "nothing": (tmp_path / "missing", ModelError, "does not exist"),
     }
+    (tmp_path / "e" / "generation_config.json").write_text('{"eos_token_id": [1, 20]}')
     for name, (folder, error, words) in others.items():
         with pytest.raises(error, match=rf"^teacher '{name}': .*{words}"):
             load_pair(teacher, student, device="cpu", teachers={name: str(folder)})
