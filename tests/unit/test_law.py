@@ -13,6 +13,7 @@ import torch
 from tiny import POLICIES, Spell, TabularModel
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding, engine
+from switchkd.ends import Ends
 from switchkd.policies import CAOPD, Hysteresis, Relay
 
 QUARTERS, LENGTH, VOCAB = 4, 5, 3
@@ -93,3 +94,49 @@ def test_reference_has_the_law_too(quartered_noise):
     for text, count in counted.items():
         tails = [p for t, p in exact_law(policy, 1).items() if t[:3] == text]
         assert count / paths == pytest.approx(sum(tails), abs=1e-12)
+
+
+# The teacher ends with 3, the student with 1 or 3: one event, written 3. Last rows: after an end nothing is read.
+BASE = [[0.25, 0.25, 0.25, 0.25], [1.0, 0, 0, 0], [0.25, 0.5, 0.25, 0.0], [1.0, 0, 0, 0]]
+INSTRUCT = [[0.5, 0.0, 0.25, 0.25], [1.0, 0, 0, 0], [0.25, 0.0, 0.0, 0.75], [1.0, 0, 0, 0]]
+ENDS = Ends((1, 3), 3)
+
+
+def merged_law(policy, length):
+    """Probability of every text up to its end, by recursion over the policy on laws that are added up by hand."""
+    tables = [torch.tensor(table, dtype=torch.float64) for table in (BASE, INSTRUCT)]
+    for table in tables:
+        table[:, 3] += table[:, 1]
+        table[:, 1] = 0
+    law = Counter()
+
+    def go_on(text, state, probability):
+        if probability == 0 or len(text) == length or text[-1:] == (3,):
+            law[text] += probability
+            return
+        logq, logp = (table[[text[-1] if text else 2]].log() for table in tables)
+        decision = policy.step(state, logq, logp, torch.tensor([len(text)]))
+        for token in range(4):
+            after = policy.observe(decision.state, torch.tensor([token]))
+            go_on((*text, token), after, probability * decision.log_probs[0, token].exp().item())
+
+    go_on((), policy.init(1), 1.0)
+    return +law
+
+
+@pytest.mark.parametrize("name", ["spell", "switch", "student_only", "teacher_only"])
+@pytest.mark.parametrize("block,drafter", [(0, ""), (1, "auto"), (3, "student"), (4, "teacher")])
+def test_law_of_ends_that_are_one_event(quartered_noise, name, block, drafter):
+    policy, length = POLICY_CASES[name], 4
+    paths = QUARTERS**length
+    models = TabularModel(BASE), TabularModel(INSTRUCT)
+    if block:
+        settings = {"block_size": block, "drafter": drafter, "batch_size": paths // 2, "eos_token_ids": ENDS}
+        rollouts = decode(*models, [[2]] * paths, policy, length, **settings)
+    else:
+        rollouts = decode_reference(*models, [[2]] * paths, policy, length, eos_token_ids=ENDS)
+    counted = Counter(tuple(r.completion_ids) for r in rollouts)
+    expected = merged_law(policy, length)
+    assert counted.keys() == expected.keys() and not any(1 in text for text in counted)
+    assert any(text[-1] == 3 and len(text) < length for text in counted)
+    assert all(counted[text] / paths == pytest.approx(p, abs=1e-12) for text, p in expected.items())

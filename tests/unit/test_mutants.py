@@ -8,6 +8,7 @@ import pytest
 from tiny import POLICIES, VOCAB, assert_same, tiny_model
 
 from switchkd import Switch, decode_reference, decoding, engine
+from switchkd.ends import Ends
 from switchkd.policies import SKD
 
 SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
@@ -15,6 +16,7 @@ PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
 # Longer and shorter ones of the same rows.
 TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]]
 BUDGET = 10
+ENDS = Ends((5, 13, 14), 13)  # one event
 
 STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
 ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
@@ -75,6 +77,12 @@ MUTANTS = {
     "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
     "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
     "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],
+    "the ends of the drafter not merged": [
+        ("self.job.ends.log_probs(logits[:, 0])", "logits[:, 0].log_softmax(-1)"),
+    ],
+    "the ends of the verifier not merged": [
+        ("self.job.ends.log_probs(logits[:, k])", "logits[:, k].log_softmax(-1)"),
+    ],
     "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
 }
 
@@ -101,8 +109,10 @@ def check_engine(decode):
     """The guarantees of the engine in one go, for the real one and for the mutants."""
     student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
     names = ("switch_exponential", "adaswitch", "spell", "mix_in", "parity")
-    for name, own in [*((name, None) for name in names), ("spell", TEACHER_PROMPTS), ("parity", TEACHER_PROMPTS)]:
-        settings = {"eos_token_ids": [], "teacher_prompt_ids": own}
+    cases = [(name, None, []) for name in names] + [("spell", TEACHER_PROMPTS, []), ("parity", TEACHER_PROMPTS, [])]
+    cases += [(name, None, ENDS) for name in ("switch_exponential", "mix_in")]
+    for name, own, ends in cases:
+        settings = {"eos_token_ids": ends, "teacher_prompt_ids": own}
         reference = decode_reference(student, teacher, PROMPTS, POLICIES[name], BUDGET, **settings)
         for drafter in ("student", "teacher"):
             out = decode(student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, drafter=drafter, **settings)
