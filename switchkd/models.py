@@ -190,9 +190,10 @@ def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
     """What is saved beside an adapter says where its texts end; its base may end them otherwise."""
     from transformers import GenerationConfig
 
-    if (adapter / "generation_config.json").is_file():
+    file = adapter / "generation_config.json"
+    if file.is_file():
         with _as_model_error(str(adapter), True):
-            model.generation_config = GenerationConfig.from_pretrained(str(adapter), local_files_only=True)
+            model.generation_config = GenerationConfig.from_dict(json_object(file.read_bytes()))
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

@@ -360,7 +360,7 @@ def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[Tok
         check_text(text, f"prompt {i}")  # a command line may hold bytes that are not UTF-8
     # The template writes whole conversations; the answer is a placeholder that is not used.
     examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
-    encoded = zip(examples, Encoder(pair.tokenizer, template, frozenset(pair.eos_token_ids))(examples), strict=True)
+    encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)
     return [TokenizedExample(example.id, ids, [], (), False, example.source) for example, (ids, _) in encoded]
 
 
