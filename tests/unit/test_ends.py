@@ -376,7 +376,7 @@ def in_kept(ids):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_of_the_loss_with_merged_ends(name, monkeypatch):
     """Against float64 autograd through probabilities: any objective, finite, and every end of the student learns."""
-    monkeypatch.setattr(loss, "PIECE_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr(loss, "CPU_SIZES", loss.Sizes(4 * VOCAB * 3, 4 * VOCAB * 2))
     teacher, student = tiny_model("llama", 2), tiny_model("qwen2", 1)
     objective, batch = OBJECTIVES[name](), collate([([3, 4], [5, 7, 6]), ([8], [2, 9])])  # 9: an end by another id
     tokens = response_tokens(batch, [[0, 1, 2], [0, 0]])
