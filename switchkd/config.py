@@ -273,10 +273,18 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Recompute activations in the backward pass to save memory."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after warm-up: to 0 by half a cosine, or constant."""
+    loss_over: Literal["tokens", "sequences"] = "tokens"
+    """The objective is a mean over all response tokens, or over the texts' own means, where short texts count like long ones."""
+    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
+    """Learning rate after warm-up, by transformers' names: to 0 by a line or half a cosine, to a floor (min_lr), or constant."""
     warmup_steps: int = 0
-    """Steps in which the learning rate grows linearly from 0."""
+    """Steps in which the learning rate grows linearly from 0; above 0 they stand, whatever warmup_ratio is."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps, such as 0.1."""
+    min_lr: float = 0.0
+    """Floor of cosine_with_min_lr, as a learning rate."""
+    min_lr_rate: float = 0.0
+    """The same as a share of learning_rate; give one of the two."""
     weight_decay: float = 0.01
     """Decoupled weight decay on matrices (not on biases and norms)."""
     adam_beta1: float = 0.9
@@ -328,7 +336,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 2, "learning_rate": 0.0,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
             "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
-            "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0,
+            "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0, "warmup_ratio": 0.0, "min_lr": 0.0, "min_lr_rate": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
         if max(self.adam_beta1, self.adam_beta2) >= 1:
@@ -358,6 +366,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             raise ConfigError(f"allow_change {' '.join(self.allow_change)} is for a run that goes on: give resume too")
         self._check_importance_weights()
         self._check_teacher_cache()
+        self._check_learning_rate()
 
     @property
     def resumes(self) -> bool:
@@ -367,6 +376,27 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     def anew(self) -> TrainConfig:
         """The same settings for a run that begins."""
         return dataclasses.replace(self, resume=False, resume_from="", allow_change=())
+
+    def _check_learning_rate(self) -> None:
+        if self.warmup_ratio >= 1:
+            raise ConfigError(f"warmup_ratio is a share of the steps, below 1, got {self.warmup_ratio}")
+        floors = self.min_lr, self.min_lr_rate
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            if all(floors) or not any(floors):
+                raise ConfigError(
+                    f"cosine_with_min_lr needs its floor once, got min_lr {floors[0]:g} and min_lr_rate {floors[1]:g}; give one "
+                    "of them, such as min_lr_rate 0.1 for a tenth of learning_rate"
+                )
+            if self.min_lr > self.learning_rate or self.min_lr_rate > 1:
+                raise ConfigError(
+                    f"the floor, min_lr {floors[0]:g} or min_lr_rate {floors[1]:g}, is above learning_rate "
+                    f"{self.learning_rate:g}; lower it"
+                )
+        elif any(floors) and self.lr_scheduler_type in ("linear", "cosine"):
+            raise ConfigError(
+                f"{self.lr_scheduler_type} falls to 0, below min_lr {floors[0]:g}, min_lr_rate {floors[1]:g}; use "
+                "lr_scheduler_type cosine_with_min_lr, or set both to 0"
+            )
 
     def _check_teacher_cache(self) -> None:
         if self.teacher_cache == "none":
@@ -381,6 +411,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if not self.objective.reads_teacher:
             raise ConfigError(f"{name} would never be read: {name_of(self.objective)} asks no teacher")
         comparing = self.objective.compares and self.objective.temperature == 1 and self.objective.ce_weight == 0
+        comparing = comparing and not getattr(
+            self.objective, "top_k", 0
+        )  # a top of the student's own would be another one
         if self.teacher_cache == "top_k" and not comparing:
             raise ConfigError(
                 f"{name} knows the teacher's largest probabilities only, which serve objectives that compare distributions, at "

@@ -34,6 +34,7 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         max_completion_length=128,
         max_new_tokens=min(64, recipe.max_new_tokens),
         per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
         learning_rate=5e-4,
         warmup_steps=4,
         max_steps=config.max_steps,

@@ -158,7 +158,7 @@ def largest_blend(logq: Tensor, logp: Tensor, budget: float) -> tuple[Tensor, Te
     low = (0 * low + 1).where(all_of_p <= budget, low)
     m, kl, _ = blend(low)
     apart = low > 0
-    return m.where(apart.unsqueeze(1), logq), kl.where(apart, 0 * kl)
+    return m.where(apart.unsqueeze(1), logq), kl.masked_fill(~apart, 0.0)
 
 
 Divergence = Callable[["Tensor", "Tensor"], "Tensor"]

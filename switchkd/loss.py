@@ -161,6 +161,8 @@ Teacher = TeacherStates | TeacherTopK | SeveralTeachers
 def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:
     """Sum of the objective over N tokens, from the student's ``hidden`` states ``[N, H]``; 0 for no tokens.
 
+    Where ``tokens`` know the lengths of their texts, it is the sum of the means over each text.
+
     Gradients reach ``hidden`` and the student's ``head``; the teacher is a constant, and None if the objective does not ask
     it.
     """
@@ -203,7 +205,9 @@ class _Total(torch.autograd.Function):
                 with torch.set_grad_enabled(any(wants)):
                     leaf = raw[piece].detach().requires_grad_(any(wants))
                     logp, logq = says(piece, head.log_probs(head.finish(leaf)))
-                    loss = objective.loss(logp, logq, tokens[rows][piece]).sum()
+                    here = tokens[rows][piece]
+                    losses = objective.loss(logp, logq, here)
+                    loss = (losses if here.lengths is None else losses / here.lengths).sum()
                 total += loss.detach()
                 if any(wants):
                     (raw[piece],) = torch.autograd.grad(loss, leaf)  # the logits are not needed any more

@@ -2,7 +2,7 @@
 
 ``per_token`` maps the two next-token distributions at N response tokens, and what is known of the tokens themselves, to N
 losses; autograd does the rest. What it returns is what is back-propagated: nothing is added to the value only, and no
-factor T² at a temperature other than 1. The loss of a step is the mean over the tokens trained on.
+factor T² at a temperature other than 1. The loss of a step is the mean over the tokens trained on, or over texts by their means.
 
 Shapes: N response tokens, V vocabulary. ``logp`` is the teacher, ``logq`` the student. "Constant" means: no gradient.
 """
@@ -31,10 +31,19 @@ class Tokens:
     speakers: Tensor  # [N] int64: who wrote it, STUDENT, TEACHER or REFERENCE
     rows: Tensor  # [N] int64, ascending: which row of the batch it is in
     returns: Tensor | None = None  # [N] rewards to come, for an objective that ``looks_ahead``
+    lengths: Tensor | None = None  # [N] int64: tokens of the text it is in, where each text counts by its mean
 
     def __getitem__(self, part: slice) -> Tokens:
-        returns = None if self.returns is None else self.returns[part]
-        return Tokens(self.ids[part], self.speakers[part], self.rows[part], returns)
+        returns, lengths = (None if x is None else x[part] for x in (self.returns, self.lengths))
+        return Tokens(self.ids[part], self.speakers[part], self.rows[part], returns, lengths)
+
+    def without_returns(self, left_out: Tensor) -> Tokens:
+        """These tokens with returns of 0 at those that do not count."""
+        return self if self.returns is None else replace(self, returns=self.returns.masked_fill(left_out, 0.0))
+
+    def by_text(self) -> Tokens:
+        """These tokens, all there are of their rows, knowing the lengths of their texts."""
+        return replace(self, lengths=self.rows.bincount()[self.rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +52,15 @@ class Objective:
 
     An objective that changes over training keeps what it must in a memory of plain numbers: ``memory`` makes it,
     ``remember`` moves it after each step, ``at`` gives the objective of the next step. The trainer saves it.
+
+    Where a model gives a token no probability (−inf), an objective is as finite as its formula, in value and in gradient, and
+    0 times anything is 0.
     """
 
     reads_teacher: ClassVar[bool] = True
     compares: ClassVar[bool] = False  # whether distributions are all it looks at, so that coarse ones will do
     looks_ahead: ClassVar[bool] = False  # whether ``per_token`` needs ``tokens.returns``, which ``look_ahead`` makes
+    over_tokens: ClassVar[bool] = False  # whether its mean is over tokens, whatever ``loss_over`` says
 
     temperature: float = 1.0
     """Temperature of both distributions; reaches neither sampling nor the policy, nor cross-entropy."""
@@ -82,17 +95,23 @@ class Objective:
         return self
 
     def remember(self, memory: Memory, loss: float, progress: float) -> Memory:
-        """The memory after a step of this ``loss``, at a share ``progress`` of the training steps."""
+        """The memory after a step of this ``loss``; ``progress`` is the coming step's, 0 in the first of a run, 1 in the last."""
         return memory
 
     def loss(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         """Losses ``[N]`` from log-probabilities at temperature 1: ``per_token``, weighted, with its share of cross-entropy."""
-        value = self.per_token(self.soften(logp), self.soften(logq), tokens)
-        for speaker, weight in ((STUDENT, self.student_weight), (TEACHER, self.teacher_weight)):
+        weights = {STUDENT: self.student_weight, TEACHER: self.teacher_weight, REFERENCE: 1 - self.ce_weight}
+        p, q, own = logp, logq, tokens
+        for speaker, weight in weights.items():
+            if weight == 0:
+                p, q = _without(tokens.speakers == speaker, p, q)
+                own = own.without_returns(tokens.speakers == speaker)
+        value = self.per_token(self.soften(p), self.soften(q), own)
+        for speaker, weight in weights.items():
             if weight != 1:
                 value = value.where(tokens.speakers != speaker, weight * value)
         if self.ce_weight:
-            mixed = (1 - self.ce_weight) * value + self.ce_weight * _cross_entropy(logq, tokens)
+            mixed = value + self.ce_weight * _cross_entropy(logq, tokens)
             value = mixed.where(tokens.speakers == REFERENCE, value)
         return value
 
@@ -117,6 +136,13 @@ class CrossEntropy(Objective):
 
 
 @dataclass(frozen=True)
+class PlainText(CrossEntropy):
+    """Cross-entropy of a second corpus or of validation text, which is a mean over tokens in any case."""
+
+    over_tokens: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class ForwardKL(Objective):
     """``KL(p ‖ q)`` (Hinton et al., arXiv 1503.02531)."""
 
@@ -128,12 +154,23 @@ class ForwardKL(Objective):
 
 @dataclass(frozen=True)
 class ReverseKL(Objective):
-    """``KL(q ‖ p)``, exact over the vocabulary at every token."""
+    """``KL(q ‖ p)``, exact over the vocabulary at every token.
+
+    With ``top_k`` only the terms of the student's k best tokens are summed, as in TRB (arXiv 2605.31159), and neither distribution
+    is renormalised (that is ours): such a sum may be below 0.
+    """
 
     compares: ClassVar[bool] = True
+    top_k: int = 0  # of the student's tokens; 0 takes all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_top_k(self.top_k)
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
-        return divergences.reverse_kl(logp, logq)
+        if not 0 < self.top_k < logq.shape[-1]:
+            return divergences.reverse_kl(logp, logq)
+        return _kl_on(logq.detach().topk(self.top_k).indices, logq, logp)
 
 
 @dataclass(frozen=True)
@@ -191,20 +228,41 @@ class SkewReverseKL(_Skewed):
 class DistiLLM2(_Skewed):
     """DistiLLM-2's pair of losses (arXiv 2503.07067): ``(2−β)`` skew KL on teacher text, ``β`` skew reverse KL on student text.
 
-    Reference text counts as a teacher's. The paper moves β; here it is fixed, at 1 by default (ours).
+    Reference text counts as a teacher's. β stays, as in the released code's default, or grows linearly by ``rise`` until the
+    middle of training; its other choice is a rise of 0.5. With ``detach_mixture`` the student's part in ``(1−α) p + α q`` is
+    constant, as there.
     """
 
     beta: float = 1.0  # weight of student text; teacher text has 2 - beta
+    rise: float = 0.0  # of beta, over the first half of training
+    detach_mixture: bool = False  # whether the student's mixture gets no gradient
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta <= 2:
-            raise ConfigError(f"beta of distillm2 must lie in 0..2, got {self.beta}")
+        if not (0 <= self.beta <= 2 and 0 <= self.beta + self.rise <= 2):
+            raise ConfigError(
+                f"beta of distillm2 must lie in 0..2, got {self.beta}, and {self.beta + self.rise} in the end"
+            )
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         on_teacher = (2 - self.beta) * divergences.skew_kl(logp, logq, self.alpha)
-        on_student = self.beta * divergences.skew_reverse_kl(logp, logq, self.alpha)
+        on_student = self.beta * self._skew_reverse(logp, logq)
         return on_student.where(tokens.speakers == STUDENT, on_teacher)
+
+    def _skew_reverse(self, logp: Tensor, logq: Tensor) -> Tensor:
+        if not self.detach_mixture:
+            return divergences.skew_reverse_kl(logp, logq, self.alpha)
+        mixture = (logp + math.log1p(-self.alpha)).logaddexp(logq.detach() + math.log(self.alpha))
+        return divergences.forward_kl(logq, mixture)
+
+    def memory(self) -> Memory:
+        return {"beta": self.beta} if self.rise else {}
+
+    def at(self, memory: Memory) -> DistiLLM2:
+        return replace(self, beta=memory["beta"], rise=0.0) if self.rise else self
+
+    def remember(self, memory: Memory, loss: float, progress: float) -> Memory:
+        return {"beta": self.beta + self.rise * min(1.0, 2 * progress)} if self.rise else {}
 
 
 @dataclass(frozen=True)
@@ -225,7 +283,8 @@ class AKL(Objective):
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         share = self.head_share(logp, logq.detach())
-        return share * divergences.forward_kl(logp, logq) + (1 - share) * divergences.reverse_kl(logp, logq)
+        forward = _weighed(share, divergences.forward_kl, logp, logq)
+        return forward + _weighed(1 - share, divergences.reverse_kl, logp, logq)
 
     def head_share(self, logp: Tensor, logq: Tensor) -> Tensor:
         """``g_head / (g_head + g_tail)`` ``[N]``; a half where the two distributions are equal."""
@@ -233,8 +292,9 @@ class AKL(Objective):
         gaps = (p - logq.exp()).abs()
         ordered, index = p.sort(-1, descending=True)
         is_head = ordered.cumsum(-1) - ordered < self.head_mass
-        head, whole = gaps.gather(-1, index).masked_fill(~is_head, 0.0).sum(-1), gaps.sum(-1)
-        return (head / whole).masked_fill(whole == 0, 0.5)
+        # Each set summed for itself, so that the share of one without a gap is 1 or 0 and not nearly so.
+        head, tail = (gaps.gather(-1, index).masked_fill(other, 0.0).sum(-1) for other in (~is_head, is_head))
+        return (head / (head + tail)).masked_fill(head + tail == 0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -261,7 +321,9 @@ class TAID(Objective):
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         if self.s == 1:
             return divergences.forward_kl(logp, logq)
-        target = ((1 - self.s) * logq.detach() + self.s * logp).log_softmax(-1)
+        target = logq.detach()
+        if self.s > 0:  # at 0 a −inf of the teacher's would be no number
+            target = ((1 - self.s) * target + self.s * logp).log_softmax(-1)
         return divergences.forward_kl(target, logq)
 
     def memory(self) -> Memory:
@@ -274,42 +336,68 @@ class TAID(Objective):
         before, fall, s = memory["loss"], memory["fall"], memory["s"]
         if before is not None:
             fall = self.momentum * fall + (1 - self.momentum) * (before - loss) / max(before, 1e-15)
-            s = max(s + self.step / (1 + math.exp(-fall)) * (1 - s), self.s + (self.s_end - self.s) * progress)
-        return {"s": min(s, self.s_end), "fall": fall, "loss": loss}
+            s += self.step / (1 + math.exp(-fall)) * (1 - s)
+        line = self.s_end if progress >= 1 else self.s + (self.s_end - self.s) * progress
+        return {"s": min(max(s, line), self.s_end), "fall": fall, "loss": loss}
 
 
 @dataclass(frozen=True)
 class Veto(Objective):
-    """Veto (arXiv 2601.07155): forward KL to the constant target ∝ p q^β. β = 0 is forward KL; its default is ours."""
+    """Veto (arXiv 2601.07155): a divergence to the constant target ∝ p q^β, which over training moves to the teacher.
 
-    beta: float = 0.5  # power of q in the target
+    β falls linearly from ``beta`` in the first step to ``beta_end`` in the last. The paper has 0.8 for reasoning, 1.0 for code and
+    0.3 for summaries, each to 0, where the target is p, and the KL in both directions.
+    """
+
+    beta: float = 0.5  # power of q in the target, at the start
+    beta_end: float = 0.0  # and at the end
+    divergence: str = "forward_kl"  # from the target; reverse_kl is the other direction
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise ConfigError(f"beta of veto must be at least 0, got {self.beta}")
+        divergences.by_name(self.divergence)
+        if not (0 <= self.beta < math.inf and 0 <= self.beta_end < math.inf):
+            raise ConfigError(f"beta and beta_end of veto must be at least 0, got {self.beta} and {self.beta_end}")
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         target = logp if self.beta == 0 else (logp + self.beta * logq.detach()).log_softmax(-1)
-        return divergences.forward_kl(target, logq)
+        return divergences.by_name(self.divergence)(target, logq)
+
+    def memory(self) -> Memory:
+        return {"beta": self.beta}
+
+    def at(self, memory: Memory) -> Veto:
+        return replace(self, beta=memory["beta"])
+
+    def remember(self, memory: Memory, loss: float, progress: float) -> Memory:
+        return {"beta": (1 - progress) * self.beta + progress * self.beta_end}
 
 
 @dataclass(frozen=True)
 class ReplacedCE(Objective):
     """CA-OPD: cross-entropy on tokens that the teacher put in place of the student's, a divergence on all others.
 
-    The source says KL without a direction; reverse, as in OPD, is ours.
+    The paper's is the forward KL on the teacher's 64 best tokens: only their terms are summed, without renormalising, and a sum
+    below 0 counts as 0. ``top_k`` says how many; 0 takes all, and so do the other divergences.
     """
 
-    divergence: str = "reverse_kl"  # on all other tokens
+    divergence: str = "forward_kl"  # on all other tokens
+    top_k: int = 64  # of the teacher's tokens, for forward_kl; 0 takes all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         divergences.by_name(self.divergence)
+        _check_top_k(self.top_k)
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
-        kept = divergences.by_name(self.divergence)(logp, logq)
-        return kept.where(tokens.speakers != TEACHER, _cross_entropy(logq, tokens))
+        replaced = tokens.speakers == TEACHER
+        p, q = _without(replaced, logp, logq)
+        return self._kept(p, q).where(~replaced, _cross_entropy(logq, tokens))
+
+    def _kept(self, logp: Tensor, logq: Tensor) -> Tensor:
+        if self.divergence == "forward_kl" and 0 < self.top_k < logp.shape[-1]:
+            return _kl_on(logp.topk(self.top_k).indices, logp, logq).clamp(min=0)
+        return divergences.by_name(self.divergence)(logp, logq)
 
 
 @dataclass(frozen=True)
@@ -347,17 +435,15 @@ class MiniLLM(Objective):
             raise ConfigError(f"minillm needs 0 <= alpha < 1 and clip >= 0, got {self.alpha} and {self.clip}")
 
     def look_ahead(self, tokens: Tokens, logp: Tensor, logq: Tensor) -> Tokens:
-        rewards = (logp - logq).double()
-        from_here = rewards.flip(0).cumsum(0).flip(0)
+        rewards = logp - logq
         counts = tokens.rows.bincount()
         ends = counts.cumsum(0)[tokens.rows]  # where each token's row ends
-        beyond = from_here.new_zeros(len(rewards) + 1)
-        beyond[:-1] = from_here
-        returns = from_here - rewards - beyond[ends]
-        if self.length_normalised:
-            left = ends - rewards.new_ones(len(rewards)).cumsum(0)
-            returns = returns / left.clamp(min=1)
-        return replace(tokens, returns=returns)
+        left = ends - tokens.rows.new_ones(len(rewards)).cumsum(0)
+        # Each row for itself, its end first, and no difference of sums: one infinite reward must reach what it is a return of.
+        backwards = rewards.new_zeros(len(counts), int(counts.max()) + 1 if len(counts) else 1)
+        backwards[tokens.rows, left + 1] = rewards
+        returns = backwards.cumsum(1)[tokens.rows, left]
+        return replace(tokens, returns=returns / left.clamp(min=1) if self.length_normalised else returns)
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         assert tokens.returns is not None
@@ -368,7 +454,38 @@ class MiniLLM(Objective):
         weight = (q - written).exp()
         reward = tokens.returns.to(weight.dtype)
         clipped = weight.clamp(1 - self.clip, 1 + self.clip)
-        return weight.detach() * divergences.reverse_kl(logp, logq) - (reward * weight).minimum(reward * clipped)
+        step = _weighed(weight.detach(), divergences.reverse_kl, logp, logq)
+        return step - _times(weight, reward).minimum(_times(clipped, reward))
+
+
+def _kl_on(ids: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """The terms ``p log(p / q)`` ``[N]`` of the tokens ``ids`` ``[N, k]`` alone, summed; nothing is renormalised."""
+    logp, logq = logp.gather(-1, ids), logq.gather(-1, ids)
+    p = logp.exp()
+    return (p * (logp - logq).masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def _times(factor: Tensor, value: Tensor) -> Tensor:
+    """The product, with 0 times anything 0."""
+    return factor * value.masked_fill(factor == 0, 0.0)
+
+
+def _weighed(weight: Tensor, divergence: divergences.Divergence, logp: Tensor, logq: Tensor) -> Tensor:
+    """The product, with 0 times anything 0, also in the gradient; the weight is a constant."""
+    return weight * divergence(*_without(weight == 0, logp, logq))
+
+
+def _without(left_out: Tensor, *logs: Tensor) -> list[Tensor]:
+    """Log-distributions ``[N, V]``, uniform at those of the N tokens that do not count.
+
+    An infinite loss there would be NaN in the gradient of what does: 0 times infinity.
+    """
+    return [each.masked_fill(left_out.unsqueeze(-1), -math.log(each.shape[-1])) for each in logs]
+
+
+def _check_top_k(top_k: int) -> None:
+    if top_k < 0:
+        raise ConfigError(f"top_k of an objective is a number of tokens, or 0 for all, got {top_k}")
 
 
 def _of_text(logs: Tensor, tokens: Tokens) -> Tensor:

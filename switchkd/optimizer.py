@@ -11,13 +11,39 @@ from switchkd.errors import ConfigError
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
-    """Rate of the update after ``step`` updates: linear warm-up, then constant or half a cosine down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_scheduler_type == "constant":
+    """Rate of the update after ``step`` updates: warm-up, then ``lr_scheduler_type`` as transformers' scheduler of that name.
+
+    As there, what falls would reach its end with the update after the last. Warm-up is one step ahead of theirs, so that no
+    update has rate 0: ``learning_rate / warmup`` is the first, ``learning_rate`` the last of it. ``constant`` warms up too.
+    """
+    warmup = _warmup(config, total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_scheduler_type.startswith("constant"):
         return config.learning_rate
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * max(1 - done, 0.0)
+    floor = config.min_lr + config.min_lr_rate * config.learning_rate  # one of the two, or 0
+    return floor + (config.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _warmup(config: TrainConfig, total_steps: float) -> float:
+    """Steps of warm-up; where they are a share of a run whose length nobody can tell yet, there is no end to them."""
+    if config.warmup_steps or not config.warmup_ratio:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * total_steps) if math.isfinite(total_steps) else math.inf
+
+
+def schedule_progress(step: int, total_steps: float) -> float:
+    """How far schedules over training are after ``step`` updates: 0 in the first step of a run, 1 in its last and behind it.
+
+    A run of one step is at its start. ``total_steps`` may be an estimate: what is not whole takes one step more.
+    """
+    if math.isinf(total_steps):
+        return 0.0
+    last = math.ceil(total_steps * (1 - 1e-9)) - 1  # a quotient of whole numbers is whole but for rounding
+    return min(step / last, 1.0) if last > 0 else float(step > 0)
 
 
 def total_steps(config: TrainConfig, examples: int, rows_per_step: int) -> float:

@@ -64,8 +64,8 @@ class Policy:
         """This rule with what only a run knows filled in. Called once, before any text is written."""
         return self
 
-    def at(self, progress: float) -> Policy:
-        """This rule at a share ``progress`` (0 to 1) of the training steps."""
+    def at(self, progress: float, step: int = 0) -> Policy:
+        """This rule in a step of training: ``progress`` is 0 in the first and 1 in the last, ``step`` counts those before it."""
         return self
 
     def init(self, batch: int, device: torch.device | str = "cpu") -> State:
@@ -306,9 +306,10 @@ class SSD(Policy):
 
 @dataclass(frozen=True)
 class Hysteresis(Policy):
-    """Two thresholds (DASH-OPD, arXiv 2607.29078): the teacher takes over above ``take`` and keeps on until below ``give``.
+    """Two thresholds at every token: the teacher takes over above ``take`` and keeps on until below ``give``.
 
-    The divergence is the JSD in nats by default. The thresholds are ours. State: whether the teacher holds ``[B]``.
+    The rule is ours, and so are its numbers. DASH-OPD (arXiv 2607.29078) has two thresholds for whole turns of an agent, which is
+    another method. The divergence is the JSD in nats by default. State: whether the teacher holds ``[B]``.
     """
 
     take: float = 0.4  # above it the teacher takes over
@@ -337,7 +338,8 @@ class Hysteresis(Policy):
 class CAOPD(Policy):
     """CA-OPD: the teacher's argmax replaces a proposal to which the teacher gives a probability below ``alpha``.
 
-    Over training alpha follows half a cosine from ``alpha`` to ``alpha_end``. The divergence is the probability of a
+    Over training −log alpha follows half a cosine from that of ``alpha`` to that of ``alpha_end``, after a first part ``hold``
+    of the steps in which it stays: 0.693 to 1.386 with the paper's 0.5, 0.25 and 0.1. The divergence is the probability of a
     replacement, the student's mass on tokens that would be replaced.
     """
 
@@ -345,15 +347,19 @@ class CAOPD(Policy):
 
     alpha: float = 0.5  # threshold at the first step
     alpha_end: float = 0.25  # threshold at the last step
+    hold: float = 0.1  # share of the steps, at first, in which the threshold stays
 
     def __post_init__(self) -> None:
         for name in ("alpha", "alpha_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} of CAOPD is a probability, got {getattr(self, name)}")
+        if not 0 <= self.hold < 1:
+            raise ConfigError(f"hold of CAOPD is a share of the steps, from 0 to below 1, got {self.hold}")
 
-    def at(self, progress: float) -> CAOPD:
-        share = (1 + math.cos(math.pi * progress)) / 2
-        return replace(self, alpha=self.alpha_end + (self.alpha - self.alpha_end) * share)
+    def at(self, progress: float, step: int = 0) -> CAOPD:
+        gone = (1 - math.cos(math.pi * max(0.0, progress - self.hold) / (1 - self.hold))) / 2
+        # A mean of logarithms, as a product: so it also knows the logarithm of 0.
+        return replace(self, alpha=self.alpha ** (1 - gone) * self.alpha_end**gone)
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         kept = logp_teacher.exp() >= self.alpha
@@ -366,20 +372,22 @@ class CAOPD(Policy):
 class TRB(Policy):
     """Trust-region blending (arXiv 2605.31159): m ∝ q^(1−a) p^a with the largest a for which KL(m ‖ q) is within a budget.
 
-    ``budget`` is in nats and falls linearly to 0 over the first ``warmup`` of training; from there on the student writes.
-    Both numbers are ours. The divergence is KL(m ‖ q). As such a blend is no sum, the teacher's part is what m has above
-    q: it then speaks as seldom as any account of m allows.
+    ``budget`` is in nats and falls linearly to 0 over the first ``warmup`` steps, however many follow; from there on the
+    student writes. The paper has 0.001 to 0.05 nats and 15, 25 or 50 steps. The divergence is KL(m ‖ q). As such a blend is no
+    sum, the teacher's part is what m has above q: it then speaks as seldom as any account of m allows.
     """
 
-    budget: float = 0.5  # at the first step, in nats
-    warmup: float = 0.5  # share of the steps after which it is 0
+    budget: float = 0.01  # at the first step, in nats
+    warmup: int = 25  # steps after which it is 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.budget < math.inf or not 0 < self.warmup <= 1:
-            raise ConfigError(f"TRB needs budget >= 0 and 0 < warmup <= 1, got {self.budget} and {self.warmup}")
+        if not 0 <= self.budget < math.inf or not self.warmup >= 1:
+            raise ConfigError(
+                f"TRB needs budget >= 0 (nats) and warmup >= 1 (steps), got {self.budget} and {self.warmup}"
+            )
 
-    def at(self, progress: float) -> TRB:
-        return replace(self, budget=self.budget * max(0.0, 1 - progress / self.warmup))
+    def at(self, progress: float, step: int = 0) -> TRB:
+        return replace(self, budget=self.budget * max(0.0, 1 - step / self.warmup))
 
     def reads(self, state: State) -> tuple[bool, bool]:
         return True, self.budget > 0

@@ -60,7 +60,7 @@ def check_records(
     """
     read = Reader(pair)
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
-    done = {line["step"]: line.get("progress", 0.0) for line in run.metrics}
+    done = {line["step"]: line.get("schedule", 0.0) for line in run.metrics}
     students: dict[int, Path | None] = {0: None} | {step_of(folder): folder for folder in checkpoints(run.path)}
     rollouts = run.rollouts_of([step + 1 for step in students], most)
     for step, folder in students.items():
@@ -70,8 +70,8 @@ def check_records(
         now = done.get(step, 0.0)
         samples = [sample for sample in run.samples if sample["step"] == step][:most]
         written = {
-            f"samples of step {step}": (samples, sample_policy(run.config, policy, now)),
-            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now)),
+            f"samples of step {step}": (samples, sample_policy(run.config, policy, now, step)),
+            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now, step)),
         }
         for what, (records, rule) in written.items():
             if records:

@@ -460,7 +460,7 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
         return evaluate(trainer.pair, student, heldout.examples, heldout.task, settings).means()
 
     def sample(progress: float) -> list[dict[str, Any]]:
-        policy = sample_policy(trainer.config, trainer.policy, progress)
+        policy = sample_policy(trainer.config, trainer.policy, progress, trainer.step)
         return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
 
     def run(show: OnStep = lambda *_: None, on_round: OnRound | None = None) -> None:

@@ -82,9 +82,9 @@ def trace(read: Reader, rollout: Rollout) -> Trace:
     )
 
 
-def sample_policy(config: TrainConfig, bound: Policy, progress: float) -> Policy:
+def sample_policy(config: TrainConfig, bound: Policy, progress: float, step: int = 0) -> Policy:
     """The rule that a run's samples are written under: its own, or, where it generates no text, the student alone."""
-    return bound.at(progress) if config.mix.generates else StudentOnly()
+    return bound.at(progress, step) if config.mix.generates else StudentOnly()
 
 
 def samples(

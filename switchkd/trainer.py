@@ -50,8 +50,8 @@ from switchkd.metrics import Metrics, memory_bytes, or_none, rollout_metrics
 from switchkd.mixes import Source
 from switchkd.models import Pair
 from switchkd.nonfinite import blame, broken_weight
-from switchkd.objectives import CrossEntropy, Objective
-from switchkd.optimizer import adamw, learning_rate, total_steps
+from switchkd.objectives import Objective, PlainText
+from switchkd.optimizer import adamw, learning_rate, schedule_progress, total_steps
 from switchkd.pace import Stopwatch
 from switchkd.processes import (
     all_rollouts,
@@ -79,7 +79,7 @@ _CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a step and what is lowered on them: the objective's mean over their tokens, times a weight."""
+    """Rows of a step and what is lowered on them: the objective's mean, times a weight."""
 
     rows: Rows
     objective: Objective
@@ -150,7 +150,7 @@ class Trainer:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
         ``on_step`` is told of every step's metrics and the rollouts made in it, ``on_round`` of every decoding round's cost so far
-        in its step. ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this progress
+        in its step. ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this schedule
         before the first step, every ``sample_steps`` and at the end; both must leave the student and random states as they are.
 
         Raises:
@@ -197,7 +197,7 @@ class Trainer:
             if main and scoring and evaluate:
                 metrics |= self._evaluated(evaluate, weights)
             if main and sampling and sample:
-                records = [{"step": self.step, **record} for record in sample(self.progress)]
+                records = [{"step": self.step, **record} for record in sample(self.schedule)]
         if main:
             append_lines(self.run / SAMPLES, records)
             if metrics:
@@ -234,13 +234,13 @@ class Trainer:
         objective = self.config.objective.at(self.objective_memory)
         parts = [_Part(rows, objective)]
         if self.corpus:
-            parts.append(_Part(self._next(self.corpus), CrossEntropy(), self.config.lm_weight))
+            parts.append(_Part(self._next(self.corpus), PlainText(), self.config.lm_weight))
         losses, tokens, grad_norm = self._update(parts)
         teacher_seconds = sum(lap for _, lap in self.watch.take())
         self.num_tokens += tokens
         seconds = slowest(self.accelerator, time.perf_counter() - start)
         self.seconds += seconds
-        self.objective_memory = self.config.objective.remember(self.objective_memory, losses[0], self.progress)
+        self.objective_memory = self.config.objective.remember(self.objective_memory, losses[0], self.schedule)
         metrics = {
             "step": self.step,
             "loss": losses[0],
@@ -248,6 +248,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "source": source,
             "progress": self.progress,
+            "schedule": self.schedule,
             "num_tokens": self.num_tokens,
             "seconds": seconds,
             "seconds/generate": read_at - start,
@@ -279,6 +280,11 @@ class Trainer:
         """Steps that the run will have had, as far as its budgets tell by now; infinite before the first step."""
         budget = self.config.max_train_tokens or self.config.max_train_seconds
         return self.step / self.progress if budget and self.step else self.total_steps
+
+    @property
+    def schedule(self) -> float:
+        """How far everything that changes over training is in the coming step: 0 in the first, 1 in the last."""
+        return schedule_progress(self.step, self.expected_steps)
 
     def _evaluated(self, evaluate: Callable[[PreTrainedModel], dict[str, float]], weights: Weights) -> Metrics:
         """The student's scores now; the best student so far is kept, with its masters, ``weights``."""
@@ -375,7 +381,7 @@ class Trainer:
     def _source(self) -> Source:
         """Where this step's text comes from; the same on every rank."""
         chance = keyed_uniform(self.config.seed, self.step, _CHOICE)
-        return self.config.mix.source(chance, self.progress, len(self.replay), self.mix_memory)
+        return self.config.mix.source(chance, self.schedule, len(self.replay), self.mix_memory)
 
     def _rows(self, source: Source, on_round: OnRound | None) -> tuple[Rows, Rollouts]:
         """This rank's rows, and what all ranks generated now."""
@@ -416,7 +422,7 @@ class Trainer:
             for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
                 signals.check()
                 rows = batches[min(place, len(batches) - 1)]
-                loss = self._loss(rows, CrossEntropy())
+                loss = self._loss(rows, PlainText())
                 if place < len(batches):
                     sums[0] += loss
                     sums[1] += sum(len(row.completion_ids) for row in rows)
@@ -432,13 +438,13 @@ class Trainer:
     def _budget(self) -> int:
         """Tokens that a completion may have at this step."""
         start, end = self.config.max_new_tokens_start, self.config.max_new_tokens
-        return round(start + (end - start) * self.progress) if start else end
+        return round(start + (end - start) * self.schedule) if start else end
 
     def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
         settings = self.config.decode_arguments() | {
-            "policy": self.policy.at(self.progress),
+            "policy": self.policy.at(self.schedule, self.step),
             "max_new_tokens": self._budget(),
             "seed": self.config.seed,
             "keep_hidden": self.config.objective.reads_teacher,
@@ -454,9 +460,12 @@ class Trainer:
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
         accelerator = self.accelerator
-        own = torch.tensor([sum(len(row.completion_ids) for row in part.rows) for part in parts])
-        tokens = accelerator.reduce(own.to(accelerator.device), "sum").tolist()
-        sums = self._fitting(partial(self._gradients, parts, tokens), "training")
+        lengths = [[len(row.completion_ids) for row in part.rows] for part in parts]
+        texts = [self._by_text(part.objective) for part in parts]
+        own = [[sum(each) for each in lengths], [sum(map(bool, each)) for each in lengths]]
+        tokens, rows = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
+        counts = [row if text else token for text, row, token in zip(texts, rows, tokens, strict=True)]
+        sums = self._fitting(partial(self._gradients, parts, counts), "training")
         self.masters.sum_gradients(accelerator)
         losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = clip(list(self.masters.named.values()), self.config.max_grad_norm or math.inf)
@@ -469,7 +478,7 @@ class Trainer:
         self.step += 1
         return losses, tokens[0], grad_norm
 
-    def _gradients(self, parts: Sequence[_Part], tokens: Sequence[int], size: int) -> torch.Tensor:
+    def _gradients(self, parts: Sequence[_Part], counts: Sequence[int], size: int) -> torch.Tensor:
         """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns each part's share of its mean.
 
         The size moves rounding alone, but for dropout, whose masks are those of a micro-batch.
@@ -484,15 +493,20 @@ class Trainer:
             signals.check()
             reduce_in_next_backward(self.student, last=micro == len(micros) - 1)
             with self._keyed_dropout(accelerator.process_index * len(micros) + micro):
-                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(tokens[i], 1)
+                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(counts[i], 1)
                 (loss * (parts[i].weight * averaged)).backward()
             sums[i] += loss.detach()
         return sums
 
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
-        """Sum of the objective over the response tokens of one micro-batch."""
+        """Sum of the objective over the response tokens of one micro-batch, or of its mean over each text."""
         hidden, batch, teacher = self.read(rows, objective)
-        return total(objective, teacher, self.head, hidden, response_tokens(batch, [r.speakers for r in rows]))
+        tokens = response_tokens(batch, [r.speakers for r in rows])
+        return total(objective, teacher, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
+
+    def _by_text(self, objective: Objective) -> bool:
+        """Whether this objective's mean is one over texts."""
+        return self.config.loss_over == "sequences" and not objective.over_tokens
 
     def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
         """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""

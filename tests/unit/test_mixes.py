@@ -198,7 +198,7 @@ def test_plain_text_is_all_completion_but_its_first_token(tmp_path):
 def test_a_budget_grows_over_training(tmp_path):
     t = trainer(tmp_path, mix=Generated(1.0), max_new_tokens=9, max_new_tokens_start=3, max_steps=4, learning_rate=0.0)
     longest = [max(len(r.completion_ids) for r in t.train_step()[1]) for _ in range(4)]
-    assert longest == [3, 4, 6, 8]  # round halves to even: 3, 4.5, 6, 7.5
+    assert longest == [3, 5, 7, 9]
     steady = trainer(tmp_path, mix=Generated(1.0), max_new_tokens=3)
     assert {max(len(r.completion_ids) for r in steady.train_step()[1]) for _ in range(3)} == {3}
 
@@ -206,9 +206,9 @@ def test_a_budget_grows_over_training(tmp_path):
 @pytest.mark.parametrize(
     "policy,setting,expected",
     [
-        (CAOPD(alpha=0.8, alpha_end=0.0), "alpha", [0.8, 0.4]),
-        (TRB(budget=0.8, warmup=1.0), "budget", [0.8, 0.4]),
-        (Switch(schedule="linear"), "horizon", [6, 6]),
+        (CAOPD(alpha=0.8, alpha_end=0.2, hold=0.0), "alpha", [0.8, 0.4, 0.2]),
+        (TRB(budget=0.8, warmup=8), "budget", [0.8, 0.4, 0.0]),
+        (Switch(schedule="linear"), "horizon", [6, 6, 6]),
     ],
 )
 def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, policy, setting, expected):
@@ -216,8 +216,8 @@ def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, po
     monkeypatch.setattr(
         "switchkd.trainer.decode_examples", lambda *arguments: used.append(arguments[2]["policy"]) or Rollouts()
     )
-    t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=8, max_new_tokens_start=2)
-    for t.step in (0, 4):
+    t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=9, max_new_tokens_start=2)
+    for t.step in (0, 4, 8):
         t._generate([], None)
     assert [getattr(policy, setting) for policy in used] == pytest.approx(expected)
 

@@ -23,6 +23,7 @@ from switchkd.objectives import (
     ForwardKL,
     MiniLLM,
     ReplacedCE,
+    ReverseKL,
     SkewKL,
     Tokens,
     Veto,
@@ -57,6 +58,11 @@ def akl(p, q, q0):
     return (g_head * kl(p, q) + g_tail * kl(q, p)) / (g_head + g_tail)
 
 
+def on_top(a, b, by, k=2):
+    """The terms of KL(a ‖ b) at the k largest entries of ``by``."""
+    return (a * (a / b).log()).gather(1, by.topk(k).indices).sum(-1)
+
+
 def normalised(x):
     return x / x.sum(-1, keepdim=True)
 
@@ -86,7 +92,7 @@ REFERENCES = {
     "akl": akl,
     "taid": lambda p, q, q0: kl(normalised(q0**0.6 * p**0.4), q),
     "veto": lambda p, q, q0: kl(normalised(p * q0**0.5), q),
-    "replaced_ce": lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(q, p)),
+    "replaced_ce": lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(p, q)),
     "opd": lambda p, q, q0: -of_text(q) / of_text(q0) * (of_text(p) / of_text(q0)).log(),
     "minillm": minillm,
 }
@@ -159,7 +165,15 @@ def test_weights_by_speaker_and_a_share_of_cross_entropy(name):
         (Veto(beta=0.0), REFERENCES["forward_kl"]),
         (Veto(beta=2.0), lambda p, q, q0: kl(normalised(p * q0**2), q)),
         (AKL(head_mass=1.0), REFERENCES["forward_kl"]),
-        (ReplacedCE(divergence="forward_kl"), lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(p, q))),
+        (Veto(beta=2.0, divergence="reverse_kl"), lambda p, q, q0: kl(q, normalised(p * q0**2))),
+        (ReplacedCE(divergence="reverse_kl"), lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), kl(q, p))),
+        (ReplacedCE(top_k=2), lambda p, q, q0: torch.where(SPOKEN[1], -of_text(q).log(), on_top(p, q, p).clamp(min=0))),
+        (ReverseKL(top_k=2), lambda p, q, q0: on_top(q, p, q0)),
+        (ReverseKL(top_k=V), REFERENCES["reverse_kl"]),
+        (
+            DistiLLM2(detach_mixture=True),
+            lambda p, q, q0: torch.where(SPOKEN[0], kl(q, 0.9 * p + 0.1 * q0) - q.sum(-1) + 1, SKEW(p, q)),
+        ),
     ],
 )
 def test_settings_reach_their_place(objective, reference):
@@ -202,6 +216,86 @@ def test_a_student_that_is_the_teacher_stays_where_it_is(name):
     assert gradient[still].abs().max() < 1e-12
 
 
+# Settings at which a formula has a factor of 0, or an end, beside those in the middle.
+ENDS = {
+    "cross_entropy": [{}],
+    "forward_kl": [{}],
+    "reverse_kl": [{}, {"top_k": 2}, {"top_k": 1}],
+    "jsd": [{}, {"beta": 1e-6}, {"beta": 1 - 1e-6}],
+    "tvd": [{}],
+    "skew_kl": [{}, {"alpha": 1e-6}, {"alpha": 1 - 1e-6}],
+    "skew_reverse_kl": [{}, {"alpha": 1e-6}, {"alpha": 1 - 1e-6}],
+    "distillm2": [{}, {"beta": 0.0}, {"beta": 2.0}, {"detach_mixture": True}],
+    "akl": [{}, {"head_mass": 1.0}, {"head_mass": 1e-6}],
+    "taid": [{}, {"s": 0.0}, {"s": 1.0}],
+    "veto": [{}, {"beta": 0.0}, {"beta": 3.0}, {"divergence": "reverse_kl"}, {"beta": 0.0, "divergence": "reverse_kl"}],
+    "replaced_ce": [{}, {"top_k": 1}, {"top_k": 0}, {"divergence": "reverse_kl"}, {"divergence": "skew_kl"}],
+    "opd": [{}],
+    "minillm": [{}, {"alpha": 0.0}, {"clip": 0.0}, {"length_normalised": False}],
+}
+SHARES = [{}, {"student_weight": 0.0}, {"teacher_weight": 0.0}, {"ce_weight": 1.0}]
+# Entries (token, id) to which a model gives no probability; the fourth token was written with id 4, the sixth with 2.
+HOLES = {
+    "p": ([(0, 1), (3, 0), (5, 4)], []),
+    "q": ([], [(1, 0), (4, 1), (6, 3)]),
+    "both": ([(n, (TOKENS.ids[n] + 1) % V) for n in range(0, N, 2)],) * 2,
+    "apart": ([(2, 0), (2, 2)], [(2, 3), (2, 4)]),
+    "one-hot p": ([(n, i) for n in range(N) for i in range(V) if i != TOKENS.ids[n]], []),
+    "one-hot q": ([], [(n, i) for n in range(N) for i in range(V) if i != TOKENS.ids[n]]),
+    "one-hot both": ([(n, i) for n in range(N) for i in range(V) if i != TOKENS.ids[n]],) * 2,
+    "written, by p": ([(3, 4), (5, 2)], []),
+    "written, by q": ([], [(3, 4), (5, 2)]),
+    "written by q, and apart": ([(3, 1), (5, 3)], [(3, 4), (5, 2)]),
+}
+
+
+def with_holes(objective, holes, depth):
+    """Losses, and the gradient in the student's logits of the finite ones, where entries are ``-depth``."""
+    logits_p, logits_q = LOGITS_P.clone(), LOGITS_Q.clone()
+    for logits, entries in zip((logits_p, logits_q), holes, strict=True):
+        for entry in entries:
+            logits[entry] = -depth
+    leaf = logits_q.requires_grad_()
+    logp, logq, tokens = logits_p.log_softmax(-1), leaf.log_softmax(-1), TOKENS
+    if objective.looks_ahead:
+        written = [x.detach().gather(1, TOKENS.ids.unsqueeze(1))[:, 0] for x in (logp, logq)]
+        tokens = objective.look_ahead(TOKENS, *written)
+    return objective.loss(logp, logq, tokens), leaf
+
+
+def test_every_objective_is_tried_at_its_ends():
+    assert ENDS.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("holes", HOLES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_probability_is_what_ever_less_probability_tends_to(name, holes):
+    """Wherever losses stay where they are as entries sink, they and their gradients are the same at −inf; no NaN of 0 · inf."""
+    for settings in ENDS[name]:
+        if holes.startswith("written") and holes != "written, by p" and settings.get("alpha") == 0:
+            continue  # text of the student's own that it cannot write has the importance weight 0 / 0
+        for share in SHARES:
+            objective = OBJECTIVES[name](**settings, **share)
+            (low, _), (lower, lower_leaf), (none, leaf) = (
+                with_holes(objective, HOLES[holes], d) for d in (800, 1600, math.inf)
+            )
+            settled = ((low - lower).abs() < 1e-6) & lower.isfinite()
+            told = f"{objective}: {none.tolist()}, not {lower.tolist()}"
+            torch.testing.assert_close(none[settled], lower[settled], atol=1e-9, rtol=1e-9, msg=told)
+            (ours,) = torch.autograd.grad(none[settled].sum(), leaf)
+            (expected,) = torch.autograd.grad(lower[settled].sum(), lower_leaf)
+            ours, expected = ours[settled], expected[settled]
+            torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9, msg=lambda m, o=objective: f"{o}: {m}")
+
+
+def test_an_infinite_reward_stays_in_its_text():
+    """Rewards of texts are summed each for itself; a difference of sums over all made those of other texts inf − inf."""
+    logp, logq = torch.zeros(N), torch.arange(float(N))
+    logp[4] = -math.inf  # the second token of the second text
+    returns = MiniLLM(length_normalised=False).look_ahead(TOKENS, logp, logq).returns
+    assert returns.tolist() == [-3.0, -2.0, 0.0, -math.inf, -5.0, 0.0, 0.0]
+
+
 def test_entries_without_mass_give_finite_values_and_gradients():
     logits_p, leaf = LOGITS_P.clone(), LOGITS_Q.clone()
     logits_p[:, 0] = leaf[:, 0] = -math.inf  # padding ids that both leave out
@@ -227,6 +321,30 @@ def test_taid_moves_to_the_teacher():
     assert taid.remember(second, 1.0, 1.0)["s"] == 1.0
     slower = taid.remember(first, 2.5, 0.0)
     assert 0.4 < slower["s"] < second["s"]
+    assert taid.remember(memory, 2.0, 1.0)["s"] == 1.0  # a run of two steps ends at the teacher as any other
+
+
+def moved(objective, points):
+    """What the objective is at these points of training, the first of them its start."""
+    memory, found = objective.memory(), []
+    for progress in [*points[1:], 1.0]:
+        found.append(objective.at(memory))
+        memory = objective.remember(memory, 1.0, progress)
+    return found
+
+
+def test_vetos_target_moves_to_the_teacher():
+    assert [x.beta for x in moved(Veto(beta=0.8), (0.0, 0.25, 0.5, 1.0))] == pytest.approx([0.8, 0.6, 0.4, 0.0])
+    assert [x.beta for x in moved(Veto(beta=0.5, beta_end=0.5), (0.0, 0.5, 1.0))] == [0.5, 0.5, 0.5]
+    check(moved(Veto(beta=2.0), (0.0, 0.5))[1], lambda p, q, q0: kl(normalised(p * q0), q))
+    check(moved(Veto(beta=2.0), (0.0, 1.0))[1], REFERENCES["forward_kl"])
+
+
+def test_distillm2_may_move_to_the_students_text():
+    grown = moved(DistiLLM2(rise=0.5), (0.0, 0.25, 0.5, 1.0))
+    assert [x.beta for x in grown] == pytest.approx([1.0, 1.25, 1.5, 1.5])
+    check(grown[1], lambda p, q, q0: torch.where(SPOKEN[0], 1.25 * SKEW(q, p), 0.75 * SKEW(p, q)))
+    assert DistiLLM2().memory() == {}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +362,11 @@ def test_taid_moves_to_the_teacher():
         (lambda: TAID(momentum=1.0), "momentum < 1"),
         (lambda: Veto(beta=-0.1), "at least 0"),
         (lambda: ReplacedCE(divergence="kl"), "unknown divergence"),
+        (lambda: ReplacedCE(top_k=-1), "0 for all, got -1"),
+        (lambda: ReverseKL(top_k=-1), "0 for all, got -1"),
+        (lambda: DistiLLM2(rise=1.5), "0..2, got 1.0, and 2.5 in the end"),
+        (lambda: Veto(beta_end=-1.0), "at least 0, got 0.5 and -1.0"),
+        (lambda: Veto(divergence="kl"), "unknown divergence"),
         (lambda: MiniLLM(alpha=1.0), "alpha < 1"),
     ],
 )

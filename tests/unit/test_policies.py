@@ -223,11 +223,16 @@ def test_hysteresis_takes_over_high_and_gives_back_low():
     assert who == [0, 1, 1, 1, 0, 0, 1]
 
 
-def test_ca_opd_threshold_follows_a_cosine_over_training():
+def test_ca_opd_threshold_follows_a_cosine_of_its_logarithm_after_a_hold():
+    """The paper's −log alpha: 0.693 for the first tenth, then half a cosine to 1.386."""
     policy = CAOPD()
-    assert [policy.at(x).alpha for x in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.375, 0.25])
-    assert policy.at(0.25).alpha == pytest.approx(0.25 + 0.125 * (1 + math.cos(math.pi / 4)))
+    logs_of_alpha = [-math.log(policy.at(x).alpha) for x in (0.0, 0.05, 0.1, 0.325, 0.55, 1.0)]
+    shares = [0, 0, 0, (1 - math.cos(math.pi / 4)) / 2, 0.5, 1]
+    assert logs_of_alpha == pytest.approx([math.log(2) * (1 + share) for share in shares])
     assert policy.at(0.3).at(0.0).alpha == pytest.approx(policy.at(0.3).alpha)  # the trainer always asks the first one
+    assert [CAOPD(0.8, 0.0).at(x).alpha for x in (0.0, 0.1, 1.0)] == [0.8, 0.8, 0.0]
+    assert [CAOPD(0.8, 0.8).at(x).alpha for x in (0.0, 0.5, 1.0)] == pytest.approx([0.8] * 3)
+    assert CAOPD(0.8, 0.2, hold=0.0).at(0.5).alpha == pytest.approx(0.4)  # the geometric mean
 
 
 @pytest.mark.parametrize("budget", [1e-3, 0.1, 0.5, 1.0])
@@ -252,10 +257,50 @@ def test_trb_keeps_to_tokens_that_both_can_write_and_fades_into_the_student():
     torch.testing.assert_close(m, torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64))
     tight = at(TRB(budget=0.1), 0, q, p)  # no a > 0 is within the budget: ln 2 > 0.1
     assert torch.equal(tight.log_probs, q) and tight.divergence.item() == 0
-    policy = TRB(budget=0.8, warmup=0.5)
-    assert [policy.at(x).budget for x in (0.0, 0.25, 0.5, 1.0)] == [0.8, 0.4, 0.0, 0.0]
-    late = policy.at(0.7)
+    policy = TRB(budget=0.8, warmup=20)
+    assert [policy.at(0.0, step).budget for step in (0, 5, 10, 20, 471)] == pytest.approx([0.8, 0.6, 0.4, 0.0, 0.0])
+    assert policy.at(0.9, 5) == policy.at(0.01, 5)  # steps of their own, not a share of the run
+    late = policy.at(0.0, 20)
     assert torch.equal(at(late, 0, q, p).log_probs, q) and late.reads(()) == (True, False)
+
+
+# Policies that blend or replace, with settings at their ends too.
+BLENDS = [
+    MixIn(0.2), MixIn(1e-9), CAOPD(alpha=0.25), CAOPD(alpha=0.0), CAOPD(alpha=1.0), SKD(top_k=1), SKD(top_k=5), TRB(budget=0.0),
+    TRB(budget=0.01), TRB(budget=50.0), Switch(schedule="constant", tau_0=0.2), SSD(divergence="forward_kl"),
+    Hysteresis(divergence="reverse_kl"),
+]  # fmt: skip
+HOLES = {
+    "p": ([1, 3], []),
+    "q": ([], [0, 2]),
+    "both": ([1, 4], [1, 4]),
+    "apart": ([0, 1, 2], [3, 4]),
+    "one-hot": ([0, 1, 3, 4],) * 2,
+}
+
+
+@pytest.mark.parametrize("holes", HOLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_probability_is_what_ever_less_probability_tends_to(holes, dtype):
+    """Targets, the teacher's part and what is compared, with −inf in either distribution or both; never a NaN of 0 · inf."""
+    z = torch.randn(2, 5, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def decided(policy, depth):
+        logits = z.clone()
+        for row, ids in zip(logits, HOLES[holes], strict=True):
+            row[ids] = -depth
+        p, q = logits.log_softmax(-1).split(1)
+        return at(policy, 3, q, p)
+
+    for policy in BLENDS:
+        low, none = decided(policy, 900.0), decided(policy, math.inf)
+        assert none.log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-6), policy
+        assert none.divergence.isnan().tolist() == low.divergence.isnan().tolist(), policy
+        if isinstance(policy, TRB):  # its blend with almost no probability has a place between, which is of no use
+            continue
+        torch.testing.assert_close(none.log_probs.exp(), low.log_probs.exp(), atol=1e-6, rtol=0)
+        if none.teacher_part is not None:
+            torch.testing.assert_close(none.teacher_part.exp(), low.teacher_part.exp(), atol=1e-6, rtol=0)
 
 
 def relayed(policy, tokens, q=Q, p=P):
@@ -327,7 +372,8 @@ def test_the_linear_schedule_takes_its_horizon_from_the_run():
         (lambda: Hysteresis(take=0.1, give=0.2), "give <= take"),
         (lambda: CAOPD(alpha_end=1.5), "alpha_end of CAOPD is a probability"),
         (lambda: TRB(budget=-1.0), "budget >= 0"),
-        (lambda: TRB(warmup=0.0), "warmup <= 1"),
+        (lambda: TRB(warmup=0), r"warmup >= 1 \(steps\)"),
+        (lambda: CAOPD(hold=1.0), "from 0 to below 1, got 1.0"),
         (lambda: Relay(legs=0), "legs of Relay must be at least 1"),
         (lambda: Relay().init(1), "bind it to a tokenizer"),
         (lambda: Relay(triggers=("Aha",)).bind(byte_level_tokenizer(), 8), "none of Relay's triggers"),
