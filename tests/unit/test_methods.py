@@ -80,7 +80,8 @@ SIZES = {
     "switch": {"policy": {"decay": 0.3}},
     "switch_growth": {"policy": {"tau_0": 0.3}},
     "skd": {"policy": {"top_k": 3}},
-    "ca_opd": {"policy": {"alpha": 0.2, "alpha_end": 0.1}},
+    "ca_opd": {"policy": {"alpha": 0.2, "alpha_end": 0.1}, "objective": {"top_k": 3}},
+    "trb": {"policy": {"budget": 0.5, "warmup": 10}, "objective": {"top_k": 3}},
     "distillm": {"mix": {"share": 0.8, "capacity": 8, "validation_steps": 5}},
 }
 
@@ -95,7 +96,7 @@ def small(name, folder, **changes):
     recipe = turned(load_recipe(name), SIZES.get(name, {}))
     return dataclasses.replace(
         recipe, max_new_tokens=min(recipe.max_new_tokens, 8), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3,
-        lr_scheduler_type="constant", warmup_steps=0, save_steps=0, seed=3, output_dir=str(folder), **changes,
+        gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_steps=0, warmup_ratio=0.0, save_steps=0, seed=3, output_dir=str(folder), **changes,
     )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ class Witness:
         return metrics
 
 
-def dense_loss(objective, pair, rows):
+def dense_loss(objective, pair, rows, over="tokens"):
     """The objective on these rows as the models are now, by plain logits and no machinery of the trainer's."""
     batch = collate([(row.prompt_ids, row.completion_ids) for row in rows])
     tokens = response_tokens(batch, [row.speakers for row in rows])
@@ -150,7 +151,11 @@ def dense_loss(objective, pair, rows):
         logp, logq = (log_probs(Head.of(m, VOCAB)(response_hidden(m, batch))) for m in (pair.teacher, pair.student))
         if objective.looks_ahead:
             tokens = objective.look_ahead(tokens, *(x.gather(1, tokens.ids[:, None])[:, 0] for x in (logp, logq)))
-        return objective.loss(logp, logq, tokens).mean().item()
+        losses = objective.loss(logp, logq, tokens)
+        if over == "tokens":
+            return losses.mean().item()
+        means = [losses[tokens.rows == row].mean().item() for row in tokens.rows.unique()]
+        return sum(means) / len(means)
 
 
 def test_every_recipe_has_a_contract():
@@ -170,7 +175,7 @@ def test_twenty_steps(name, tmp_path):
     assert bool(witness.read_for_loss) == contract.teacher
     assert bool(witness.generating) == bool(contract.sources - {"examples"})
     first = witness.steps[0]
-    assert metrics[0]["loss"] == pytest.approx(dense_loss(objective, before, first), rel=1e-9)
+    assert metrics[0]["loss"] == pytest.approx(dense_loss(objective, before, first, trainer.config.loss_over), rel=1e-9)
     prompts = {json.dumps(example.prompt_ids) for example in toy_examples()}
     assert all(json.dumps(row.prompt_ids) in prompts for rows in witness.steps for row in rows)
     frozen = json.loads(TRAJECTORIES.read_text())[name]

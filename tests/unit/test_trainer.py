@@ -15,8 +15,8 @@ from switchkd.checkpoint import checkpoints
 from switchkd.config import TrainConfig
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.mixes import Generated
-from switchkd.objectives import ForwardKL
+from switchkd.mixes import Adaptive, Generated, Pairs
+from switchkd.objectives import CrossEntropy, DistiLLM2, ForwardKL, MiniLLM
 from switchkd.optimizer import learning_rate
 from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer, _Part
@@ -63,8 +63,9 @@ def gradient_step(folder, **changes):
     return gradients, metrics, rollouts
 
 
+@pytest.mark.parametrize("over", ["tokens", "sequences"])
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda):
+def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda, over):
     """Also on ragged rows, where normalising each micro-batch by its own tokens would weigh rows differently."""
     runs = [
         gradient_step(
@@ -72,6 +73,7 @@ def test_accumulation_8x1_4x2_1x8_is_one_gradient(tmp_path, lmbda):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=8 // size,
             mix=Generated(lmbda),
+            loss_over=over,
             seed=1,
         )
         for size in (8, 4, 1)
@@ -92,6 +94,73 @@ def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
     examples = toy_examples()
     used = [examples[i] for i in batch_indices(len(examples), 4, 0, SETTINGS.seed)]
     assert metrics["num_tokens"] == sum(len(e.completion_ids) for e in used)
+
+
+def without_dropout():
+    """A toy pair whose norms do not go through fp32."""
+    pair = toy_pair("gpt2")
+    for module in pair.student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return pair
+
+
+def of_lengths(*lengths):
+    """Ground-truth rows of the toy vocabulary with completions so long."""
+    row = toy_examples(1)[0]
+    tokens = [[2 + (5 * i + 7 * j) % 20 for j in range(length)] for i, length in enumerate(lengths)]
+    return [dataclasses.replace(row, id=i, prompt_ids=[3, 4], completion_ids=ids) for i, ids in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("lengths", [(10, 40), (1, 30, 0, 7), (0, 0), (5, 5)])
+def test_a_loss_over_texts_is_the_mean_of_their_means(tmp_path, lengths):
+    """A text of 10 tokens weighs as much as one of 250, where over tokens it weighs .04; one without tokens weighs nothing.
+
+    The loss that is reported is the one whose gradient is taken: finite differences of it agree.
+    """
+    rows, settings = of_lengths(*lengths), {"mix": Generated(0.0), "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": len(lengths), "loss_over": "sequences", "learning_rate": 0.0}
+
+    def step(examples, **changes):
+        return gradient_step(tmp_path, examples=examples, pair=without_dropout(), **settings | changes)
+
+    (gradients, metrics, _) = step(rows)
+    one = {"per_device_train_batch_size": 1}
+    alone = [step([row], **one) for row in rows if row.completion_ids]
+    assert metrics["loss"] == pytest.approx(sum(m["loss"] for _, m, _ in alone) / max(len(alone), 1), rel=1e-12)
+    assert metrics["num_tokens"] == sum(lengths)
+    for name, gradient in gradients.items():
+        mean = sum(own[name] for own, *_ in alone) / max(len(alone), 1)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) + mean, atol=1e-12, rtol=1e-9)
+    if len(set(lengths)) > 1:
+        assert step(rows, loss_over="tokens")[1]["loss"] != pytest.approx(metrics["loss"], rel=1e-3)
+
+
+def test_a_loss_over_texts_leaves_the_corpus_and_the_validation_loss_over_tokens(tmp_path):
+    corpus, validation = of_lengths(3, 30), of_lengths(2, 20)
+    found = {}
+    for over in ("tokens", "sequences"):
+        more = {"corpus": corpus, "validation": validation, "mix": Adaptive(validation_steps=1), "loss_over": over}
+        t = trainer(tmp_path, per_device_train_batch_size=2, objective=CrossEntropy(), **more)
+        found[over] = t.train_step()[0] | {"validation": t.mix_memory["loss"]}
+    for name in ("lm_loss", "validation"):
+        assert found["sequences"][name] == pytest.approx(found["tokens"][name], rel=1e-12)
+    assert found["sequences"]["loss"] != pytest.approx(found["tokens"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", [MiniLLM(alpha=0.0, clip=1e9), DistiLLM2()])
+def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective):
+    """Every text by its own mean, whoever wrote it, and whatever chunks the loss is computed in."""
+    stored = [dataclasses.replace(example, speaker=1) for example in toy_examples()]
+    more = {"policy": StudentOnly(), "mix": Pairs(), "objective": objective, "per_device_train_batch_size": 2}
+    t = trainer(tmp_path, without_dropout(), stored, learning_rate=0.0, loss_over="sequences", **more)
+    seen, loss = [], t._loss
+    t._loss = lambda rows, own: seen.append(rows) or loss(rows, own)
+    metrics, _ = t.train_step()
+    over_tokens = trainer(tmp_path, without_dropout(), stored, **more)
+    rows = [row for part in seen for row in part]
+    means = [over_tokens._loss([row], objective).item() / len(row.completion_ids) for row in rows]
+    assert len(rows) == 4 and metrics["loss"] == pytest.approx(sum(means) / 4, rel=1e-9)
 
 
 def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):

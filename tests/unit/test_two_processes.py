@@ -43,7 +43,8 @@ accelerator = Accelerator(cpu=True)
 config = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05), mix={mix}, objective=ForwardKL(), max_new_tokens=6, max_steps=5, save_steps=3,
     per_device_train_batch_size=4 // accelerator.num_processes, gradient_accumulation_steps=2, learning_rate=3e-3, seed=3,
-    output_dir={output!r}, fsdp={fsdp}, dtype={dtype!r}, eval_steps=2, metric_for_best_model="score", sample_steps=2,
+    output_dir={output!r}, fsdp={fsdp}, dtype={dtype!r}, loss_over={loss_over!r}, eval_steps=2,
+    metric_for_best_model="score", sample_steps=2,
 )
 pair = toy_pair({family!r}, torch.float32 if {dtype!r} == "bfloat16" else torch.float64)
 trainer = Trainer(pair, toy_examples(), config, accelerator, validation=toy_examples(5), corpus=toy_examples(9))
@@ -75,7 +76,7 @@ def launched(folder, processes, mix, resume=False, dies_after=-1, **more):
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     own = {"output": str(folder), "processes": processes, "mix": mix, "resume": resume, "dies_after": dies_after}
-    own |= {"fsdp": False, "family": "llama", "mistake": "", "dtype": "auto"} | more
+    own |= {"fsdp": False, "family": "llama", "mistake": "", "dtype": "auto", "loss_over": "tokens"} | more
     script.write_text(SCRIPT.format(tests=str(TESTS), **own))
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     command = [sys.executable, *(launch if processes > 1 else []), str(script)]
@@ -114,6 +115,13 @@ def test_two_ranks_are_one(tmp_path, mix):
             shutil.rmtree(folder / "checkpoint-5")
             assert_equal(straight, trained(folder, processes, mix, resume=True))
         assert written(two) == written(one)
+
+
+def test_two_ranks_are_one_where_the_loss_is_over_texts(tmp_path):
+    one, two = (trained(tmp_path / str(n), n, "Generated(0.5)", loss_over="sequences") for n in (1, 2))
+    assert_equal(one, two)
+    over_tokens = trained(tmp_path / "tokens", 1, "Generated(0.5)")
+    assert any((weight - one[name]).abs().max() > 1e-5 for name, weight in over_tokens.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
