@@ -96,7 +96,8 @@ def small(name, folder, **changes):
     recipe = turned(load_recipe(name), SIZES.get(name, {}))
     return dataclasses.replace(
         recipe, max_new_tokens=min(recipe.max_new_tokens, 8), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3,
-        gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_steps=0, warmup_ratio=0.0, save_steps=0, seed=3, output_dir=str(folder), **changes,
+        gradient_accumulation_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant", warmup_steps=0, save_steps=0, seed=3,
+        output_dir=str(folder), **changes,
     )  # fmt: skip
 
 
