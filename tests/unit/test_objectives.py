@@ -324,6 +324,16 @@ def test_taid_moves_to_the_teacher():
     assert taid.remember(memory, 2.0, 1.0)["s"] == 1.0  # a run of two steps ends at the teacher as any other
 
 
+def test_a_top_of_the_teachers_tokens_may_cost_nothing_but_gains_nothing():
+    """Its terms alone may add up to less than 0, where the student gives these tokens more than the teacher does."""
+    logp, logq = (torch.tensor([[a, a, 1 - 2 * a]], dtype=torch.float64).log() for a in (0.35, 0.49))
+    tokens = Tokens(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))
+    leaf = logq.clone().requires_grad_()
+    [loss] = ReplacedCE(top_k=2).loss(logp, leaf, tokens)
+    loss.backward()
+    assert kl(logp.exp()[:, :2], logq.exp()[:, :2]) < 0 and loss == 0.0 and not leaf.grad.any()
+
+
 def moved(objective, points):
     """What the objective is at these points of training, the first of them its start."""
     memory, found = objective.memory(), []
