@@ -61,6 +61,7 @@ class BlockEngine:
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
+        self.in_doubt = False  # whether a row was broken where drafts stood behind it; without them it will show by what
         self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
 
     def round(self) -> None:
@@ -68,7 +69,9 @@ class BlockEngine:
         watch = Stopwatch(self.device, self.pace.timed)
         start = watch.now()
         reads = torch.stack(self.reads, 1).tolist()
-        plan = self.pace.plan(reads, max(self.job.max_new_tokens - len(row.completion) for row in self.rows))
+        left = max(self.job.max_new_tokens - len(row.completion) for row in self.rows)
+        plan = self.pace.plan(reads, 1 if self.in_doubt else left)
+        self.in_doubt = False
         keys = [self._keys(k) for k in range(plan.block)]
         block = _Block(plan, keys, [gumbel_noise(each, self.job.vocab_size, self.device) for each in keys], self.reads)
         self._draft(block)
@@ -226,7 +229,10 @@ class BlockEngine:
                 if not alive:
                     break
                 if any(broken):
-                    row.fail_non_finite("student" if broken[STUDENT] else "teacher")
+                    if block.plan.block == 1:
+                        row.fail_non_finite("student" if broken[STUDENT] else "teacher")
+                    # A draft behind this position may have broken it: its mask is a weight of 0, and 0 · NaN is NaN.
+                    self.in_doubt |= block.plan.block > 1
                     break
                 row.append(int(token), int(speaker), divergence, threshold, bool(ends), self.job)
                 kept += 1
