@@ -61,7 +61,9 @@ class BlockEngine:
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
-        self.in_doubt = False  # whether a row was broken where drafts stood behind it; without them it will show by what
+        self.in_doubt = (
+            False  # whether a row was broken where drafts stood behind it; without them it will show by what
+        )
         self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
 
     def round(self) -> None:
