@@ -57,7 +57,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature}")
+            raise ConfigError(f"temperature must be at least 0 (0 is greedy) and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1 (1 keeps all tokens), got {self.top_p}")
         if self.top_k < 0:

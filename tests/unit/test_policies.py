@@ -127,6 +127,22 @@ def test_adaswitch_options():
     assert spoken(late, path)[0] == [0, 0, 1]
 
 
+def test_adaswitch_takes_no_rounding_for_a_jump():
+    """Below its floor nothing is one, however many times the mean; what is written down is what d was compared with."""
+    path = [1e-9, 1e-9, 1e-9, 5e-7, 0.0099, 0.0101]
+    assert spoken(AdaSwitch(window=2), path)[0] == [0, 0, 0, 0, 0, 0]  # 3 x the mean of the last two is 0.0149
+    assert spoken(AdaSwitch(window=2), [*path[:4], 0.0101])[0] == [0, 0, 0, 0, 1]
+    assert spoken(AdaSwitch(window=2, floor=0.0), path)[0] == [0, 0, 0, 1, 1, 1]
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert limits(AdaSwitch(window=2), path) == [
+        nan,
+        nan,
+        *[pytest.approx(0.01)] * 3,
+        pytest.approx(3 * 0.00495, rel=1e-3),
+    ]
+    assert AdaSwitch().floor >= 1e-3
+
+
 def test_adaswitch_asks_for_the_student_until_it_has_switched():
     policy = AdaSwitch(window=1, ratio=0.0)
     state = policy.init(1)
@@ -352,6 +368,8 @@ def test_the_linear_schedule_takes_its_horizon_from_the_run():
         (lambda: AdaSwitch(window=0), "at least 1"),
         (lambda: AdaSwitch(ratio=-1.0), "at least 0"),
         (lambda: AdaSwitch(ratio=math.nan), "at least 0"),
+        (lambda: AdaSwitch(floor=-1.0), "floor of AdaSwitch must be finite"),
+        (lambda: Relay(leg_tokens=0), "leg_tokens of Relay must be at least 1"),
         (lambda: AdaSwitch(divergence="kl_forward"), "unknown divergence"),
         (lambda: AdaSwitch(switch_token_by="nobody"), "'teacher' or 'student'"),
         (lambda: MixIn(alpha=1.0), "strictly between 0 and 1, got 1.0"),
