@@ -140,9 +140,9 @@ class Switch(Policy):
     * ``constant``: ``tau_0`` (the paper's ablation: 0.2);
     * ``growth``: ``tau_0 · exp(decay · t)``. The paper gives no constants; tau_0 = 0.01 with decay 0.1 mirrors its decay.
 
-    A threshold of 1 or more never hands over, a negative one always does. Late in a text ``tau(t)`` falls below what two forwards
-    of one model differ by, in fp32 after some 220 tokens, in bf16 after some 100 (``docs/engine.md``). Where the two models agree as
-    nearly as that, who speaks is chance from there on; what is written is the same.
+    A threshold of 1 or more never hands over, a negative one always does. Late in a text ``tau(t)`` falls below what two
+    forwards of one model differ by, in fp32 after some 220 tokens, in bf16 after some 100 (``docs/engine.md``). Where the two
+    models agree as nearly as that, who speaks is chance from there on; what is written is the same.
     """
 
     unit = "bits"
