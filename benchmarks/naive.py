@@ -43,7 +43,7 @@ def naive_decode(
         )
         decision = policy.step(state, logq, logp, torch.full((len(prompts),), t, device=ids.device))
         ids = torch.multinomial(decision.log_probs.exp(), 1, generator=generator)
-        state = policy.observe(decision.state, ids[:, 0])
+        state = policy.spoke(policy.observe(decision.state, ids[:, 0]), decision.speaker)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         tokens.append(ids)
     return torch.cat(tokens, 1)

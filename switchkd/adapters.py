@@ -21,7 +21,7 @@ from switchkd.errors import ConfigError, ModelError, nearest
 from switchkd.masters import Masters, cast_weights
 from switchkd.models import ADAPTER_CONFIG
 from switchkd.plain import json_object, shown
-from switchkd.sampling import noise_key
+from switchkd.sampling import Use, noise_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -63,7 +63,7 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int) -> Non
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(noise_key(seed, 0, 0) % 2**63)
+        torch.random.default_generator.manual_seed(noise_key(seed, 0, 0, Use.ADAPTER) % 2**63)
         _inject(model, lora)
     _widen(model)
 

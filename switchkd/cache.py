@@ -1,7 +1,8 @@
 """A key/value cache for rows of different lengths that can be rolled back: the one file that touches cache classes.
 
 A row's slot is its token position. Rolling a row back is lowering its length: stale slots are never attended, because
-the mask is ``slot <= position``, and the next tokens overwrite them. Positions and masks are always explicit, which is
+the mask is ``slot <= position``, and the next tokens overwrite them (what is not finite there must be cleared: a mask weighs it
+with 0, and 0 · NaN is NaN). Positions and masks are always explicit, which is
 what keeps learned positions (GPT-2, OPT), rotary positions and sliding windows right without any padding on the left.
 
 Shapes: B rows in the cache, b rows in a forward, T new tokens, S slots, H key/value heads, D head size, V vocabulary.
@@ -57,10 +58,10 @@ class _Layer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def clear(self, row: int) -> None:
+    def clear(self, row: int, start: int = 0) -> None:
         if self.is_initialized:
-            self.keys[row].zero_()
-            self.values[row].zero_()
+            self.keys[row, :, start:].zero_()
+            self.values[row, :, start:].zero_()
 
     def get_seq_length(self) -> int:
         return 0  # positions are explicit
@@ -114,10 +115,14 @@ class CachedModel:
         self.step: _Step | None = None
 
     def reset(self, row: int) -> None:
-        """Empty a row for a new prompt. Zeroing matters: a masked slot that holds NaN still gives 0 · NaN = NaN."""
+        """Empty a row for a new prompt."""
         self.lengths[row] = 0
+        self.clear_stale(row)
+
+    def clear_stale(self, row: int) -> None:
+        """Zero what lies behind a row's tokens. A masked slot that holds NaN or infinity would still give 0 · NaN = NaN."""
         for layer in self.cache.layers:
-            layer.clear(row)
+            layer.clear(row, self.lengths[row])
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order; the buffers shrink, so that the rest of a batch decodes at its own size."""

@@ -23,6 +23,7 @@ from switchkd.mixes import MIXES, Generated, Mix
 from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
 from switchkd.plain import read_yaml, shown
 from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
+from switchkd.sampling import Sampling
 from switchkd.templates import check_teacher_prompt
 
 # The settings that name a rule, with the base class of each and the names that ship with the package.
@@ -164,7 +165,7 @@ class DataConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(_Settings):
     """How text is generated."""
 
     policy: Policy = field(default_factory=Switch)
@@ -173,6 +174,12 @@ class DecodeConfig:
     """Token budget of a generated completion."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy. Reaches neither the policy's decision nor the loss."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probability reaches this; 1 keeps all. Reaches neither decision nor loss."""
+    top_k: int = 0
+    """Draw from this many most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the best one's probability; 0 keeps all."""
     block_size: int = 0
     """Positions decided in one round; 0 lets the engine choose. Moves time, never tokens."""
     generation_batch_size: int = 32
@@ -184,12 +191,19 @@ class DecodeConfig:
     repeatable: bool = True
     """Plan rounds without looking at the clock, so that equal runs are equal to the last bit; false measures costs."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Sampling(self.temperature, self.top_p, self.top_k, self.min_p)
+
     def decode_arguments(self) -> dict[str, Any]:
         """What these settings say to ``decode``."""
         return {
             "policy": self.policy,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
             "block_size": self.block_size or "auto",
             "batch_size": self.generation_batch_size,
             "memory_gib": self.generation_memory_gib or None,
@@ -210,6 +224,12 @@ class EvalConfig(_Settings):
     """Token budget of a completion that is scored."""
     eval_temperature: float = 0.0
     """Sampling temperature of these completions; 0 is greedy."""
+    eval_top_p: float = 1.0
+    """Draw them from the fewest tokens whose probability reaches this; 1 keeps all."""
+    eval_top_k: int = 0
+    """Draw them from this many most probable tokens; 0 keeps all."""
+    eval_min_p: float = 0.0
+    """Draw them from tokens with at least this share of the best one's probability; 0 keeps all."""
     eval_seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
     """Seeds of sampled completions, one of each example under each; greedy ones are made once."""
     eval_own_text: bool = False
@@ -223,6 +243,10 @@ class EvalConfig(_Settings):
         super().__post_init__()
         least = {"eval_samples": -1, "eval_max_new_tokens": 1, "eval_temperature": 0.0, "per_device_eval_batch_size": 1}
         check_at_least(self, least)
+        try:
+            Sampling(self.eval_temperature, self.eval_top_p, self.eval_top_k, self.eval_min_p)
+        except ConfigError as error:
+            raise ConfigError(f"eval_{error}") from error
         if self.eval_temperature and not self.eval_seeds:
             raise ConfigError(f"eval_temperature {self.eval_temperature:g} needs eval_seeds, at least one")
         if min(self.eval_seeds, default=0) < 0 or len(set(self.eval_seeds)) < len(self.eval_seeds):

@@ -32,7 +32,7 @@ from switchkd.pace import BLOCKS, Drafter, Pace
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.rows import Job
-from switchkd.sampling import draw, gumbel_noise, noise_key, speakers
+from switchkd.sampling import Sampling, draw, gumbel_noise, noise_key, speakers
 
 if TYPE_CHECKING:
     from switchkd.data import TokenizedExample
@@ -54,14 +54,18 @@ def decode_reference(
     eos_token_ids: Sequence[int] | Ends | None = None,
     vocab_size: int | None = None,
     *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
 ) -> Rollouts:
     """Decode one row and one token at a time, both models called on the whole text at every step.
 
     Slow on purpose: it defines what ``decode`` must return, token by token. Arguments and result are ``decode``'s.
     """
+    sampling = Sampling(temperature, top_p, top_k, min_p)
     job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size,
+        student, teacher, prompt_ids, policy, max_new_tokens, sampling, seed, sample_ids, eos_token_ids, vocab_size,
         teacher_prompt_ids,
     )  # fmt: skip
     for row in job.rows:
@@ -75,10 +79,11 @@ def decode_reference(
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
             key = noise_key(seed, row.sample_id, t)
-            token = draw(decision.log_probs, gumbel_noise([key], job.vocab_size), temperature)
-            state = policy.observe(decision.state, token)
+            token = draw(sampling.shape(decision.log_probs), gumbel_noise([key], job.vocab_size), temperature)
+            speaker = speakers(decision, token, [key])
+            state = policy.spoke(policy.observe(decision.state, token), speaker)
             seen = float(decision.divergence), float(decision.thresholds)
-            row.append(int(token), int(speakers(decision, token, [key])), *seen, job)
+            row.append(int(token), int(speaker), *seen, bool(policy.ends(state)), job)
     return Rollouts([row.rollout() for row in job.rows])
 
 
@@ -102,6 +107,9 @@ def decode(
     eos_token_ids: Sequence[int] | Ends | None = None,
     batch_size: int | None = None,
     *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     drafter: Drafter = "auto",
     repeatable: bool = False,
     memory_gib: float | None = None,
@@ -128,6 +136,8 @@ def decode(
             models' generation configs name, as ``load_pair`` leaves them).
         batch_size: rows decoded together; a finished row's place goes to the next prompt. Where memory runs out, all rows are
             decoded again with half as many together.
+        top_p, top_k, min_p: what is left of the target distribution to draw from, as in transformers' ``generate`` (see
+            ``sampling.Sampling``). The policy sees all of it; greedy text is not touched.
         drafter: which model proposes the block. It moves time, never tokens.
         repeatable: take the models' sizes for their costs and do not look at the clock: rounding too is then the same each time.
         memory_gib: GiB that key/value caches and block buffers may take; fewer rows are then decoded together.
@@ -155,21 +165,20 @@ def decode(
     if drafter not in get_args(Drafter):
         raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {drafter!r}")
     job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, temperature, seed, sample_ids, eos_token_ids, vocab_size,
-        teacher_prompt_ids,
+        student, teacher, prompt_ids, policy, max_new_tokens, Sampling(temperature, top_p, top_k, min_p), seed, sample_ids,
+        eos_token_ids, vocab_size, teacher_prompt_ids,
     )  # fmt: skip
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)
     sizes = (num_parameters(student), num_parameters(teacher))
-    timed = block_size == "auto" and not repeatable
     start = time.perf_counter()
 
     def work(rows: int) -> DecodeCost:
         """Decode from the prompts on; tokens do not depend on how many rows are decoded together."""
         for row in decodable:
             row.restart()
-        pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, timed)
+        pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, not repeatable)
         engine = BlockEngine(job, deque(decodable), rows, pace, keep_hidden, static_step)
         with evaluating(student, teacher), packed(student, teacher):
             while engine.rows:

@@ -54,28 +54,34 @@ class BlockEngine:
             CachedModel(job.teacher, len(self.rows), job.capacity(TEACHER), job.vocab_size, keep_hidden),
         ]
         self.device = self.models[STUDENT].device
-        self.watches = [Stopwatch(model.device) for model in self.models]
+        self.watches = [Stopwatch(model.device, pace.timed) for model in self.models]
         width = job.teacher.config.get_text_config().hidden_size * job.teacher.dtype.itemsize
         fits = len(job.rows) * job.max_new_tokens * width <= HIDDEN_BYTES
         self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
+        self.in_doubt = (
+            False  # whether a row was broken where drafts stood behind it; without them it will show by what
+        )
         self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
 
     def round(self) -> None:
         """Decide up to K tokens of every row, then retire finished rows and admit new ones."""
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, self.pace.timed)
         start = watch.now()
         reads = torch.stack(self.reads, 1).tolist()
-        plan = self.pace.plan(reads, max(self.job.max_new_tokens - len(row.completion) for row in self.rows))
+        left = max(self.job.max_new_tokens - len(row.completion) for row in self.rows)
+        plan = self.pace.plan(reads, 1 if self.in_doubt else left)
+        self.in_doubt = False
         keys = [self._keys(k) for k in range(plan.block)]
         block = _Block(plan, keys, [gumbel_noise(each, self.job.vocab_size, self.device) for each in keys], self.reads)
         self._draft(block)
         self._verify(block)
         self._keep(block, self._walk(block))
         watch.lap(plan.block, start)
-        self._measure(plan, watch)
+        if self.pace.timed:
+            self._measure(plan, watch)
         self._retire()
         self.rounds += 1
 
@@ -91,8 +97,11 @@ class BlockEngine:
 
     def _reads(self) -> list[Tensor]:
         """Which model the policy looks at next, for each row: two ``[B]`` bool tensors."""
-        pair = self.job.policy.reads(self.state)
-        return [torch.as_tensor(read, device=self.device).expand(len(self.rows)).clone() for read in pair]
+        return [self._spread(read) for read in self.job.policy.reads(self.state)]
+
+    def _spread(self, answer: Tensor | bool) -> Tensor:
+        """A policy's answer for all rows or for each, ``[B]``."""
+        return torch.as_tensor(answer, device=self.device).expand(len(self.rows)).clone()
 
     def _keys(self, offset: int) -> list[int]:
         """The keys of every row's draw ``offset`` positions from here."""
@@ -114,7 +123,11 @@ class BlockEngine:
 
     def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
         """The token ``[B]`` that a model alone would write."""
-        return draw(self.job.policy.proposal(who, logs), noise, self.job.temperature)
+        return self._draw(self.job.policy.proposal(who, logs), noise)
+
+    def _draw(self, log_probs: Tensor, noise: Tensor) -> Tensor:
+        """A token of each row ``[B]`` from the target distributions ``[B, V]``."""
+        return draw(self.job.sampling.shape(log_probs), noise, self.job.sampling.temperature)
 
     def _verify(self, block: _Block) -> None:
         """What the other model says about all positions, in one forward over the rows that read it.
@@ -123,19 +136,29 @@ class BlockEngine:
         """
         drafter, who = block.plan.drafter, 1 - block.plan.drafter
         rows = self.reads[who].nonzero().flatten().tolist()
-        if not rows:
-            block.logs[who] = block.logs[drafter]
-        else:
+        if rows:
             index = torch.tensor(rows, device=self.device)
             drafts = torch.stack(block.drafts, 1)[index, : block.plan.block - 1] if block.plan.block > 1 else None
             logits = self._forward(who, rows, drafts, texts=True)
             own = [self.job.ends.log_probs(logits[:, k]) for k in range(block.plan.block)]
             if len(rows) < len(self.rows):
-                own = [logs.index_copy(0, index, part) for logs, part in zip(block.logs[drafter], own, strict=True)]
+                others = self._stand_ins(block, own[0].dtype)
+                own = [logs.index_copy(0, index, part) for logs, part in zip(others, own, strict=True)]
             block.logs[who] = own
             block.logs[drafter] += own[len(block.logs[drafter]) :]
             if who == TEACHER and self.keep_hidden:
                 block.hidden = dict(zip(rows, self.models[who].hidden, strict=True))
+        else:
+            block.logs[drafter] = block.logs[who] = self._stand_ins(block, torch.float32)
+
+    def _stand_ins(self, block: _Block, dtype: torch.dtype) -> list[Tensor]:
+        """What stands where a model was not run: the drafter's words, or any, where the drafter was not run either."""
+        drafted = block.logs[block.plan.drafter]
+        missing = block.plan.block - len(drafted)
+        if not missing:
+            return drafted
+        anything = torch.zeros(len(self.rows), self.job.vocab_size, dtype=dtype, device=self.device).log_softmax(1)
+        return drafted + [anything] * missing
 
     def _forward(self, who: int, rows: Sequence[int], drafts_bT: Tensor | None, texts: bool) -> Tensor:
         """Logits ``[b, T, V]`` after the rest of the rows' texts, if told to read them, and after each draft."""
@@ -155,24 +178,28 @@ class BlockEngine:
         """Decide the positions in order; a row stops at the first token that its draft did not foresee.
 
         Everything stays on the device until the end, where one transfer brings home for each position and row:
-        alive, token, speaker, divergence, threshold, and ``_evidence``.
+        alive, token, speaker, divergence, threshold, whether the policy ends the text, whether student and teacher are broken
+        here, whether either is anywhere in the block, and ``_evidence``.
         """
         start = torch.tensor([len(row.completion) for row in self.rows], device=self.device)
         alive = torch.ones_like(start, dtype=torch.bool)
-        reads, columns = self.reads, []
+        reads, columns, wide = self.reads, [], torch.result_type(block.logs[STUDENT][0], block.logs[TEACHER][0])
+        spoilt = [torch.stack([logs[:, 0] for logs in block.logs[who]]).isnan().any(0) for who in (STUDENT, TEACHER)]
         for k, g in enumerate(block.noise):
             logq, logp = block.logs[STUDENT][k], block.logs[TEACHER][k]
             # Log-softmax spreads one NaN or +inf over its whole row.
             broken = [reads[s] & block.logs[s][k][:, 0].isnan() for s in (STUDENT, TEACHER)]
             sound = alive & ~(broken[STUDENT] | broken[TEACHER])
             decision = self.job.policy.step(self.state, logq, logp, start + k)
-            token = draw(decision.log_probs, g, self.job.temperature)
+            token = self._draw(decision.log_probs, g)
             speaker = speakers(decision, token, block.keys[k])
-            self._keep_state(sound, self.job.policy.observe(decision.state, token))
+            self._keep_state(sound, self.job.policy.spoke(self.job.policy.observe(decision.state, token), speaker))
+            told = self._spread(self.job.policy.ends(self.state))
             evidence = self._evidence(block, k, token, sound, reads)
-            numbers = (alive, token, speaker, decision.divergence, decision.thresholds, *broken, *evidence)
-            columns.append(torch.stack([n.double() for n in numbers], 1))
-            ends = torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
+            seen = decision.divergence, decision.thresholds
+            numbers = (alive, token, speaker, *seen, told, *broken, *spoilt, *evidence)
+            columns.append(torch.stack([n.to(wide) for n in numbers], 1))  # ids and counts are exact in fp32 up to 2^24
+            ends = told | torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
             if k + 1 == block.plan.block:
                 break
             reads = self._reads()
@@ -196,19 +223,23 @@ class BlockEngine:
 
     def _keep(self, block: _Block, columns: list[list[list[float]]]) -> None:
         """Write the decided tokens into their rows, and roll both models back to them."""
-        evidence = [0] * 5
+        evidence, stale = [0] * 5, []
         for b, row in enumerate(self.rows):
             kept = 0
-            for alive, token, speaker, divergence, threshold, *rest in (column[b] for column in columns):
-                broken, seen = rest[:2], rest[2:]
+            for alive, token, speaker, divergence, threshold, ends, *rest in (column[b] for column in columns):
+                broken, spoilt, seen = rest[:2], rest[2:4], rest[4:]
                 if not alive:
                     break
                 if any(broken):
-                    row.fail_non_finite("student" if broken[STUDENT] else "teacher")
+                    if block.plan.block == 1:
+                        row.fail_non_finite("student" if broken[STUDENT] else "teacher")
+                    # A draft behind this position may have broken it: its mask is a weight of 0, and 0 · NaN is NaN.
+                    self.in_doubt |= block.plan.block > 1
                     break
-                row.append(int(token), int(speaker), divergence, threshold, self.job)
+                row.append(int(token), int(speaker), divergence, threshold, bool(ends), self.job)
                 kept += 1
                 evidence = [n + int(m) for n, m in zip(evidence, seen, strict=True)]
+            stale += [(who, b) for who in (STUDENT, TEACHER) if spoilt[who]]
             if self.keep_hidden:
                 hidden = block.hidden.get(b)
                 row.keep_hidden(None if hidden is None else hidden[:kept].to(self.hidden_device, copy=True), kept)
@@ -217,6 +248,8 @@ class BlockEngine:
             model.lengths = [
                 min(length, len(row.tokens_of(who)) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
             ]
+        for who, b in stale:
+            self.models[who].clear_stale(b)
         self.blocks += len(self.rows)
         self.block_positions += block.plan.block * len(self.rows)
         self.compared, self.equal = self.compared + evidence[-2], self.equal + evidence[-1]

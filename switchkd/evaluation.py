@@ -52,6 +52,9 @@ class EvalSettings:
     policy: Policy = field(default_factory=StudentOnly)
     batch_size: int = 32
     score_batch_size: int = 8
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
     @property
     def passes(self) -> tuple[int | None, ...]:
@@ -60,9 +63,11 @@ class EvalSettings:
 
     def to_json(self) -> dict[str, Any]:
         """What moves a score, with the rules and versions that do."""
-        sampling = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        sampling = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         settings = asdict(self) | {"policy": repr(self.policy), "seeds": [s for s in self.passes if s is not None]}
         del settings["score_batch_size"]  # rounding alone
+        if not self.min_p:
+            del settings["min_p"]  # files of before it was a setting can be compared with
         if self.backend == "engine":
             del settings["batch_size"]  # generate draws for a whole batch from one generator
         rouge = f"rouge-score {version('rouge-score')}, F1 x 100, use_stemmer=True"
@@ -198,6 +203,9 @@ def _by_engine(
         settings.max_new_tokens,
         settings.temperature,
         seed,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
         sample_ids=[example.id for example in examples],
         eos_token_ids=pair.ends,
         batch_size=settings.batch_size,
@@ -225,6 +233,9 @@ def _by_generate(
         [example.prompt_ids for example in examples],
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
         seed=seed,
         eos_token_ids=pair.ends,
         vocab_size=pair.vocab_size,
@@ -297,9 +308,10 @@ def _token_losses(
     for part in _chunks(len(targets)):
         logq = head_q.log_probs(head_q(hidden_q[part]))
         logp = logq if model is pair.teacher else head_p.log_probs(head_p(hidden_p[part]))
-        kl.append(forward_kl(logp, logq).double())
-        nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0].double())
-    return torch.cat(kl).cpu().numpy(), torch.cat(nll).cpu().numpy()
+        kl.append(forward_kl(logp, logq))
+        nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
+    # Sums are float64, which not every device has: on the host.
+    return torch.cat(kl).cpu().double().numpy(), torch.cat(nll).cpu().double().numpy()
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

@@ -7,6 +7,7 @@ model's generation config is therefore put aside for the call.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from switchkd.cache import evaluating
 from switchkd.ends import Ends
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import context_length
-from switchkd.sampling import noise_key
+from switchkd.sampling import Sampling, Use, noise_key
 
 Completion = tuple[list[int], Literal["eos", "length"]]
 
@@ -29,6 +30,9 @@ def complete_by_generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
     eos_token_ids: Sequence[int] | Ends = (),
     vocab_size: int | None = None,
@@ -47,18 +51,17 @@ def complete_by_generate(
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be finite and at least 0 (0 is greedy), got {temperature}")
+    sampling = Sampling(temperature, top_p, top_k, min_p)
     _check_prompts(prompt_ids, max_new_tokens, context_length(model))
     rows = model.get_output_embeddings().weight.shape[0]
     ends = Ends.asked(eos_token_ids, rows if vocab_size is None else vocab_size, model)
-    settings = _settings(model, max_new_tokens, temperature, list(ends.ids), vocab_size)
+    settings = _settings(model, max_new_tokens, sampling, list(ends.ids), vocab_size)
     completions: list[Completion] = []
     with evaluating(model), _own_config_aside(model):
         for start in range(0, len(prompt_ids), batch_size):
             signals.check()
             part = prompt_ids[start : start + batch_size]
-            with _seeded(model.device, noise_key(seed, start, 0)):
+            with _seeded(model.device, noise_key(seed, start, 0, Use.GENERATE)):
                 texts = _generate(model, part, settings, ends)
             completions += [_cut(text, ends.ids) for text in texts]
             progress(len(part))
@@ -66,18 +69,18 @@ def complete_by_generate(
 
 
 def _settings(
-    model: PreTrainedModel, max_new_tokens: int, temperature: float, eos: list[int], vocab_size: int | None
+    model: PreTrainedModel, max_new_tokens: int, sampling: Sampling, eos: list[int], vocab_size: int | None
 ) -> GenerationConfig:
     rows = model.get_output_embeddings().weight.shape[0]
     padding_rows = list(range(rows if vocab_size is None else vocab_size, rows))
-    neutral = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature else {}
+    drawn = {"do_sample": True, **asdict(sampling), "temperature": float(sampling.temperature)}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,  # what follows a row's end is cut off
         suppress_tokens=padding_rows or None,
         use_cache=True,
-        **neutral,
+        **(drawn if sampling.temperature else {}),
     )
 
 

@@ -100,8 +100,9 @@ class Head:
         ids = torch.arange(4, device=self.linear.weight.device).remainder(self.vocab_size).unsqueeze(0)
         with evaluating(model), head_inputs(model) as entered:
             output = model(input_ids=ids, use_cache=False)
-        expected = output.logits[..., : self.vocab_size].double()
-        error = (self(entered[0]).double() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        expected = output.logits[..., : self.vocab_size].to(wide)
+        error = (self(entered[0]).to(wide) - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
         if not error < {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.1):
             raise ModelError(
                 f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a "

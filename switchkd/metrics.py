@@ -23,6 +23,7 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
     return {
         "completions/mean_length": mean(float(len(r.completion_ids)) for r in rollouts),
         "completions/eos_share": mean(float(r.stop_reason == "eos") for r in rollouts),
+        **_ended_by_the_policy(rollouts),
         "switch/teacher_share": summary.pop("teacher_share"),
         "switch/switched_share": len(firsts) / len(rollouts),
         "switch/first_switch": or_none(mean(firsts)),
@@ -31,6 +32,12 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
         **divergence_bands(rollouts),
         **{f"decode/{name}": or_none(value) for name, value in summary.items()},
     }
+
+
+def _ended_by_the_policy(rollouts: Rollouts) -> Metrics:
+    """The share of such texts, where there are any: few rules end a text."""
+    share = mean(float(r.stop_reason == "policy") for r in rollouts)
+    return {"completions/policy_end_share": share} if share else {}
 
 
 def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +37,8 @@ class Plan:
 class Pace:
     """Plans rounds for two models with so many ``parameters`` (student, teacher) on one device.
 
-    ``timed``: what forwards cost is measured; otherwise it is taken from the numbers of parameters.
+    ``timed``: rounds may look at the clock. What forwards cost is then measured, where the length of blocks is to be chosen by it;
+    otherwise it is taken from the numbers of parameters.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Pace:
         # A teacher that nobody reads is never the cheaper drafter.
         either = (STUDENT, TEACHER) if any(teacher for _, teacher in reads) else (STUDENT,)
         drafters = {"auto": either, "student": (STUDENT,), "teacher": (TEACHER,)}[self.drafter]
+        if not any(map(any, reads)):
+            return Plan(drafters[0], 1, 0)  # the policy knows the next tokens by itself
         plans = [self._plan(drafter, block, reads) for drafter in drafters for block in blocks]
         return max(plans, key=lambda plan: self._rate(plan, reads))  # of equal ones the first, with the shortest block
 
@@ -78,7 +81,7 @@ class Pace:
 
     def measure(self, forwards: Sequence[Sequence[tuple[int, float]]], rest: float, positions: int) -> None:
         """Of a round: tokens and seconds of each model's forwards, and the other seconds, over positions of all rows."""
-        if self.timed:
+        if self.timed and self.block_size == "auto":
             for timing, laps in zip(self.forward, forwards, strict=True):
                 for tokens, seconds in laps:
                     timing.observe(tokens, seconds)
@@ -152,24 +155,33 @@ def _size(tokens: int) -> int:
 
 
 class Stopwatch:
-    """Time of work on a device: laps are marked as it is queued, and read once the device has been waited for."""
+    """Time of work on a device: laps are marked as it is queued, and read later. One that is not ``on`` looks at no clock."""
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.laps: list[tuple[int, object, object]] = []
+    def __init__(self, device: torch.device, on: bool = True):
+        self.cuda, self.on = device.type == "cuda", on
+        self.laps: list[tuple[int, Any, Any]] = []
 
-    def now(self) -> object:
+    def now(self) -> Any:
+        if not self.on:
+            return None
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def lap(self, size: int, start: object) -> None:
+    def lap(self, size: int, start: Any) -> None:
         """Work on ``size`` tokens that began at ``start`` has been queued."""
-        self.laps.append((size, start, self.now()))
+        if self.on:
+            self.laps.append((size, start, self.now()))
 
     def take(self) -> list[tuple[int, float]]:
-        """Sizes and seconds of the laps since the last call. On CUDA the device must have been synchronised."""
+        """Sizes and seconds of the laps since the last call. On CUDA it waits for the end of each."""
         laps, self.laps = self.laps, []
-        return [(n, a.elapsed_time(b) / 1e3 if self.cuda else b - a) for n, a, b in laps]  # type: ignore[attr-defined,operator]
+        return [(size, self._seconds(start, end)) for size, start, end in laps]
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        if not self.cuda:
+            return end - start
+        end.synchronize()  # an event that has not happened yet has no time: asking for it is an error
+        return start.elapsed_time(end) / 1e3

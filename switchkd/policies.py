@@ -53,9 +53,12 @@ class Decision(NamedTuple):
 class Policy:
     """A rule for who speaks. Subclass and implement ``step``.
 
-    A rule with state overrides ``init``, and ``observe`` if its state depends on the tokens drawn; one that may leave a
-    model unread overrides ``reads``. One that needs the tokenizer or the length of texts resolves them in ``bind``, one
-    that changes over training does so in ``at``.
+    A rule with state overrides ``init``, and ``observe`` if its state depends on the tokens drawn, ``spoke`` if on who wrote
+    them; one that may leave a model unread overrides ``reads``, one that may end a text ``ends``. One that needs the tokenizer or
+    the length of texts resolves them in ``bind``, one that changes over training does so in ``at``.
+
+    At each position the engine asks ``reads`` and ``step``, draws the token and who wrote it, and then tells ``observe`` and
+    ``spoke``, and asks ``ends``.
     """
 
     unit: ClassVar[str] = "nats"  # of its divergences and thresholds
@@ -75,17 +78,29 @@ class Policy:
     def reads(self, state: State) -> tuple[Tensor | bool, Tensor | bool]:
         """Whether the next ``step`` looks at (student, teacher): bools, or ``[B]`` bool tensors.
 
-        Where a model is not read, its row of log-probabilities may hold anything, and the engine need not run it.
+        Where a model is not read, its row of log-probabilities may hold anything, and the engine need not run it. A rule may read
+        neither, for some rows or all: it then writes a text that it knows, such as a forced beginning.
         """
         return True, True
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
-        """Decide the token at ``position`` ``[B]`` from the two ``[B, V]`` log-distributions."""
+        """Decide the token at ``position`` ``[B]`` from the two ``[B, V]`` log-distributions.
+
+        The speaker says whose token it counts as, in metrics and in the loss: STUDENT or TEACHER, also where neither was read.
+        """
         raise NotImplementedError
 
     def observe(self, state: State, token: Tensor) -> State:
         """The state once ``token`` ``[B]`` has been drawn."""
         return state
+
+    def spoke(self, state: State, speaker: Tensor) -> State:
+        """The state once it is known who wrote that token, ``[B]``: STUDENT or TEACHER; called after ``observe``."""
+        return state
+
+    def ends(self, state: State) -> Tensor | bool:
+        """Whether the text ends here, before its next token: a bool, or ``[B]`` bools; asked after each token."""
+        return False
 
     def proposal(self, speaker: int, log_probs: Tensor) -> Tensor:
         """What a model's own ``[B, V]`` log-distribution becomes where it speaks; drafts are drawn from it, which moves time."""
@@ -125,7 +140,9 @@ class Switch(Policy):
     * ``constant``: ``tau_0`` (the paper's ablation: 0.2);
     * ``growth``: ``tau_0 · exp(decay · t)``. The paper gives no constants; tau_0 = 0.01 with decay 0.1 mirrors its decay.
 
-    A threshold of 1 or more never hands over, a negative one always does.
+    A threshold of 1 or more never hands over, a negative one always does. Late in a text ``tau(t)`` falls below what two
+    forwards of one model differ by, in fp32 after some 220 tokens, in bf16 after some 100 (``docs/engine.md``). Where the two
+    models agree as nearly as that, who speaks is chance from there on; what is written is the same.
     """
 
     unit = "bits"
@@ -150,8 +167,8 @@ class Switch(Policy):
         return replace(self, horizon=max_new_tokens) if self.horizon is None else self
 
     def threshold(self, position: Tensor) -> Tensor:
-        """``tau(t)`` in bits for the positions ``[B]``."""
-        t = position.double()
+        """``tau(t)`` in bits for the positions ``[B]``, in their dtype if it has fractions, else in fp32."""
+        t = position if position.is_floating_point() else position.float()
         if self.schedule == "exponential":
             return self.tau_0 * (-self.decay * t).exp()
         if self.schedule == "growth":
@@ -167,7 +184,7 @@ class Switch(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         # Rounding may leave [0, 1] by an ulp, and the first token (tau = 1) must be the student's.
         bits = (divergences.jsd(logp_teacher, logp_student) / divergences.LN2).clamp(0.0, 1.0)
-        tau = self.threshold(position)
+        tau = self.threshold(position.to(bits.dtype))
         return _spoken_where(bits > tau, logp_student, logp_teacher, bits, state, tau)
 
 
@@ -177,11 +194,12 @@ class AdaSwitch(Policy):
 
     At position t, ``d_t = D(p ‖ q)`` (nats) is compared with ``ratio`` times the mean of the last ``window`` divergences;
     once above it, the teacher writes to the end. The paper's ratio is 3. The window length is not in the text available
-    to us: its default is ours, from a sweep (``docs/methods.md``). So are two further readings: no switch before the window
-    is full, and the teacher writes the token at the switching position (``switch_token_by``). After the switch the student
-    is not looked at and the divergence is NaN.
+    to us: its default is ours, from a sweep (``docs/methods.md``). So are three further readings: no switch before the window
+    is full, the teacher writes the token at the switching position (``switch_token_by``), and no jump is one that stays below
+    ``floor``. Without it a student that is its teacher, or begins as an adapter on it, would be handed over for rounding. After
+    the switch the student is not looked at and the divergence is NaN.
 
-    State: (window ``[B, L]`` float64, number seen ``[B]``, switched ``[B]``).
+    State: (window ``[B, L]`` fp32, number seen ``[B]``, switched ``[B]``).
     """
 
     window: int = 4  # L, in tokens
@@ -189,6 +207,7 @@ class AdaSwitch(Policy):
     divergence: str = "forward_kl"  # a name of switchkd.divergences
     switch_token_by: Literal["teacher", "student"] = "teacher"  # who writes the token at the switching position
     require_full_window: bool = True  # no switch before L tokens
+    floor: float = 0.01  # the least that the divergence is compared with, in its unit
 
     def __post_init__(self) -> None:
         divergences.by_name(self.divergence)
@@ -196,6 +215,8 @@ class AdaSwitch(Policy):
             raise ConfigError(f"window of AdaSwitch must be at least 1 token, got {self.window}")
         if not self.ratio >= 0:
             raise ConfigError(f"ratio of AdaSwitch must be at least 0, got {self.ratio}")
+        if not 0 <= self.floor < math.inf:
+            raise ConfigError(f"floor of AdaSwitch must be finite and at least 0, got {self.floor}")
         if self.switch_token_by not in ("teacher", "student"):
             raise ConfigError(f"switch_token_by must be 'teacher' or 'student', got {self.switch_token_by!r}")
 
@@ -203,7 +224,7 @@ class AdaSwitch(Policy):
         import torch
 
         return (
-            torch.zeros(batch, self.window, dtype=torch.float64, device=device),
+            torch.zeros(batch, self.window, dtype=torch.float32, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
             torch.zeros(batch, dtype=torch.bool, device=device),
         )
@@ -215,12 +236,12 @@ class AdaSwitch(Policy):
         window, seen, switched = state
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
         enough = seen >= (self.window if self.require_full_window else 1)
-        limit = self.ratio * (window.sum(1) / seen.clamp(1, self.window))
+        limit = (self.ratio * (window.sum(1) / seen.clamp(1, self.window))).clamp(min=self.floor)
         compared = ~switched & enough
         jump = compared & (d > limit)
         teacher = switched | jump if self.switch_token_by == "teacher" else switched
         oldest = (seen % self.window).unsqueeze(1)
-        recorded = d.double().masked_fill(switched, 0.0).unsqueeze(1)
+        recorded = d.float().masked_fill(switched, 0.0).unsqueeze(1)
         new_state = (window.scatter(1, oldest, recorded), seen + 1, switched | jump)
         d, limit = d.masked_fill(switched, math.nan), limit.masked_fill(~compared, math.nan)
         return _spoken_where(teacher, logp_student, logp_teacher, d, new_state, limit)
@@ -402,26 +423,36 @@ class TRB(Policy):
 
 @dataclass(frozen=True)
 class Relay(Policy):
-    """Relay-OPD (arXiv 2607.26057): where the teacher would reflect and the student would not, the teacher takes a leg.
+    """Relay-OPD (arXiv 2607.26057, and its released code): where the teacher would reflect and the student would not, the
+    teacher takes a leg.
 
-    It takes over where its best token is one of ``triggers`` and not among the student's ``student_top`` best, writes
-    ``paragraphs`` paragraphs and hands back, at most ``legs`` times in a text. ``bind`` finds the tokens that spell the
-    triggers, and those that make a blank line, which ends a paragraph; ids may also be given.
+    A trigger is a position at which the teacher's best token is one of ``triggers`` and not among the student's ``student_top``
+    best. That token is then written. Where the student would have drawn it too, it is the student's and nothing follows; else it
+    is the teacher's and begins a leg: the teacher writes ``paragraphs`` paragraphs, or ``leg_tokens`` tokens, and hands back. After
+    the last of ``legs`` legs the text ends. What the student would have drawn is itself drawn, with the probability that it gives
+    to the token at temperature 1.
 
-    State: (paragraphs left ``[B]``, legs taken ``[B]``, whether the last token ended a line ``[B]``).
+    ``bind`` finds the tokens that spell a trigger, each also in lower case and behind a space, and those that make a blank line,
+    which ends a paragraph; ids may also be given.
+
+    State, ``[B]`` each: paragraphs and tokens left in the leg, legs taken, whether the last token ended a line, and whether it was
+    written at a trigger.
     """
 
-    triggers: tuple[str, ...] = ("Wait", "But", "Hmm", "However")  # single tokens of the tokenizer
-    student_top: int = 5  # ranks among which the student must not have the trigger
+    triggers: tuple[str, ...] = (
+        "Wait", "But", "Hmm", "Actually", "Hold", "However", "Yet", "Oh", "Alternatively", "No", "Ah", "Oops", "Well",
+    )  # single tokens of the tokenizer  # fmt: skip
+    student_top: int = 5  # K, ranks among which the student must not have the trigger
     paragraphs: int = 3  # of a leg
-    legs: int = 2  # of a text
+    leg_tokens: int = 256  # of a leg, at most
+    legs: int = 2  # M, of a text
     trigger_ids: tuple[int, ...] = ()  # tokens that spell a trigger
     blank_ids: tuple[int, ...] = ()  # tokens that hold a blank line
     line_end_ids: tuple[int, ...] = ()  # tokens that end with a newline
     line_start_ids: tuple[int, ...] = ()  # tokens that start with a newline
 
     def __post_init__(self) -> None:
-        for name in ("student_top", "paragraphs", "legs"):
+        for name in ("student_top", "paragraphs", "leg_tokens", "legs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of Relay must be at least 1, got {getattr(self, name)}")
 
@@ -430,7 +461,8 @@ class Relay(Policy):
             return self
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         where = lambda holds: tuple(i for i, text in enumerate(texts) if holds(text))  # noqa: E731
-        triggers = where(lambda text: text.strip() in self.triggers)
+        spelt = {space + form for word in self.triggers for form in (word, word.lower()) for space in ("", " ")}
+        triggers = where(spelt.__contains__)
         if not triggers:
             raise ConfigError(
                 f"none of Relay's triggers {self.triggers} is a single token of this tokenizer; give others"
@@ -448,25 +480,43 @@ class Relay(Policy):
 
         if not self.trigger_ids:
             raise ConfigError("Relay does not know its trigger tokens: bind it to a tokenizer, or give trigger_ids")
-        counts = torch.zeros(batch, dtype=torch.int64, device=device)
-        return counts, counts.clone(), torch.zeros(batch, dtype=torch.bool, device=device)
+        count, flag = (torch.zeros(batch, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool))
+        return count, count.clone(), count.clone(), flag, flag.clone()
 
-    def reads(self, state: State) -> tuple[Tensor, Tensor]:
-        left, taken, _ = state
-        return left == 0, (left > 0) | (taken < self.legs)
+    def reads(self, state: State) -> tuple[Tensor, bool]:
+        return state[0] == 0, True
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
-        left, taken, ended = state
+        left, tokens, taken, ended, _ = state
         best = logp_teacher.argmax(1, keepdim=True)
         favoured = (logp_student.topk(min(self.student_top, logp_student.shape[1])).indices == best).any(1)
-        begins = (left == 0) & (taken < self.legs) & _one_of(best[:, 0], self.trigger_ids) & ~favoured
-        left = left.masked_fill(begins, self.paragraphs)
-        return _spoken_where(left > 0, logp_student, logp_teacher, _unseen(logp_student), (left, taken + begins, ended))
+        trigger = (left == 0) & (taken < self.legs) & _one_of(best[:, 0], self.trigger_ids) & ~favoured
+        nothing = logp_teacher.new_full(logp_teacher.shape, -math.inf)
+        target = logp_teacher.where((left > 0).unsqueeze(1), logp_student)
+        target = nothing.scatter(1, best, 0.0).where(trigger.unsqueeze(1), target)
+        # Of a trigger's token all but the student's probability of it is the teacher's part.
+        others = (-logp_student.gather(1, best).exp()).log1p()
+        part = target.where((left > 0).unsqueeze(1), nothing)
+        part = nothing.scatter(1, best, others).where(trigger.unsqueeze(1), part)
+        return _blend(target, part, _unseen(target), (left, tokens, taken, ended, trigger))
 
     def observe(self, state: State, token: Tensor) -> State:
-        left, taken, ended = state
+        left, tokens, taken, ended, trigger = state
         over = _one_of(token, self.blank_ids) | (ended & _one_of(token, self.line_start_ids))
-        return (left - over.long()).clamp(min=0), taken, _one_of(token, self.line_end_ids) & ~over
+        tokens = (tokens - 1).clamp(min=0)
+        left = (left - over.long()).clamp(min=0).masked_fill(tokens == 0, 0)
+        return left, tokens, taken, _one_of(token, self.line_end_ids) & ~over, trigger
+
+    def spoke(self, state: State, speaker: Tensor) -> State:
+        left, tokens, taken, ended, trigger = state
+        begins = trigger & (speaker == TEACHER)
+        # The trigger is the first token of the leg.
+        left = left.masked_fill(begins, self.paragraphs if self.leg_tokens > 1 else 0)
+        return left, tokens.masked_fill(begins, self.leg_tokens - 1), taken + begins, ended, trigger
+
+    def ends(self, state: State) -> Tensor:
+        left, _, taken, _, _ = state
+        return (left == 0) & (taken == self.legs)
 
 
 def _spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:

@@ -102,7 +102,7 @@ def stop_together(accelerator: Accelerator) -> None:
 
 def slowest(accelerator: Accelerator, seconds: float) -> float:
     """The time of the slowest rank, so that all end at the same step."""
-    mine = torch.tensor([seconds], dtype=torch.float64, device=accelerator.device)
+    mine = torch.tensor([seconds], dtype=torch.float32, device=accelerator.device)
     return accelerator.gather(mine).max().item()
 
 

@@ -157,8 +157,8 @@ def _turning(layers: "nn.ModuleList") -> "Iterator[list[torch.Tensor]]":
         def add(_: "nn.Module", args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-            totals[index] += (1 - cosine).sum().cpu()
+            cosine = torch.nn.functional.cosine_similarity(before.cpu().double(), after.cpu().double(), dim=-1)
+            totals[index] += (1 - cosine).sum()
 
         return add
 

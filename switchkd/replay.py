@@ -24,13 +24,17 @@ from switchkd.sampling import noise_key, speakers
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
-# Tokens at which, where numbers round, another speaker may be found: a divergence within rounding of its threshold.
+# Tokens at which, where numbers round, another speaker or end may be found: a divergence within rounding of its threshold.
 MOST_SPEAKERS = {"float64": 0.0, "float32": 0.01, "bfloat16": 0.05, "float16": 0.05}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What reading the texts of one student again found; ``largest`` is the largest relative difference of a number."""
+    """What reading the texts of one student again found; ``largest`` is the largest relative difference of a number.
+
+    ``other_speakers`` counts the tokens that someone else would have written, and those behind which the policy would have ended
+    the text where it went on, or not where it ended.
+    """
 
     what: str
     texts: int
@@ -84,7 +88,9 @@ def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int)
     for record in records:
         found = replayed(read, policy, Rollout.from_json(record), seed)
         others += sum(a != b for a, b in zip(found["speakers"], record["speakers"], strict=True))
-        numbers = {name: record[name] for name in found if name != "speakers" and name in record}
+        # A text goes on until the policy ends it; where it ends with an end token too, the token is the reason.
+        others += sum(found["ends"][:-1]) + (record["stop_reason"] == "policy" and not found["ends"][-1])
+        numbers = {name: record[name] for name in found if name not in ("speakers", "ends") and name in record}
         largest = max([largest, *(_difference(found[name], stored) for name, stored in numbers.items())])
     tokens = sum(len(record["completion_ids"]) for record in records)
     return Finding(what, len(records), tokens, others, largest)
@@ -92,21 +98,30 @@ def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int)
 
 @torch.no_grad()
 def replayed(read: Reader, policy: Policy, rollout: Rollout, seed: int) -> dict[str, list[Any]]:
-    """What ``policy`` says along a text that is written: speakers, divergences, thresholds and, of both models, ``log_probs``.
+    """What ``policy`` says along a text that is written: speakers, divergences, thresholds, of both models ``log_probs``, and
+    after which tokens the text ends.
 
     Lists as in a `Rollout` and a `Trace`; both models read the whole text at once.
     """
     logq, logp = read(rollout)
     state = policy.init(1)
-    found: dict[str, list[Any]] = {"speakers": [], "divergences": [], "thresholds": [], "log_probs": [[], []]}
+    found: dict[str, list[Any]] = {
+        "speakers": [],
+        "divergences": [],
+        "thresholds": [],
+        "ends": [],
+        "log_probs": [[], []],
+    }
     for t, token in enumerate(torch.tensor(rollout.completion_ids).unsqueeze(1)):
         decision = policy.step(state, logq[t : t + 1], logp[t : t + 1], torch.tensor([t]))
-        found["speakers"] += speakers(decision, token, [noise_key(seed, rollout.sample_id, t)]).tolist()
+        speaker = speakers(decision, token, [noise_key(seed, rollout.sample_id, t)])
+        found["speakers"] += speaker.tolist()
         found["divergences"] += decision.divergence.tolist()
         found["thresholds"] += decision.thresholds.tolist()
         for who, logs in ((STUDENT, logq), (TEACHER, logp)):
             found["log_probs"][who].append(logs[t, token].item())
-        state = policy.observe(decision.state, token)
+        state = policy.spoke(policy.observe(decision.state, token), speaker)
+        found["ends"].append(bool(policy.ends(state)))
     return found
 
 

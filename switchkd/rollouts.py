@@ -33,10 +33,10 @@ class Rollout:
 
     ``speakers[t]`` is 0 where the student and 1 where the teacher wrote ``completion_ids[t]``; ``divergences[t]`` is what
     the policy saw there, in the policy's own divergence and unit, NaN where it did not look; ``thresholds[t]`` what it compared
-    that with, NaN where with nothing. ``stop_reason`` is ``eos``
-    (the last token is an end-of-sequence id), ``length`` (the budget ran out), or, with the words in ``error``,
-    ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read
-    before the completion, None where it read the student's prompt; ``teacher`` is the name of the teacher, "" the default one.
+    that with, NaN where with nothing. ``stop_reason`` is ``eos`` (the last token is an end-of-sequence id), ``policy`` (the rule
+    ended the text behind the last token), ``length`` (the budget ran out), or, with the words in ``error``, ``empty_prompt``,
+    ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read before the
+    completion, None where it read the student's prompt; ``teacher`` is the name of the teacher, "" the default one.
 
     ``teacher_hidden``, if it was asked for and the teacher read every token: what entered the teacher's output layer at the
     positions that predict the completion, ``[tokens, hidden size]``. The loss then needs no second forward of the teacher.

@@ -12,6 +12,7 @@ from switchkd.errors import ConfigError
 from switchkd.models import context_length
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
+from switchkd.sampling import Sampling
 
 
 @dataclass
@@ -37,13 +38,16 @@ class Row:
         """The whole text as STUDENT or TEACHER reads it."""
         return self.prompt_of(who) + self.completion
 
-    def append(self, token: int, speaker: int, divergence: float, threshold: float, job: "Job") -> None:
+    def append(self, token: int, speaker: int, divergence: float, threshold: float, ends: bool, job: "Job") -> None:
+        """Write a token down; ``ends``: whether the policy's text ends behind it."""
         self.completion.append(token)
         self.speakers.append(speaker)
         self.divergences.append(divergence)
         self.thresholds.append(threshold)
         if token in job.ends.ids:
             self.stop_reason = "eos"
+        elif ends:
+            self.stop_reason = "policy"
         elif len(self.completion) == job.max_new_tokens:
             self.stop_reason = "length"
 
@@ -91,7 +95,7 @@ class Job:
     policy: Policy
     rows: list[Row]
     max_new_tokens: int
-    temperature: float
+    sampling: Sampling
     seed: int
     ends: Ends
     vocab_size: int
@@ -107,7 +111,7 @@ class Job:
         prompt_ids: Sequence[Sequence[int]],
         policy: Policy,
         max_new_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         sample_ids: Sequence[int] | None,
         eos_token_ids: Sequence[int] | Ends | None,
@@ -116,8 +120,6 @@ class Job:
     ) -> "Job":
         if max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        if not 0 <= temperature < float("inf"):
-            raise ConfigError(f"temperature must be finite and at least 0 (0 is greedy), got {temperature}")
         ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
         if len(ids) != len(prompt_ids):
             raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
@@ -131,7 +133,7 @@ class Job:
         ends = Ends.asked(eos_token_ids, vocab_size or shared, student, teacher)
         own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
         rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
-        job = Job(student, teacher, policy, rows, max_new_tokens, temperature, seed, ends, vocab_size or shared)
+        job = Job(student, teacher, policy, rows, max_new_tokens, sampling, seed, ends, vocab_size or shared)
         for row in rows:
             _check_row(row, job)
         return job

@@ -68,6 +68,7 @@ from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
+from switchkd.sampling import Sampling
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
@@ -269,7 +270,9 @@ def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Itera
 
     Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
     """
-    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS}
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
+    # Cuts name it where there are some: a folder of before they were settings is found again.
+    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:
@@ -413,7 +416,7 @@ def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
     """How completions are made, as ``evaluate`` wants to know it."""
     return EvalSettings(
         config.eval_max_new_tokens, config.eval_temperature, config.eval_seeds, config.eval_own_text, config.eval_backend, policy,
-        config.per_device_eval_batch_size,
+        config.per_device_eval_batch_size, top_p=config.eval_top_p, top_k=config.eval_top_k, min_p=config.eval_min_p,
     )  # fmt: skip
 
 

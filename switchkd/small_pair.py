@@ -167,7 +167,7 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, rol
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from switchkd.sampling import noise_key
+    from switchkd.sampling import Use, noise_key
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -184,7 +184,9 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, rol
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(noise_key(seed, 0, ("teacher", "student").index(role)) % 2**63)
+        torch.random.default_generator.manual_seed(
+            noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63
+        )
         return LlamaForCausalLM(config).eval()
 
 

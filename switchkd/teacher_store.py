@@ -29,6 +29,7 @@ from switchkd.models import Pair
 from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
+from switchkd.sampling import Sampling
 from switchkd.sharding import state_of
 from switchkd.storage import write_file
 
@@ -169,6 +170,9 @@ def teacher_texts(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
     block_size: int | Literal["auto"] = "auto",
@@ -186,7 +190,8 @@ def teacher_texts(
     Args:
         pair: the teacher writes; the student drafts for it, which moves time and never tokens.
         examples: prompts, ids and references; their completions are not read.
-        max_new_tokens, temperature, seed: what the text depends on; stored, and compared when a folder is opened again.
+        max_new_tokens, temperature, top_p, top_k, min_p, seed: what the text depends on; stored, and compared when a folder is
+            opened again.
         batch_size, block_size, memory_gib, static_step, repeatable: as in ``decode``.
 
     Returns:
@@ -201,9 +206,10 @@ def teacher_texts(
     if not examples:
         raise DataError("no examples for the teacher to complete; give a train_file with at least one usable row")
     folder = Path(folder)
-    header = _texts_header(pair, examples, max_new_tokens, temperature, seed)
+    sampling = Sampling(temperature, top_p, top_k, min_p)
+    header = _texts_header(pair, examples, max_new_tokens, sampling, seed)
     settings = {
-        "policy": TeacherOnly(), "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+        "policy": TeacherOnly(), "max_new_tokens": max_new_tokens, **dataclasses.asdict(sampling), "seed": seed,
         "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
         "repeatable": repeatable,
     }  # fmt: skip
@@ -243,7 +249,7 @@ def _fill_texts(
 
 
 def _texts_header(
-    pair: Pair, examples: Sequence[TokenizedExample], max_new_tokens: int, temperature: float, seed: int
+    pair: Pair, examples: Sequence[TokenizedExample], max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Header:
     merged = pair.ends.merged_into
     return {
@@ -253,7 +259,8 @@ def _texts_header(
         "eos_token_ids": list(pair.eos_token_ids),
         **({} if merged is None else {"merged_eos_token_id": merged}),
         "max_new_tokens": max_new_tokens,
-        "temperature": float(temperature),
+        "temperature": float(sampling.temperature),
+        **sampling.cuts,
         "seed": seed,
     }
 

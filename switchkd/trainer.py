@@ -63,7 +63,7 @@ from switchkd.processes import (
 )
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
-from switchkd.sampling import keyed_uniform, noise_key
+from switchkd.sampling import Use, keyed_uniform, noise_key
 from switchkd.sharding import clip, gather, is_sharded, reduce_in_next_backward, shard, whole
 from switchkd.statistics import lower_is_better
 from switchkd.storage import append_lines
@@ -72,9 +72,6 @@ from switchkd.teachers import Rows, Teachers
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
-
-# Words that part the uses of (seed, step): which text, dropout, and what to replay.
-_CHOICE, _DROPOUT, _REPLAY = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -380,7 +377,7 @@ class Trainer:
 
     def _source(self) -> Source:
         """Where this step's text comes from; the same on every rank."""
-        chance = keyed_uniform(self.config.seed, self.step, _CHOICE)
+        chance = keyed_uniform(self.config.seed, self.step, 0, Use.CHOICE)
         return self.config.mix.source(chance, self.schedule, len(self.replay), self.mix_memory)
 
     def _rows(self, source: Source, on_round: OnRound | None) -> tuple[Rows, Rollouts]:
@@ -398,7 +395,7 @@ class Trainer:
 
     def _replayed(self) -> list[Rollout]:
         """Rollouts of earlier steps, drawn by (seed, step) without replacement while there are enough."""
-        keys = [noise_key(noise_key(self.config.seed, self.step, _REPLAY), i, _REPLAY) for i in range(len(self.replay))]
+        keys = [noise_key(self.config.seed, self.step, i, Use.REPLAY) for i in range(len(self.replay))]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         return [self.replay[order[i % len(order)]] for i in range(self.rows_per_step)[self._mine]]
 
@@ -416,7 +413,7 @@ class Trainer:
         """Negative log-likelihood (nats) and tokens of this rank's validation completions ``[2]``, ``size`` rows at a time."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(2, dtype=self._wide, device=self.accelerator.device)
         with evaluating(self.student):
             # Every rank runs as many forwards as any other: a wrapped model may wait for all in each.
             for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
@@ -427,6 +424,11 @@ class Trainer:
                     sums[0] += loss
                     sums[1] += sum(len(row.completion_ids) for row in rows)
         return sums
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """The dtype of losses. float64, which not every device has, only where the student is that wide."""
+        return torch.promote_types(self.pair.student.dtype, torch.float32)
 
     def _fitting(self, work: Callable[[int], torch.Tensor], what: str) -> torch.Tensor:
         """``work`` with as many rows at a time as memory allows."""
@@ -485,7 +487,7 @@ class Trainer:
         """
         accelerator = self.accelerator
         micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
-        sums = torch.zeros(len(parts), device=accelerator.device, dtype=torch.float64)
+        sums = torch.zeros(len(parts), device=accelerator.device, dtype=self._wide)
         # The loss is a sum over all ranks' tokens, divided once; shards get the mean of all ranks' gradients.
         averaged = accelerator.num_processes if is_sharded(self.student) else 1
         self.optimizer.zero_grad()  # of a try that was given up
@@ -529,7 +531,7 @@ class Trainer:
     @contextmanager
     def _keyed_dropout(self, micro: int) -> Iterator[None]:
         """Training mode with dropout keyed by (seed, step, micro-batch of all ranks); the caller's random state is left alone."""
-        key = noise_key(noise_key(self.config.seed, self.step, _DROPOUT), micro, _DROPOUT)
+        key = noise_key(self.config.seed, self.step, micro, Use.DROPOUT)
         with torch.random.fork_rng():
             torch.random.default_generator.manual_seed(key % 2**63)
             if torch.cuda.is_available():

@@ -241,6 +241,54 @@ class Parity(Policy):
         return (token % 2 == 0,)
 
 
+@dataclass(frozen=True)
+class Forced(Policy):
+    """A rule that at times writes words it knows and asks nobody: the first two tokens, and two after each multiple of 5.
+
+    Between them it asks the teacher alone after an odd token, else both, and the student writes. State: forced tokens that are
+    left ``[B]``, whether the last token was odd ``[B]``.
+    """
+
+    words: tuple[int, ...] = (6, 11)
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        left = torch.full((batch,), len(self.words), dtype=torch.int64, device=device)
+        return left, torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def reads(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+        left, odd = state
+        return (left == 0) & ~odd, left == 0
+
+    def step(self, state: State, logp_student, logp_teacher, position) -> Decision:
+        left, odd = state
+        word = torch.tensor(self.words[::-1])[(left - 1).clamp(min=0)].unsqueeze(1)
+        known = torch.full_like(logp_student, -math.inf).scatter(1, word, 0.0)
+        target = torch.where(odd.unsqueeze(1), logp_teacher, logp_student)
+        target = torch.where((left > 0).unsqueeze(1), known, target)
+        return Decision(target, (odd | (left > 0)).long(), torch.full_like(target[:, 0], math.nan), state)
+
+    def observe(self, state: State, token: torch.Tensor) -> State:
+        left, _ = state
+        begins = (left == 0) & (token % 5 == 0)
+        return torch.where(begins, len(self.words), (left - 1).clamp(min=0)), token % 2 == 1
+
+
+@dataclass(frozen=True)
+class Quota(MixIn):
+    """A mix-in whose text ends when the teacher has written ``most`` tokens. State: how many it has written ``[B]``."""
+
+    most: int = 3
+
+    def init(self, batch: int, device: torch.device | str = "cpu") -> State:
+        return (torch.zeros(batch, dtype=torch.int64, device=device),)
+
+    def spoke(self, state: State, speaker: torch.Tensor) -> State:
+        return (state[0] + speaker,)
+
+    def ends(self, state: State) -> torch.Tensor:
+        return state[0] == self.most
+
+
 # Settings under which both models speak on the tiny pairs; a new policy joins here and is covered by every lossless test.
 POLICIES = {
     "student_only": StudentOnly(),
@@ -255,6 +303,8 @@ POLICIES = {
     ),
     "spell": Spell(),
     "parity": Parity(),
+    "forced": Forced(),
+    "quota": Quota(alpha=0.4),
     "mix_in": MixIn(alpha=0.4),
     "skd": SKD(top_k=3),
     "skd_sharpened": SKD(3, student_temperature=0.7, student_top_p=0.9, teacher_temperature=0.5, teacher_top_p=0.8),
@@ -265,6 +315,7 @@ POLICIES = {
     "relay": Relay(
         student_top=1,
         paragraphs=1,
+        leg_tokens=3,
         trigger_ids=tuple(range(2, 14)),
         blank_ids=(2, 9),
         line_end_ids=(3, 5, 7, 15),

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import yaml
 
-from switchkd import AdaSwitch, Switch
+from switchkd import AdaSwitch, StudentOnly, Switch
 from switchkd.config import TrainConfig, from_dict, load_recipe, shipped, to_dict
 from switchkd.errors import ConfigError
 from switchkd.mixes import Generated
 from switchkd.objectives import ForwardKL, SkewReverseKL
+from switchkd.runs import eval_settings
 
 
 @pytest.mark.parametrize("name", shipped("recipes"))
@@ -59,6 +60,11 @@ def test_the_papers_settings():
         ({"mix": "replay"}, "unknown mix 'replay'"),
         ({"lmbda": 0.5}, "unknown setting 'lmbda'"),
         ({"temperature": -1}, "temperature must be at least 0"),
+        ({"top_p": 0}, "r.yaml: top_p must be above 0 and at most 1"),
+        ({"top_k": -1}, "r.yaml: top_k must be at least 0"),
+        ({"min_p": 2}, "r.yaml: min_p must be from 0"),
+        ({"eval_top_p": 1.2}, "r.yaml: eval_top_p must be above 0 and at most 1"),
+        ({"eval_min_p": -1}, "r.yaml: eval_min_p must be from 0"),
         ({"objective": {"name": "tvd", "temperature": 0}}, "temperature of the objective must be above 0"),
         ({"objective": "jds"}, "unknown objective 'jds'; did you mean 'jsd'"),
         ({"objective": {"name": "jsd", "beta": 1}}, "beta must lie strictly between"),
@@ -91,6 +97,28 @@ def test_files_that_are_no_recipe(tmp_path, text, words):
         file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_recipe(str(file))
+
+
+def test_cuts_of_what_is_drawn_reach_decoding_and_evaluation_each_their_own():
+    values = {
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.1,
+        "eval_top_p": 0.8,
+        "eval_top_k": 5,
+        "eval_min_p": 0.2,
+        "eval_temperature": 1.0,
+    }
+    config = from_dict(TrainConfig, values, "r.yaml")
+    told = config.decode_arguments()
+    assert {name: told[name] for name in ("top_p", "top_k", "min_p")} == {"top_p": 0.9, "top_k": 20, "min_p": 0.1}
+    settings = eval_settings(config, config.policy)
+    assert (settings.top_p, settings.top_k, settings.min_p) == (0.8, 5, 0.2)
+    written = settings.to_json()
+    assert (written["top_p"], written["top_k"], written["min_p"]) == (0.8, 5, 0.2)
+    # Files of before min_p was a setting say nothing of it, and can be compared with.
+    plain = eval_settings(TrainConfig(), StudentOnly()).to_json()
+    assert (plain["top_p"], plain["top_k"]) == (1.0, 0) and "min_p" not in plain
 
 
 def test_settings_are_frozen():

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILIES, POLICIES, VOCAB, tiny_model
+from tiny import FAMILIES, POLICIES, VOCAB, Forced, Quota, assert_same, tiny_model
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode, decode_reference
 from switchkd.errors import ConfigError
+from switchkd.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
 
@@ -125,6 +127,62 @@ def test_only_a_model_that_is_read_can_fail_a_row_and_it_is_named(llamas):
     assert row.stop_reason == "length"  # broken drafts cost time, not the row
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral-sliding"])
+@pytest.mark.parametrize("reader", ["student", "teacher"])
+def test_a_rejected_draft_that_breaks_a_model_leaves_no_trace(family, value, reader):
+    """What the drafter proposes, and is not written, may be NaN in a cache: a mask gives it weight 0, and 0 · NaN is NaN."""
+    models = {"student": tiny_model(family, 1), "teacher": tiny_model(family, 2)}
+    policy = StudentOnly() if reader == "student" else TeacherOnly()
+    drafter = {"student": "teacher", "teacher": "student"}[reader]
+    free = decode(*models.values(), PROMPTS, policy, 12, eos_token_ids=[])
+    written = {token for rollout in free for token in [*rollout.prompt_ids, *rollout.completion_ids]}
+    others = torch.tensor(sorted(set(range(VOCAB)) - written))
+    assert len(others)
+
+    def poison(module, ids, out):
+        return out.masked_fill(torch.isin(ids[0], others).unsqueeze(-1), value)
+
+    for model in models.values():
+        model.get_input_embeddings().register_forward_hook(poison)
+    # The drafter's text breaks it too, but a model that nobody reads may say anything.
+    for block, batch, static in ((2, 3, False), (4, 3, False), (4, 1, False), (6, 2, True)):
+        out = decode(
+            *models.values(), PROMPTS, policy, 12, eos_token_ids=[], block_size=block, batch_size=batch, drafter=drafter,
+            static_step=static,
+        )  # fmt: skip
+        assert [(r.stop_reason, r.error) for r in out] == [("length", None)] * 3
+        assert texts(out) == texts(free)
+
+
+def test_text_that_the_policy_knows_asks_no_model(llamas):
+    """Where nobody is read for any row, no model is run; where some rows are, the others wait for nobody."""
+    policy = Forced(words=(6, 11, 7, 3))
+    rollouts = decode(*llamas, PROMPTS, policy, 4, eos_token_ids=[])
+    assert texts(rollouts) == [[6, 11, 7, 3]] * 3
+    assert rollouts.cost.student_forwards == rollouts.cost.teacher_forwards == 0
+
+
+def test_a_text_that_the_policy_ends_says_so(llamas):
+    """Behind an end token that is the reason; at the end of the budget the policy's word goes first: nothing is cut off."""
+    policy = Quota(alpha=0.9, most=2)
+    for call in (decode, decode_reference):
+        for row in call(*llamas, PROMPTS, policy, 20, eos_token_ids=[]):
+            assert (
+                row.stop_reason == "policy"
+                and row.error is None
+                and sum(row.speakers) == 2 == 1 + sum(row.speakers[:-1])
+            )
+            again = call(
+                *llamas, [row.prompt_ids], policy, len(row.completion_ids), eos_token_ids=[], sample_ids=[row.sample_id]
+            )
+            assert again[0].stop_reason == "policy" and again[0].completion_ids == row.completion_ids
+            last = call(
+                *llamas, [row.prompt_ids], policy, 20, eos_token_ids=row.completion_ids[-1:], sample_ids=[row.sample_id]
+            )
+            assert last[0].stop_reason == "eos"
+
+
 def test_modes_weights_and_random_state_are_left_alone(llamas):
     student, teacher = llamas
     student.train()
@@ -162,6 +220,10 @@ def test_progress_is_told_after_every_round(llamas):
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"temperature": -0.5}, "greedy"),
         ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.5}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 1.1}, "min_p must be from 0"),
         ({"block_size": 0}, "block_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"drafter": "both"}, "drafter"),
@@ -179,3 +241,48 @@ def test_rollouts_as_json(llamas):
     record = row.to_json()
     assert record["divergences"][0] > 0 and record["divergences"][-1] is None
     assert row.teacher_share == 0.75
+
+
+CUTS = {
+    "top_p": {"top_p": 0.6},
+    "top_k": {"top_k": 2},
+    "min_p": {"min_p": 0.3},
+    "all": {"top_p": 0.8, "top_k": 4, "min_p": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    "policy", ["student_only", "switch_exponential", "adaswitch", "skd_sharpened", "relay", "forced"]
+)
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_of_what_is_drawn_are_the_reference_loops(llamas, cut, policy):
+    for temperature in (1.0, 0.7):
+        settings = {"temperature": temperature, "max_new_tokens": 9, "seed": 2, **CUTS[cut]}
+        reference = decode_reference(*llamas, PROMPTS, POLICIES[policy], **settings)
+        for block, drafter in ((4, "student"), (3, "teacher")):
+            out = decode(
+                *llamas, PROMPTS, POLICIES[policy], block_size=block, drafter=drafter, batch_size=2, **settings
+            )
+            assert_same(out, reference)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_are_transformers_own_and_reach_no_decision(llamas, cut):
+    """Of a rule whose target is a model's distribution every token is one that transformers' warpers leave, and its number too."""
+    logits = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(1)).double()
+    for temperature in (1.0, 0.6, 1.7):
+        scores = logits / temperature
+        if top_k := CUTS[cut].get("top_k"):
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p := CUTS[cut].get("top_p"):
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        if min_p := CUTS[cut].get("min_p"):
+            scores = MinPLogitsWarper(min_p)(None, scores)
+        ours = Sampling(temperature, **CUTS[cut]).shape(logits.log_softmax(-1))
+        torch.testing.assert_close((ours / temperature).softmax(-1), scores.softmax(-1))
+        torch.testing.assert_close(ours.exp().sum(-1), torch.ones(6).double())
+    plain = decode(*llamas, PROMPTS, Switch(tau_0=9), 1, eos_token_ids=[])
+    shaped = decode(*llamas, PROMPTS, Switch(tau_0=9), 1, eos_token_ids=[], **CUTS[cut])
+    assert [r.divergences for r in plain] == [r.divergences for r in shaped]
+    greedy = [texts(decode(*llamas, PROMPTS, Switch(), 9, temperature=0.0, **own)) for own in ({}, CUTS[cut])]
+    assert greedy[0] == greedy[1]

@@ -1,5 +1,7 @@
 """transformers' generate as a second opinion: the engine's greedy tokens, unbiased samples, nothing inherited or left behind."""
 
+import math
+
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, tiny_model
@@ -8,6 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from switchkd import StudentOnly, decode
 from switchkd.errors import ConfigError, DataError
 from switchkd.generate_backend import complete_by_generate
+from switchkd.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8, 14, 21], [5, 5], [19, 3, 8, 8], [13]]
 EOS = (1, 6)
@@ -100,6 +103,24 @@ def test_random_state_and_mode_are_left_alone_and_a_seed_gives_its_text():
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert done == [4, 2] * 3
+
+
+CUTS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.5}, "min_p": {"min_p": 0.4}}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_leave_the_tokens_that_the_engines_do(cut):
+    """Of many first tokens both write the same few; the model's own settings, which cut otherwise, are heard by neither."""
+    model = tiny_model("llama", 3)
+    model.generation_config.update(top_k=1, top_p=0.1)
+    prompts = [PROMPTS[0]] * 400
+    settings = {"temperature": 1.5, "seed": 3, **CUTS[cut]}
+    theirs = {ids[0] for ids, _ in generated(model, prompts, max_new_tokens=1, batch_size=400, **settings)}
+    ours = decode(model, model, prompts, StudentOnly(), 1, **settings)
+    with torch.no_grad():
+        law = (model(torch.tensor(prompts[:1])).logits[:, -1] / 1.5).log_softmax(-1)
+    left = (Sampling(1.0, **CUTS[cut]).shape(law)[0] > -math.inf).nonzero().flatten().tolist()
+    assert theirs == {rollout.completion_ids[0] for rollout in ours} == set(left) and 1 < len(left) < VOCAB
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 With probabilities that are multiples of 1/4, an inverse-CDF draw from four equally likely noise values has exactly the
 target law. All 4^5 noise paths of five tokens are decoded as one batch, so the share of paths that end in a text *is* its
-probability, and it must equal the product of the target distributions along that text.
+probability, and it must equal the product of the target distributions along that text. Who wrote a token of a blend is here
+whoever has more of it.
 """
 
 from collections import Counter
-from itertools import product
 
 import pytest
 import torch
-from tiny import POLICIES, Spell, TabularModel
+from tiny import POLICIES, Quota, Spell, TabularModel
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding, engine
 from switchkd.ends import Ends
 from switchkd.policies import CAOPD, Hysteresis, Relay
+from switchkd.sampling import Sampling, speakers
 
 QUARTERS, LENGTH, VOCAB = 4, 5, 3
 STUDENT = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]
@@ -33,11 +34,15 @@ POLICY_CASES = {
 
 @pytest.fixture
 def quartered_noise(monkeypatch):
-    """Noise of (sample, position) is the position-th base-4 digit of the sample id; a draw inverts the CDF at it."""
+    known_noise(monkeypatch, QUARTERS)
+
+
+def known_noise(monkeypatch, parts):
+    """Noise of (sample, position) is the position-th digit of the sample id in base ``parts``; a draw inverts the CDF at it."""
 
     def gumbel_noise(keys, vocab_size, device="cpu"):
-        digits = [(sample // QUARTERS**position) % QUARTERS for sample, position in keys]
-        return torch.tensor([[(digit + 0.5) / QUARTERS] for digit in digits])
+        digits = [(sample // parts**position) % parts for sample, position in keys]
+        return torch.tensor([[(digit + 0.5) / parts] for digit in digits])
 
     def draw(log_probs, noise, temperature=1.0):
         return (noise > log_probs.exp().cumsum(-1)).sum(-1)
@@ -49,18 +54,23 @@ def quartered_noise(monkeypatch):
         monkeypatch.setattr(module, "draw", draw)
 
 
-def exact_law(policy, first):
+def exact_law(policy, first, length=LENGTH, sampling=None):
     """Probability of every text, by recursion over the policy alone."""
     log_student, log_teacher = (torch.tensor(t, dtype=torch.float64).log() for t in (STUDENT, TEACHER))
     law = Counter()
-    for text in product(range(VOCAB), repeat=LENGTH):
-        state, last, probability = policy.init(1), first, 1.0
-        for t, token in enumerate(text):
-            decision = policy.step(state, log_student[[last]], log_teacher[[last]], torch.tensor([t]))
-            probability *= decision.log_probs[0, token].exp().item()
-            state, last = policy.observe(decision.state, torch.tensor([token])), token
-        if probability > 0:
-            law[text] = probability
+
+    def goes_on(text, state, last, probability):
+        if len(text) == length or (text and policy.ends(state)):
+            law[text] += probability
+            return
+        decision = policy.step(state, log_student[[last]], log_teacher[[last]], torch.tensor([len(text)]))
+        chances = (sampling or Sampling()).shape(decision.log_probs)[0].exp().tolist()
+        for token in (token for token, chance in enumerate(chances) if chance > 0):
+            drawn = torch.tensor([token])
+            told = policy.spoke(policy.observe(decision.state, drawn), speakers(decision, drawn, [0]))
+            goes_on((*text, token), told, token, probability * chances[token])
+
+    goes_on((), policy.init(1), first, 1.0)
     return law
 
 
@@ -117,7 +127,8 @@ def merged_law(policy, length):
         logq, logp = (table[[text[-1] if text else 2]].log() for table in tables)
         decision = policy.step(state, logq, logp, torch.tensor([len(text)]))
         for token in range(4):
-            after = policy.observe(decision.state, torch.tensor([token]))
+            drawn = torch.tensor([token])
+            after = policy.spoke(policy.observe(decision.state, drawn), decision.speaker)
             go_on((*text, token), after, probability * decision.log_probs[0, token].exp().item())
 
     go_on((), policy.init(1), 1.0)
@@ -140,3 +151,40 @@ def test_law_of_ends_that_are_one_event(quartered_noise, name, block, drafter):
     assert counted.keys() == expected.keys() and not any(1 in text for text in counted)
     assert any(text[-1] == 3 and len(text) < length for text in counted)
     assert all(counted[text] / paths == pytest.approx(p, abs=1e-12) for text, p in expected.items())
+
+
+def test_law_of_a_rule_that_ends_texts(monkeypatch):
+    """By what it hears of who spoke; its blend is in eighths."""
+    known_noise(monkeypatch, 8)
+    policy, models, paths = Quota(alpha=0.5, most=2), (TabularModel(STUDENT), TabularModel(TEACHER)), 8**4
+    expected = exact_law(policy, 1, 4)
+    assert len({len(text) for text in expected}) > 1
+    for block, drafter in ((1, "auto"), (4, "student"), (3, "teacher")):
+        out = decode(*models, [[1]] * paths, policy, 4, block_size=block, drafter=drafter, batch_size=paths)
+        counted = Counter(tuple(r.completion_ids) for r in out)
+        assert counted.keys() == expected.keys()
+        assert all(counted[text] / paths == pytest.approx(p, abs=1e-12) for text, p in expected.items())
+
+
+CUTS = {
+    "top_k": {"top_k": 1},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.6},
+    "all": {"top_k": 2, "top_p": 0.7, "min_p": 0.1},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["switch", "spell", "student_only"])
+def test_law_with_cuts_is_exact(monkeypatch, cut, name):
+    """Of what is left of the target distribution, in twelfths: 1/2 and 1/4 of it are 2/3 and 1/3 where the rest is cut."""
+    known_noise(monkeypatch, 12)
+    policy, sampling, paths = POLICY_CASES[name], Sampling(**CUTS[cut]), 12**3
+    models, settings = (TabularModel(STUDENT), TabularModel(TEACHER)), CUTS[cut]
+    expected = exact_law(policy, 1, 3, sampling)
+    for block, drafter in ((1, "auto"), (3, "student"), (2, "teacher")):
+        out = decode(*models, [[1]] * paths, policy, 3, block_size=block, drafter=drafter, batch_size=paths, **settings)
+        counted = Counter(tuple(r.completion_ids) for r in out)
+        assert counted.keys() == expected.keys()
+        assert all(counted[text] / paths == pytest.approx(p, abs=1e-12) for text, p in expected.items())
+    assert expected != exact_law(policy, 1, 3)

@@ -1,13 +1,20 @@
 """The block engine gives the reference loop's tokens, one by one, whatever the block, batch, order and drafter."""
 
+import copy
+import itertools
+import math
 import random
 
 import pytest
+import torch
 from tiny import FAMILIES, POLICIES, assert_same, tiny_model
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, load_pair
+from switchkd.adapters import add_adapter
+from switchkd.config import ModelConfig
+from switchkd.divergences import LN2
 from switchkd.pace import Pace
-from switchkd.policies import STUDENT, TEACHER
+from switchkd.policies import SSD, STUDENT, TEACHER, Hysteresis
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 BUDGET = 9
@@ -180,3 +187,77 @@ def test_the_real_pair_in_single_precision(policy):
         out = decode(pair.student, pair.teacher, prompts, policy, block_size=4, drafter=drafter, **settings)
         assert [r.completion_ids for r in out] == [r.completion_ids for r in reference]
         assert [r.speakers for r in out] == [r.speakers for r in reference]
+
+
+# --- student and teacher nearly equal: a copy, an adapter that does nothing yet, the last steps of a run ---------------
+
+
+def near_pair(family, dtype, distance):
+    """A teacher and its copy, each weight of which is off by a share ``distance`` of itself."""
+    teacher = tiny_model(family, 2, dtype)
+    student = copy.deepcopy(teacher)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1 + distance * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return student, teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3-hybrid"])
+def test_a_student_that_is_its_teacher_is_never_handed_over(family, dtype):
+    """Blocks and single tokens round differently: the divergence of two copies is 1e-11 in fp32, 1e-4 in bf16, and no jump."""
+    pair = near_pair(family, dtype, 0.0)
+    prompts, settings = PROMPTS[:3], {"max_new_tokens": 12, "eos_token_ids": []}
+    for policy in (AdaSwitch(), AdaSwitch(window=2, ratio=0.5)):
+        ways = [decode_reference(*pair, prompts, policy, **settings)]
+        for block, drafter in ((4, "student"), (5, "teacher")):
+            ways.append(decode(*pair, prompts, policy, block_size=block, drafter=drafter, **settings))
+        for rollout in (rollout for way in ways for rollout in way):
+            assert set(rollout.speakers) == {0} and 0 <= max(rollout.divergences) < 1e-3
+            seen = [limit for limit in rollout.thresholds if not math.isnan(limit)]
+            assert seen and min(seen) > 0.0099  # 0.01 in fp32
+
+
+def test_an_adapter_without_effect_is_never_handed_over():
+    pytest.importorskip("peft")
+    student = tiny_model("llama", 2, torch.float32)
+    add_adapter(student, ModelConfig(use_peft=True, lora_r=2, lora_alpha=2), seed=0)
+    teacher = tiny_model("llama", 2, torch.float32)
+    for rollouts in (
+        decode_reference(student, teacher, PROMPTS[:2], AdaSwitch(), 12, eos_token_ids=[]),
+        decode(student, teacher, PROMPTS[:2], AdaSwitch(), 12, block_size=4, drafter="student", eos_token_ids=[]),
+    ):
+        assert {speaker for rollout in rollouts for speaker in rollout.speakers} == {0}
+
+
+def widest_gap(values):
+    """The middle of the widest step between ascending values: no rounding takes one across it."""
+    below, above = max(itertools.pairwise(values), key=lambda step: step[1] / step[0])
+    return math.sqrt(below * above)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-2])
+@pytest.mark.parametrize("rule", ["switch", "ssd", "hysteresis", "adaswitch"])
+def test_near_models_are_told_apart_alike_in_fp32(rule, distance):
+    """Thresholds amid the divergences that there are: tokens, speakers and thresholds are equal, numbers to 2 %."""
+    pair = near_pair("llama", torch.float32, distance)
+    probe = decode_reference(*pair, PROMPTS[:3], SSD(tau=9.0), 14, eos_token_ids=[])
+    seen = sorted(d for rollout in probe for d in rollout.divergences)
+    third = len(seen) // 3
+    low, high = (widest_gap(seen[third * k // 2 :][:third]) for k in (1, 3))
+    policy = {
+        "switch": Switch(schedule="constant", tau_0=low / LN2),
+        "ssd": SSD(tau=low),
+        "hysteresis": Hysteresis(take=high, give=low),
+        "adaswitch": AdaSwitch(window=2, ratio=1.1, floor=low / 10),
+    }[rule]
+    reference = decode_reference(*pair, PROMPTS[:3], policy, 14, eos_token_ids=[])
+    assert {speaker for rollout in reference for speaker in rollout.speakers} == {0, 1}
+    for block, drafter in ((4, "student"), (7, "teacher")):
+        out = decode(*pair, PROMPTS[:3], policy, 14, block_size=block, drafter=drafter, eos_token_ids=[])
+        assert_same(out, reference)
+        for ours, theirs in zip(out, reference, strict=True):
+            for name in ("divergences", "thresholds"):
+                values = [torch.tensor(getattr(each, name)) for each in (ours, theirs)]
+                torch.testing.assert_close(*values, equal_nan=True, rtol=2e-2, atol=1e-11)

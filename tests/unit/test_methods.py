@@ -56,7 +56,7 @@ CONTRACTS = {
     "ssd": Contract({"policy"}, S | T, text={"policy": {"tau": 0.6}}, loss={"objective": {"student_weight": 0.5}}),
     "ca_opd": Contract({"policy"}, S | T, text={"policy": {"alpha": 0.01}}, loss={"objective": {"divergence": "jsd"}}),
     "trb": Contract({"policy"}, S | T, text={"policy": {"budget": 0.01}}, loss={"objective": {"temperature": 2.0}}),
-    "relay": Contract({"policy"}, S | T, text={"policy": {"student_top": 1}}, loss={"objective": {"temperature": 2.0}}),
+    "relay": Contract({"policy"}, S | T, text={"policy": {"leg_tokens": 1}}, loss={"objective": {"temperature": 2.0}}),
     "hysteresis": Contract(
         {"policy"}, S | T, text={"policy": {"take": 0.65, "give": 0.6}}, loss={"objective": {"temperature": 2.0}}
     ),

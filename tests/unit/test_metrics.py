@@ -1,5 +1,6 @@
 """What a step says of the text that it generated, against counts by hand."""
 
+import dataclasses
 import math
 import time
 
@@ -37,6 +38,13 @@ def test_a_step_says_its_mean_threshold_and_none_where_there_is_none():
     compared = Rollouts([row([0.5, 0.5], [1.0, 0.5], [0, 1]), row([0.5, 0.5], [NAN, 0.0])], DecodeCost(1.0, 4, 1))
     assert rollout_metrics(compared)["switch/threshold"] == pytest.approx(0.5)
     assert rollout_metrics(Rollouts([row([NAN], [NAN])], DecodeCost(1.0, 1)))["switch/threshold"] is None
+
+
+def test_texts_that_the_policy_ended_are_counted_where_there_are_some():
+    ended = dataclasses.replace(row([0.5], [1.0]), stop_reason="policy")
+    some = rollout_metrics(Rollouts([ended, row([0.5], [1.0])], DecodeCost(1.0, 2)))
+    assert some["completions/policy_end_share"] == 0.5 and some["completions/eos_share"] == 0
+    assert "completions/policy_end_share" not in rollout_metrics(Rollouts([row([0.5], [1.0])], DecodeCost(1.0, 1)))
 
 
 def test_agreement_and_blocks_are_counted_by_row_and_position():

@@ -1,13 +1,15 @@
 """Negative controls of the decoding engine: each mistake, put into the source, must make a check fail."""
 
+import math
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import POLICIES, VOCAB, assert_same, tiny_model
 
-from switchkd import Switch, decode_reference, decoding, engine
+from switchkd import Switch, TeacherOnly, decode_reference, decoding, engine
 from switchkd.ends import Ends
 from switchkd.policies import SKD
 
@@ -18,13 +20,12 @@ TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]
 BUDGET = 10
 ENDS = Ends((5, 13, 14), 13)  # one event
 
+HEARS = "self.job.policy.spoke(self.job.policy.observe(decision.state, token), speaker)"
 STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
 ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
 READ = "whole = [self.rows[row].tokens_of(who) for row in rows]"
 MUTANTS = {
-    "accept every draft": [
-        ("token = draw(decision.log_probs, g, self.job.temperature)", "token = (block.drafts + [start])[k]")
-    ],
+    "accept every draft": [("token = self._draw(decision.log_probs, g)", "token = (block.drafts + [start])[k]")],
     "speaker decided once per block": [
         (
             STEP,
@@ -37,19 +38,39 @@ MUTANTS = {
     "threshold by block instead of position": [(STEP, STEP.replace("start + k", "start"))],
     "state not rolled back over discarded drafts": [
         (
-            "self._keep_state(sound, self.job.policy.observe(decision.state, token))",
-            "self.state = self.job.policy.observe(decision.state, token)",
+            f"self._keep_state(sound, {HEARS})",
+            f"self.state = {HEARS}",
         )
     ],
     "the state does not hear the token": [
         (
-            "self._keep_state(sound, self.job.policy.observe(decision.state, token))",
+            f"self._keep_state(sound, {HEARS})",
             "self._keep_state(sound, decision.state)",
         )
     ],
     "the state hears the draft": [
         ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
     ],
+    "the state does not hear who spoke": [(HEARS, "self.job.policy.observe(decision.state, token)")],
+    "a text that the policy ends goes on": [("ends = told | ", "ends = "), ("bool(ends), self.job", "False, self.job")],
+    "the policy is asked for the end before the token": [
+        ("told = self._spread(self.job.policy.ends(self.state))", "told = before"),
+        (
+            "speaker = speakers(decision",
+            "before = self._spread(self.job.policy.ends(self.state))\n            speaker = speakers(decision",
+        ),
+    ],
+    "drafts and tokens from different cuts": [
+        (
+            "return self._draw(self.job.policy.proposal(who, logs), noise)",
+            "return draw(logs, noise, self.job.sampling.temperature)",
+        )
+    ],
+    "the decision sees what the cuts leave": [
+        (STEP, STEP.replace("logq, logp,", "self.job.sampling.shape(logq), self.job.sampling.shape(logp),"))
+    ],
+    "a draft that broke a cache stays in it": [("self.models[who].clear_stale(b)", "pass")],
+    "a row is given up for a draft behind it": [("if block.plan.block == 1:", "if True:")],
     "speakers of a blend by another position": [("block.keys[k])", "block.keys[0])")],
     "cache one long after a rejection": [(ROLLBACK, "min(length, len(row.tokens_of(who)))")],
     # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
@@ -66,12 +87,12 @@ MUTANTS = {
     "policy sees the draft at another temperature": [("log_probs(logits[:, 0])", "log_probs(logits[:, 0], 0.8)")],
     "another temperature in the draft than reported": [
         (
-            "return draw(self.job.policy.proposal(who, logs), noise, self.job.temperature)",
-            "return draw(self.job.policy.proposal(who, logs), noise, 1.5 * self.job.temperature)",
+            "return self._draw(self.job.policy.proposal(who, logs), noise)",
+            "return draw(self.job.policy.proposal(who, logs), noise, 1.5 * self.job.sampling.temperature)",
         )
     ],
     "drafts of the plain model where the policy sharpens it": [
-        ("return draw(self.job.policy.proposal(who, logs), noise", "return draw(logs, noise")
+        ("return self._draw(self.job.policy.proposal(who, logs), noise)", "return self._draw(logs, noise)")
     ],
     "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
     "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
@@ -108,7 +129,7 @@ def mutated_decode(edits):
 def check_engine(decode):
     """The guarantees of the engine in one go, for the real one and for the mutants."""
     student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
-    names = ("switch_exponential", "adaswitch", "spell", "mix_in", "parity")
+    names = ("switch_exponential", "adaswitch", "spell", "mix_in", "parity", "quota", "forced")
     cases = [(name, None, []) for name in names] + [("spell", TEACHER_PROMPTS, []), ("parity", TEACHER_PROMPTS, [])]
     cases += [(name, None, ENDS) for name in ("switch_exponential", "mix_in")]
     for name, own, ends in cases:
@@ -117,10 +138,29 @@ def check_engine(decode):
         for drafter in ("student", "teacher"):
             out = decode(student, teacher, PROMPTS, POLICIES[name], BUDGET, block_size=4, drafter=drafter, **settings)
             assert_same(out, reference)
+    cuts = {"eos_token_ids": [], "top_k": 3, "min_p": 0.2}
+    reference = decode_reference(student, teacher, PROMPTS, POLICIES["switch_constant"], BUDGET, **cuts)
+    assert_same(decode(student, teacher, PROMPTS, POLICIES["switch_constant"], BUDGET, block_size=4, **cuts), reference)
     # A student that always speaks always agrees with its own drafts: no round is cut.
     for never in (Switch(schedule="constant", tau_0=2.0), SKD(top_k=VOCAB, student_temperature=0.3)):
-        out = decode(student, teacher, PROMPTS, never, BUDGET, block_size=5, eos_token_ids=[], drafter="student")
-        assert out.cost.rounds == 2
+        for own in ({}, {"top_k": 2}):
+            out = decode(
+                student, teacher, PROMPTS, never, BUDGET, block_size=5, eos_token_ids=[], drafter="student", **own
+            )
+            assert out.cost.rounds == 2
+    check_broken_drafts(decode)
+
+
+def check_broken_drafts(decode):
+    """What the student proposes and the teacher does not write may break the teacher, and leaves nothing."""
+    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
+    free = decode(student, teacher, PROMPTS, TeacherOnly(), BUDGET, eos_token_ids=[], block_size=1)
+    written = {token for rollout in free for token in [*rollout.prompt_ids, *rollout.completion_ids]}
+    others = torch.tensor(sorted(set(range(VOCAB)) - written))
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[others] = math.nan
+    out = decode(student, teacher, PROMPTS, TeacherOnly(), BUDGET, eos_token_ids=[], block_size=4, drafter="student")
+    assert_same(out, free)
 
 
 def test_the_engine_passes():
@@ -129,5 +169,6 @@ def test_the_engine_passes():
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name):
+    mutant = mutated_decode(MUTANTS[name])
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
-        check_engine(mutated_decode(MUTANTS[name]))
+        check_engine(mutant)

@@ -1,14 +1,18 @@
 """Who drafts and how far: the plan with the most tokens a second, from what was seen and measured."""
 
 import random
+import time
 
 import pytest
 import torch
-from tiny import POLICIES, tiny_model
+from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 
 from switchkd import AdaSwitch, Switch, TeacherOnly, decode, decoding
-from switchkd.pace import BLOCKS, Pace, Plan
+from switchkd.config import TrainConfig
+from switchkd.mixes import Generated
+from switchkd.pace import BLOCKS, Pace, Plan, Stopwatch
 from switchkd.policies import STUDENT, TEACHER
+from switchkd.trainer import Trainer
 
 CPU = torch.device("cpu")
 BOTH, ONLY_STUDENT, ONLY_TEACHER = (True, True), (True, False), (False, True)
@@ -78,6 +82,11 @@ def test_the_last_draft_of_a_block_is_not_made_where_nobody_asks_for_its_distrib
 def test_a_lone_student_writes_one_token_a_round_and_never_runs_the_teacher():
     for p in (pace(), settle(pace(1e9, 1), 90, 90, 99)):
         assert p.plan([ONLY_STUDENT] * 3, 50) == Plan(STUDENT, 1, 1)
+
+
+def test_where_nobody_is_read_nobody_runs():
+    assert pace().plan([(False, False)] * 2, 50) == Plan(STUDENT, 1, 0)
+    assert pace(block_size=4).plan([(False, False), ONLY_TEACHER], 50).block == 4
 
 
 def test_rows_that_have_switched_say_nothing_of_those_that_explore():
@@ -194,3 +203,68 @@ def test_a_memory_budget_sets_the_batch():
     assert [r.stop_reason for r in refused][1] == "prompt_too_long" and refused[0].completion_ids == texts[0][0]
     with pytest.raises(decoding.ConfigError, match="memory_gib is 1e-06; raise it"):
         decode(*pair, [[3, 4]], Switch(), 8, memory_gib=1e-6)
+
+
+class Event:
+    """A CUDA event as a CPU can have it: it happens when it is waited for, and has no time before."""
+
+    made = 0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+        Event.made += 1
+        self.happened = False
+
+    def record(self, *_):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        self.happened = True
+
+    def elapsed_time(self, end):
+        if not end.happened:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Watches that take this machine for one with CUDA."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "made", 0)
+    make = Stopwatch.__init__
+
+    def init(self, device, *rest):
+        make(self, device, *rest)
+        self.cuda = True
+
+    monkeypatch.setattr(Stopwatch, "__init__", init)
+
+
+def test_on_cuda_laps_are_waited_for(on_cuda):
+    watch = Stopwatch(CPU)
+    starts = [watch.now() for _ in range(2)]
+    for size, start in enumerate(starts):
+        watch.lap(size, start)
+    assert [size for size, _ in watch.take()] == [0, 1] and watch.take() == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_size": 3}, {"keep_hidden": True}])
+def test_rounds_that_are_timed_wait_for_their_events(on_cuda, settings):
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    decode(*pair, [[3], [4, 5]], Switch(), 6, eos_token_ids=[], **settings)
+    assert Event.made > 0
+
+
+def test_a_repeatable_round_makes_no_event_and_reads_no_clock(on_cuda, monkeypatch):
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    monkeypatch.setattr(Stopwatch, "take", lambda self: pytest.fail("a lap was read"))
+    monkeypatch.setattr("switchkd.pace.time", None)
+    decode(*pair, [[3], [4, 5]], Switch(), 6, eos_token_ids=[], repeatable=True)
+    assert Event.made == 0
+
+
+def test_the_trainers_laps_wait_for_their_events(on_cuda, tmp_path):
+    config = TrainConfig(mix=Generated(0.0), max_steps=1, per_device_train_batch_size=2, output_dir=str(tmp_path))
+    metrics, _ = Trainer(toy_pair(), toy_examples(), config).train_step()
+    assert Event.made > 0 and metrics["seconds/teacher"] > 0

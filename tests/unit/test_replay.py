@@ -4,13 +4,15 @@ import json
 import shutil
 
 import pytest
-from tiny import byte_level_tokenizer, pair_on_disk, save_llama
+from tiny import Quota, byte_level_tokenizer, pair_on_disk, save_llama, toy_pair
 
 from switchkd.cli import main
+from switchkd.decoding import decode
 from switchkd.models import load_pair
 from switchkd.policies import AdaSwitch
-from switchkd.replay import check_records
+from switchkd.replay import _finding, check_records
 from switchkd.run_record import RunRecord
+from switchkd.samples import Reader
 from switchkd.study import flags
 
 METHODS = ["switch", "adaswitch", "skd", "switch_mix_in", "trb", "hysteresis", "on_policy", "kd"]
@@ -133,3 +135,26 @@ def test_a_policy_that_forgets_its_state_would_be_found_out(place, tmp_path, mon
     step = AdaSwitch.step
     monkeypatch.setattr(AdaSwitch, "step", lambda self, state, *rest: step(self, self.init(1), *rest))
     assert not all(f.holds("float64") for f in findings(run))
+
+
+def test_a_text_ends_where_the_policy_says_and_nowhere_else(tmp_path):
+    """Also a rule that hears who spoke, from noise: its texts, read again, end where they ended."""
+    pair, policy = toy_pair(), Quota(alpha=0.4, most=2)
+    rollouts = decode(pair.student, pair.teacher, [[3, 4], [5], [6, 7]], policy, 12, seed=5, eos_token_ids=[])
+    records = [rollout.to_json() for rollout in rollouts]
+    assert {record["stop_reason"] for record in records} == {"policy"}
+    assert _finding("texts", Reader(pair), policy, records, seed=5).other_speakers == 0
+    longer = [
+        record
+        | {
+            name: record[name] + record[name][-1:]
+            for name in ("completion_ids", "speakers", "divergences", "thresholds")
+        }
+        for record in records
+    ]
+    assert _finding("texts", Reader(pair), policy, longer, seed=5).other_speakers > 0
+    cut = [
+        record | {name: record[name][:-1] for name in ("completion_ids", "speakers", "divergences", "thresholds")}
+        for record in records
+    ]
+    assert _finding("texts", Reader(pair), policy, cut, seed=5).other_speakers == len(cut)

@@ -1,11 +1,16 @@
 """Keyed noise: a pure function of its key, Gumbel-distributed, independent across keys and tokens."""
 
+import hashlib
 import math
+import re
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
-from switchkd.sampling import draw, gumbel_noise, noise_key
+from switchkd import sampling
+from switchkd.sampling import Use, draw, gumbel_noise, keyed_uniform, noise_key
 
 
 def plain_python_noise(key, token):
@@ -87,3 +92,44 @@ def test_no_global_random_state_is_touched():
     before = torch.get_rng_state()
     gumbel_noise([1, 2], 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_noise_is_what_it_was_when_it_was_made_with_float64():
+    """To the last bit, at every residue of the 32 bits that fp32 cannot hold: otherwise a seed would give another text."""
+    keys = [noise_key(0, 0, 0), noise_key(7, 3, 2)]
+    assert keys == [0x238275BC38FCBE91, 0x8490C52F93C7DF65]
+    noise = gumbel_noise(keys, 50257)
+    # exp and log may differ in the last bit between machines; the numbers they are taken of may not.
+    assert noise[:, [0, 1, 2, 50256]].flatten().tolist() == pytest.approx([
+        0.41302406787872314, 0.4919813275337219, -0.4195909798145294, -0.5030237436294556,
+        -0.8663524389266968, -0.006629378534853458, 0.7706639766693115, 0.9426872730255127,
+    ], rel=1e-6)  # fmt: skip
+    uniform = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "log1p_", lambda x: uniform.append(x.neg()) or torch.log1p(x))
+        gumbel_noise(keys, 50257)
+    digest = hashlib.sha256(uniform[0].numpy().tobytes()).hexdigest()
+    assert digest == "a9f06ce716771f04979f088432dca9141358138624a5b2e6b2b1320e7c215ea3"
+
+
+def test_no_two_uses_of_a_key_meet():
+    """The choice of step s was once the key of sample s at position 1: what a step reads decided its text."""
+    numbers = range(12)
+    keys = [noise_key(*words, use) for use in Use for words in product(numbers, numbers, numbers)]
+    assert len(set(keys)) == len(keys)
+    spoken = [noise_key(noise_key(*words), 0, 0, Use.SPEAKER) for words in product(numbers, numbers, numbers)]
+    assert not set(spoken) & set(keys)
+    assert keyed_uniform(3, 5, 0, Use.CHOICE) != keyed_uniform(3, 5, 0)
+
+
+def test_each_use_in_the_package_names_itself():
+    """Whatever asks for a key outside decoding says what for."""
+    package = Path(sampling.__file__).parent
+    for file in package.glob("*.py"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if re.search(r"(?<!def )(noise_key|keyed_uniform)\(", line) and file.name not in (
+                "engine.py",
+                "decoding.py",
+                "replay.py",
+            ):
+                assert "Use." in line or "sample_id, position, use" in line, f"{file.name}: {line}"

@@ -191,6 +191,8 @@ OTHER_TEXTS = {
     "examples differs  ": (None, EXAMPLES[:-1], {}),
     "seed is 5 there and 6 now": (None, EXAMPLES, {"seed": 6}),
     "temperature is 1.0 there and 0.5 now": (None, EXAMPLES, {"temperature": 0.5}),
+    "top_p is None there and 0.5 now": (None, EXAMPLES, {"top_p": 0.5}),
+    "min_p is None there and 0.1 now": (None, EXAMPLES, {"min_p": 0.1}),
     "max_new_tokens is 6 there and 7 now": (None, EXAMPLES, {"max_new_tokens": 7}),
 }
 
