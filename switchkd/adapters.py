@@ -6,6 +6,7 @@ model as before. Only the adapter is trained and saved. peft is imported when an
 
 import copy
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,10 @@ VERSIONS = {"peft": "0.20", "bitsandbytes": "0.45"}  # as in pyproject.toml
 SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 
 
-def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int) -> None:
+def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int, beside: Sequence[str] = ()) -> None:
     """Put a LoRA adapter of zero effect on ``model`` and freeze everything else; ``seed`` is the key of its weights.
 
+    The modules ``beside`` are left out, whatever their layers are called: text does not reach them.
     Raises ConfigError if a target is no linear layer of the body, or peft is not installed.
     """
     peft = require("peft")
@@ -59,6 +61,7 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int) -> Non
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_target_modules) or "all-linear",
         task_type="CAUSAL_LM",
+        exclude_modules=rf"({'|'.join(map(re.escape, beside))})(\..*)?" if beside else None,
         # GPT-2 keeps its weights transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

@@ -27,7 +27,8 @@ class BaseModel(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mode = evaluating(self.student) if self.student.training else nullcontext()
+        training = any(module.training for module in self.student.modules())
+        mode = evaluating(self.student) if training else nullcontext()
         with mode, _switched_off(self.layers):
             return self.student(*args, **kwargs)
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
-from switchkd.errors import ModelError
-from switchkd.models import refuse_recurrent
+from switchkd.models import has_router_logits, refuse_recurrent
 
 # What transformers calls the cache that a forward is given: another name since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -103,13 +102,17 @@ class CachedModel:
         vocab_size: int,
         keep_hidden: bool = False,
         static: bool = False,
+        dtype: torch.dtype | None = None,
     ):
+        self.dtype = dtype or model.dtype  # of the masks, as of what attends
         self.model, self.capacity, self.vocab_size = model, capacity, vocab_size
         self.device = next(model.parameters()).device
         self.windows = attention_windows(model)
         self.cache = RaggedCache(len(self.windows), rows, capacity)
         self.lengths = [0] * rows
         self.forwards = self.prefill_tokens = 0
+        # A balancing loss of the routers, for which a mask of four dimensions would be too many.
+        self.extra = {"output_router_logits": False} if has_router_logits(model) else {}
         self.keep_hidden, self.hidden = keep_hidden, torch.empty(0)
         self.static = static
         self.step: _Step | None = None
@@ -206,6 +209,7 @@ class CachedModel:
                 position_ids=positions,
                 use_cache=True,
                 logits_to_keep=keep,
+                **self.extra,
                 **{CACHE: self.cache},
             )
         self.hidden = entered[-1] if entered else self.hidden
@@ -220,8 +224,8 @@ class CachedModel:
             seen = slots <= query
             if window is not None:
                 seen &= slots > query - window
-            zero = torch.zeros((), dtype=self.model.dtype, device=self.device)
-            masks[kind] = torch.where(seen, zero, torch.finfo(self.model.dtype).min)
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            masks[kind] = torch.where(seen, zero, torch.finfo(self.dtype).min)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
@@ -285,35 +289,6 @@ def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
     return [(kind, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
-@torch.no_grad()
-def verify_cache(model: PreTrainedModel) -> None:
-    """Prove on a probe that rows of different lengths, rolled back and extended, get the logits of a plain forward.
-
-    Whatever the architecture does with masks, positions or windows, it is either exact here or refused.
-
-    Raises:
-        ModelError: the logits differ by more than rounding.
-    """
-    vocab_size = model.config.get_text_config().vocab_size
-    rows = [[(7 * i + row) % vocab_size for i in range(length)] for row, length in enumerate((9, 4))]
-    with evaluating(model):
-        cached = CachedModel(model, len(rows), 12, vocab_size)
-        cached.catch_up([0, 1], rows)
-        wrong = torch.full((2, 1), 1 % vocab_size, device=cached.device)
-        cached.extend([0, 1], rows, wrong, [12, 12])
-        cached.lengths = [len(rows[0]) - 2, len(rows[1]) - 3]  # one row is further behind than the other
-        last = torch.tensor([row[-1:] for row in rows], device=cached.device)
-        logits = cached.extend([0, 1], [row[:-1] for row in rows], last, [12, 12])
-        plain = [model(torch.tensor([row], device=cached.device)).logits[0, -2:, :vocab_size] for row in rows]
-    expected = torch.stack(plain).float()
-    error = (logits.float() - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
-    if not error < {torch.float64: 1e-9, torch.float32: 1e-3}.get(model.dtype, 0.1):
-        raise ModelError(
-            f"{model.config.model_type} cannot be decoded exactly with the ragged cache: on a probe its logits are off by "
-            f"{error:.2g} (relative). Its attention is not plain full or sliding-window attention; choose another model"
-        )
-
-
 @contextmanager
 def head_inputs(model: PreTrainedModel, passes_on: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Tensor]]:
     """Collect what enters the model's output layer within the context; the layer itself is given ``passes_on`` of it."""
@@ -332,9 +307,19 @@ def head_inputs(model: PreTrainedModel, passes_on: Callable[[Tensor], Tensor] = 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, cache allowed under gradient checkpointing), each model's own mode restored after."""
-    with ExitStack() as stack:
+    """Evaluation mode (no dropout, cache allowed under gradient checkpointing), each module's own mode restored after."""
+    with restoring_modes(*models):
         for model in models:
-            stack.callback(model.train, model.training)
             model.eval()
         yield
+
+
+@contextmanager
+def restoring_modes(*models: nn.Module) -> Iterator[None]:
+    """After the context each module is in the mode that it was in: a layer that was frozen in evaluation mode still is."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

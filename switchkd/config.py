@@ -317,6 +317,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """AdamW's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the loss that balances the experts of a student that has some; default the student's own, 0 leaves it out."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     save_steps: int = 100
@@ -363,6 +365,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0, "warmup_ratio": 0.0, "min_lr": 0.0, "min_lr_rate": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
+        if self.router_aux_loss_coef is not None:
+            check_at_least(self, {"router_aux_loss_coef": 0.0})
         if max(self.adam_beta1, self.adam_beta2) >= 1:
             raise ConfigError(f"adam_beta1 and adam_beta2 must be below 1, got {self.adam_beta1} and {self.adam_beta2}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:

@@ -30,6 +30,7 @@ from switchkd.memory import halving
 from switchkd.models import cache_bytes_per_token, num_parameters
 from switchkd.pace import BLOCKS, Drafter, Pace
 from switchkd.policies import STUDENT, TEACHER, Policy
+from switchkd.proof import prove
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.rows import Job
 from switchkd.sampling import Sampling, draw, gumbel_noise, noise_key, speakers
@@ -155,7 +156,7 @@ def decode(
         and ``error`` and disturbs no other.
 
     Raises:
-        ConfigError: for settings out of range. ModelError: for a model whose cache cannot be rolled back.
+        ConfigError: for settings out of range. ModelError: for a model that is not decoded exactly (`switchkd.proof`).
         NoMemoryError: one row is too much for the memory. Stopped: a signal came between two rounds.
     """
     if block_size != "auto" and block_size < 1:
@@ -176,6 +177,8 @@ def decode(
 
     def work(rows: int) -> DecodeCost:
         """Decode from the prompts on; tokens do not depend on how many rows are decoded together."""
+        for model in (student, teacher):
+            prove(model)
         for row in decodable:
             row.restart()
         pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, not repeatable)

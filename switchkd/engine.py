@@ -61,9 +61,8 @@ class BlockEngine:
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
         self.state: State = job.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
-        self.in_doubt = (
-            False  # whether a row was broken where drafts stood behind it; without them it will show by what
-        )
+        # Whether a row was broken in a forward that read drafts too; without them it will show whether they did it.
+        self.in_doubt = False
         self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
 
     def round(self) -> None:
@@ -76,9 +75,10 @@ class BlockEngine:
         self.in_doubt = False
         keys = [self._keys(k) for k in range(plan.block)]
         block = _Block(plan, keys, [gumbel_noise(each, self.job.vocab_size, self.device) for each in keys], self.reads)
+        before = [list(model.lengths) for model in self.models]
         self._draft(block)
         self._verify(block)
-        self._keep(block, self._walk(block))
+        self._keep(block, self._walk(block), before)
         watch.lap(plan.block, start)
         if self.pace.timed:
             self._measure(plan, watch)
@@ -221,8 +221,12 @@ class BlockEngine:
         asked = ran & reads[STUDENT] & reads[TEACHER]
         return [asked, asked & (student == token), asked & (teacher == token), ran, ran & (student == teacher)]
 
-    def _keep(self, block: _Block, columns: list[list[list[float]]]) -> None:
-        """Write the decided tokens into their rows, and roll both models back to them."""
+    def _keep(self, block: _Block, columns: list[list[list[float]]], before: list[list[int]]) -> None:
+        """Write the decided tokens into their rows, and roll both models back to them.
+
+        A row that is in doubt goes back to what the models had read ``before``: text that stood in one forward with a broken draft
+        may be broken by it in a cache, too.
+        """
         evidence, stale = [0] * 5, []
         for b, row in enumerate(self.rows):
             kept = 0
@@ -233,8 +237,10 @@ class BlockEngine:
                 if any(broken):
                     if block.plan.block == 1:
                         row.fail_non_finite("student" if broken[STUDENT] else "teacher")
-                    # A draft behind this position may have broken it: its mask is a weight of 0, and 0 · NaN is NaN.
-                    self.in_doubt |= block.plan.block > 1
+                    else:  # a draft behind this position may have broken it: its mask is a weight of 0, and 0 · NaN is NaN
+                        self.in_doubt = True
+                        for model, lengths in zip(self.models, before, strict=True):
+                            model.lengths[b] = min(model.lengths[b], lengths[b])
                     break
                 row.append(int(token), int(speaker), divergence, threshold, bool(ends), self.job)
                 kept += 1

@@ -279,7 +279,7 @@ def _token_sums(
         signals.check()
         return left[:size], *_token_losses(pair, model, heads, [rows[place] for place in left[:size]])
 
-    with evaluating(model):
+    with evaluating(model, pair.teacher):
         while left:
             size = min(batch_size, len(left))
             (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")

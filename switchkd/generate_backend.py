@@ -18,7 +18,7 @@ from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.ends import Ends
 from switchkd.errors import ConfigError, DataError
-from switchkd.models import context_length
+from switchkd.models import context_length, context_note
 from switchkd.sampling import Sampling, Use, noise_key
 
 Completion = tuple[list[int], Literal["eos", "length"]]
@@ -52,7 +52,7 @@ def complete_by_generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
     sampling = Sampling(temperature, top_p, top_k, min_p)
-    _check_prompts(prompt_ids, max_new_tokens, context_length(model))
+    _check_prompts(prompt_ids, max_new_tokens, model)
     rows = model.get_output_embeddings().weight.shape[0]
     ends = Ends.asked(eos_token_ids, rows if vocab_size is None else vocab_size, model)
     settings = _settings(model, max_new_tokens, sampling, list(ends.ids), vocab_size)
@@ -108,14 +108,15 @@ def _cut(row: list[int], eos_token_ids: Sequence[int]) -> Completion:
     return (row, "length") if end is None else (row[: end + 1], "eos")
 
 
-def _check_prompts(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, context: float) -> None:
+def _check_prompts(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, model: PreTrainedModel) -> None:
+    context = context_length(model)
     for number, prompt in enumerate(prompt_ids):
         if not prompt:
             raise DataError(f"prompt {number} is empty; give it at least one token")
         if len(prompt) + max_new_tokens > context:
             raise DataError(
                 f"prompt {number}: {len(prompt)} tokens + max_new_tokens {max_new_tokens} exceed the model's context of "
-                f"{context:g}; shorten the prompt or lower max_new_tokens"
+                f"{context:g}{context_note(model)}; shorten the prompt or lower max_new_tokens"
             )
 
 

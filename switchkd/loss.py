@@ -6,6 +6,7 @@ of tokens at a time, the gradient together with the value, so that nothing is co
 Letters in shapes: B batch, T token position, H hidden size, V vocabulary, N response tokens of a batch in row-major order.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from switchkd.cache import evaluating, head_inputs
 from switchkd.data import Batch
 from switchkd.ends import NO_ENDS, Ends
 from switchkd.errors import ModelError
+from switchkd.models import batch_inputs, context_length, context_note, exact_lengths
 from switchkd.objectives import Objective, Tokens
+from switchkd.proof import prove
 
 
 class Sizes(NamedTuple):
@@ -56,7 +59,8 @@ class Head:
         """The model's own head, cut to the first ``vocab_size`` ids; ``ends`` say what of its law is merged.
 
         Raises:
-            ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer.
+            ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer;
+            or the model is not read exactly in batches (`switchkd.proof`).
         """
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -67,9 +71,10 @@ class Head:
         config = model.config.get_text_config()
         # Cohere multiplies, Granite divides, Gemma caps.
         scale = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
-        head = Head(linear, vocab_size, scale, getattr(config, "final_logit_softcapping", None), ends)
-        head._check(model)
-        return head
+        cap = getattr(config, "final_logit_softcapping", None)
+        prove(model)
+        # MiniCPM scales what enters the layer already.
+        return Head._checked(model, [Head(linear, vocab_size, each, cap, ends) for each in dict.fromkeys((scale, 1.0))])
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.finish(self.raw(hidden))
@@ -95,19 +100,28 @@ class Head:
             return weight, bias  # a slice would cost a second gradient of the weight's size
         return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
+    @staticmethod
     @torch.no_grad()
-    def _check(self, model: PreTrainedModel) -> None:
-        ids = torch.arange(4, device=self.linear.weight.device).remainder(self.vocab_size).unsqueeze(0)
-        with evaluating(model), head_inputs(model) as entered:
-            output = model(input_ids=ids, use_cache=False)
-        wide = torch.promote_types(model.dtype, torch.float32)
-        expected = output.logits[..., : self.vocab_size].to(wide)
-        error = (self(entered[0]).to(wide) - expected).abs().max().item() / max(expected.abs().max().item(), 1e-9)
-        if not error < {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.1):
-            raise ModelError(
-                f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a "
-                f"soft cap named in its config: on a probe they are off by {error:.2g} (relative); choose another model"
-            )
+    def _checked(model: PreTrainedModel, heads: Sequence["Head"]) -> "Head":
+        """The first of the heads that gives the model's own logits on a probe."""
+        vocab_size, device = heads[0].vocab_size, heads[0].linear.weight.device
+        ids = torch.arange(4, device=device).remainder(vocab_size).unsqueeze(0)
+        with evaluating(model), head_inputs(model) as entered, torch.autocast(device.type, enabled=False):
+            logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            errors = [(head(entered[0]).to(wide) - logits.to(wide)).abs().max().item() for head in heads]
+        size = max(logits.abs().max().item(), 1e-9)
+        # The same product of the same numbers, rounded once, or as often as there are a scale and a cap.
+        tolerance = {torch.float64: 1e-9 if logits.dtype == torch.float64 else 1e-6, torch.float32: 1e-5}.get(
+            model.dtype, 1e-2
+        )
+        for head, error in zip(heads, errors, strict=True):
+            if error < tolerance * size:
+                return head
+        raise ModelError(
+            f"{model.config.model_type} does something to its logits after the output layer that is not a scale or a soft cap "
+            f"named in its config: on a probe they are off by {errors[0] / size:.2g} (relative); choose another model"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,16 +285,21 @@ def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     The output layer itself is run on one position only.
     """
+    _check_length(model, batch.input_ids.shape[1])
     predicts = batch.loss_mask.roll(-1, dims=1)
     predicts[:, -1] = False
     with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        model(**batch_inputs(model, batch))
     return entered[0][predicts]
+
+
+def _check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ModelError for rows so long that the logits of one would depend on the others."""
+    if tokens > min(exact_lengths(model.config.get_text_config()).values(), default=math.inf):
+        raise ModelError(
+            f"a text of {tokens} tokens exceeds the {context_length(model):g} that {model.config.model_type} reads exactly"
+            f"{context_note(model)}; lower max_prompt_length, max_completion_length or max_new_tokens"
+        )
 
 
 def response_tokens(batch: Batch, speakers: Sequence[Sequence[int]]) -> Tokens:

@@ -3,12 +3,13 @@
 Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from switchkd import signals
 from switchkd.config import BASE
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from switchkd.config import ModelConfig
+    from switchkd.data import Batch
 
 MADE = ("demo", "small")  # pairs that the package makes in the user's cache
 ADAPTER_CONFIG = "adapter_config.json"
@@ -117,7 +119,7 @@ def load_pair(
         with _naming(name):
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
             vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
-    student_model = _load_student(student_name, dtype, device, lora, seed)
+    student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
     for name, model in models.items():
         with _naming(name):
@@ -125,7 +127,7 @@ def load_pair(
             check_logits_rows(student_model, vocab_size, "student")
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
-    warnings = prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings = notes + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     warnings += told
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
@@ -149,6 +151,7 @@ def load_model(
     Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
     safetensors and JSON, or its architecture cannot be decoded with rollback.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     signals.check()
@@ -183,6 +186,8 @@ def load_model(
             f"{source}: {len(unusable)} weights of {type(model).__name__} are missing or have another shape, "
             f"first {', '.join(unusable[:3])}; copy or download the model again"
         )
+    if torch_dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products of experts have no float64
     return model.eval().to(torch_device)
 
 
@@ -238,8 +243,56 @@ def student_base(name: str) -> str:
 
 
 def context_length(model: "PreTrainedModel") -> float:
-    """Tokens that fit into the model's context; infinite where its config sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    """Tokens that fit into the model's context and are read exactly; infinite where its config sets no limit."""
+    config = model.config.get_text_config()
+    own = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+    return min([own if own > 0 else float("inf"), *exact_lengths(config).values()])
+
+
+def context_note(*models: "PreTrainedModel") -> str:
+    """Why a context of these models is shorter than their config says, to stand behind its number; "" if it is not."""
+    found = dict.fromkeys(why for model in models for why in exact_lengths(model.config.get_text_config()))
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def exact_lengths(config: "PretrainedConfig") -> dict[str, int]:
+    """Lengths of text up to which a row's logits depend on the row alone, by the reason; none for most models."""
+    found = {}
+    for rope in ropes(config):
+        if rope.get("rope_type") == "longrope" and (length := rope.get("original_max_position_embeddings")):
+            # One set of rotations serves a whole batch, and a text that grows beyond changes what was cached of it.
+            found["beyond original_max_position_embeddings longrope turns the positions of all rows otherwise"] = length
+    if length := getattr(config, "keep_window_size", None):  # Doge
+        found["beyond keep_window_size it leaves out tokens, and looks ahead to choose them"] = length
+    return found
+
+
+def batch_inputs(model: "PreTrainedModel", batch: "Batch") -> dict[str, Any]:
+    """What a model is called with to read a padded batch.
+
+    Padding stands at the right, where no row looks, so that it needs no mask. Under one, places that see nothing at all may
+    become NaN, and 0 · NaN then spoils the row. Balancing losses count the tokens by it.
+    """
+    mask = batch.attention_mask if has_router_logits(model) else None
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+
+
+def has_router_logits(model: "PreTrainedModel") -> bool:
+    """Whether the model is a mixture of experts whose forward may be asked for the logits of its routers."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "output_router_logits" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return takes and hasattr(model.config.get_text_config(), "output_router_logits")
+
+
+def ropes(config: "PretrainedConfig") -> "list[dict[str, Any]]":
+    """The settings of a config's rotary embeddings: one set, or one for each kind of layer."""
+    own = getattr(config, "rope_parameters", None) or {}
+    return [own] if "rope_type" in own else [part for part in own.values() if isinstance(part, dict)]
 
 
 def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:
@@ -371,18 +424,25 @@ def _load_teachers(
 
 def _load_student(
     name: str, dtype: str, device: str | None, lora: "ModelConfig | None", seed: int
-) -> "PreTrainedModel":
-    if lora is None:
-        return load_model(name, dtype, device)
-    from switchkd.adapters import add_adapter, check_settings, open_adapter
+) -> "tuple[PreTrainedModel, tuple[str, ...]]":
+    """The student, and what there is to say of it."""
+    from switchkd.text_path import freeze_beside_text, frozen_note
 
-    model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
-    if _is_adapter(name):
-        open_adapter(model, Path(name), train=True)
-        check_settings(model, lora, Path(name))
+    if lora is None:
+        model = load_model(name, dtype, device)
+        beside = freeze_beside_text(model)
     else:
-        add_adapter(model, lora, seed)
-    return model
+        from switchkd.adapters import add_adapter, check_settings, open_adapter
+
+        model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
+        beside = freeze_beside_text(model)
+        if _is_adapter(name):
+            open_adapter(model, Path(name), train=True)
+            freeze_beside_text(model)  # what another hand has adapted there
+            check_settings(model, lora, Path(name))
+        else:
+            add_adapter(model, lora, seed, beside)
+    return model, (frozen_note(beside),) if beside else ()
 
 
 def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":

@@ -78,16 +78,15 @@ def layer_influence(model: "PreTrainedModel", input_ids_rows: list[list[int]]) -
     """
     import torch
 
+    from switchkd.cache import evaluating
+
     tokens = sum(len(row) for row in input_ids_rows)
     if tokens == 0:
         raise ConfigError("the influence of layers is measured on texts, and there is no token in them; give some text")
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), _turning(decoder_layers(model)[1]) as totals:
+    with evaluating(model), torch.no_grad(), _turning(decoder_layers(model)[1]) as totals:
         for row in input_ids_rows:
             if row:
                 model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
-    model.train(was_training)
     influence = [float(total) / tokens for total in totals]
     if not all(0 <= value <= 2.001 or abs(value) < 1e-6 for value in influence):
         raise NonFiniteError(f"layer influence is {influence}: a hidden state is not finite; check the model's weights")

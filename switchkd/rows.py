@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from switchkd.ends import Ends
 from switchkd.errors import ConfigError
-from switchkd.models import context_length
+from switchkd.models import context_length, context_note
 from switchkd.policies import STUDENT, TEACHER, Policy
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
@@ -153,7 +153,7 @@ def _check_row(row: Row, job: Job) -> None:
 
 
 def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job: Job) -> None:
-    prompt = row.prompt_of(who)
+    prompt, models = row.prompt_of(who), (job.student, job.teacher)
     if not prompt:
         row.fail("empty_prompt", f"sample {row.sample_id} has an empty {name}; give it at least one token")
     elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
@@ -165,5 +165,5 @@ def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job
         row.fail(
             "prompt_too_long",
             f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.max_new_tokens} exceed the {whose} "
-            f"context of {context:g}; shorten the prompt or lower max_new_tokens",
+            f"context of {context:g}{context_note(*models)}; shorten the prompt or lower max_new_tokens",
         )

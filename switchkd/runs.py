@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 
 from switchkd import live, report, signals
 from switchkd.adapters import merged
-from switchkd.cache import verify_cache
 from switchkd.checkpoint import Weights, checkpoints, save_model
 from switchkd.config import (
     DataConfig,
@@ -58,12 +57,14 @@ from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
     context_length,
+    context_note,
     load_pair,
 )
 from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import new_accelerator, with_launchers_settings
+from switchkd.proof import prove
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
@@ -160,7 +161,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
 
 
 def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False) -> Pair:
-    """Load the pair, say what is odd about it, and prove that the ragged cache is exact on both models.
+    """Load the pair, say what is odd about it, and prove that all of its models are read and decoded exactly.
 
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
     which the trainer keeps; else the student is loaded in the dtype that it computes in.
@@ -183,7 +184,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     for model in dict.fromkeys([*pair.named_teachers.values(), pair.student]):
         signals.check()
-        verify_cache(model)
+        prove(model)
     return pair
 
 
@@ -380,8 +381,8 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
                 "max_prompt_length" if prompt == config.max_prompt_length else "a prompt under teacher_prompt of up to"
             )
             raise ConfigError(
-                f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}; lower "
-                "max_prompt_length, max_new_tokens, max_completion_length or eval_max_new_tokens"
+                f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}"
+                f"{context_note(model)}; lower max_prompt_length, max_new_tokens, max_completion_length or eval_max_new_tokens"
             )
 
 

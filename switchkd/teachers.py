@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, by_teacher, collate
 from switchkd.loss import Head, SeveralTeachers, Teacher, TeacherStates, TeacherTopK, response_hidden
 from switchkd.models import Pair
@@ -43,5 +44,7 @@ class Teachers:
             hidden = torch.cat([states.to(self.device) for states in known])
         else:
             batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
-            hidden = response_hidden(self.pair.teacher_named(name), batch.to(self.device))
+            teacher = self.pair.teacher_named(name)
+            with evaluating(teacher):  # whoever made the pair may have left it training
+                hidden = response_hidden(teacher, batch.to(self.device))
         return TeacherStates(self._heads[name], hidden)

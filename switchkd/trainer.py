@@ -6,6 +6,7 @@ response token. All choices come from (seed, step), so a run that stops and resu
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 
 from switchkd import signals
 from switchkd.adapters import has_adapter
-from switchkd.cache import evaluating
+from switchkd.balance import balance_coefficient, balancing
+from switchkd.cache import evaluating, restoring_modes
 from switchkd.checkpoint import (
     State,
     Weights,
@@ -36,7 +38,7 @@ from switchkd.config import TrainConfig
 from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
-from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError
+from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDWarning
 from switchkd.loss import (
     Head,
     Teacher,
@@ -69,6 +71,7 @@ from switchkd.statistics import lower_is_better
 from switchkd.storage import append_lines
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teachers import Rows, Teachers
+from switchkd.text_path import freeze_beside_text, frozen_note
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
@@ -127,6 +130,9 @@ class Trainer:
         if config.gradient_checkpointing:
             pair.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.head = Head.of(pair.student, pair.vocab_size, pair.ends)
+        if beside := freeze_beside_text(pair.student):
+            warnings.warn(frozen_note(beside), SwitchKDWarning, stacklevel=2)
+        self.balance = balance_coefficient(pair.student, config.router_aux_loss_coef)
         self.student = pair.student.to(self.accelerator.device)
         compute = (
             None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -256,6 +262,8 @@ class Trainer:
         }
         if self.corpus:
             metrics["lm_loss"] = losses[1]
+        if self.balance:
+            metrics["aux_loss"] = losses[-1]
         for name, memory in (("objective", self.objective_memory), ("mix", self.mix_memory)):
             metrics |= {f"{name}/{key}": value for key, value in memory.items()}
         if rollouts:
@@ -460,14 +468,14 @@ class Trainer:
         return rollouts
 
     def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
-        """Gradient over the window, finite check, clip, AdamW: (each part's mean, tokens of the first, gradient norm)."""
+        """Gradient over the window, finite check, clip, AdamW: (means as of ``_gradients``, tokens of the first, gradient norm)."""
         accelerator = self.accelerator
         lengths = [[len(row.completion_ids) for row in part.rows] for part in parts]
         texts = [self._by_text(part.objective) for part in parts]
         own = [[sum(each) for each in lengths], [sum(map(bool, each)) for each in lengths]]
         tokens, rows = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
         counts = [row if text else token for text, row, token in zip(texts, rows, tokens, strict=True)]
-        sums = self._fitting(partial(self._gradients, parts, counts), "training")
+        sums = self._fitting(partial(self._gradients, parts, counts, tokens), "training")
         self.masters.sum_gradients(accelerator)
         losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = clip(list(self.masters.named.values()), self.config.max_grad_norm or math.inf)
@@ -480,24 +488,33 @@ class Trainer:
         self.step += 1
         return losses, tokens[0], grad_norm
 
-    def _gradients(self, parts: Sequence[_Part], counts: Sequence[int], size: int) -> torch.Tensor:
-        """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns each part's share of its mean.
+    def _gradients(
+        self, parts: Sequence[_Part], counts: Sequence[int], tokens: Sequence[int], size: int
+    ) -> torch.Tensor:
+        """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns this rank's share of each part's mean.
 
-        The size moves rounding alone, but for dropout, whose masks are those of a micro-batch.
+        Behind the parts stands the balancing loss of the first, if it has one, the mean of its micro-batches by their tokens. The
+        size moves rounding alone, but for that loss, and for dropout, whose masks are those of a micro-batch.
         """
         accelerator = self.accelerator
         micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
-        sums = torch.zeros(len(parts), device=accelerator.device, dtype=self._wide)
+        sums = torch.zeros(len(parts) + (self.balance > 0), device=accelerator.device, dtype=self._wide)
         # The loss is a sum over all ranks' tokens, divided once; shards get the mean of all ranks' gradients.
         averaged = accelerator.num_processes if is_sharded(self.student) else 1
         self.optimizer.zero_grad()  # of a try that was given up
         for micro, (i, start) in enumerate(micros):
             signals.check()
             reduce_in_next_backward(self.student, last=micro == len(micros) - 1)
-            with self._keyed_dropout(accelerator.process_index * len(micros) + micro):
-                loss = self._loss(parts[i].rows[start : start + size], parts[i].objective) / max(counts[i], 1)
-                (loss * (parts[i].weight * averaged)).backward()
+            dropout = self._keyed_dropout(accelerator.process_index * len(micros) + micro)
+            with dropout, balancing(self.student, self.balance > 0) as balance:
+                rows = parts[i].rows[start : start + size]
+                loss = self._loss(rows, parts[i].objective) / max(counts[i], 1)
+                share = sum(len(row.completion_ids) for row in rows) / max(tokens[i], 1)
+                aux = torch.stack(balance).sum() * share if balance else loss.new_zeros(())
+                ((loss + self.balance * aux) * (parts[i].weight * averaged)).backward()
             sums[i] += loss.detach()
+            if i == 0 and self.balance:
+                sums[-1] += aux.detach()
         return sums
 
     def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
@@ -536,8 +553,7 @@ class Trainer:
             torch.random.default_generator.manual_seed(key % 2**63)
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(key % 2**63)
-            self.student.train()
-            try:
+            with restoring_modes(self.student):
+                if not self.student.training:  # else some of its layers may be frozen in evaluation mode
+                    self.student.train()
                 yield
-            finally:
-                self.student.eval()

@@ -11,3 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import …`
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and pytest-xdist already uses the cores."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked slow is run where the marker is asked for."""
+    if "slow" not in config.getoption("markexpr", ""):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

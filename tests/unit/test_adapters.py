@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference
 from switchkd.adapters import add_adapter, has_adapter, merged
 from switchkd.base_model import BaseModel
-from switchkd.cache import head_inputs, verify_cache
+from switchkd.cache import head_inputs
 from switchkd.checkpoint import checkpoints, save_model
 from switchkd.cli import main
 from switchkd.config import ModelConfig, TrainConfig, from_dict, to_dict
@@ -36,6 +36,7 @@ from switchkd.mixes import Generated
 from switchkd.models import Pair, load_model, load_pair, load_tokenizer, num_parameters
 from switchkd.objectives import ForwardKL
 from switchkd.preflight import memory_estimate
+from switchkd.proof import prove
 from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
 
@@ -273,8 +274,8 @@ def test_single_precision_pairs_decode_through_packed_layers(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3-hybrid"])
 def test_the_cache_probe_passes_on_both(family):
     pair = self_pair(family)
-    verify_cache(pair.teacher)
-    verify_cache(pair.student)
+    prove(pair.teacher)
+    prove(pair.student)
 
 
 def test_evaluating_against_ones_own_base():
@@ -545,7 +546,7 @@ def test_a_four_bit_student_trains_and_its_teacher_is_the_four_bit_base(base, tm
     assert {p.dtype for p in adapter_parameters(pair.student).values()} == {torch.float32}
     before = logits(pair.teacher)
     assert torch.equal(logits(pair.student), before)
-    verify_cache(pair.student)
+    prove(pair.student)
     stir(pair.student)
     examples = [dataclasses.replace(e, prompt_ids=[2, 3], completion_ids=[4, 5, 1]) for e in toy_examples(4)]
     t = trainer(tmp_path / "run", pair, examples, mix=Generated(1.0), max_steps=2, save_steps=1)

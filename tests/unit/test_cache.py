@@ -6,8 +6,9 @@ from tiny import FAMILIES, VOCAB, tiny_model
 from transformers import MambaConfig, MambaForCausalLM
 
 from switchkd import Switch, decode
-from switchkd.cache import CachedModel, attention_windows, verify_cache
+from switchkd.cache import CachedModel, attention_windows
 from switchkd.errors import ModelError
+from switchkd.proof import prove
 
 ROWS = [[3, 4, 5, 6, 7, 8, 9], [7, 2], [2, 9, 11, 4, 6]]
 
@@ -115,7 +116,7 @@ def test_drafts_beyond_the_limit_are_not_stored():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_family_passes_the_probe(family, dtype):
     model = tiny_model(family, 1, dtype).train()
-    verify_cache(model)
+    prove(model)
     assert model.training
 
 
@@ -135,7 +136,7 @@ def test_the_probe_refuses_attention_that_is_not_what_its_config_says():
             return (self.inner if settings else reference)(input_ids, **settings)
 
     with pytest.raises(ModelError, match="cannot be decoded exactly"):
-        verify_cache(Lying())
+        prove(Lying())
 
 
 def test_models_that_cannot_be_rolled_back_are_refused_by_name():

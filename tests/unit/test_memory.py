@@ -171,6 +171,7 @@ def test_a_single_row_that_does_not_fit_stops_with_a_checkpoint_of_the_step_befo
         t.train()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True))
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"] and "checkpoint-1 stands" in standing(tmp_path)
+    monkeypatch.undo()
     again = trainer(tmp_path, **SHORT)
     again.resume()
     assert again.step == 1
