@@ -253,7 +253,8 @@ def _batch(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
 
 def _error(logits: Tensor, expected: Tensor) -> float:
     """The largest error of any position: root mean square of the difference, relative to how the logits there vary."""
-    logits, expected = logits.double()[:, : expected.shape[1]], expected.double()[:, : logits.shape[1]]
+    logits, expected = (each.cpu().double() for each in (logits, expected))  # not every device has float64
+    logits, expected = logits[:, : expected.shape[1]], expected[:, : logits.shape[1]]
     off = torch.where(logits == expected, 0.0, logits - expected)  # of a masked token both are -inf
     finite = torch.where(expected.isfinite(), expected, 0.0)
     spread = finite - finite.mean(1, keepdim=True)

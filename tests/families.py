@@ -155,13 +155,13 @@ TABLE = {
     ),
     **dict.fromkeys(
         (
-            "bert, not a decoder", "cpmant", "doge, experts", "reformer", "xlm",
+            "bert, not a decoder", "cpmant", "doge, experts", "reformer", "xlm", "xlnet",
         ),
         "ahead",
     ),
     **dict.fromkeys(
         (
-            "blt", "gemma4_unified_assistant", "hrm_text", "xlnet",
+            "blt", "gemma4_unified_assistant", "hrm_text",
         ),
         "ids",
     ),

@@ -155,6 +155,22 @@ def test_a_rejected_draft_that_breaks_a_model_leaves_no_trace(family, value, rea
         assert texts(out) == texts(free)
 
 
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+@pytest.mark.parametrize("token", [10, 14, 18])
+def test_a_broken_draft_breaks_no_text_that_stood_in_one_forward_with_it(broken, token):
+    """Both models are read, and one lags: what it catches up on stands in the cache after a forward that a draft has broken."""
+    models = {"student": tiny_model("llama", 1, torch.float32), "teacher": tiny_model("llama", 2, torch.float32)}
+    with torch.no_grad():
+        models[broken].get_input_embeddings().weight[token] = math.nan
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 11]]
+    for policy in (Switch(tau_0=0.6, decay=0.03), AdaSwitch(window=2, ratio=1.1)):
+        expected = decode_reference(*models.values(), prompts, policy, 12, eos_token_ids=[1])
+        for drafter, block in (("student", 4), ("student", 8), ("teacher", 4), ("teacher", 8)):
+            out = decode(*models.values(), prompts, policy, 12, eos_token_ids=[1], drafter=drafter, block_size=block)
+            assert texts(out) == texts(expected)
+            assert [r.stop_reason for r in out] == [r.stop_reason for r in expected]
+
+
 def test_text_that_the_policy_knows_asks_no_model(llamas):
     """Where nobody is read for any row, no model is run; where some rows are, the others wait for nobody."""
     policy = Forced(words=(6, 11, 7, 3))

@@ -6,10 +6,12 @@ from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from switchkd import decode, engine, sampling
+from switchkd import decode, engine
 from switchkd.config import TrainConfig
+from switchkd.ends import Ends
 from switchkd.mixes import MIXES, Adaptive, Generated
 from switchkd.objectives import OBJECTIVES
+from switchkd.proof import prove
 from switchkd.trainer import Trainer
 
 
@@ -28,6 +30,8 @@ class WithoutFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_decoding(policy, dtype):
     pair = tiny_model("llama", 1, dtype), tiny_model("llama", 2, dtype)
+    for model in pair:
+        prove(model)  # which compares on the host, in float64
     with WithoutFloat64():
         rollouts = decode(
             *pair,
@@ -70,14 +74,14 @@ def test_a_validation_loss(tmp_path):
 
 
 MUTANTS = {
-    "noise": (sampling, "gumbel_noise", lambda original: lambda *args: original(*args).double().float()),
-    "walk": (engine, "log_probs", lambda original: lambda *args: original(*args).double()),
+    "noise": (engine, "gumbel_noise", lambda original: lambda *args: original(*args).double().float()),
+    "walk": (Ends, "log_probs", lambda original: lambda *args: original(*args).double()),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_that_takes_float64_is_caught(name, monkeypatch):
     module, attribute, change = MUTANTS[name]
-    monkeypatch.setattr(engine, attribute, change(getattr(module, attribute)))
+    monkeypatch.setattr(module, attribute, change(getattr(module, attribute)))
     with pytest.raises(TypeError, match="float64"):
         test_decoding("switch_constant", torch.float32)

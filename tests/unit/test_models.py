@@ -92,7 +92,7 @@ def test_attention_that_sdpa_cannot_compute_is_eager(tmp_path, monkeypatch, soft
     ("setting", "message"),
     [
         ({"dtype": "flaot32"}, "did you mean 'float32'"),
-        ({"dtype": "int8"}, "known: bfloat16, float16, float32, float64"),
+        ({"dtype": "int8"}, "known: auto, bfloat16, float16, float32, float64"),
         ({"device": "gpu0"}, "use 'cpu'"),
     ],
 )
