@@ -438,11 +438,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             raise ConfigError(f"{name} is for fixed text, and the mix {name_of(self.mix)} generates; use ground_truth")
         if not self.objective.reads_teacher:
             raise ConfigError(f"{name} would never be read: {name_of(self.objective)} asks no teacher")
-        comparing = self.objective.compares and self.objective.temperature == 1 and self.objective.ce_weight == 0
-        comparing = comparing and not getattr(
-            self.objective, "top_k", 0
-        )  # a top of the student's own would be another one
-        if self.teacher_cache == "top_k" and not comparing:
+        if self.teacher_cache == "top_k" and not self.objective.takes_coarse:
             raise ConfigError(
                 f"{name} knows the teacher's largest probabilities only, which serve objectives that compare distributions, at "
                 f"temperature 1 and ce_weight 0, not {self.objective}; use teacher_cache 'hidden'"

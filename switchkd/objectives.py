@@ -80,6 +80,11 @@ class Objective:
             weights = self.student_weight, self.teacher_weight
             raise ConfigError(f"student_weight and teacher_weight must be finite and at least 0, got {weights}")
 
+    @property
+    def takes_coarse(self) -> bool:
+        """Whether all but the teacher's largest probabilities may be one bucket."""
+        return self.compares and self.temperature == 1 and self.ce_weight == 0
+
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         """Losses ``[N]`` from ``[N, V]`` log-probabilities at this objective's temperature."""
         raise NotImplementedError
@@ -162,6 +167,10 @@ class ReverseKL(Objective):
 
     compares: ClassVar[bool] = True
     top_k: int = 0  # of the student's tokens; 0 takes all
+
+    @property
+    def takes_coarse(self) -> bool:
+        return super().takes_coarse and self.top_k == 0  # the student's best tokens may lie in the bucket
 
     def __post_init__(self) -> None:
         super().__post_init__()
