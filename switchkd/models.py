@@ -335,9 +335,14 @@ def parameter_bytes(model: "torch.nn.Module") -> int:
 def cache_bytes_per_token(model: "PreTrainedModel") -> int:
     """Bytes that the keys and values of one token take."""
     text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head * model.dtype.itemsize
+    # Of some models (Gemma 4) layers differ in their heads.
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    return sum(2 * _kv_numbers(layer) for layer in layers) * model.dtype.itemsize
+
+
+def _kv_numbers(layer: "PretrainedConfig") -> int:
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads) * head
 
 
 def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:

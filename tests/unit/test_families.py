@@ -9,7 +9,7 @@ from tiny import assert_same
 from switchkd import Switch, decode, decode_reference
 from switchkd.data import collate
 from switchkd.loss import Head, response_hidden
-from switchkd.models import context_length
+from switchkd.models import cache_bytes_per_token, context_length
 
 # Read at every test run; the others under `-m slow`.
 QUICK = (
@@ -74,3 +74,12 @@ def check_exact(name):
     alone = torch.cat([response_hidden(student, collate([row])) for row in rows])
     tight = 1e-4 if name in FLOAT32 else 1e-5  # some families compute a part in fp32 in any case
     torch.testing.assert_close(response_hidden(student, collate(rows)), alone, atol=tight, rtol=tight)
+
+
+def test_the_cache_of_layers_that_differ_in_their_heads_is_counted():
+    """Gemma 4's full layers have wider heads than its sliding ones, and no one width to ask for."""
+    model = small_model("gemma4_text")
+    widths = [layer.head_dim for layer in model.config.per_layer_config]
+    assert len(set(widths)) == 2
+    assert cache_bytes_per_token(model) == 2 * sum(widths) * model.config.num_key_value_heads * 8
+    assert decode(model, model, [[3, 4]], Switch(), 2, memory_gib=1.0)[0].error is None
