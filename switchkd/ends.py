@@ -105,13 +105,6 @@ class Ends:
 NO_ENDS = Ends(())
 
 
-def eos_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
-) -> tuple[int, ...]:
-    """The ids, sorted, that end a model's own text, as ``declared_ends`` believes them."""
-    return declared_ends(model, tokenizer, vocab_size)[0]
-
-
 def declared_ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 ) -> tuple[tuple[int, ...], str]:

@@ -23,6 +23,7 @@ from switchkd.config import TrainConfig, name_of, to_dict
 from switchkd.data import SAMPLE
 from switchkd.hub import PREFIX
 from switchkd.models import BASE, MADE, adapter_base, num_parameters
+from switchkd.precision import dtype_name
 from switchkd.statistics import FEW_EXAMPLES
 
 if TYPE_CHECKING:
@@ -168,9 +169,8 @@ def _pair(trainer: Trainer) -> str:
     lines.append(
         f"- student: {_code(config.student_model_name_or_path)}, {num_parameters(pair.student):,} parameters, {trained:,} trained"
     )
-    masters = str(trainer.masters.dtype).removeprefix("torch.")
     lines.append(
-        f"- the student was trained in {masters}, and multiplied in {config.dtype}"
+        f"- the student was trained in {dtype_name(trainer.masters.dtype)}, and multiplied in {config.dtype}"
         f"{', its frozen weights in 4 bits' if config.load_in_4bit else ''}; the teacher was in {config.teacher_dtype}"
     )
     if has_adapter(pair.student):

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from switchkd import signals
 from switchkd.config import BASE
 from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
-from switchkd.ends import eos_token_ids as eos_token_ids
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
-from switchkd.precision import chosen_dtype, chosen_teacher_dtype
+from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
@@ -551,7 +550,8 @@ def _dtype(name: str, device: "torch.device") -> "torch.dtype":
 def _folder_dtype(name: str) -> str:
     """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
     source, is_local = _locate(adapter_base(name))
-    return str(_load_config(source, is_local).dtype or "float32").removeprefix("torch.")
+    dtype = _load_config(source, is_local).dtype
+    return "float32" if dtype is None else dtype_name(dtype)
 
 
 def default_device() -> "torch.device":

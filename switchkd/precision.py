@@ -12,6 +12,11 @@ Settings = TypeVar("Settings", bound=ModelConfig)
 AUTO = "auto"
 
 
+def dtype_name(dtype: "torch.dtype") -> str:
+    """A dtype by the name that settings have for it, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def good_at_bfloat16(device: "torch.device") -> bool:
     """Whether products in bfloat16 are made by the device itself. On a CPU they are mostly slower than those in float32."""
     import torch

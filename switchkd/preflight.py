@@ -1,6 +1,5 @@
 """``switchkd check``: what a run would do and need, before it does anything."""
 
-import torch
 import yaml
 
 from switchkd.base_model import BaseModel
@@ -9,6 +8,7 @@ from switchkd.ends import named
 from switchkd.loss import sizes_on
 from switchkd.masters import Masters
 from switchkd.models import Pair, cache_bytes_per_token, num_parameters, parameter_bytes
+from switchkd.precision import dtype_name
 from switchkd.runs import (
     check_context,
     load_corpus,
@@ -41,7 +41,7 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     models["student"] = config.student_model_name_or_path, pair.student
     lines = [
         f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, multiplied in "
-        f"{_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
+        f"{dtype_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]
     lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both")
@@ -69,19 +69,19 @@ def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[s
     cache = longest_teacher_prompt(config, pair) + config.max_new_tokens
     cache *= max(map(cache_bytes_per_token, pair.named_teachers.values()))
     cache += (config.max_prompt_length + config.max_new_tokens) * cache_bytes_per_token(pair.student)
-    wide, sizes, head = _name(masters.dtype), sizes_on(weights[0].device), pair.student.get_output_embeddings().weight
+    wide, sizes, head = (
+        dtype_name(masters.dtype),
+        sizes_on(weights[0].device),
+        pair.student.get_output_embeddings().weight,
+    )
     # A chunk's logits of both models, in the dtype that each multiplies in, and what autograd holds of a piece of them.
     logits = sum(sizes.chunk / 4 * model.dtype.itemsize for model in (pair.student, pair.teacher))
     return {
-        f"teacher, in {_name(pair.teacher.dtype)}": float(sum(map(parameter_bytes, teachers))),
+        f"teacher, in {dtype_name(pair.teacher.dtype)}": float(sum(map(parameter_bytes, teachers))),
         f"the student's trained weights, as they are updated, in {wide}": trained,
-        f"the student as it multiplies, in {_name(pair.student.dtype)}": held,
+        f"the student as it multiplies, in {dtype_name(pair.student.dtype)}": held,
         f"gradients, in {wide}": trained,
         f"the optimizer's moments, in {wide}": 2 * trained,
         "loss": logits + 16.0 * sizes.piece + head.numel() * max(4, head.element_size()),
         "key/value caches": rows * cache if config.mix.generates else 0.0,
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -499,11 +499,10 @@ def _finish(
             soft_wrap=True,
         )
     if config.merge:
-        computes = student.dtype
         student, weights = merged(student, weights, dtype), {}
     save_model(run / "student", student, pair.tokenizer, weights, dtype)
-    if config.merge:
-        cast_weights(student, computes)
+    if config.merge:  # it is scored with the products that the run has
+        cast_weights(student, trainer.student.dtype)
     known: dict[str, Any] = {}
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)

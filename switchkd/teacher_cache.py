@@ -27,6 +27,7 @@ from switchkd.data import TokenizedExample, collate
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
 from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
 from switchkd.models import Pair
+from switchkd.precision import dtype_name
 from switchkd.storage import staged_file, write_file
 from switchkd.teacher_store import (
     Header,
@@ -173,19 +174,15 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
     weight = pair.teacher.get_output_embeddings().weight
     header = {"format": _FORMAT, "kind": kind, "vocab_size": pair.vocab_size}
     if kind == "hidden":
-        header |= {"dtype": _name(weight.dtype), "hidden_size": weight.shape[1]}
+        header |= {"dtype": dtype_name(weight.dtype), "hidden_size": weight.shape[1]}
     elif not 1 <= top_k <= pair.vocab_size:
         raise ConfigError(f"top_k must lie in 1..{pair.vocab_size} (the vocabulary), got {top_k}")
     else:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        header |= {"dtype": _name(wide), "top_k": top_k}
+        header |= {"dtype": dtype_name(wide), "top_k": top_k}
         if pair.ends.merged_into is not None:
             header |= {"merged_eos_token_ids": [pair.ends.merged_into, *pair.ends.ids]}
     return header | fingerprint(pair, examples, completions=True)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _token_bytes(header: Header) -> int:

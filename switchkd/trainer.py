@@ -55,6 +55,7 @@ from switchkd.nonfinite import blame, broken_weight
 from switchkd.objectives import Objective, PlainText
 from switchkd.optimizer import adamw, learning_rate, schedule_progress, total_steps
 from switchkd.pace import Stopwatch
+from switchkd.precision import dtype_name
 from switchkd.processes import (
     all_rollouts,
     from_main,
@@ -134,9 +135,8 @@ class Trainer:
             warnings.warn(frozen_note(beside), SwitchKDWarning, stacklevel=2)
         self.balance = balance_coefficient(pair.student, config.router_aux_loss_coef)
         self.student = pair.student.to(self.accelerator.device)
-        compute = (
-            None if config.dtype == "auto" else getattr(torch, config.dtype)
-        )  # None: what the student was loaded in
+        # None: what the student was loaded in.
+        compute = None if config.dtype == "auto" else getattr(torch, config.dtype)
         if config.fsdp and self.accelerator.num_processes > 1:
             shard(self.student, self.accelerator, compute or self.student.dtype)
         self.masters = Masters(self.student, compute)
@@ -153,8 +153,9 @@ class Trainer:
         """Run to the last step: a line in ``metrics.jsonl`` for every step, rollouts, checkpoints.
 
         ``on_step`` is told of every step's metrics and the rollouts made in it, ``on_round`` of every decoding round's cost so far
-        in its step. ``evaluate`` gives the student's scores every ``eval_steps``, ``sample`` records of its text at this schedule
-        before the first step, every ``sample_steps`` and at the end; both must leave the student and random states as they are.
+        in its step. ``evaluate`` gives the student's scores every ``eval_steps``. ``sample``, which is told ``schedule``, gives
+        records of its text before the first step, every ``sample_steps`` and at the end. Both must leave the student and random
+        states as they are.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
@@ -365,7 +366,7 @@ class Trainer:
         name: str = self.config.save_dtype
         if name == "auto":
             own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
-            name = str(self.masters.dtype).removeprefix("torch.") if own else self.pair.folder_dtype
+            name = dtype_name(self.masters.dtype) if own else self.pair.folder_dtype
         dtype: torch.dtype = getattr(torch, name)
         self.masters.round_to(dtype)
         return self.masters.whole(), dtype
