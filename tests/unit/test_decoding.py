@@ -146,7 +146,7 @@ def test_a_rejected_draft_that_breaks_a_model_leaves_no_trace(family, value, rea
     for model in models.values():
         model.get_input_embeddings().register_forward_hook(poison)
     # The drafter's text breaks it too, but a model that nobody reads may say anything.
-    for block, batch, static in ((2, 3, False), (4, 3, False), (4, 1, False), (6, 2, True)):
+    for block, batch, static in ((4, 3, False), (6, 2, True)):
         out = decode(
             *models.values(), PROMPTS, policy, 12, eos_token_ids=[], block_size=block, batch_size=batch, drafter=drafter,
             static_step=static,
@@ -267,9 +267,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "policy", ["student_only", "switch_exponential", "adaswitch", "skd_sharpened", "relay", "forced"]
-)
+@pytest.mark.parametrize("policy", ["student_only", "switch_exponential", "skd_sharpened", "relay"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_cuts_of_what_is_drawn_are_the_reference_loops(llamas, cut, policy):
     for temperature in (1.0, 0.7):
