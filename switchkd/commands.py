@@ -17,6 +17,7 @@ from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
 from switchkd.storage import write_file
+from switchkd.template_inputs import template_settings, with_date
 
 if TYPE_CHECKING:
     from switchkd.data import TokenizedExample
@@ -204,6 +205,7 @@ def generate(config: GenerateConfig) -> None:
     from switchkd.runs import open_pair
 
     pair = open_pair(config)
+    config = with_date(config, pair.tokenizer)
     examples, settings = _examples(config, pair, config.prompt, config.limit), _decoding(config, pair)
     with bar("generate", len(examples) * config.max_new_tokens) as progress:
         shown = 0
@@ -227,7 +229,7 @@ def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> li
     from switchkd.runs import DEFAULT_HELDOUT, load_task, prompt_examples
 
     if prompts:
-        return prompt_examples(prompts, config.template, pair)
+        return prompt_examples(prompts, config.prompts, pair)
     own = config.teacher_prompt, config.teacher_field
     return load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, limit, False, *own)
 
@@ -243,6 +245,7 @@ def play(config: PlayConfig) -> None:
     from switchkd.runs import open_pair
 
     pair = open_pair(config)
+    config = with_date(config, pair.tokenizer)
     settings = _decoding(config, pair)
     prompts = _asked() if sys.stdin.isatty() and not config.prompt else [config.prompt]
     for number, prompt in enumerate(prompts):
@@ -268,6 +271,7 @@ def evaluate(config: EvaluateConfig) -> None:
     # The default teacher alone is compared with.
     config = with_dtypes(dataclasses.replace(config, teachers={}, teacher_field=""), default_device())
     pair = open_pair(config)
+    config = with_date(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
     models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
     results = {
@@ -275,7 +279,7 @@ def evaluate(config: EvaluateConfig) -> None:
         for name, (model, policy) in models.items()
         if config.only in ("", name)
     }
-    settings = all_settings(config, heldout, eval_settings(config, config.policy))
+    settings = all_settings(config, pair, heldout, eval_settings(config, config.policy))
     print_results(results, heldout.shown() | settings)
     run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
@@ -285,12 +289,16 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def lm_eval(config: LmEvalConfig) -> None:
-    from switchkd.harness_eval import SEEDS, find_tasks, metrics, open_model, record, run_tasks
+    from switchkd.harness_eval import SEEDS, chat_template_of, find_tasks, metrics, open_model, record, run_tasks
     from switchkd.report import benchmark_table, console
 
     console.print("reading lm-eval's list of tasks …")
     manager = find_tasks(config.tasks, config.include_path)
     model, tokenizer = open_model(config.model_name_or_path, config.dtype)
+    told: dict[str, Any] = {}
+    if config.apply_chat_template and tokenizer.chat_template:
+        template = chat_template_of(config.model_name_or_path, tokenizer)
+        told, tokenizer.chat_template = template_settings(template, tokenizer), template.text(tokenizer)
     answer = run_tasks(
         model,
         tokenizer,
@@ -305,7 +313,7 @@ def lm_eval(config: LmEvalConfig) -> None:
     console.print(f"{model.dtype}; " + ", ".join(f"{name} {seed}" for name, seed in SEEDS.items()), soft_wrap=True)
     if config.output_file:
         # A task's definition may hold functions.
-        kept = json.dumps(record(answer, dataclasses.asdict(config), model), indent=1, default=str)
+        kept = json.dumps(record(answer, dataclasses.asdict(config) | told, model), indent=1, default=str)
         write_file(Path(config.output_file), kept)
 
 

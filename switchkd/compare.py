@@ -25,6 +25,7 @@ from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is
 REFERENCES = ("teacher", "student before")
 STUDENTS = ("student after", "student")  # of a training run's own evaluation, and of one made later
 TEACHER = "teacher_sha256"
+DATE = "template_date"  # runs of two days are compared: that their prompts name another day is said, and stands beside the numbers
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
 
 
@@ -120,6 +121,7 @@ class _Scored(TypedDict):
 
 class _ScoreSettings(TypedDict, total=False):
     teacher_sha256: str
+    template_date: str
 
 
 class _Compared(TypedDict):
@@ -175,7 +177,9 @@ def compare(
         for a, b in permutations(methods, 2)
     }
     first = results[0]
-    return Comparison(first.task, first.data, first.settings, baseline, tables, pairs)
+    days = " and ".join(sorted({result.settings[DATE] for result in results if DATE in result.settings}))
+    settings = first.settings | ({DATE: days} if days else {})
+    return Comparison(first.task, first.data, settings, baseline, tables, pairs)
 
 
 def _row(name: str, method: Method, samples: Mapping[str, Bootstrap], baseline: str) -> Row:
@@ -270,7 +274,7 @@ def check_comparable(results: Sequence[Result]) -> None:
 def _differences(a: Result, b: Result) -> Iterator[str]:
     sides = {side: {"task": r.task, "data sha256": r.data["sha256"], **r.settings} for side, r in (("a", a), ("b", b))}
     for name in dict.fromkeys([*sides["a"], *sides["b"]]):
-        if name == TEACHER:  # moves divergences alone
+        if name in (TEACHER, DATE):  # the teacher moves divergences alone
             continue
         ours, theirs = (sides[side].get(name, "not set") for side in "ab")
         if ours != theirs:
@@ -337,8 +341,8 @@ def _method(one: Trained) -> str:
 
 
 def training_settings(config: Mapping[str, Any]) -> str:
-    """The settings of a run that move its training, but for the seed, as text."""
-    free = FREE_ON_RESUME | {"seed"}
+    """The settings of a run that move its training, but for the seed and the day, as text."""
+    free = FREE_ON_RESUME | {"seed", DATE}
     # Settings of evaluation train nothing, but the adaptive mix may look at eval_file.
     moving = {k: v for k, v in config.items() if k not in free and (k == "eval_file" or not k.startswith("eval_"))}
     return json.dumps(moving, sort_keys=True, default=str)

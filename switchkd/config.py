@@ -24,6 +24,7 @@ from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
 from switchkd.plain import read_yaml, shown
 from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
 from switchkd.sampling import Sampling
+from switchkd.template_inputs import Template
 from switchkd.templates import check_teacher_prompt
 
 # The settings that name a rule, with the base class of each and the names that ship with the package.
@@ -147,6 +148,11 @@ class DataConfig(_Settings):
     """Held-out JSONL file to score on; default the task's own data on the hub, and for no task `gsm8k-sample:heldout`."""
     template: Literal["chat", "alpaca", "none"] = "chat"
     """The model's chat template, the Alpaca template, or the prompt as it is."""
+    template_date: str = ""
+    """The day that a chat template writes as today's date, such as 2026-11-29; by default the day on which the run starts. It is
+    recorded where prompts depend on it."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the chat template, by name, such as enable_thinking False."""
     max_prompt_length: int = 256
     """Longer prompts are dropped and counted, never cut."""
     max_completion_length: int = 256
@@ -162,6 +168,12 @@ class DataConfig(_Settings):
             raise ConfigError(f"train_samples must be at least 1, or -1 for all, got {self.train_samples}")
         if self.teacher_prompt:
             check_teacher_prompt(self.teacher_prompt)
+        _ = self.prompts
+
+    @property
+    def prompts(self) -> Template:
+        """How text becomes prompts; raises ConfigError for what no template can be told."""
+        return Template(self.template, self.template_date, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)

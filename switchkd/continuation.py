@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def check_run(run: Path, config: TrainConfig) -> None:
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
     elif begun(run):
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
+
+
+def on_recorded_day(run: Path, config: TrainConfig) -> TrainConfig:
+    """``config`` with the day that the prompts of a run to resume are of, unless it names another."""
+    if not config.resumes or config.template_date:
+        return config
+    return replace(config, template_date=read_config(run).template_date)
 
 
 def begun(run: Path) -> bool:

@@ -24,6 +24,7 @@ from switchkd.hub import PREFIX, hub_rows
 from switchkd.plain import json_object
 from switchkd.policies import REFERENCE
 from switchkd.small_data import SMALL, small_data_file
+from switchkd.template_inputs import Template
 from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    template: str,
+    template: str | Template,
     max_prompt_length: int,
     max_completion_length: int,
     teacher_prompt: str = "",

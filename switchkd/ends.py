@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from switchkd.errors import ConfigError, ModelError, SwitchKDError, nearest
-from switchkd.templates import TEMPLATES, Encoder
+from switchkd.errors import ModelError, SwitchKDError
+from switchkd.template_inputs import Template
+from switchkd.templates import Encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,7 @@ def declared_ends(
 def pair_ends(
     declared: Mapping[str, tuple[int, ...]],
     tokenizer: PreTrainedTokenizerBase,
-    template: str | None = None,
+    template: str | Template | None = None,
     merge: bool = False,
 ) -> tuple[Ends, tuple[str, ...]]:
     """The ends of models that write together, from those that each declares (by its role), and sentences about them.
@@ -162,10 +163,8 @@ def pair_ends(
     """
     if template is None:
         template = "chat" if tokenizer.chat_template else "none"
-    if template not in TEMPLATES:
-        raise ConfigError(f"unknown template {template!r}{nearest(template, TEMPLATES)}")
     ids = frozenset(i for own in declared.values() for i in own)
-    close, told = _closing(tokenizer, template, ids)
+    close, told = _closing(tokenizer, Template.of(template), ids)
     stops = ids if close is None else ids | {close}
     if stops > ids:
         told.append(
@@ -199,7 +198,9 @@ def _token(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.decode([token_id]) if 0 <= token_id < len(tokenizer) else "(no token)"
 
 
-def _closing(tokenizer: PreTrainedTokenizerBase, template: str, stops: frozenset[int]) -> tuple[int | None, list[str]]:
+def _closing(
+    tokenizer: PreTrainedTokenizerBase, template: Template, stops: frozenset[int]
+) -> tuple[int | None, list[str]]:
     """The id that the template closes an answer with, None if that is not known before the first row, and a sentence about it."""
     try:
         encoder = Encoder(tokenizer, template, stops)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd import __version__
+from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
 from switchkd.run_record import CONFIG, read_config
+from switchkd.template_inputs import Template, with_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +59,13 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     else:
         name = made(name, "student")
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
+
+
+def chat_template_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """What the benchmarks' chat template is told: what the run ``name`` was trained with, else today's date."""
+    run = Path(name).expanduser()
+    recipe = read_config(run) if (run / CONFIG).is_file() else TrainConfig()
+    return with_date(replace(recipe, template="chat"), tokenizer).prompts
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:

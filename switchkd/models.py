@@ -17,6 +17,7 @@ from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
+from switchkd.template_inputs import Template
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def load_pair(
     lora: "ModelConfig | None" = None,
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
-    template: str | None = None,
+    template: str | Template | None = None,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
@@ -386,7 +387,7 @@ def _ends(
     tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
     student_tokenizer: "PreTrainedTokenizerBase",
     vocab_size: int,
-    template: str | None,
+    template: str | Template | None,
 ) -> tuple[Ends, tuple[str, ...]]:
     """The ends of a pair, which all of its models then declare, and what there is to say of them."""
     found = {}

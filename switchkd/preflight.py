@@ -18,6 +18,7 @@ from switchkd.runs import (
     longest_teacher_prompt,
     role_of,
 )
+from switchkd.template_inputs import with_date
 from switchkd.templates import Encoder
 from switchkd.tracking import check_trackers
 from switchkd.trainer import Trainer
@@ -26,6 +27,7 @@ from switchkd.trainer import Trainer
 def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     """Load data as a run would and say what it would do and need, in lines; trains nothing."""
     check_trackers(config.report_to)
+    config = with_date(config, pair.tokenizer)
     train = load_train(config, pair)
     heldout = load_heldout(config, pair)
     check_context(config, pair)
@@ -45,7 +47,7 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
         for role, (name, model) in models.items()
     ]
     lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both")
-    close = Encoder(pair.tokenizer, config.template, frozenset(pair.eos_token_ids)).end
+    close = Encoder(pair.tokenizer, config.prompts, frozenset(pair.eos_token_ids)).end
     written = "" if close is None else f"; training text closes with {named([close], pair.tokenizer)}"
     lines.append(f"ends: {pair.ends.words(pair.tokenizer)}{written}")
     budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}

@@ -36,7 +36,7 @@ from switchkd.config import (
     TrainConfig,
     to_dict,
 )
-from switchkd.continuation import begun, check_origin, check_run
+from switchkd.continuation import begun, check_origin, check_run, on_recorded_day
 from switchkd.data import (
     SAMPLE,
     Example,
@@ -63,7 +63,7 @@ from switchkd.models import (
 from switchkd.plain import check_text
 from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
-from switchkd.processes import new_accelerator, with_launchers_settings
+from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
@@ -75,6 +75,7 @@ from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
+from switchkd.template_inputs import SOME_DAY, Template, template_settings, today, with_date
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
@@ -123,9 +124,11 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
+    config = on_recorded_day(run, config)
     check_run(run, config)
     check_trackers(config.report_to)
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
+    config = with_date(config, pair.tokenizer, from_main(accelerator, today))
     check_context(config, pair)
     with accelerator.main_process_first():  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
@@ -168,7 +171,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     """
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
     lora = config if config.use_peft else None
-    template = config.template if isinstance(config, DataConfig) else None
+    template = config.prompts if isinstance(config, DataConfig) else None
     dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
     pair = load_pair(
         *names,
@@ -206,7 +209,7 @@ def prepared(
     tokenized, drops = tokenize(
         examples,
         pair.tokenizer,
-        template=config.template,
+        template=config.prompts,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         teacher_prompt=teacher_prompt,
@@ -254,11 +257,11 @@ def load_training_text(
     examples = load_train(config, pair, quiet)
     if config.mix.wants_teacher_text:
         decoding = {k: v for k, v in config.decode_arguments().items() if k != "policy"}
-        with _stored(config, "teacher text", len(examples), quiet) as (folder, advance):
+        with _stored(config, pair, "teacher text", len(examples), quiet) as (folder, advance):
             examples = teacher_texts(pair, examples, folder, **decoding, seed=config.seed, progress=advance)
     if config.teacher_cache == "none":
         return examples, None
-    with _stored(config, f"teacher {config.teacher_cache}", len(examples), quiet) as (folder, advance):
+    with _stored(config, pair, f"teacher {config.teacher_cache}", len(examples), quiet) as (folder, advance):
         cache = TeacherCache.build(
             pair, examples, folder, config.teacher_cache, top_k=config.teacher_cache_top_k, progress=advance
         )
@@ -266,14 +269,17 @@ def load_training_text(
 
 
 @contextmanager
-def _stored(config: TrainConfig, what: str, examples: int, quiet: bool) -> Iterator[tuple[Path, Callable[[int], None]]]:
+def _stored(
+    config: TrainConfig, pair: Pair, what: str, examples: int, quiet: bool
+) -> Iterator[tuple[Path, Callable[[int], None]]]:
     """The folder of work that the teacher does once, and a progress bar; by default a folder in the cache.
 
     Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
     """
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
-    # Cuts name it where there are some: a folder of before they were settings is found again.
+    # Cuts, and what the template is told, name it where there are some: a folder of before they were settings is found again.
     named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
+    named |= template_settings(config.prompts, pair.tokenizer)
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:
@@ -290,6 +296,8 @@ class Heldout:
     file: str
     examples: list[TokenizedExample]
     teacher: PreTrainedModel
+    on_some_day: list[TokenizedExample]
+    """The same with prompts that do not depend on the day, which is a setting of its own; this is how they are known again."""
 
     @cached_property
     def teacher_sha256(self) -> str:
@@ -306,7 +314,7 @@ class Heldout:
     @cached_property
     def sha256(self) -> str:
         """One checksum of prompts, references and ids."""
-        return json_sha256([[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.examples])
+        return json_sha256([[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.on_some_day])
 
     def to_json(self) -> dict[str, Any]:
         """Which examples."""
@@ -329,11 +337,14 @@ def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
-        return Heldout(TASKS["references"], "", [], pair.teacher)
+        return Heldout(TASKS["references"], "", [], pair.teacher, [])
     file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
     examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
     task = task_named(config.task, examples[0].format)
-    return Heldout(task, file, prepared(config, pair, file, examples, quiet), pair.teacher)
+    now = some_day = prepared(config, pair, file, examples, quiet)
+    if config.prompts.reads_date(pair.tokenizer):
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, quiet=True)
+    return Heldout(task, file, now, pair.teacher, some_day)
 
 
 def load_validation(
@@ -356,7 +367,7 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     return texts
 
 
-def prompt_examples(texts: Sequence[str], template: str, pair: Pair) -> list[TokenizedExample]:
+def prompt_examples(texts: Sequence[str], template: str | Template, pair: Pair) -> list[TokenizedExample]:
     """User prompts under a template, without a completion."""
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
@@ -421,10 +432,11 @@ def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
     )  # fmt: skip
 
 
-def all_settings(config: Any, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
+def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
     """Every setting that a score depends on, beside the examples."""
     names = "template", "max_prompt_length", "max_completion_length", "dtype", "teacher_dtype"
     text = {name: getattr(config, name) for name in names}
+    text |= template_settings(config.prompts, pair.tokenizer)
     return settings.to_json() | text | {"teacher_sha256": heldout.teacher_sha256}
 
 
@@ -453,7 +465,7 @@ def _before(
         return read_results(file)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
-    write_scores(file, heldout, all_settings(config, heldout, settings), results)
+    write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
     return results
 
 
@@ -506,7 +518,7 @@ def _finish(
     known: dict[str, Any] = {}
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
-        known = all_settings(config, heldout, settings)
+        known = all_settings(config, pair, heldout, settings)
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:

@@ -8,14 +8,14 @@ from functools import cached_property
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from switchkd.errors import ConfigError, DataError, nearest
+from switchkd.errors import ConfigError, DataError
+from switchkd.template_inputs import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.data import Example
 
-TEMPLATES = ("chat", "alpaca", "none")
 TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK = 256
 _PROBE = "It is forty-two."
@@ -75,23 +75,34 @@ def for_teacher(example: Example, teacher_prompt: str) -> Example:
 class Encoder:
     """Turns examples into (prompt_ids, completion_ids); a completion ends with the end-of-turn token.
 
-    ``chat`` is the tokenizer's own chat template, ``alpaca`` the Alpaca prompt, ``none`` the prompt text as it is.
+    ``chat`` is the tokenizer's own chat template, ``alpaca`` the Alpaca prompt, ``none`` the prompt text as it is; a `Template`
+    also says what a chat template is told.
     ``eos_token_ids`` stop generation (default: the tokenizer's eos token): of several closing tokens that a chat template
     writes, the first of these ends the completion, and what stands before it is part of the text.
     Raises ConfigError if the template is unknown or the tokenizer lacks what it needs.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: str | Template
     eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
-            raise ConfigError(f"unknown template {self.template!r}{nearest(self.template, TEMPLATES)}")
-        if self.template == "chat" and not self.tokenizer.chat_template:
+        if self._is_chat and not self.tokenizer.chat_template:
             raise ConfigError("template 'chat' needs a tokenizer with a chat template; use 'alpaca' or 'none'")
-        if self.template != "chat" and self._eos is None:
-            raise ConfigError(f"template {self.template!r} needs a tokenizer with an eos token to end completions with")
+        if not self._is_chat and self._eos is None:
+            raise ConfigError(f"template {self._name!r} needs a tokenizer with an eos token to end completions with")
+
+    @property
+    def _name(self) -> str:
+        return Template.of(self.template).name
+
+    @property
+    def _is_chat(self) -> bool:
+        return self._name == "chat"
+
+    @cached_property
+    def _chat_template(self) -> str:
+        return Template.of(self.template).text(self.tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of prompt and completion, one pair for each example in order.
@@ -102,7 +113,7 @@ class Encoder:
             yield from self._encode_chunk(examples[start : start + _CHUNK])
 
     def _encode_chunk(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
-        write = self._chat_texts if self.template == "chat" else self._plain_texts
+        write = self._chat_texts if self._is_chat else self._plain_texts
         texts = [write(example) for example in examples]
         prompts = self._encode([prompt for prompt, _ in texts])
         wholes = self._encode([prompt + completion for prompt, completion in texts])
@@ -114,10 +125,8 @@ class Encoder:
     def _plain_texts(self, example: Example) -> tuple[str, str]:
         if [message.role for message in example.messages] != ["user"]:
             roles = ", ".join(message.role for message in example.messages)
-            raise DataError(
-                f"{example.source}: template {self.template!r} takes one user turn, not {roles}; use 'chat'"
-            )
-        write = alpaca_prompt if self.template == "alpaca" else _plain_prompt
+            raise DataError(f"{example.source}: template {self._name!r} takes one user turn, not {roles}; use 'chat'")
+        write = alpaca_prompt if self._name == "alpaca" else _plain_prompt
         return write(example.messages[0].content, example.input), example.completion
 
     def _chat_texts(self, example: Example) -> tuple[str, str]:
@@ -134,9 +143,13 @@ class Encoder:
         return prompt, conversation[len(prompt) :].rstrip().removesuffix(self.plain_close)
 
     def _render(self, turns: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
+        template = self._chat_template
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (
             Exception
@@ -146,7 +159,7 @@ class Encoder:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A chat template writes its own special tokens; else the tokenizer's beginning token is wanted, not its end.
-        batch = self.tokenizer(texts, add_special_tokens=self.template != "chat")["input_ids"]
+        batch = self.tokenizer(texts, add_special_tokens=not self._is_chat)["input_ids"]
         return [ids[:-1] for ids in batch] if self._writes_end else batch
 
     @cached_property
@@ -154,7 +167,7 @@ class Encoder:
         """Whether the tokenizer puts an end token behind every text. (One that the text itself ends with is the text's.)"""
         texts = [self.tokenizer("x", add_special_tokens=special)["input_ids"] for special in (True, False)]
         ends = [ids[-1:] == [self.tokenizer.eos_token_id] for ids in texts]
-        return self.template != "chat" and ends == [True, False]
+        return not self._is_chat and ends == [True, False]
 
     def _continuation(self, prompt_ids: list[int], whole: list[int], completion: str) -> list[int]:
         """The completion's ids as they follow ``prompt_ids``: in context, or alone if they would merge into the prompt.
@@ -168,7 +181,7 @@ class Encoder:
     @property
     def end(self) -> int | None:
         """The id that completions end with; None if the chat template does not show it before the first example."""
-        if self.template != "chat":
+        if not self._is_chat:
             return self._eos
         if self._closing is None:
             return None
@@ -234,7 +247,7 @@ class Encoder:
         """The places of the template's own tokens after the answer, and of white space between them."""
         start = len(completion_ids)
         while (
-            self.template == "chat"
+            self._is_chat
             and start
             and (
                 completion_ids[start - 1] in self._marks
