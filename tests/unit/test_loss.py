@@ -112,6 +112,19 @@ def test_heads_that_are_not_what_they_seem_are_refused():
         Head.of(model, VOCAB)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_head_that_is_off_by_a_few_percent_is_refused_in_any_dtype(dtype):
+    model = tiny_model("llama").to(dtype)
+    assert Head.of(model, VOCAB).scale == 1.0
+
+    def scaled(module, inputs, output):
+        output.logits = output.logits * 1.04
+
+    model.register_forward_hook(scaled)
+    with pytest.raises(ModelError, match="after the output layer"):
+        Head.of(model, VOCAB)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("student", ["llama", "capped", "scaled", "divided", "biased"])
 def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
