@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from switchkd import __version__, report
 from switchkd.adapters import has_adapter
 from switchkd.config import TrainConfig, name_of, to_dict
-from switchkd.data import SAMPLE
 from switchkd.hub import PREFIX
+from switchkd.lines import SAMPLE
 from switchkd.models import BASE, MADE, adapter_base, num_parameters
 from switchkd.precision import dtype_name
 from switchkd.statistics import FEW_EXAMPLES
