@@ -118,9 +118,16 @@ class Unused:
 
     def lines(self) -> list[str]:
         """The same in sentences, none where everything was used."""
-        found = [f"{what} ({sum(counts)} turns in {len(counts)} rows)" for what, counts in self._turns.items()]
+        found = [
+            f"{what} ({_count(sum(counts), 'turn')} in {_count(len(counts), 'row')})"
+            for what, counts in self._turns.items()
+        ]
         if self._fields:
-            names = ", ".join(f"{shown(name)} ({count} rows)" for name, count in self._fields.most_common(20))
+            names = ", ".join(f"{shown(name)} ({_count(count, 'row')})" for name, count in self._fields.most_common(20))
             more = f", and {len(self._fields) - 20} more" if len(self._fields) > 20 else ""
             found.append(f"fields that are not read: {names}{more}")
         return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

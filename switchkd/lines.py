@@ -48,12 +48,12 @@ class BadRows:
         self._found.setdefault(source, f"{source}: {error}")
         if len(self) <= self.tolerated:
             return
-        bad = list(self._found.values())
-        if len(bad) > 1:
-            bad = [*bad[:2], *bad[2:][-1:]]
-            raise DataError(f"{len(self)} bad rows, more than skip_bad={self.tolerated}: {'; '.join(bad)}") from error
+        if len(self) > 1:
+            raise DataError(
+                f"{len(self)} bad rows, more than skip_bad={self.tolerated}: {'; '.join(self.first())}"
+            ) from error
         way_out = "" if isinstance(error, OtherKind) else ". Correct the row, or tolerate bad rows with skip_bad"
-        raise DataError(f"{bad[0]}{way_out}") from error
+        raise DataError(f"{self.first()[0]}{way_out}") from error
 
     def first(self) -> list[str]:
         """The first three, in words."""

@@ -28,21 +28,21 @@ def test_fields_that_nothing_reads_are_named_with_the_count_of_rows(tmp_path, ca
     ]
     read(tmp_path, *rows)
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.endswith("a.jsonl: fields that are not read: 'id' (2 rows), 'note' (1 rows), 'messages' (1 rows)")
+    assert line.endswith("a.jsonl: fields that are not read: 'id' (2 rows), 'note' (1 row), 'messages' (1 row)")
 
 
 def test_a_later_row_of_other_fields_loses_none_in_silence(tmp_path, caplog):
     read(tmp_path, {"question": "a", "answer": "b"}, {"question": "a", "answer": "b", "solution": "c"})
-    assert "'solution' (1 rows)" in caplog.text
+    assert "'solution' (1 row)" in caplog.text
     caplog.clear()
     read(tmp_path, {"instruction": "a", "input": "b", "context": "c", "output": "d"})
-    assert "'context' (1 rows)" in caplog.text, "of two names for one thing the other one"
+    assert "'context' (1 row)" in caplog.text, "of two names for one thing the other one"
     caplog.clear()
     read(tmp_path, talk(("user", "a", {"recipient": "x"}), ("assistant", "b", {})))
-    assert "'messages[].recipient' (1 rows)" in caplog.text
+    assert "'messages[].recipient' (1 row)" in caplog.text
     caplog.clear()
     read(tmp_path, PAIR, {"instruction": "a", "instances": [{"output": "b", "note": "c"}]} | PAIR)
-    assert "'instruction' (1 rows), 'instances' (1 rows)" in caplog.text
+    assert "'instruction' (1 row), 'instances' (1 row)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_answer_that_is_not_to_be_trained_is_prompt(tmp_path, mark, off, capl
     turns = [("user", "a", {}), ("assistant", "b", {mark: 1}), ("user", "c", {}), ("assistant", "d", {mark: off})]
     [row] = read(tmp_path, talk(*turns))
     assert (row.completion, len(row.messages)) == ("b", 1)
-    assert "what follows the answer is not used (2 turns in 1 rows)" in caplog.text
+    assert "what follows the answer is not used (2 turns in 1 row)" in caplog.text
     [row] = read(tmp_path, talk(*turns[2:], *turns[:2]))
     assert (row.completion, len(row.messages)) == ("b", 3)
 
@@ -103,7 +103,7 @@ def test_turns_that_are_not_trained_are_told_once_with_counts(tmp_path, caplog):
     read(tmp_path, talk(*one), talk(*one * 3), talk(*one * 2, ("user", "c", {})), talk(*one))
     assert [record.getMessage().split("a.jsonl: ")[1] for record in caplog.records] == [
         "only the last answer of a row is trained on, earlier ones are read as its prompt (3 turns in 2 rows)",
-        "what follows the answer is not used (1 turns in 1 rows)",
+        "what follows the answer is not used (1 turn in 1 row)",
     ]
 
 
