@@ -192,7 +192,7 @@ class Encoder:
             # Either for every answer, or for what this row's says beside its content.
             plain = self._render([*turns, Message("assistant", _PROBE)], tools, add_generation_prompt=False)
             raise (DataError if plain.startswith(prompt) else ConfigError)(
-                f"the chat template's generation prompt {prompt[-40:]!r} is not how it begins an assistant turn, so no completion "
+                f"the chat template's generation prompt {self._said(prompt[-40:])} is not how it begins an assistant turn, so no completion "
                 "can follow it; use template 'alpaca' or 'none'"
             )
         completion = conversation[len(prompt) :]
@@ -220,7 +220,7 @@ class Encoder:
             Exception
         ) as error:  # a template is a program, which transformers runs in a sandbox: it may fail in any way
             roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(f"the chat template refuses the turns {roles}: {error}") from error
+            raise DataError(self._spelled.spelled(f"the chat template refuses the turns {roles}: {error}")) from error
 
     # --- what a template does with a conversation ---
 
@@ -271,11 +271,13 @@ class Encoder:
         for what, text in (("content", answer.content), ("thoughts", answer.thoughts)):
             if not _stands(text, completion):
                 raise DataError(
-                    f"the chat template leaves out the answer's {what} ({shown(text)}) or a part of it; write it as the template "
+                    f"the chat template leaves out the answer's {what} ({self._said(text)}) or a part of it; write it as the template "
                     "wants it, or use another template"
                 )
         if lost := [call["name"] for call in answer.calls if call["name"] not in completion]:
-            raise DataError(f"the chat template leaves out the answer's call of {shown(lost[0])}; use another template")
+            raise DataError(
+                f"the chat template leaves out the answer's call of {self._said(lost[0])}; use another template"
+            )
 
     def _check_prompt(self, turns: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> None:
         """Raise DataError for a turn or a tool of which the template writes nothing; thoughts of earlier turns it may leave out."""
@@ -285,13 +287,16 @@ class Encoder:
             trial = [*turns[:place], replace(turn, content=_PROBE), *turns[place + 1 :]]
             if _PROBE not in self._render(trial, tools, add_generation_prompt=True):
                 raise DataError(
-                    f"the chat template leaves out the {turn.role} turn {shown(turn.content)}; take it out, or use another template"
+                    f"the chat template leaves out the {turn.role} turn {self._said(turn.content)}; take it out, or use another template"
                 )
         names = [tool.get("function", tool).get("name", "") for tool in tools]
         if lost := [name for name in names if name not in prompt]:
             raise DataError(
-                f"the chat template leaves out the tool {shown(lost[0])}; use a model whose template takes tools"
+                f"the chat template leaves out the tool {self._said(lost[0])}; use a model whose template takes tools"
             )
+
+    def _said(self, text: str) -> str:
+        return shown(self._spelled.spelled(text))
 
     # --- token ids ---
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, tiny_model
 
-from switchkd import lines, plain, rows
+from switchkd import plain, rows
 from switchkd.cli import main
 from switchkd.compare import load_result
 from switchkd.config import TrainConfig, load_recipe, to_dict
@@ -97,7 +97,7 @@ def test_bad_rows_are_counted_and_the_others_keep_their_numbers(tmp_path, lines)
 
 def test_a_reader_that_lets_a_bad_row_through_would_be_found(tmp_path, monkeypatch):
     """The negative control: json.loads keeps the last of what is given twice."""
-    monkeypatch.setattr(lines, "json_object", json.loads)
+    monkeypatch.setattr("switchkd.lines.json_object", json.loads)
     with pytest.raises(AssertionError):
         check_counts(tmp_path / "a.jsonl", [GOOD[0], BAD[8]])
 
