@@ -122,6 +122,8 @@ def _read_rows(
             unused.add(row)
         except DataError as error:
             bad.add(source, error)
+        except RecursionError:
+            bad.add(source, DataError("nested too deeply"))
         if limit is not None and len(found) >= limit:
             break
     if not found:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from typing import Any
 
 from switchkd.errors import DataError
-from switchkd.plain import shown
+from switchkd.plain import json_value, shown
 
 _HISTORY = "write its turns into the messages"
 _TEXT_ONLY = "only text is read here; leave the field out if the text stands without it"
@@ -95,8 +94,8 @@ def checked_text(value: Any, name: str) -> str:
 def objects_in(value: Any, name: str) -> list[dict[str, Any]]:
     """A list of objects that may be written as JSON text, as columns of some data sets are. Raises DataError for anything else."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+        found = json_value(value) if isinstance(value, str) else value
+    except DataError as error:
         raise DataError(f"field {name!r} is neither a list of objects nor one as JSON text: {error}") from error
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise DataError(f"field {name!r} must be a list of objects, not {shown(found)}")

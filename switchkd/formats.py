@@ -13,7 +13,7 @@ from typing import Any
 
 from switchkd.errors import DataError
 from switchkd.fields import Fields, checked_text, objects_in
-from switchkd.plain import shown
+from switchkd.plain import json_value, shown
 
 _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
 
@@ -110,6 +110,8 @@ def examples_of(row: Fields, layout: Format) -> list[Record]:
 def _with_row(row: Fields, record: Record) -> Record:
     """The record with what the row says beside any layout: a system prompt, and tools."""
     tools = tuple(objects_in(row["tools"], "tools")) if row.says("tools") else ()
+    for tool in tools:
+        _function(tool)
     messages = record.messages
     if system := row.text("system", "system_prompt"):
         if any(message.role == "system" for message in messages):
@@ -171,16 +173,19 @@ def _turn(turn: Fields) -> Message:
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     """A call of a tool with its arguments as an object: templates write these as JSON, and text would be quoted once more."""
-    function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"a call of a tool needs a function with a name, not {shown(call)}")
+    function = _function(call)
     arguments = function.get("arguments")
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as error:
-        raise DataError(f"the arguments of {shown(function['name'])} are no JSON: {error}") from error
+    arguments = json_value(arguments) if isinstance(arguments, str) else arguments
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """The function of a tool or of a call, which may stand in it or be it. Raises DataError for one without a name."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"a tool, or a call of one, needs a function with a name, not {shown(tool)}")
+    return function
 
 
 def _is_trained(turn: Fields) -> bool:

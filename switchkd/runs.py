@@ -72,7 +72,7 @@ from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
-from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
+from switchkd.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.template_inputs import SOME_DAY, Template, template_settings, today, with_date
@@ -347,6 +347,7 @@ def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     bad = BadRows(file, config.skip_bad)
     examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
     task = task_named(config.task, examples[0].format)
+    examples = scorable(task, examples, bad) if bad.tolerated else examples
     now = some_day = prepared(config, pair, file, examples, bad, quiet)
     if config.prompts.reads_date(pair.tokenizer):
         some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, bad, quiet=True)

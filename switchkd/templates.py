@@ -6,13 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from switchkd.conversations import PROBE, Conversations
 from switchkd.errors import ConfigError, DataError
-from switchkd.formats import THOUGHTS, Message
-from switchkd.plain import shown
+from switchkd.formats import Message
 from switchkd.spelled import Marks, one_of
 from switchkd.template_inputs import Template
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK, _CHUNK_TEXT = 256, 2**20  # examples and characters that are encoded together
-_PROBE = "It is forty-two."
-_TURNS = tuple(Message(role, _PROBE) for role in ("system", "user", "assistant"))
-_PROBES = (_TURNS[1:], _TURNS)  # conversations to try a template with: some want a system turn
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -37,11 +33,6 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
         "Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
     )
-
-
-def _stands(text: str, written: str) -> bool:
-    """Whether a template wrote a text, whatever it did to white space."""
-    return text.strip() in written or "".join(text.split()) in "".join(written.split())
 
 
 def _plain_prompt(instruction: str, context: str = "") -> str:
@@ -113,8 +104,8 @@ class Encoder:
         return self._name == "chat"
 
     @cached_property
-    def _chat_template(self) -> str:
-        return Template.of(self.template).text(self.tokenizer)
+    def _chat(self) -> Conversations:
+        return Conversations(self.tokenizer, Template.of(self.template), self._spelled)
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of prompt and completion, one pair for each example in order.
@@ -139,6 +130,8 @@ class Encoder:
                 length += len(prompt) + len(completion)
             except DataError as error:
                 chunk.append(error)
+            except RecursionError:
+                chunk.append(DataError("nested too deeply"))
             if len(chunk) == _CHUNK or length > _CHUNK_TEXT:
                 yield from self._encode_chunk(chunk)
                 chunk, length = [], 0
@@ -185,120 +178,8 @@ class Encoder:
         turns = [self._with_text(turn) for turn in turns]
         answer = self._with_text(example.answer or Message("assistant", example.completion))
         tools = self._as_text("tool", list(example.tools))
-        prompt = self._render(turns, tools, add_generation_prompt=True)
-        prompt += self._header(turns, tools, prompt)
-        conversation = self._render([*turns, answer], tools, add_generation_prompt=False)
-        if not conversation.startswith(prompt):
-            # Either for every answer, or for what this row's says beside its content.
-            plain = self._render([*turns, Message("assistant", _PROBE)], tools, add_generation_prompt=False)
-            raise (DataError if plain.startswith(prompt) else ConfigError)(
-                f"the chat template's generation prompt {self._said(prompt[-40:])} is not how it begins an assistant turn, so no completion "
-                "can follow it; use template 'alpaca' or 'none'"
-            )
-        completion = conversation[len(prompt) :]
-        self._check_answer(answer, completion)
-        self._check_prompt(turns, tools, prompt)
+        prompt, completion = self._chat.write(turns, answer, tools)
         return prompt, completion.rstrip().removesuffix(self.plain_close)
-
-    def _render(
-        self, turns: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool
-    ) -> str:
-        return self._write([turn.to_dict(self._in_parts) for turn in turns], tools, add_generation_prompt)
-
-    def _write(self, turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
-        offered = list(tools) or None
-        template = Template.of(self.template).text(self.tokenizer, offered) if offered else self._chat_template
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=offered,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (
-            Exception
-        ) as error:  # a template is a program, which transformers runs in a sandbox: it may fail in any way
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(self._spelled.spelled(f"the chat template refuses the turns {roles}: {error}")) from error
-
-    # --- what a template does with a conversation ---
-
-    @cached_property
-    def _in_parts(self) -> bool:
-        """Whether the template wants content as a list of parts, as models that see do; of plain text it then writes nothing."""
-        for parts in (False, True):
-            for trial in _PROBES:
-                try:
-                    text = self._write([turn.to_dict(parts) for turn in trial], (), False)
-                except DataError:
-                    continue
-                if text.count(_PROBE) >= len(trial):
-                    return parts
-        return False
-
-    @cached_property
-    def _writes_generation_prompt(self) -> bool:
-        for *turns, _ in _PROBES:
-            try:
-                return self._render(turns, add_generation_prompt=True) != self._render(
-                    turns, add_generation_prompt=False
-                )
-            except DataError:
-                continue
-        return True
-
-    def _header(self, turns: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> str:
-        """How an answer begins, whatever it says, where the template has no generation prompt that would say so.
-
-        A space before the answer belongs to the answer: its first word is one token with it.
-        """
-        if self._writes_generation_prompt:
-            return ""
-        answers = [
-            Message("assistant", "4"),
-            Message("assistant", _PROBE),
-            Message("assistant", "4", {THOUGHTS[0]: "4"}),
-        ]
-        written = [
-            self._render([*turns, one], tools, add_generation_prompt=False).removeprefix(prompt) for one in answers
-        ]
-        same = takewhile(lambda letters: len(set(letters)) == 1, zip(*written, strict=False))
-        return "".join(letters[0] for letters in same).rstrip(" ")
-
-    def _check_answer(self, answer: Message, completion: str) -> None:
-        """Raise DataError for an answer of which the template leaves out a part: it would be trained without."""
-        for what, text in (("content", answer.content), ("thoughts", answer.thoughts)):
-            if not _stands(text, completion):
-                raise DataError(
-                    f"the chat template leaves out the answer's {what} ({self._said(text)}) or a part of it; write it as the template "
-                    "wants it, or use another template"
-                )
-        if lost := [call["name"] for call in answer.calls if call["name"] not in completion]:
-            raise DataError(
-                f"the chat template leaves out the answer's call of {self._said(lost[0])}; use another template"
-            )
-
-    def _check_prompt(self, turns: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> None:
-        """Raise DataError for a turn or a tool of which the template writes nothing; thoughts of earlier turns it may leave out."""
-        for place, turn in enumerate(turns):
-            if _stands(turn.content.rpartition("</think>")[2], prompt):
-                continue
-            trial = [*turns[:place], replace(turn, content=_PROBE), *turns[place + 1 :]]
-            if _PROBE not in self._render(trial, tools, add_generation_prompt=True):
-                raise DataError(
-                    f"the chat template leaves out the {turn.role} turn {self._said(turn.content)}; take it out, or use another template"
-                )
-        names = [tool.get("function", tool).get("name", "") for tool in tools]
-        if lost := [name for name in names if name not in prompt]:
-            raise DataError(
-                f"the chat template leaves out the tool {self._said(lost[0])}; use a model whose template takes tools"
-            )
-
-    def _said(self, text: str) -> str:
-        return shown(self._spelled.spelled(text))
-
-    # --- token ids ---
 
     @cached_property
     def _spelled(self) -> Marks:
@@ -310,11 +191,8 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder
         ends = self.eos_token_ids or {self._eos}
         written = set(ends)
-        for *turns, answer in _PROBES if self._is_chat else ():
-            try:
-                written.update(self._alone(self._render([*turns, answer, turns[-1]], add_generation_prompt=False)))
-            except DataError:
-                continue
+        for text in self._chat.trials(again=True) if self._is_chat else ():
+            written.update(self._alone(text))
         return frozenset(str(added[index]) for index in written if index in added)
 
     @cached_property
@@ -382,11 +260,8 @@ class Encoder:
     @cached_property
     def _closing(self) -> str | None:
         """What the chat template writes behind an answer, without white space at the end; None if it takes no probe."""
-        for trial in _PROBES:
-            try:
-                _, found, closing = self._render(trial, add_generation_prompt=False).rpartition(_PROBE)
-            except DataError:
-                continue
+        for text in self._chat.trials():
+            _, found, closing = text.rpartition(PROBE)
             if found:
                 return closing.rstrip()
         return None

@@ -75,12 +75,16 @@ def test_a_later_row_of_other_fields_loses_none_in_silence(tmp_path, caplog):
             talk(("user", "a", {}), ("assistant", "b", {"tool_calls": [{"function": {}}]})),
             "needs a function with a name",
         ),
+        (PAIR | {"tools": [{"function": "add"}]}, "a tool, or a call of one, needs a function with a name"),
+        (PAIR | {"tools": [{"name": 3}]}, "a tool, or a call of one, needs a function with a name"),
+        (PAIR | {"tools": "[" * 100_000}, "nested too deeply"),
         (talk(("user", None, {"value": "a"}), ("assistant", "b", {})), "a turn without content .*role, value"),
         (
             {"conversations": [{"from": "human", "value": "a"}]},
             "ShareGPT's `conversations` are not read: write them as `messages`",
         ),
     ],
+    ids=range(17),
 )
 def test_a_field_that_would_change_the_text_is_an_error_with_the_way_out(tmp_path, row, words):
     with pytest.raises(DataError, match=rf"(?s)a\.jsonl:1: .*{words}"):
