@@ -21,7 +21,7 @@ _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for what a model thinks before it answers
 _OF_A_TURN = (*THOUGHTS, "tool_calls", "tool_call_id", "name")  # what a template may write beside the content
 _TRAINED = ("weight", "train", "training", "loss")  # names for whether a turn is trained on
-_EARLIER = "only the last answer of a row is trained on, earlier ones are read as its prompt"
+_EARLIER = "only the last answer of a row is used, earlier ones are read as its prompt"
 _LATER = "what follows the answer is not used"
 
 

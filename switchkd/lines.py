@@ -90,6 +90,8 @@ def rows_of(path: str) -> Iterator[tuple[int, str, dict[str, Any] | DataError]]:
                 index += bool(line.strip())
                 if line.strip() and (wanted is None or index in wanted):
                     yield index, f"{path}:{number}", _parsed(line, path, first=index == 0)
+    except IsADirectoryError as error:
+        raise DataError(f"{path} cannot be read: it is a folder; name the .jsonl file in it") from error
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file (from {Path.cwd()}). Give a .jsonl or .jsonl.gz, or {SAMPLE!r}"

@@ -10,9 +10,9 @@ _ENDINGS = ("_file", "_dir", "_path")  # of the names of settings that are paths
 _NAMES = ("runs", "plan", "resume_from", "teachers")
 
 
-def expanded(path: str) -> str:
+def expanded(path: str | os.PathLike[str]) -> str:
     """``path`` with a ``~`` or ``~user`` at its beginning replaced; as it is where there is no such user."""
-    return os.path.expanduser(path)
+    return os.path.expanduser(os.fspath(path))
 
 
 def expand_settings(config: Any) -> None:

@@ -193,7 +193,8 @@ class Encoder:
         written = set(ends)
         for text in self._chat.trials(again=True) if self._is_chat else ():
             written.update(self._alone(text))
-        return frozenset(str(added[index]) for index in written if index in added)
+        marks = {str(added[index]) for index in written if index in added}
+        return frozenset(mark for mark in marks if "think" not in mark.lower())  # an answer writes its thoughts itself
 
     @cached_property
     def _patterns(self) -> dict[bool, re.Pattern[str]]:

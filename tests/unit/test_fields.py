@@ -106,7 +106,7 @@ def test_turns_that_are_not_trained_are_told_once_with_counts(tmp_path, caplog):
     one = [("user", "a", {}), ("assistant", "b", {})]
     read(tmp_path, talk(*one), talk(*one * 3), talk(*one * 2, ("user", "c", {})), talk(*one))
     assert [record.getMessage().split("a.jsonl: ")[1] for record in caplog.records] == [
-        "only the last answer of a row is trained on, earlier ones are read as its prompt (3 turns in 2 rows)",
+        "only the last answer of a row is used, earlier ones are read as its prompt (3 turns in 2 rows)",
         "what follows the answer is not used (1 turn in 1 row)",
     ]
 

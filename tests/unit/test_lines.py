@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from switchkd import lines
+from switchkd.cli import parse
+from switchkd.commands import CompareConfig
 from switchkd.config import TrainConfig, load_recipe
 from switchkd.data import load_examples, load_text
-from switchkd.errors import DataError
+from switchkd.errors import DataError, ModelError
+from switchkd.models import load_pair
 from switchkd.paths import expanded
 
 ROW = {"prompt": "a", "completion": "b"}
@@ -96,5 +99,10 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
     )
     config = load_recipe(str(recipe))
     assert {getattr(config, name) for name in paths} | {*config.teachers.values()} == {f"{tmp_path}/x"}
+    compare = parse(CompareConfig, ["compare", "--output-dir=~/x", "~/x"])
+    assert (compare.runs, compare.output_dir) == ((f"{tmp_path}/x",), f"{tmp_path}/x")
+    assert parse(TrainConfig, ["train", "~/r.yaml", "--train-file=~/y"]).train_file == f"{tmp_path}/y"
+    with pytest.raises(ModelError, match="nobody-of-that-name"):
+        load_pair("~nobody-of-that-name/x", "demo")
     assert expanded("~nobody-of-that-name/x") == "~nobody-of-that-name/x"
     assert TrainConfig(teacher_prompt="~/ {prompt}").teacher_prompt == "~/ {prompt}", "no path"

@@ -209,6 +209,16 @@ def test_a_token_that_is_always_found_is_refused():
     assert len(rows(example(), tokenizer=tokenizer)) == 1
 
 
+def test_thoughts_are_no_turn_even_where_a_template_writes_their_tokens_itself():
+    tokenizer = byte_level_tokenizer(template=THINKING)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
+    plain = byte_level_tokenizer()
+    plain.add_tokens(["<think>", "</think>"])
+    row = example(completion="<think>Hm.</think>It is four.")
+    assert rows(row, tokenizer=plain) == [(rows(example())[0][0], "<think>Hm.</think>It is four.<|im_end|>")]
+    assert rows(row, tokenizer=tokenizer)[0][1].endswith("<think>Hm.</think>It is four.<|im_end|>")
+
+
 # --- bad rows ---
 
 REFUSED = CHATML.replace(
