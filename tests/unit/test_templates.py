@@ -144,6 +144,14 @@ def test_the_beginning_of_an_answer_is_prompt_where_there_is_no_generation_promp
     assert tokenizer.decode(asked) == prompt, "a prompt that is only asked begins its answer in the same way"
 
 
+def test_thoughts_stand_behind_the_beginning_of_an_answer():
+    tokenizer = byte_level_tokenizer(template=THINKING.split("{% if add_generation_prompt")[0])
+    answer = Message("assistant", "four", {"reasoning_content": "two and two"})
+    [(prompt, completion), (same, plain)] = rows(example(completion="four", answer=answer), example(), tokenizer=tokenizer)
+    assert prompt == same and prompt.endswith("assistant\n<think>\n")
+    assert (completion, plain) == ("two and two\n</think>\n\nfour<|im_end|>", "\n</think>\n\nIt is four.<|im_end|>")
+
+
 def test_nothing_but_white_space_before_an_answer_is_the_answers():
     turn = "('[' + m.content + ']') if m.role == 'user' else ' ' + m.content + '<|im_end|>'"
     tokenizer = byte_level_tokenizer(template="{% for m in messages %}{{ " + turn + " }}{% endfor %}")
