@@ -5,8 +5,9 @@ A template is a program that others wrote, and may do anything with what it is t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,16 @@ Tools = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Conversations:
-    """A chat template at work. ``marks`` are those that texts hide, so that messages show them as they were typed."""
+    """A chat template at work. ``marks`` are those that texts hide, so that messages show them as they were typed.
+
+    ``left_out`` counts the conversations in which it did not write a field of the prompt's turns, as a template may: names, ids of
+    calls, earlier thoughts.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     marks: Marks
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def write(self, turns: Sequence[Message], answer: Message, tools: Tools) -> tuple[str, str]:
         """The prompt, up to where the answer begins, and what follows.
@@ -148,10 +154,19 @@ class Conversations:
                     "template"
                 )
         names = [tool.get("function", tool)["name"] for tool in tools]
+        names += [call["name"] for turn in turns for call in turn.calls]
         if lost := [name for name in names if name not in prompt]:
             raise DataError(
-                f"the chat template leaves out the tool {self._said(lost[0])}; use a model whose template takes tools"
+                f"the chat template leaves out the tool {self._said(lost[0])}, or a call of it; use a model whose template takes "
+                "tools"
             )
+        unwritten = {
+            f"messages[].{name}"
+            for turn in turns
+            for name, text in turn.more.items()
+            if isinstance(text, str) and not _stands(text, prompt)
+        }
+        self.left_out.update(sorted(unwritten))
 
     def _said(self, text: str) -> str:
         return shown(self.marks.spelled(text))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from switchkd.ends import named
 from switchkd.errors import ConfigError, DataError
-from switchkd.fields import Fields, Unused
+from switchkd.fields import Fields, Unused, counted
 from switchkd.formats import Format, Message, Record, examples_of, format_of
 from switchkd.lines import BadRows, rows_of
 from switchkd.policies import REFERENCE
@@ -273,6 +273,10 @@ def tokenize(
                     group=example.group,
                 )
             )
+    if encode.left_out:
+        logger.warning(
+            "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
+        )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
     if not kept:
         raise DataError(
@@ -325,7 +329,7 @@ def _teacher_prompts(
     if not teacher_prompt:
         return repeat(None, len(examples))
     check_teacher_prompt(teacher_prompt)
-    encoded = encode.each(examples, lambda example: for_teacher(example, teacher_prompt))
+    encoded = replace(encode).each(examples, lambda example: for_teacher(example, teacher_prompt))
     return (ids if isinstance(ids, DataError) else ids[0] for ids in encoded)
 
 

@@ -122,10 +122,14 @@ class Unused:
             for what, counts in self._turns.items()
         ]
         if self._fields:
-            names = ", ".join(f"{shown(name)} ({_count(count, 'row')})" for name, count in self._fields.most_common(20))
-            more = f", and {len(self._fields) - 20} more" if len(self._fields) > 20 else ""
-            found.append(f"fields that are not read: {names}{more}")
+            found.append(f"fields that are not read: {counted(self._fields)}")
         return found
+
+
+def counted(names: Counter[str]) -> str:
+    """The most frequent names with their numbers of rows."""
+    most = ", ".join(f"{shown(name)} ({_count(count, 'row')})" for name, count in names.most_common(20))
+    return most + (f", and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _count(number: int, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -116,6 +117,11 @@ class Encoder:
             if isinstance(ids, DataError):
                 raise DataError(f"{example.source}: {ids}") from ids
             yield ids
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Fields of the prompts' turns that a chat template did not write, with the number of examples."""
+        return self._chat.left_out
 
     def each(
         self, examples: Sequence[Example], change: Callable[[Example], Example] = lambda example: example

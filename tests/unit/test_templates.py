@@ -1,6 +1,7 @@
 """Chat templates of every shape: what a row says stands in what is trained, or the row is refused; and text is text."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import CHATML, byte_level_tokenizer
@@ -131,6 +132,22 @@ def test_a_turn_of_which_nothing_is_written_is_an_error_and_a_changed_one_is_not
     assert len(rows(example(("system", "/no_think"), ("user", "Two?")), tokenizer=upper)) == 1
 
 
+def test_fields_of_earlier_turns_that_a_template_leaves_out_are_told_with_counts(caplog):
+    before = [
+        Message("user", "One?", {"name": "Ada"}),
+        Message("assistant", "one", {"thinking": "Hm."}),
+        Message("user", "Two?"),
+    ]
+    found = [replace(example(), messages=tuple(before)), example(), replace(example(), messages=tuple(before))]
+    rows(*found, teacher_prompt="{prompt}")
+    assert (
+        "leaves out fields of earlier turns: 'messages[].name' (2 rows), 'messages[].thinking' (2 rows)" in caplog.text
+    )
+    call = Message("assistant", "", {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]})
+    with pytest.raises(DataError, match="leaves out the tool 'add', or a call of it"):
+        rows(replace(example(), messages=(Message("user", "One?"), call, Message("tool", "4"))))
+
+
 # --- templates of other shapes ---
 
 
@@ -147,7 +164,9 @@ def test_the_beginning_of_an_answer_is_prompt_where_there_is_no_generation_promp
 def test_thoughts_stand_behind_the_beginning_of_an_answer():
     tokenizer = byte_level_tokenizer(template=THINKING.split("{% if add_generation_prompt")[0])
     answer = Message("assistant", "four", {"reasoning_content": "two and two"})
-    [(prompt, completion), (same, plain)] = rows(example(completion="four", answer=answer), example(), tokenizer=tokenizer)
+    [(prompt, completion), (same, plain)] = rows(
+        example(completion="four", answer=answer), example(), tokenizer=tokenizer
+    )
     assert prompt == same and prompt.endswith("assistant\n<think>\n")
     assert (completion, plain) == ("two and two\n</think>\n\nfour<|im_end|>", "\n</think>\n\nIt is four.<|im_end|>")
 
