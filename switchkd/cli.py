@@ -16,6 +16,7 @@ from switchkd import signals
 from switchkd.commands import COMMANDS, NOT_FROM_RECIPE
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, SwitchKDWarning, nearest
+from switchkd.paths import expanded
 from switchkd.text import visible
 
 Config = TypeVar("Config")
@@ -106,6 +107,7 @@ def _with_rules(config: Any, args: list[str]) -> Any:
 
 def _defaults(cls: type[Config], path: str) -> Config:
     """What a command takes from a recipe, or from a run directory, whose trained student it then uses."""
+    path = expanded(path)
     folder = Path(path)
     recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     if folder.is_dir():

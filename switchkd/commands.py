@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
+from switchkd.config import (
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    ModelConfig,
+    Settings,
+    TrainConfig,
+    load_recipe,
+    shipped,
+)
 from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
@@ -63,7 +72,7 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Settings):
     """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
 
     plan: tyro.conf.Positional[str] = "list"
@@ -81,7 +90,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Compare evaluated runs, example by example, and say what can be told apart."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -97,7 +106,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Write runs as one HTML page that needs no network: summary, who wrote what, scores, curves."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -107,7 +116,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(Settings):
     """Draw the papers' figures of trained runs, each as SVG and PNG."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -119,7 +128,7 @@ class PlotConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Settings):
     """Make a student by dropping the layers of least influence from a model."""
 
     model_name_or_path: str = "demo"
@@ -133,7 +142,7 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
-class LmEvalConfig:
+class LmEvalConfig(Settings):
     """Score a student, or any model, on the benchmarks of lm-eval; needs the extra `lm-eval`."""
 
     model_name_or_path: tyro.conf.Positional[str] = "demo"
@@ -157,7 +166,7 @@ class LmEvalConfig:
 
 
 @dataclass(frozen=True)
-class MakePairConfig:
+class MakePairConfig(Settings):
     """Make the small pair for studies on two CPU cores, with its data, from generated text."""
 
     output_dir: str | None = None
@@ -169,12 +178,12 @@ class MakePairConfig:
 
 
 @dataclass(frozen=True)
-class MethodsConfig:
+class MethodsConfig(Settings):
     """List the recipes that ship with the package."""
 
 
 @dataclass(frozen=True)
-class TasksConfig:
+class TasksConfig(Settings):
     """List the tasks that completions can be scored on."""
 
 

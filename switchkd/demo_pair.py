@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.paths import expanded
 from switchkd.storage import staged_folder
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def demo_pair_paths(progress: bool = True) -> tuple[Path, Path]:
 def cache_folder() -> Path:
     """``$SWITCHKD_CACHE``, else ``$XDG_CACHE_HOME/switchkd``, else ``~/.cache/switchkd``."""
     if own := os.environ.get("SWITCHKD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "switchkd"
+        return Path(expanded(own))
+    return Path(expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "switchkd"
 
 
 def _build(folder: Path, progress: bool) -> None:

@@ -19,6 +19,7 @@ from switchkd import __version__
 from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
+from switchkd.paths import expanded
 from switchkd.run_record import CONFIG, read_config
 from switchkd.template_inputs import Template, with_date
 
@@ -50,7 +51,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.
     """
-    run, in_4bit = Path(name).expanduser(), False
+    run, in_4bit = Path(expanded(name)), False
     if (run / CONFIG).is_file():
         recipe = read_config(run)
         if not (run / "student").is_dir():
@@ -63,7 +64,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
 
 def chat_template_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """What the benchmarks' chat template is told: what the run ``name`` was trained with, else today's date."""
-    run = Path(name).expanduser()
+    run = Path(expanded(name))
     recipe = read_config(run) if (run / CONFIG).is_file() else TrainConfig()
     return with_date(replace(recipe, template="chat"), tokenizer).prompts
 

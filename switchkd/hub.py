@@ -20,7 +20,7 @@ _FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row index, ``hub:…:row``, row) of every row of a split, in the data set's order; fields that are null are left out.
+    """(row index, ``hub:…:row``, row) of every row of a split, in the data set's order.
 
     A CONFIG that ends in .json, .jsonl or their .gz is one file of the repository, and its split is called ``train``. The data
     is kept in the cache of ``datasets``, where it can be read again without a network. Raises ConfigError for a name that is
@@ -40,7 +40,7 @@ def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
             "(it is needed unless the data is in the cache of datasets), or give a local .jsonl file"
         ) from error
     for index, row in enumerate(table):
-        yield index, f"{name}:{index}", {field: value for field, value in row.items() if value is not None}
+        yield index, f"{name}:{index}", dict(row)
 
 
 def _load_dataset(name: str) -> Any:

@@ -20,9 +20,10 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from switchkd import __version__, report
 from switchkd.adapters import has_adapter
 from switchkd.config import TrainConfig, name_of, to_dict
-from switchkd.data import SAMPLE
 from switchkd.hub import PREFIX
+from switchkd.lines import SAMPLE
 from switchkd.models import BASE, MADE, adapter_base, num_parameters
+from switchkd.paths import expanded
 from switchkd.precision import dtype_name
 from switchkd.statistics import FEW_EXAMPLES
 
@@ -128,7 +129,7 @@ def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
     if own := OWN.get(name.split(":")[0]):
         hub, license, origin = own
         return Source(role, name, hub, license, f"{_code(license)}, {origin}" if license else origin)
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if kind == "dataset":
         repository = re.match(rf"{PREFIX}([^/]+/[^/:]+)", name)
         hub = repository[1] if repository else ""

@@ -15,6 +15,7 @@ from switchkd import signals
 from switchkd.config import BASE
 from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
+from switchkd.paths import expanded
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
 from switchkd.template_inputs import Template
@@ -225,7 +226,7 @@ def adapter_base(name: str) -> str:
     """
     if not _is_adapter(name):
         return name
-    file = Path(name).expanduser() / ADAPTER_CONFIG
+    file = Path(expanded(name)) / ADAPTER_CONFIG
     try:
         base = json_object(file.read_bytes()).get("base_model_name_or_path")
         check_type(base, str | None, "base_model_name_or_path")
@@ -364,7 +365,7 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
 
 
 def _same_model(one: str, other: str) -> bool:
-    folders = [Path(name).expanduser() for name in (one, other)]
+    folders = [Path(expanded(name)) for name in (one, other)]
     return one == other or (
         BASE not in (one, other) and all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])
     )
@@ -404,7 +405,7 @@ def _ends(
 
 
 def _is_adapter(name: str | Path) -> bool:
-    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(expanded(name)) / ADAPTER_CONFIG).is_file()
 
 
 def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTrainedModel") -> "PreTrainedModel":
@@ -463,7 +464,7 @@ def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
 def _locate(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
     name = made(name, "teacher")
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         _check_folder(folder)
         return str(folder), True

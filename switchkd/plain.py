@@ -46,7 +46,15 @@ def check_text(text: str, name: str) -> None:
 
 
 def json_object(text: bytes | str) -> dict[str, Any]:
-    """The one JSON object in ``text``, in UTF-8 with or without a byte-order mark. Raises DataError for anything else."""
+    """The one JSON object in ``text``. Raises DataError for anything else."""
+    value = json_value(text)
+    if not isinstance(value, dict):
+        raise DataError(f"it must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def json_value(text: bytes | str) -> Any:
+    """The JSON value in ``text``, in UTF-8 with or without a byte-order mark. Raises DataError for what is none."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded.rstrip("\r\n"), object_pairs_hook=_each_once)
@@ -63,8 +71,6 @@ def json_object(text: bytes | str) -> dict[str, Any]:
         raise
     except ValueError as error:  # a name given twice, or a number of thousands of digits, which Python refuses
         raise DataError(f"broken JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"it must be a JSON object, not {type(value).__name__}")
     return value
 
 

@@ -38,7 +38,6 @@ from switchkd.config import (
 )
 from switchkd.continuation import begun, check_origin, check_run, on_recorded_day
 from switchkd.data import (
-    SAMPLE,
     Example,
     Message,
     TokenizedExample,
@@ -51,6 +50,7 @@ from switchkd.data import (
 from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
+from switchkd.lines import SAMPLE, BadRows
 from switchkd.lock import locked
 from switchkd.masters import cast_weights
 from switchkd.model_card import CARD, model_card
@@ -72,7 +72,7 @@ from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
-from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
+from switchkd.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.template_inputs import SOME_DAY, Template, template_settings, today, with_date
@@ -196,11 +196,12 @@ def prepared(
     pair: Pair,
     file: str,
     examples: Sequence[Example],
+    bad: BadRows,
     quiet: bool = False,
     teacher_prompt: str = "",
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
-    """Tokenise the examples of a file; prints how many are used, and what was left out and why.
+    """Tokenise the examples of a file; prints how many are used, and what was left out and why. ``bad`` are the file's bad rows.
 
     ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
     models on one prompt with the default teacher.
@@ -214,6 +215,7 @@ def prepared(
         max_completion_length=config.max_completion_length,
         teacher_prompt=teacher_prompt,
         eos_token_ids=pair.eos_token_ids,
+        bad=bad,
     )
     left_out = {
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
@@ -240,8 +242,11 @@ def load_task(
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
     """Read and tokenise a data file, as ``prepared`` says."""
-    examples = load_examples(file, limit, config.skip_bad, teacher_field=teacher_field, teachers=pair.teachers)
-    return prepared(config, pair, file, examples, quiet, teacher_prompt, teacher_field)
+    bad = BadRows(file, config.skip_bad)
+    examples = load_examples(file, limit, bad, teacher_field=teacher_field, teachers=pair.teachers)
+    tokenized = prepared(config, pair, file, examples, bad, quiet, teacher_prompt, teacher_field)
+    bad.tell()
+    return tokenized
 
 
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
@@ -339,11 +344,14 @@ def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     if not config.eval_samples:
         return Heldout(TASKS["references"], "", [], pair.teacher, [])
     file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
-    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
+    bad = BadRows(file, config.skip_bad)
+    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
     task = task_named(config.task, examples[0].format)
-    now = some_day = prepared(config, pair, file, examples, quiet)
+    examples = scorable(task, examples, bad) if bad.tolerated else examples
+    now = some_day = prepared(config, pair, file, examples, bad, quiet)
     if config.prompts.reads_date(pair.tokenizer):
-        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, quiet=True)
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, bad, quiet=True)
+    bad.tell()
     return Heldout(task, file, now, pair.teacher, some_day)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("guide", "evaluation", "methods", "engine", "traps")),
+    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps")),
 ]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
