@@ -267,21 +267,23 @@ def evaluate(config: EvaluateConfig) -> None:
     from switchkd.precision import with_dtypes
     from switchkd.report import console, print_results
     from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
+    from switchkd.saved_student import SavedStudent
 
     # The default teacher alone is compared with.
     config = with_dtypes(dataclasses.replace(config, teachers={}, teacher_field=""), default_device())
+    run = run_of(config.student_model_name_or_path)
+    saved = SavedStudent.of(run) if run else None
     pair = open_pair(config)
     config = with_date(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
-    models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
+    models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
     results = {
-        name: score(pair, model, heldout, eval_settings(config, policy), name)
-        for name, (model, policy) in models.items()
+        name: score(pair, model, heldout, eval_settings(config, policy), name, saved=of)
+        for name, (model, policy, of) in models.items()
         if config.only in ("", name)
     }
     settings = all_settings(config, pair, heldout, eval_settings(config, config.policy))
     print_results(results, heldout.shown() | settings)
-    run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:
         write_scores(file, heldout, settings, results)

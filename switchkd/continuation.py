@@ -1,21 +1,25 @@
 """How a run goes on: with the settings, text and models that it was started with, from the newest checkpoint that is whole."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from switchkd.checkpoint import BEST, PREFIX, checkpoints, numbered, read_state, step_of, verify
+from switchkd.checkpoint import BEST, PREFIX, bests, checkpoints, numbered, read_state, step_of
 from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
-from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
+from switchkd.errors import CheckpointError, ConfigError, DataError, SwitchKDWarning
 from switchkd.lock import LOCK
+from switchkd.manifest import STAMP, put_aside, take_away, verify
 from switchkd.models import default_device
 from switchkd.precision import with_dtypes
+from switchkd.results import EVALUATION, completions_file, read_results, take_out
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
-from switchkd.storage import discard, set_aside, write_file
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent
+from switchkd.storage import write_file
 from switchkd.teacher_store import json_sha256
 
 ORIGIN = "origin.json"
@@ -132,20 +136,48 @@ def _verify_all(folder: Path) -> None:
         verify(folder.parent / f"{BEST}{best['step']}")
 
 
-def take_back(run: Path, step: int, told: int) -> None:
+def take_back(run: Path, step: int, told: int, ended: bool) -> None:
     """Make the directory what it was at ``step``, with metrics up to step ``told``: it is from there that the run goes on.
 
-    Later lines of the records go, and so do later best students, which are made again. Later checkpoints are set aside.
+    Later lines of the records go, and so do later best students, which are made again. Later checkpoints are set aside, and so are
+    the student and its scores, unless they are of this step and the run has ``ended`` with it.
     """
     for folder in numbered(run, PREFIX):
         if step_of(folder) > step:
-            warnings.warn(
-                f"{folder} is later than the step that the run goes on from: it is now {set_aside(folder)}, and may be deleted",
-                SwitchKDWarning,
-                stacklevel=2,
-            )
-    for folder in numbered(run, BEST):
+            _set_aside(folder, "is later than the step that the run goes on from")
+    for folder in bests(run):
         if step_of(folder) > step:
-            discard(folder)
+            take_away(folder)
+    _take_back_student(run, step, ended)
     for name, last in ((ROLLOUTS, step), (METRICS, told), (SAMPLES, told)):
         keep_until(run / name, last)
+
+
+def _take_back_student(run: Path, step: int, ended: bool) -> None:
+    """Put the student and its scores aside, unless they are what a run that has ``ended`` at this step would write again."""
+    try:
+        student = SavedStudent.of(run)
+    except CheckpointError:
+        student = None
+    folder = run / STUDENT
+    if ended and (student.step == step if student else not (folder / STAMP).exists()):
+        return
+    if os.path.lexists(folder):
+        _set_aside(folder, f"is the student of another step than {step}, from which the run goes on")
+    for file in sorted(run.glob("evaluation*.json")):
+        if _scores_a_student(file):
+            _set_aside(file, f"has scores of another student than that of step {step}, from which the run goes on")
+            put_aside(completions_file(file))
+
+
+def _scores_a_student(file: Path) -> bool:
+    """Whether an evaluation is of a run's student; of the run's own, only that part is taken out where there is another."""
+    try:
+        scored = any(name in SCORED for name in read_results(file))
+        return scored and not (file.name == EVALUATION and take_out(file, SCORED))
+    except DataError:
+        return False  # nobody reads its scores
+
+
+def _set_aside(path: Path, why: str) -> None:
+    warnings.warn(f"{path} {why}: it is now {put_aside(path)}, and may be deleted", SwitchKDWarning, stacklevel=4)

@@ -20,6 +20,7 @@ from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
 from switchkd.run_record import CONFIG, read_config
+from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template, with_date
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
         name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
+    verify_saved(Path(name).expanduser())
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
 
 

@@ -14,6 +14,7 @@ student/          the result, for ``from_pretrained``: a model, or the adapter a
 """
 
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -49,11 +50,20 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
+from switchkd.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    NoMemoryError,
+    NonFiniteError,
+    SwitchKDWarning,
+    nearest,
+)
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lock import locked
+from switchkd.manifest import CARD
 from switchkd.masters import cast_weights
-from switchkd.model_card import CARD, model_card
+from switchkd.model_card import model_card
 from switchkd.models import (
     Pair,
     context_length,
@@ -65,11 +75,12 @@ from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
-from switchkd.results import Evaluation, read_results, write_results
+from switchkd.results import EVALUATION, Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent, Stamp
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
@@ -80,7 +91,6 @@ from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
 
-EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
@@ -408,14 +418,19 @@ def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
 
 
 def score(
-    pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str, quiet: bool = False
+    pair: Pair,
+    model: PreTrainedModel,
+    heldout: Heldout,
+    settings: EvalSettings,
+    name: str,
+    quiet: bool = False,
+    saved: SavedStudent | None = None,
 ) -> Evaluation:
-    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
+    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of, and how they are ``saved``."""
     with report.bar(f"evaluate {name}", work(heldout.examples, settings), quiet) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
-    return replace(
-        result, model={"sha256": heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)}
-    )
+    sha256 = heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)
+    return replace(result, model={"sha256": sha256} | (saved.mark() if saved else {}))
 
 
 def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:
@@ -441,9 +456,9 @@ def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettin
 
 
 def run_of(student: str) -> Path | None:
-    """The run directory that a student lies in, if it is one's."""
-    folder = Path(student).parent
-    return folder if (folder / CONFIG).is_file() else None
+    """The run directory whose student that is, if it is one's; a checkpoint is another student than the run's."""
+    folder = Path(student)
+    return folder.parent if folder.name == STUDENT and (folder.parent / CONFIG).is_file() else None
 
 
 def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
@@ -462,7 +477,10 @@ def _before(
     if not (heldout.examples and config.eval_on_start):
         return {}
     if config.resumes and file.is_file() and not config.allow_change:
-        return read_results(file)
+        try:
+            return {name: result for name, result in read_results(file).items() if name not in SCORED}
+        except DataError as error:
+            warnings.warn(f"{error}. The run does that now", SwitchKDWarning, stacklevel=2)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
     write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
@@ -512,18 +530,23 @@ def _finish(
         )
     if config.merge:
         student, weights = merged(student, weights, dtype), {}
-    save_model(run / "student", student, pair.tokenizer, weights, dtype)
+    best = int(trainer.best["step"]) if trainer.best else trainer.step
+    stamp = Stamp(step=trainer.step, weights_of_step=best)
+    save_model(run / STUDENT, student, pair.tokenizer, weights, dtype, stamp)
+    saved = SavedStudent.of(run)
     if config.merge:  # it is scored with the products that the run has
         cast_weights(student, trainer.student.dtype)
     known: dict[str, Any] = {}
     if heldout.examples:
-        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
+        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)
         known = all_settings(config, pair, heldout, settings)
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:
             report.print_results(results, heldout.shown() | known)
-    write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
-    report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    write_file(
+        run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known, saved.sha256 if saved else "")
+    )
+    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
     if not quiet:
         report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

@@ -352,7 +352,8 @@ class Trainer:
         self.objective_memory, self.mix_memory = state["objective"], state["mix"]
         self.replay = [Rollout.from_json(record) for record in state["replay"]]
         if self.accelerator.is_main_process:
-            take_back(self.run, self.step, self.step if self.due is None else self.step - 1)
+            told = self.due is None
+            take_back(self.run, self.step, self.step if told else self.step - 1, ended=told and self.progress >= 1)
             prune(self.run, self.config.save_total_limit)
 
     def load_best(self) -> None:
