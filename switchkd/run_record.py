@@ -75,7 +75,8 @@ class RunRecord:
     def read(path: Path) -> RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
         config = read_config(path)
-        found, student, damaged = {}, None, ""
+        found: dict[str, dict[str, Evaluation]] = {}
+        student, damaged = None, ""
         try:
             student = SavedStudent.of(path)
         except CheckpointError as error:

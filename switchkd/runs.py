@@ -60,7 +60,7 @@ from switchkd.errors import (
     nearest,
 )
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
-from switchkd.lock import locked
+from switchkd.lock import Check, locked
 from switchkd.manifest import CARD
 from switchkd.masters import cast_weights
 from switchkd.model_card import model_card
@@ -113,11 +113,11 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = new_accelerator(), Path(config.output_dir)
-    mine = locked(run) if accelerator.is_main_process else nullcontext()
+    mine = locked(run) if accelerator.is_main_process else nullcontext(lambda: None)
     with signals.deferred(polled=accelerator.num_processes == 1):
         try:
-            with mine:
-                return _distil(config, accelerator)
+            with mine as check_place:
+                return _distil(config, accelerator, check_place)
         except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
             error.add_note(standing(run))
             raise
@@ -130,7 +130,7 @@ def standing(run: Path) -> str:
     return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
 
 
-def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
+def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
@@ -147,14 +147,16 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     corpus = load_corpus(config, pair, quiet=quiet)
     checksums = _model_checksums(pair, heldout) if main else {}
     trainer = Trainer(
-        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
-    )
+        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
+        check_place=check_place,
+    )  # fmt: skip
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
     with whole(trainer.student):
         if main:
+            check_place()
             tidy(run)
             check_origin(run, config, texts, checksums)
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
@@ -532,6 +534,7 @@ def _finish(
         student, weights = merged(student, weights, dtype), {}
     best = int(trainer.best["step"]) if trainer.best else trainer.step
     stamp = Stamp(step=trainer.step, weights_of_step=best)
+    trainer.check_place()
     save_model(run / STUDENT, student, pair.tokenizer, weights, dtype, stamp)
     saved = SavedStudent.of(run)
     if config.merge:  # it is scored with the products that the run has
@@ -540,6 +543,7 @@ def _finish(
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)
         known = all_settings(config, pair, heldout, settings)
+        trainer.check_place()
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:

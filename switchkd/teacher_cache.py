@@ -25,10 +25,11 @@ from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from switchkd.lock import Check
 from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
 from switchkd.models import Pair
 from switchkd.precision import dtype_name
-from switchkd.storage import staged_file, write_file
+from switchkd.storage import staged_file, tidy, write_file
 from switchkd.teacher_store import (
     Header,
     Progress,
@@ -94,8 +95,8 @@ class TeacherCache:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         folder, header = Path(folder), _header(pair, examples, kind, top_k)
-        with alone(folder, whole=_is_whole(folder)):
-            layout = _fill(pair, examples, folder, header, batch_size, progress)
+        with alone(folder, whole=_is_whole(folder)) as check:
+            layout = _fill(pair, examples, folder, header, batch_size, progress, check)
         return _opened(folder, kind, layout, examples)
 
     @staticmethod
@@ -222,11 +223,12 @@ def _fill(
     header: Header,
     batch_size: int,
     progress: Progress,
+    check: Check,
 ) -> _Layout:
     """Check what is there, write what is missing, and return where everything lies."""
     layout, digest = _open_manifest(folder, header, examples)
-    for half in folder.glob(".shard-*"):
-        half.unlink()  # of a process that was killed while it wrote
+    if folder.is_dir():
+        tidy(folder)
     record: Callable[[Tensor], dict[str, Tensor]] | None = None
     for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)])):
         file = _shard_file(folder, number)
@@ -235,6 +237,7 @@ def _fill(
         else:
             record = record or _recorder(pair, header["kind"], header.get("top_k", 0))
             tensors = _read_teacher(pair, examples[start:end], record, batch_size)
+            check()
             with staged_file(file) as staging:
                 save_file(tensors, staging, _seal(file, digest, tensors))
         progress(end - start)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
-from switchkd.lock import LOCK, locked
+from switchkd.lock import LOCK, Check, locked
 from switchkd.models import Pair
 from switchkd.plain import json_object
 from switchkd.policies import TEACHER, TeacherOnly
@@ -109,9 +109,12 @@ def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
         )
 
 
-def alone(folder: Path, whole: bool) -> AbstractContextManager[None]:
-    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither."""
-    return nullcontext() if whole else locked(folder, wait=True)
+def alone(folder: Path, whole: bool) -> AbstractContextManager[Check]:
+    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither.
+
+    As of ``locked``, what it gives is to be called before something is written.
+    """
+    return nullcontext(lambda: None) if whole else locked(folder, wait=True)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -213,8 +216,8 @@ def teacher_texts(
         "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
         "repeatable": repeatable,
     }  # fmt: skip
-    with alone(folder, whole=(folder / COMPLETE).exists()):
-        rows = _fill_texts(pair, examples, folder, header, settings, progress)
+    with alone(folder, whole=(folder / COMPLETE).exists()) as check:
+        rows = _fill_texts(pair, examples, folder, header, settings, progress, check)
     return [
         dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
         for e, row in zip(examples, rows, strict=True)
@@ -228,6 +231,7 @@ def _fill_texts(
     header: Header,
     settings: dict[str, Any],
     progress: Progress,
+    check: Check,
 ) -> list[Header]:
     """All rows; those that are missing are made, and stored chunk by chunk."""
     rows = _open_texts(folder, header, examples)
@@ -239,11 +243,13 @@ def _fill_texts(
         rollouts = decode_examples(pair, part, settings, [example.id for example in part])
         settings["batch_size"] = rollouts.rows_that_fit or settings["batch_size"]
         made = _sound_rows(rollouts)
+        check()
         _append(folder, header, made)
         if len(made) < len(part):
             raise rollouts[len(made)].failure(f"{part[len(made)].source}: the teacher cannot complete it")
         rows += made
         progress(len(made))
+    check()
     _seal(folder, len(rows))
     return rows
 

@@ -39,6 +39,7 @@ from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
 from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDWarning
+from switchkd.lock import Check
 from switchkd.loss import (
     Head,
     Teacher,
@@ -91,7 +92,8 @@ class Trainer:
     """Distils ``pair.student`` on ``examples`` as ``config`` says; ``step`` is the number of updates done.
 
     ``teacher_cache`` is of ``examples``, ``validation`` for a mix that looks at a validation loss, ``corpus`` for a
-    language-modelling loss beside the objective.
+    language-modelling loss beside the objective. ``check_place`` is called before anything is written, and raises if the run
+    directory is not the one any more that the run began in.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class Trainer:
         teacher_cache: TeacherCache | None = None,
         validation: Sequence[TokenizedExample] = (),
         corpus: Sequence[TokenizedExample] = (),
+        check_place: Check = lambda: None,
     ):
         self.accelerator = accelerator or new_accelerator()
         self.config = config = with_launchers_settings(self.accelerator, config)
         self.pair, self.examples = pair, examples
         self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
+        self.check_place = check_place
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
@@ -173,6 +177,7 @@ class Trainer:
                     stop_together(self.accelerator)
                     self.due, rollouts = self.train_step(on_round)
                     if self.accelerator.is_main_process:
+                        self.check_place()
                         append_lines(self.run / ROLLOUTS, [{"step": self.step, **r.to_json()} for r in rollouts])
                 self._tell(rollouts, on_step, evaluate, sample)
         except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
@@ -203,6 +208,7 @@ class Trainer:
             if main and sampling and sample:
                 records = [{"step": self.step, **record} for record in sample(self.schedule)]
         if main:
+            self.check_place()
             append_lines(self.run / SAMPLES, records)
             if metrics:
                 append_lines(self.run / METRICS, [metrics])
@@ -299,6 +305,7 @@ class Trainer:
         if name := self.config.metric_for_best_model:
             sign = -1 if lower_is_better(name) else 1
             if not self.best or sign * scores[name] > sign * self.best["score"]:
+                self.check_place()
                 self.best = {"step": self.step, "score": scores[name]}
                 save_best(self.run, self.step, self.student, self.pair.tokenizer, weights)
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
@@ -319,6 +326,7 @@ class Trainer:
         weights, moments = self.masters.whole(), moments_of(self.masters, self.optimizer)
         with whole(self.student):
             if self.accelerator.is_main_process:
+                self.check_place()
                 sync_records(self.run)
                 keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
                 save_checkpoint(self.run, self._state(), self.student, tokenizer, weights, moments, keep)

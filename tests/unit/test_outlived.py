@@ -1,11 +1,13 @@
 """Nothing that is said of a student is shown when that student is gone: a run that goes on takes it back, readers refuse it."""
 
 import shutil
+import warnings
 
 import pytest
 from test_resume import bit_flipped
 from tiny import pair_on_disk
 
+from switchkd import runs
 from switchkd.cli import main
 from switchkd.compare import load_result
 from switchkd.errors import CheckpointError, DataError, SwitchKDWarning
@@ -16,6 +18,7 @@ from switchkd.results import read_results
 from switchkd.run_record import RunRecord
 from switchkd.saved_student import SavedStudent
 from switchkd.study import flags
+from switchkd.trainer import Trainer
 
 
 def train(run, *more):
@@ -148,3 +151,28 @@ def test_scores_beside_the_text_of_others_are_refused_and_made_again_by_the_run(
     with pytest.warns(SwitchKDWarning, match="The run does that now"):
         assert train(run) == 0
     assert file.read_text().splitlines() == lines
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def moved(run):
+    run.rename(run.with_name("moved"))
+
+
+def replaced(run):
+    moved(run)
+    run.mkdir()
+
+
+@pytest.mark.parametrize("how", [moved, replaced, shutil.rmtree])
+@pytest.mark.parametrize("moment", ["a step", "the last scores"])
+def test_a_run_whose_folder_goes_stops_and_makes_none_anew(run, how, moment, monkeypatch, capsys):
+    place, name = (Trainer, "_update") if moment == "a step" else (runs, "score")
+    call = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args: (how(run), call(*args))[1])
+    more = ["--max-steps", "5", "--allow-change", "max_steps"] if moment == "a step" else []
+    with warnings.catch_warnings(action="ignore"):
+        assert train(run, *more) == 1
+    assert "is not the folder that the work began in" in capsys.readouterr().err
+    assert not run.exists() or not any(run.iterdir())

@@ -379,7 +379,9 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
         if "manifest.json" in there:
             with pytest.raises(CheckpointError, match=r"shard-0000\d\.safetensors is missing; build"):
                 reopen(folder, kind)
-            (folder / ".shard-00001.safetensors.0123").write_bytes(b"half")  # a killed process cannot clean up
+            (folder / f".shard-00001.safetensors.switchkd-{'0' * 32}").write_bytes(
+                b"half"
+            )  # a killed process cannot clean up
         times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
         told = []
         build(folder, kind, batch_size=2, progress=told.append)
