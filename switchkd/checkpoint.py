@@ -44,7 +44,17 @@ Weights = Mapping[str, Tensor]  # the masters by parameter name, whole
 Moments = dict[str, Tensor]  # AdamW's state by parameter name: ``name/exp_avg``, ``name/exp_avg_sq``, ``name/step``
 
 
-class State(TypedDict):
+class _Meaning(TypedDict, total=False):
+    """What the rest of a state is of; checkpoints of old versions do not say it."""
+
+    best_of: str
+    rules: dict[str, str]
+    rows: int
+    rows_per_step: int
+    rows_per_rank: int
+
+
+class State(_Meaning):
     """What state.json holds: all of a trainer that moves, but for weights and moments."""
 
     step: int

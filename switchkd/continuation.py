@@ -91,8 +91,10 @@ def _refuse(run: Path, differing: Mapping[str, str]) -> None:
 # --- from where ---------------------------------------------------------------------------------------------------
 
 
-def whole_checkpoint(run: Path, resume_from: str = "") -> Path:
+def whole_checkpoint(run: Path, resume_from: str = "", with_best: bool = True) -> Path:
     """The checkpoint to go on from: the newest that is whole, with a warning if newer ones are not; or the one that is named.
+
+    ``with_best``: the best student so far, if there is one, must be whole too.
 
     Raises:
         CheckpointError: there is none that is whole, or the named one is not.
@@ -101,7 +103,7 @@ def whole_checkpoint(run: Path, resume_from: str = "") -> Path:
     damaged: list[CheckpointError] = []
     for folder in found:
         try:
-            _verify_all(folder)
+            _verify_all(folder, with_best)
         except CheckpointError as error:
             damaged.append(error)
             continue
@@ -129,11 +131,17 @@ def _named(run: Path, resume_from: str) -> Path:
     return folder
 
 
-def _verify_all(folder: Path) -> None:
+def _verify_all(folder: Path, with_best: bool) -> None:
     """Verify a checkpoint, and the best student that goes with it."""
     verify(folder)
-    if best := read_state(folder)["best"]:
-        verify(folder.parent / f"{BEST}{best['step']}")
+    if (best := read_state(folder)["best"]) and with_best:
+        try:
+            verify(folder.parent / f"{BEST}{best['step']:g}")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; {folder.name} is whole, and goes on without that best student if you allow it to be forgotten: "
+                "--allow-change metric_for_best_model"
+            ) from error
 
 
 def take_back(run: Path, step: int, told: int, ended: bool) -> None:

@@ -148,7 +148,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     checksums = _model_checksums(pair, heldout) if main else {}
     trainer = Trainer(
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
-        check_place=check_place,
+        check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
     )  # fmt: skip
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
