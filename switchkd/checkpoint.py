@@ -8,10 +8,11 @@ that evaluations saw lies in ``best-N``, with such a manifest.
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ from switchkd.manifest import (
     write_manifest,
 )
 from switchkd.masters import Masters
+from switchkd.plain import first, related, shown
 from switchkd.rollouts import RolloutRecord
 from switchkd.saved_student import Stamp
 from switchkd.sharding import full, shard_like, state_of
@@ -49,9 +51,9 @@ class _Meaning(TypedDict, total=False):
 
     best_of: str
     rules: dict[str, str]
-    rows: int
-    rows_per_step: int
-    rows_per_rank: int
+    rows: Annotated[int, range(2**63)]
+    rows_per_step: Annotated[int, range(1, 2**31)]
+    rows_per_rank: Annotated[int, range(1, 2**31)]
 
 
 class State(_Meaning):
@@ -65,6 +67,22 @@ class State(_Meaning):
     objective: dict[str, Any]
     mix: dict[str, Any]
     replay: list[RolloutRecord]
+
+
+@related(State)
+def _of_one_step(state: Mapping[str, Any]) -> str:
+    step, best, due = state["step"], state["best"], state["due"]
+    return first(
+        {
+            "step, num_tokens and seconds count from 0": not (
+                step >= 0 and state["num_tokens"] >= 0 and 0 <= state["seconds"] < math.inf
+            ),
+            f"best is {shown(best)}, and step {step}": bool(best)
+            and not (best.keys() == {"step", "score"} and best["step"] in range(1, step + 1)),
+            f"due is {shown(due)}, and step {step}": due is not None and due.get("step", 0) != step,
+            f"{step} steps read only {state.get('rows')} rows": state.get("rows", step) < step,
+        }
+    )
 
 
 def save_model(

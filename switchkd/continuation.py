@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from switchkd.checkpoint import BEST, PREFIX, bests, checkpoints, numbered, read_state, step_of
 from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
 from switchkd.errors import CheckpointError, ConfigError, DataError, SwitchKDWarning
 from switchkd.lock import LOCK
-from switchkd.manifest import STAMP, put_aside, take_away, verify
+from switchkd.manifest import STAMP, put_aside, read_record, take_away, verify
 from switchkd.models import default_device
 from switchkd.precision import with_dtypes
 from switchkd.results import EVALUATION, completions_file, read_results, take_out
@@ -46,8 +46,12 @@ def on_recorded_day(run: Path, config: TrainConfig) -> TrainConfig:
 
 
 def begun(run: Path) -> bool:
-    """Whether a directory holds more than a run writes that was stopped before it had scored anything."""
-    return run.exists() and any(path.name not in (CONFIG, ORIGIN, LOCK) for path in run.iterdir())
+    """Whether a directory holds more than a run writes that was stopped before it had scored anything.
+
+    Settings without the checksums that a run writes before them are somebody's own, and would be written over.
+    """
+    names = {path.name for path in run.iterdir()} if run.exists() else set()
+    return bool(names - {CONFIG, ORIGIN, LOCK}) or (CONFIG in names and ORIGIN not in names)
 
 
 def check_origin(
@@ -61,10 +65,30 @@ def check_origin(
     now |= {name: {"sha256": sha256} for name, sha256 in models.items()}
     file = run / ORIGIN
     if config.resumes and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _read_origin(file)
         differing = [k for k in now if before.get(k) != now[k] and k not in config.allow_change]
         _refuse(run, {k: f"other contents ({_words(before.get(k))} -> {_words(now[k])})" for k in differing})
     write_file(file, json.dumps(now, indent=1))
+
+
+class _Counted(TypedDict, total=False):
+    examples: int
+
+
+class _Fingerprint(_Counted):
+    """What origin.json says of a text or model: a checksum, and of a text the number of its examples."""
+
+    sha256: str
+
+
+def _read_origin(file: Path) -> dict[str, dict[str, int | str]]:
+    try:
+        return read_record(file, dict[str, _Fingerprint])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; whether the run is still on the text and models that it began with cannot be told. If you know that it is, "
+            f"delete {file} and resume again"
+        ) from error
 
 
 def _fingerprint(examples: Sequence[TokenizedExample]) -> dict[str, int | str]:

@@ -8,13 +8,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from switchkd.checkpoint import checkpoints, step_of
 from switchkd.config import TrainConfig, from_dict
-from switchkd.errors import CheckpointError, ConfigError
+from switchkd.errors import CheckpointError, ConfigError, DataError
 from switchkd.manifest import STAMP
-from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
+from switchkd.plain import (
+    Lines,
+    TokenId,
+    check_type,
+    damaged_at,
+    first,
+    iter_lines,
+    json_object,
+    read_lines,
+    read_yaml,
+    related,
+)
 from switchkd.results import Evaluation, read_results
 from switchkd.rollouts import RolloutRecord
 from switchkd.saved_student import SCORED, STUDENT, SavedStudent, scored_another
@@ -27,23 +38,26 @@ CONFIG = "config.yaml"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
 
 
+Count = Annotated[int, range(2**63)]
+
+
 class _Step(TypedDict):
     """What every line of every record has."""
 
-    step: int
+    step: Count
 
 
 class StepLine(_Step):
     """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
 
-    num_tokens: int
+    num_tokens: Count
     seconds: float
 
 
 class TextLine(RolloutRecord):
     """A line of rollouts.jsonl."""
 
-    step: int
+    step: Count
 
 
 class SampleLine(TextLine):
@@ -54,6 +68,22 @@ class SampleLine(TextLine):
     jsd: list[float]
     log_probs: tuple[list[float], list[float]]
     top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
+
+
+@related(SampleLine)
+def _sample_by_token(record: Mapping[str, Any]) -> str:
+    count = len(record["completion_ids"])
+    lists = {"jsd": [record["jsd"]], "log_probs": record["log_probs"], "top": record["top"]}
+    return first(
+        {
+            **{
+                f"{name} has not an entry for each of {count} tokens": any(len(own) != count for own in both)
+                for name, both in lists.items()
+            },
+            "a jsd is not in 0..1 bits": not all(0 <= value <= 1 for value in record["jsd"]),
+            "a token of top has no likely ones": not all(best for both in record["top"] for best in both),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +200,10 @@ def read_metrics(run: Path) -> Lines:
     for number, line in enumerate(lines, start=1):
         with damaged_at(file, number):
             check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
+            if number > 1 and not (before := lines[number - 2])["step"] < line["step"]:
+                raise DataError(f"step {line['step']} is there twice")
+            if number > 1 and before["num_tokens"] > line["num_tokens"]:
+                raise DataError(f"num_tokens falls from {before['num_tokens']} to {line['num_tokens']}")
     return lines
 
 

@@ -8,13 +8,14 @@ Letters in shapes: H hidden size, V vocabulary, n completion tokens of an exampl
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -164,6 +165,13 @@ class _Layout:
             used += length
         return _Layout(firsts, offsets)
 
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether the examples lie end to end, from the first shard to the last."""
+        starts = [0, *itertools.accumulate(lengths)]
+        ascending = self.firsts[:1] == [0] and all(a < b for a, b in pairwise([*self.firsts, len(lengths)]))
+        shards = pairwise([*self.firsts, len(lengths)]) if ascending else ()
+        return self.offsets == [starts[i] - starts[a] for a, b in shards for i in range(a, b)]
+
 
 def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k: int) -> Header:
     if not examples:
@@ -199,21 +207,31 @@ def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExa
         folder.mkdir(parents=True, exist_ok=True)
         layout = _Layout.of([len(example.completion_ids) for example in examples], _token_bytes(header))
         write_file(file, json.dumps({"made_from": header, "firsts": layout.firsts, "offsets": layout.offsets}))
-    manifest = read_json(file)
-    try:
-        stored, layout = manifest["made_from"], _Layout(manifest["firsts"], manifest["offsets"])
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}; delete {folder} and build the cache again") from error
-    refuse_other(folder, stored, header)
+    manifest = _read_manifest(folder)
+    refuse_other(folder, manifest["made_from"], header)
+    layout = _Layout(manifest["firsts"], manifest["offsets"])
+    if not layout.holds([len(example.completion_ids) for example in examples]):
+        raise CheckpointError(
+            f"{file} is damaged: its shards and offsets are not those of these examples; delete {folder} and build the cache again"
+        )
     return layout, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class _Manifest(TypedDict):
+    made_from: dict[str, Any]
+    firsts: list[int]
+    offsets: list[int]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST, _Manifest)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether nothing is missing, as far as names tell."""
     if not (folder / MANIFEST).exists():
         return False
-    shards = len(read_json(folder / MANIFEST).get("firsts", ()))
-    return all(_shard_file(folder, number).exists() for number in range(shards))
+    return all(_shard_file(folder, number).exists() for number in range(len(_read_manifest(folder)["firsts"])))
 
 
 def _fill(

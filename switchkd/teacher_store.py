@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
 from switchkd.lock import LOCK, Check, locked
 from switchkd.models import Pair
-from switchkd.plain import json_object
+from switchkd.plain import TokenId, check_type, json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
@@ -126,10 +126,12 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def read_json(file: Path) -> Header:
-    """A stored JSON object; raises CheckpointError if it cannot be read."""
+def read_json(file: Path, kind: Any = dict[str, Any]) -> Header:
+    """A stored JSON object of this ``kind``; raises CheckpointError if it cannot be read."""
     try:
-        return json_object(file.read_bytes())
+        found = json_object(file.read_bytes())
+        check_type(found, kind)
+        return found
     except (OSError, DataError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
 
@@ -299,16 +301,32 @@ def _open_texts(folder: Path, header: Header, examples: Sequence[TokenizedExampl
     if len(lines) > len(examples):
         raise CheckpointError(f"{file} has {len(lines)} lines for {len(examples)} examples; {_anew(folder)}")
     numbered = enumerate(zip(lines, examples[: len(lines)], strict=True), start=1)
-    return [_row(line, example, header["vocab_size"], f"{file}:{n}") for n, (line, example) in numbered]
+    return [_row(line, example, header, f"{file}:{n}") for n, (line, example) in numbered]
 
 
-def _row(line: bytes, example: TokenizedExample, vocab_size: int, where: str) -> Header:
+class _Row(TypedDict):
+    id: int
+    completion_ids: list[TokenId]
+    truncated: bool
+
+
+def _row(line: bytes, example: TokenizedExample, header: Header, where: str) -> Header:
     try:
-        row = json.loads(line)
-        ids, sound = row["completion_ids"], row["id"] == example.id and isinstance(row["truncated"], bool)
-        if sound and all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        row = json_object(line)
+        check_type(row, _Row)
+        ids, ended = (
+            row["completion_ids"],
+            row["completion_ids"][-1:] and row["completion_ids"][-1] in header["eos_token_ids"],
+        )
+        whole = len(ids) == header["max_new_tokens"] if row["truncated"] else ended
+        if (
+            row["id"] == example.id
+            and whole
+            and max(ids, default=0) < header["vocab_size"]
+            and len(ids) <= header["max_new_tokens"]
+        ):
             return row
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except DataError:
         pass
     raise CheckpointError(
         f"{where} is damaged: not a completion of example {example.id}; delete the folder to have the work done again"
