@@ -422,13 +422,16 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.replay import check_records
+    from switchkd.replay import Texts, check_records
     from switchkd.report import bar, console
     from switchkd.run_record import RunRecord
+    from switchkd.runs import load_heldout, load_train
 
     run = RunRecord.read(path)
+    train, heldout = load_train(run.config, pair, quiet=True), load_heldout(run.config, pair, quiet=True)
+    texts = Texts(train, heldout.examples or train, heldout.task if heldout.examples else None)
     with bar("read again", None) as progress:
-        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
+        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what), texts=texts))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
     dtypes = run.config.dtype, run.config.teacher_dtype

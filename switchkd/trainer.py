@@ -67,6 +67,7 @@ from switchkd.processes import (
 )
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
+from switchkd.samples import token_budget
 from switchkd.sampling import Use, keyed_uniform, noise_key
 from switchkd.sharding import clip, gather, is_sharded, reduce_in_next_backward, shard, whole
 from switchkd.statistics import lower_is_better
@@ -477,17 +478,12 @@ class Trainer:
         result, self.micro_rows = halving(work, self.micro_rows, what, "per_device_train_batch_size")
         return result
 
-    def _budget(self) -> int:
-        """Tokens that a completion may have at this step."""
-        start, end = self.config.max_new_tokens_start, self.config.max_new_tokens
-        return round(start + (end - start) * self.schedule) if start else end
-
     def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.rows_read + self.accelerator.process_index * self.rows_per_rank
         settings = self.config.decode_arguments() | {
             "policy": self.policy.at(self.schedule, self.step),
-            "max_new_tokens": self._budget(),
+            "max_new_tokens": token_budget(self.config, self.schedule),
             "seed": self.config.seed,
             "keep_hidden": self.config.objective.reads_teacher,
             "batch_size": self.generation_rows,
