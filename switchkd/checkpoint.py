@@ -79,7 +79,7 @@ def _of_one_step(state: Mapping[str, Any]) -> str:
             ),
             f"best is {shown(best)}, and step {step}": bool(best)
             and not (best.keys() == {"step", "score"} and best["step"] in range(1, step + 1)),
-            f"due is {shown(due)}, and step {step}": due is not None and due.get("step", 0) != step,
+            f"due is {shown(due)}, and step {step}": bool(due) and due.get("step") != step,
             f"{step} steps read only {state.get('rows')} rows": state.get("rows", step) < step,
         }
     )
