@@ -276,21 +276,23 @@ def evaluate(config: EvaluateConfig) -> None:
     from switchkd.precision import with_dtypes
     from switchkd.report import console, print_results
     from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
+    from switchkd.saved_student import SavedStudent
 
     # The default teacher alone is compared with.
     config = with_dtypes(dataclasses.replace(config, teachers={}, teacher_field=""), default_device())
+    run = run_of(config.student_model_name_or_path)
+    saved = SavedStudent.of(run) if run else None
     pair = open_pair(config)
     config = with_date(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
-    models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
+    models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
     results = {
-        name: score(pair, model, heldout, eval_settings(config, policy), name)
-        for name, (model, policy) in models.items()
+        name: score(pair, model, heldout, eval_settings(config, policy), name, saved=of)
+        for name, (model, policy, of) in models.items()
         if config.only in ("", name)
     }
     settings = all_settings(config, pair, heldout, eval_settings(config, config.policy))
     print_results(results, heldout.shown() | settings)
-    run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:
         write_scores(file, heldout, settings, results)
@@ -429,13 +431,16 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.replay import check_records
+    from switchkd.replay import Texts, check_records
     from switchkd.report import bar, console
     from switchkd.run_record import RunRecord
+    from switchkd.runs import load_heldout, load_train
 
     run = RunRecord.read(path)
+    train, heldout = load_train(run.config, pair, quiet=True), load_heldout(run.config, pair, quiet=True)
+    texts = Texts(train, heldout.examples or train, heldout.task if heldout.examples else None)
     with bar("read again", None) as progress:
-        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
+        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what), texts=texts))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
     dtypes = run.config.dtype, run.config.teacher_dtype

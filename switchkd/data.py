@@ -361,17 +361,17 @@ def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int
 # --- order and batches --------------------------------------------------------------------------------------------
 
 
-def batch_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the examples of optimizer step ``step`` (from 0); the step is the whole data cursor.
+def batch_indices(n_examples: int, batch_size: int, first: int, seed: int) -> list[int]:
+    """Indices of the next examples, ``first`` having been read before; that number is the whole data cursor.
 
     Epochs are permutations keyed by (seed, epoch) and laid end to end, so a batch may cross from one to the next and
     every example occurs once an epoch. Raises ConfigError for numbers out of range.
     """
-    if min(n_examples, batch_size) < 1 or step < 0 or not 0 <= seed < 2**64:
+    if min(n_examples, batch_size) < 1 or first < 0 or not 0 <= seed < 2**64:
         raise ConfigError(
-            f"no batch for {n_examples=}, {batch_size=}, {step=}, {seed=}: counts from 1, 0 <= seed < 2**64"
+            f"no batch for {n_examples=}, {batch_size=}, {first=}, {seed=}: counts from 1, 0 <= seed < 2**64"
         )
-    positions = range(step * batch_size, (step + 1) * batch_size)
+    positions = range(first, first + batch_size)
     epochs = range(positions[0] // n_examples, positions[-1] // n_examples + 1)
     orders = {epoch: _permutation(n_examples, seed, epoch) for epoch in epochs}
     return [int(orders[position // n_examples][position % n_examples]) for position in positions]

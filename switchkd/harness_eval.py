@@ -21,6 +21,7 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
 from switchkd.paths import expanded
 from switchkd.run_record import CONFIG, read_config
+from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template, with_date
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
         name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
+    verify_saved(Path(name).expanduser())
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
 
 

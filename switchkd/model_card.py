@@ -22,6 +22,7 @@ from switchkd.adapters import has_adapter
 from switchkd.config import TrainConfig, name_of, to_dict
 from switchkd.hub import PREFIX
 from switchkd.lines import SAMPLE
+from switchkd.manifest import CARD, MANIFEST
 from switchkd.models import BASE, MADE, adapter_base, num_parameters
 from switchkd.paths import expanded
 from switchkd.precision import dtype_name
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from switchkd.statistics import Estimate
     from switchkd.trainer import Trainer
 
-CARD = "README.md"
 # What comes with the package or is made by it: id on the hub, licence, and where it is from.
 OWN = {
     "demo": (
@@ -63,15 +63,19 @@ class Source:
     terms: str
 
 
-def model_card(trainer: Trainer, results: Mapping[str, Evaluation], evaluated: Mapping[str, Any]) -> str:
+def model_card(
+    trainer: Trainer, results: Mapping[str, Evaluation], evaluated: Mapping[str, Any], sha256: str = ""
+) -> str:
     """The card of the student that ``trainer`` made, as Markdown with the hub's metadata.
 
-    ``results`` are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
+    ``sha256`` is the checksum of the manifest of all files that the card is of, where they are saved with one. ``results``
+    are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
     """
     config = trainer.config.anew()
     models, data = _models(config), _data(config)
+    manifest = f"\n- the files that this card is of are those of a `{MANIFEST}` with the SHA-256 {_code(sha256)}"
     parts = {
-        "": _pair(trainer),
+        "": _pair(trainer) + (manifest if sha256 else ""),
         "## Method\n\n": _method(config),
         "## Data and cost\n\n": _cost(trainer, data),
         "## Scores\n\n": _scores(results, evaluated),

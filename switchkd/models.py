@@ -18,6 +18,7 @@ from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, n
 from switchkd.paths import expanded
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
+from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
 
@@ -104,11 +105,13 @@ def load_pair(
     ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
     template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
-    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
-    tokenizers are not equal id by id or a model has too few logits rows.
+    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
+    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows.
     """
     teacher_name, student_name = _pair_names(teacher, student)
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
+    for source in dict.fromkeys([student_name, *sources.values()]):
+        verify_saved(Path(source).expanduser())
     if BASE in sources.values() and lora is None and not _is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "

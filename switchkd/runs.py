@@ -14,6 +14,7 @@ student/          the result, for ``from_pretrained``: a model, or the adapter a
 """
 
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,12 +49,21 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
+from switchkd.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    NoMemoryError,
+    NonFiniteError,
+    SwitchKDWarning,
+    nearest,
+)
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lines import SAMPLE, BadRows
-from switchkd.lock import locked
+from switchkd.lock import Check, locked
+from switchkd.manifest import CARD
 from switchkd.masters import cast_weights
-from switchkd.model_card import CARD, model_card
+from switchkd.model_card import model_card
 from switchkd.models import (
     Pair,
     context_length,
@@ -65,11 +75,12 @@ from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
-from switchkd.results import Evaluation, read_results, write_results
+from switchkd.results import EVALUATION, Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent, Stamp
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
@@ -80,7 +91,6 @@ from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
 
-EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
@@ -103,11 +113,11 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = new_accelerator(), Path(config.output_dir)
-    mine = locked(run) if accelerator.is_main_process else nullcontext()
+    mine = locked(run) if accelerator.is_main_process else nullcontext(lambda: None)
     with signals.deferred(polled=accelerator.num_processes == 1):
         try:
-            with mine:
-                return _distil(config, accelerator)
+            with mine as check_place:
+                return _distil(config, accelerator, check_place)
         except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
             error.add_note(standing(run))
             raise
@@ -120,7 +130,7 @@ def standing(run: Path) -> str:
     return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
 
 
-def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
+def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
@@ -137,14 +147,16 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     corpus = load_corpus(config, pair, quiet=quiet)
     checksums = _model_checksums(pair, heldout) if main else {}
     trainer = Trainer(
-        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
-    )
+        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
+        check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
+    )  # fmt: skip
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
     with whole(trainer.student):
         if main:
+            check_place()
             tidy(run)
             check_origin(run, config, texts, checksums)
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
@@ -416,14 +428,19 @@ def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
 
 
 def score(
-    pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str, quiet: bool = False
+    pair: Pair,
+    model: PreTrainedModel,
+    heldout: Heldout,
+    settings: EvalSettings,
+    name: str,
+    quiet: bool = False,
+    saved: SavedStudent | None = None,
 ) -> Evaluation:
-    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
+    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of, and how they are ``saved``."""
     with report.bar(f"evaluate {name}", work(heldout.examples, settings), quiet) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
-    return replace(
-        result, model={"sha256": heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)}
-    )
+    sha256 = heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)
+    return replace(result, model={"sha256": sha256} | (saved.mark() if saved else {}))
 
 
 def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:
@@ -449,9 +466,9 @@ def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettin
 
 
 def run_of(student: str) -> Path | None:
-    """The run directory that a student lies in, if it is one's."""
-    folder = Path(student).parent
-    return folder if (folder / CONFIG).is_file() else None
+    """The run directory whose student that is, if it is one's; a checkpoint is another student than the run's."""
+    folder = Path(student)
+    return folder.parent if folder.name == STUDENT and (folder.parent / CONFIG).is_file() else None
 
 
 def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
@@ -470,7 +487,10 @@ def _before(
     if not (heldout.examples and config.eval_on_start):
         return {}
     if config.resumes and file.is_file() and not config.allow_change:
-        return read_results(file)
+        try:
+            return {name: result for name, result in read_results(file).items() if name not in SCORED}
+        except DataError as error:
+            warnings.warn(f"{error}. The run does that now", SwitchKDWarning, stacklevel=2)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
     write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
@@ -520,18 +540,25 @@ def _finish(
         )
     if config.merge:
         student, weights = merged(student, weights, dtype), {}
-    save_model(run / "student", student, pair.tokenizer, weights, dtype)
+    best = int(trainer.best["step"]) if trainer.best else trainer.step
+    stamp = Stamp(step=trainer.step, weights_of_step=best)
+    trainer.check_place()
+    save_model(run / STUDENT, student, pair.tokenizer, weights, dtype, stamp)
+    saved = SavedStudent.of(run)
     if config.merge:  # it is scored with the products that the run has
         cast_weights(student, trainer.student.dtype)
     known: dict[str, Any] = {}
     if heldout.examples:
-        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
+        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)
         known = all_settings(config, pair, heldout, settings)
+        trainer.check_place()
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:
             report.print_results(results, heldout.shown() | known)
-    write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
-    report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    write_file(
+        run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known, saved.sha256 if saved else "")
+    )
+    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
     if not quiet:
         report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

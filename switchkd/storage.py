@@ -33,7 +33,7 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
             for path in staging.rglob("*"):
                 sync(path)
             sync(staging)
-            if replace and target.exists():
+            if replace and os.path.lexists(target):
                 os.replace(target, old)
             os.replace(staging, target)
             sync(target.parent)
@@ -43,6 +43,8 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -77,18 +79,15 @@ def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def discard(path: Path) -> None:
-    """Take a folder away: at once as far as its name goes, so that no half of it is ever seen."""
+    """Take a folder away: at once as far as its name goes, so that no half of it is ever seen. Of a link, the link alone goes."""
     hidden = _hidden(path)
     with written(path):
         os.replace(path, hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
 
 
-def set_aside(path: Path) -> Path:
-    """Give a folder a name under which nothing looks for it, and return that; one set aside there before is taken away."""
-    aside = path.with_name(f"{path.name}.set-aside")
-    if aside.exists():
-        discard(aside)
+def set_aside(path: Path, aside: Path) -> Path:
+    """Give a file or folder the name ``aside``, under which nothing looks for it, and return that."""
     with written(path):
         os.replace(path, aside)
     return aside
@@ -99,7 +98,7 @@ def tidy(folder: Path) -> None:
     for path in folder.glob(".*"):
         if _HIDDEN.fullmatch(path.name):
             with written(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
 
 @contextmanager
@@ -134,8 +133,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# Names that nobody else gives: whatever has one may be deleted.
+_HIDDEN = re.compile(r"\..+\.switchkd-[0-9a-f]{32}")
 
 
 def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid4().hex}")
+    return path.with_name(f".{path.name}.switchkd-{uuid4().hex}")

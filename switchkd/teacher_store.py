@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
-from switchkd.lock import LOCK, locked
+from switchkd.lock import LOCK, Check, locked
 from switchkd.models import Pair
-from switchkd.plain import json_object
+from switchkd.plain import TokenId, check_type, json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
@@ -109,9 +109,12 @@ def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
         )
 
 
-def alone(folder: Path, whole: bool) -> AbstractContextManager[None]:
-    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither."""
-    return nullcontext() if whole else locked(folder, wait=True)
+def alone(folder: Path, whole: bool) -> AbstractContextManager[Check]:
+    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither.
+
+    As of ``locked``, what it gives is to be called before something is written.
+    """
+    return nullcontext(lambda: None) if whole else locked(folder, wait=True)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -123,10 +126,12 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def read_json(file: Path) -> Header:
-    """A stored JSON object; raises CheckpointError if it cannot be read."""
+def read_json(file: Path, kind: Any = dict[str, Any]) -> Header:
+    """A stored JSON object of this ``kind``; raises CheckpointError if it cannot be read."""
     try:
-        return json_object(file.read_bytes())
+        found = json_object(file.read_bytes())
+        check_type(found, kind)
+        return found
     except (OSError, DataError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
 
@@ -213,8 +218,8 @@ def teacher_texts(
         "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
         "repeatable": repeatable,
     }  # fmt: skip
-    with alone(folder, whole=(folder / COMPLETE).exists()):
-        rows = _fill_texts(pair, examples, folder, header, settings, progress)
+    with alone(folder, whole=(folder / COMPLETE).exists()) as check:
+        rows = _fill_texts(pair, examples, folder, header, settings, progress, check)
     return [
         dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
         for e, row in zip(examples, rows, strict=True)
@@ -228,6 +233,7 @@ def _fill_texts(
     header: Header,
     settings: dict[str, Any],
     progress: Progress,
+    check: Check,
 ) -> list[Header]:
     """All rows; those that are missing are made, and stored chunk by chunk."""
     rows = _open_texts(folder, header, examples)
@@ -239,11 +245,13 @@ def _fill_texts(
         rollouts = decode_examples(pair, part, settings, [example.id for example in part])
         settings["batch_size"] = rollouts.rows_that_fit or settings["batch_size"]
         made = _sound_rows(rollouts)
+        check()
         _append(folder, header, made)
         if len(made) < len(part):
             raise rollouts[len(made)].failure(f"{part[len(made)].source}: the teacher cannot complete it")
         rows += made
         progress(len(made))
+    check()
     _seal(folder, len(rows))
     return rows
 
@@ -293,16 +301,32 @@ def _open_texts(folder: Path, header: Header, examples: Sequence[TokenizedExampl
     if len(lines) > len(examples):
         raise CheckpointError(f"{file} has {len(lines)} lines for {len(examples)} examples; {_anew(folder)}")
     numbered = enumerate(zip(lines, examples[: len(lines)], strict=True), start=1)
-    return [_row(line, example, header["vocab_size"], f"{file}:{n}") for n, (line, example) in numbered]
+    return [_row(line, example, header, f"{file}:{n}") for n, (line, example) in numbered]
 
 
-def _row(line: bytes, example: TokenizedExample, vocab_size: int, where: str) -> Header:
+class _Row(TypedDict):
+    id: int
+    completion_ids: list[TokenId]
+    truncated: bool
+
+
+def _row(line: bytes, example: TokenizedExample, header: Header, where: str) -> Header:
     try:
-        row = json.loads(line)
-        ids, sound = row["completion_ids"], row["id"] == example.id and isinstance(row["truncated"], bool)
-        if sound and all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        row = json_object(line)
+        check_type(row, _Row)
+        ids, ended = (
+            row["completion_ids"],
+            row["completion_ids"][-1:] and row["completion_ids"][-1] in header["eos_token_ids"],
+        )
+        whole = len(ids) == header["max_new_tokens"] if row["truncated"] else ended
+        if (
+            row["id"] == example.id
+            and whole
+            and max(ids, default=0) < header["vocab_size"]
+            and len(ids) <= header["max_new_tokens"]
+        ):
             return row
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except DataError:
         pass
     raise CheckpointError(
         f"{where} is damaged: not a completion of example {example.id}; delete the folder to have the work done again"

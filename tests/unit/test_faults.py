@@ -127,7 +127,7 @@ def prune_first(run, state, *rest, save=checkpoint.save_checkpoint):
 MUTANTS = {
     "a checkpoint is written where it belongs": ("switchkd.checkpoint.staged_folder", in_place),
     "the oldest goes before the newest is there": ("switchkd.trainer.save_checkpoint", prune_first),
-    "a checkpoint is taken away under its name": ("switchkd.checkpoint.discard", shutil.rmtree),
+    "a checkpoint is taken away under its name": ("switchkd.manifest.discard", shutil.rmtree),
     "what fails is passed over": ("switchkd.checkpoint.save_file", passed_over),
     "errors of libraries are not told apart": ("switchkd.storage.written", lambda *_: nullcontext()),
     "what is half made stays": ("switchkd.storage.tidy", lambda _: None),

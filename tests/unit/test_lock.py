@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from tiny import toy_examples
 from switchkd import continuation, lock
 from switchkd.config import TrainConfig, to_dict
 from switchkd.continuation import check_origin, check_run
-from switchkd.errors import ConfigError, InUseError
+from switchkd.errors import ConfigError, DiskError, InUseError
 from switchkd.lock import LOCK, locked
 from switchkd.runs import distil
 from switchkd.study import Size, run_cells
@@ -97,7 +98,7 @@ def owner(**changes):
         (owner(host="elsewhere"), True),
         (owner(pid=2**22 + 1), False),
         (owner(started=1.0), False),  # its pid is another process's now
-        ("half a li", False),
+        ('{"pid": 12, "ho', False),
     ],
 )
 def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explained(tmp_path, monkeypatch, left, refused):
@@ -114,6 +115,78 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
     else:
         with locked(tmp_path):
             assert json.loads(file.read_text()) == owner()
+
+
+# --- what has the name of a folder or lock, and is none ------------------------------------------------------------
+
+
+def a_link(path, target):
+    target.write_text("thesis")
+    path.symlink_to(target)
+
+
+def another_name(path, target):
+    target.write_text("thesis")
+    os.link(target, path)
+
+
+def own_contents(path, target):
+    target.write_text("thesis")
+    path.write_text('{"packages": ["thesis"]}')
+
+
+@pytest.mark.parametrize("make", [a_link, another_name, own_contents, lambda path, _: os.mkfifo(path)])
+def test_a_file_that_is_no_lock_is_neither_written_over_nor_deleted(tmp_path, make):
+    folder, target = tmp_path / "run", tmp_path / "thesis.txt"
+    folder.mkdir()
+    make(folder / LOCK, target)
+    with (
+        pytest.raises(DiskError, match=rf"{folder / LOCK} is .*, and no lock that switchkd wrote: move it away"),
+        locked(folder),
+    ):
+        pass
+    assert os.path.lexists(folder / LOCK) and not (target.exists() and target.read_text() != "thesis")
+    assert "thesis" in (folder / LOCK).read_text() if make is own_contents else True
+
+
+def test_a_link_that_leads_nowhere_is_no_lock_and_makes_no_file(tmp_path):
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DiskError, match=f"a link to {tmp_path / 'elsewhere'}"), locked(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("place", ["link", "link/run", "loop/run"])
+@pytest.mark.parametrize("wait", [True, False])  # as a store waits, and a run or study does not
+def test_a_folder_behind_a_link_that_leads_nowhere_is_an_error_at_once(tmp_path, place, wait):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (
+        pytest.raises((DiskError, OSError), match=r"which is not there: make that folder|Too many levels"),
+        locked(tmp_path / place, wait),
+    ):
+        pass
+
+
+def moved(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def replaced(folder):
+    moved(folder)
+    shutil.copytree(folder.with_name("moved"), folder)
+
+
+@pytest.mark.parametrize("how", [moved, replaced, shutil.rmtree, lambda folder: (folder / LOCK).unlink()])
+def test_a_folder_that_is_not_the_one_any_more_is_noticed_and_its_lock_left_alone(tmp_path, how):
+    folder = tmp_path / "run"
+    with locked(folder) as check:
+        (folder / "x").write_text("")
+        check()
+        how(folder)
+        with pytest.raises(DiskError, match=f"{folder} is not the folder that the work began in"):
+            check()
+    assert (folder / LOCK).exists() == (how is replaced)
 
 
 # --- the same run -------------------------------------------------------------------------------------------------

@@ -379,7 +379,9 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
         if "manifest.json" in there:
             with pytest.raises(CheckpointError, match=r"shard-0000\d\.safetensors is missing; build"):
                 reopen(folder, kind)
-            (folder / ".shard-00001.safetensors.0123").write_bytes(b"half")  # a killed process cannot clean up
+            (folder / f".shard-00001.safetensors.switchkd-{'0' * 32}").write_bytes(
+                b"half"
+            )  # a killed process cannot clean up
         times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
         told = []
         build(folder, kind, batch_size=2, progress=told.append)
@@ -460,7 +462,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, small_shards, damage):
         record = json.loads(manifest.read_text())
         record["offsets"][3] += 1
         manifest.write_text(json.dumps(record))
-        name = "shard-00000"
+        name = r"manifest\.json"
     with pytest.raises(CheckpointError, match=name + ".*(delete|build)"):
         reopen(folder, "hidden")
     if damage in ("flip", "cut", "empty", "swap", "foreign"):
