@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -162,9 +163,11 @@ def pair_on_disk(folder: Path, prompt: str = "What is {0} and {0}?", completion:
     }
 
 
-def toy_pair(family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2)) -> Pair:
+def toy_pair(
+    family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2), make: Any = None
+) -> Pair:
     """A pair of tiny random models with a tokenizer to save beside them."""
-    teacher, student = (tiny_model(family, seed, dtype) for seed in (seeds[1], seeds[0]))
+    teacher, student = ((make or tiny_model)(family, seed, dtype) for seed in (seeds[1], seeds[0]))
     teacher.requires_grad_(False)
     return Pair(teacher, student, byte_level_tokenizer(), VOCAB, (1,), ())
 
@@ -193,13 +196,14 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
 
 @cache
 def _original(family: str, seed: int, dtype: torch.dtype, scale: float):
-    model = _new_model(family, seed, dtype, scale)
+    model = new_model(family, seed, dtype, scale)
     with suppress(ModelError):
         proof.prove(model)
     return model
 
 
-def _new_model(family: str, seed: int, dtype: torch.dtype, scale: float):
+def new_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0):
+    """The same, made anew and not proved yet: for tests of the proof."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = FAMILIES[family]().to(dtype).eval()
