@@ -437,14 +437,13 @@ def _load_student(
         model = load_model(name, dtype, device)
         beside = freeze_beside_text(model)
     else:
-        from switchkd.adapters import add_adapter, check_settings, open_adapter
+        from switchkd.adapters import add_adapter, open_adapter
 
         model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
         beside = freeze_beside_text(model)
         if _is_adapter(name):
-            open_adapter(model, Path(name), train=True)
+            open_adapter(model, Path(name), asked=lora)
             freeze_beside_text(model)  # what another hand has adapted there
-            check_settings(model, lora, Path(name))
         else:
             add_adapter(model, lora, seed, beside)
     return model, (frozen_note(beside),) if beside else ()
