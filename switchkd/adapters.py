@@ -24,6 +24,7 @@ from switchkd.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.masters import Masters, cast_weights
 from switchkd.models import ADAPTER_CONFIG
 from switchkd.plain import json_object
+from switchkd.precision import quantised
 from switchkd.sampling import Use, noise_key
 
 if TYPE_CHECKING:
@@ -106,6 +107,16 @@ def _check_settings(lora: "LoraConfig", config: "ModelConfig", targets: list[str
             f"the student {folder} is an adapter already ({'; '.join(changed)}); give its own settings to go on with it, "
             "or name its base as the student for a new adapter"
         )
+
+
+def check_trainable(model: PreTrainedModel, merge: bool) -> None:
+    """Raise ConfigError if weights that are quantised are to be trained, or to take up an adapter: they would be rounded away."""
+    if not (method := quantised(model.config)) or (has_adapter(model) and not merge):
+        return
+    what = "an adapter cannot be merged into them: leave merge out" if merge else "they cannot be trained: set use_peft"
+    raise ConfigError(
+        f"the student's weights are quantised ({method}), and {what}, or take the student in full precision"
+    )
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from switchkd.errors import NoMemoryError, SwitchKDWarning
 Result = TypeVar("Result")
 
 
-# How libraries say it that have no exception of its own for it. oneDNN, which multiplies on CPUs, names no reason: where it has made
-# the description of a product and cannot make the product itself, it found no memory for it.
+# How libraries say it that have no exception of its own for it. oneDNN, which multiplies on CPUs, names no reason: where it has
+# described a product and cannot make it, it found no memory for it.
 _WORDS = re.compile(
     r"\bout of memory\b|\bnot enough memory\b|cannot allocate memory|could not (create|execute) a primitive(?! descriptor)"
     r"|could not create a memory|_STATUS_ALLOC_FAILED|std::bad_alloc",

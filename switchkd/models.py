@@ -16,7 +16,7 @@ from switchkd.config import BASE
 from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.plain import check_type, json_object, shown
-from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
+from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name, quantised
 from switchkd.template_inputs import Template
 from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
 
@@ -167,6 +167,8 @@ def load_model(
         return model
     config = _load_config(source, is_local)
     refuse_recurrent(config)
+    if load_in_4bit and (method := quantised(config)):
+        raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
     in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
     with _as_model_error(source, is_local):
         model, info = AutoModelForCausalLM.from_pretrained(

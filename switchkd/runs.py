@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import live, report, signals
-from switchkd.adapters import merged
+from switchkd.adapters import check_trainable, merged
 from switchkd.checkpoint import Weights, checkpoints, save_model
 from switchkd.config import (
     DataConfig,
@@ -182,6 +182,8 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         teachers=config.teachers,
         template=template,
     )
+    if train:
+        check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)

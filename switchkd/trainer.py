@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from switchkd import signals
-from switchkd.adapters import has_adapter
+from switchkd.adapters import check_trainable, has_adapter
 from switchkd.balance import balance_coefficient, balancing
 from switchkd.cache import evaluating, restoring_modes
 from switchkd.checkpoint import (
@@ -107,6 +107,7 @@ class Trainer:
     ):
         self.accelerator = accelerator or new_accelerator()
         self.config = config = with_launchers_settings(self.accelerator, config)
+        check_trainable(pair.student, config.merge)
         self.pair, self.examples = pair, examples
         self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
         if config.mix.validation_steps and not validation:

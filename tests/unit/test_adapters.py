@@ -18,8 +18,9 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
     toy_examples,
+    toy_pair,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference
 from switchkd.adapters import add_adapter, has_adapter, merged
@@ -674,6 +675,29 @@ def test_four_bits_are_asked_for_as_qlora_does(base, monkeypatch):
     assert teacher == (None, None) and device_map == {"": torch.device("cpu")}
     assert (student.load_in_4bit, student.bnb_4bit_quant_type) == (True, "nf4")
     assert student.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config", [BitsAndBytesConfig(load_in_4bit=True), {"quant_method": "gptq", "bits": 4}])
+def test_a_student_that_is_quantised_already_is_known_by_itself(tmp_path, config):
+    """Whoever did it, and whatever load_in_4bit says; without a package that does it, only a config can say so here."""
+    method = "gptq" if isinstance(config, dict) else "bitsandbytes"
+    whole, adapted = toy_pair(), self_pair()
+    for pair, settings, words in (
+        (whole, {}, "they cannot be trained: set use_peft, or take the student in full precision"),
+        (adapted, dict(merge=True, use_peft=True), "an adapter cannot be merged into them: leave merge out, or take"),
+    ):
+        pair.student.config.quantization_config = config
+        with pytest.raises(ConfigError, match=rf"the student's weights are quantised \({method}\), and {words}"):
+            trainer(tmp_path, pair, **settings)
+    trainer(tmp_path, adapted, use_peft=True)
+
+
+def test_a_model_that_is_quantised_already_is_not_quantised_again(base):
+    edit = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(edit))
+    lora = dataclasses.replace(LORA, load_in_4bit=True)
+    with pytest.raises(ConfigError, match=r"load_in_4bit, and the weights of .*base are quantised already \(fp8\)"):
+        load_pair("base", str(base), device="cpu", lora=lora)
 
 
 def test_a_four_bit_student_trains_and_its_teacher_is_the_four_bit_base(base, tmp_path):
