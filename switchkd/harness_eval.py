@@ -19,7 +19,7 @@ from switchkd import __version__
 from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
-from switchkd.run_record import CONFIG, read_config
+from switchkd.run_record import CONFIG, read_config, trained_student
 from switchkd.template_inputs import Template, with_date
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     run, in_4bit = Path(name).expanduser(), False
     if (run / CONFIG).is_file():
         recipe = read_config(run)
-        if not (run / "student").is_dir():
-            raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`")
-        name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
+        name, dtype, in_4bit = trained_student(run), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)

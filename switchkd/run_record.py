@@ -54,6 +54,15 @@ class SampleLine(TextLine):
     top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
 
 
+def trained_student(run: Path) -> str:
+    """The folder of the student that a run made. Raises ConfigError, with the way out, where there is none yet."""
+    if (run / "student").is_dir():
+        return str(run / "student")
+    saved = [str(folder) for folder in checkpoints(run) if step_of(folder)]
+    instead = f", or name a checkpoint's student instead: --student {saved[-1]}" if saved else ""
+    raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`{instead}")
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model."""
