@@ -18,7 +18,7 @@ from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, n
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name, quantised
 from switchkd.template_inputs import Template
-from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
+from switchkd.vocabulary import check_logits_rows, check_vocabulary, left_out_note, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -114,20 +114,22 @@ def load_pair(
             f"teacher (a folder of that name is './{BASE}')"
         )
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers = {}
+    tokenizers, sizes = {}, []
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
-            vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
+            sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
+    vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
     for name, model in models.items():
         with _naming(name):
-            check_logits_rows(model, vocab_size, "teacher")
-            check_logits_rows(student_model, vocab_size, "student")
+            vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
+            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
+    left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
-    warnings = notes + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     warnings += told
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (

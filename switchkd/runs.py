@@ -79,6 +79,7 @@ from switchkd.template_inputs import SOME_DAY, Template, template_settings, toda
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
+from switchkd.vocabulary import within
 
 EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
@@ -217,7 +218,13 @@ def prepared(
         teacher_prompt=teacher_prompt,
         eos_token_ids=pair.eos_token_ids,
     )
+    kept = within(tokenized, pair)
+    if not kept:
+        raise DataError(
+            f"{file}: each of {len(tokenized)} examples holds a token that not all of the models know; take another file"
+        )
     left_out = {
+        "that hold a token not all of the models know left out": len(tokenized) - len(kept),
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
         "prompts of the teacher over their limit left out": drops.long_teacher_prompts,
         "completions that spell out the end token left out": drops.end_tokens_in_text,
@@ -225,11 +232,11 @@ def prepared(
     }
     notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
     if teacher_field:
-        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(tokenized).items())
+        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(kept).items())
         notes += f"; teachers: {', '.join(shares)}"
     if not quiet:
-        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
-    return tokenized
+        report.console.print(f"{file}: {len(kept)} examples{notes}", soft_wrap=True)
+    return kept
 
 
 def load_task(
@@ -363,7 +370,7 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     if not config.lm_file:
         return []
     longest = config.max_prompt_length + config.max_completion_length
-    texts = load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad)
+    texts = within(load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad), pair)
     if not quiet:
         report.console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
     return texts
