@@ -21,14 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import live, report, signals
-from switchkd.adapters import check_trainable, merged
-from switchkd.checkpoint import Weights, checkpoints, save_model
+from switchkd.adapters import check_trainable
+from switchkd.checkpoint import Weights, checkpoints
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -52,7 +51,6 @@ from switchkd.demo_pair import cache_folder
 from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lock import locked
-from switchkd.masters import cast_weights
 from switchkd.model_card import CARD, model_card
 from switchkd.models import (
     Pair,
@@ -65,6 +63,7 @@ from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
+from switchkd.rehearsal import STUDENT, rehearse, save_student
 from switchkd.results import Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
@@ -144,9 +143,11 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+    weights: Weights = trainer.masters.whole()
     with whole(trainer.student):
         if main:
             tidy(run)
+            rehearse(trainer, weights)
             check_origin(run, config, texts, checksums)
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
@@ -155,10 +156,10 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
     trainer.load_best()
-    saved = trainer.final_weights()
+    weights = trainer.final_weights()
     with whole(trainer.student):
         if main:
-            _finish(trainer, *saved, heldout, settings, trackers, results, quiet)
+            _finish(trainer, weights, heldout, settings, trackers, results, quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
@@ -504,26 +505,21 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
 def _finish(
     trainer: Trainer,
     weights: Weights,
-    dtype: torch.dtype,
     heldout: Heldout,
     settings: EvalSettings,
     trackers: Trackers,
     results: dict[str, Evaluation],
     quiet: bool,
 ) -> None:
-    """Save the student, which has these ``weights``, in ``dtype``, score it into ``results``, and say where all that lies."""
-    config, pair, run, student = trainer.config, trainer.pair, trainer.run, trainer.student
+    """Save the student, which has these ``weights``, score it into ``results``, and say where all that lies."""
+    config, pair, run = trainer.config, trainer.pair, trainer.run
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
             f"{report.number(trainer.best['score'])}",
             soft_wrap=True,
         )
-    if config.merge:
-        student, weights = merged(student, weights, dtype), {}
-    save_model(run / "student", student, pair.tokenizer, weights, dtype)
-    if config.merge:  # it is scored with the products that the run has
-        cast_weights(student, trainer.student.dtype)
+    student = save_student(trainer, STUDENT, weights, trainer.save_dtype)
     known: dict[str, Any] = {}
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
@@ -532,7 +528,7 @@ def _finish(
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:
             report.print_results(results, heldout.shown() | known)
-    write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
-    report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    write_file(run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known))
+    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
     if not quiet:
         report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

@@ -362,15 +362,20 @@ class Trainer:
         if self.best:
             load_best(self.run, int(self.best["step"]), self.student, self.masters)
 
-    def final_weights(self) -> tuple[Weights, torch.dtype]:
-        """The masters, whole, and the dtype that the student is to be saved in, to which it is rounded now. All ranks must ask."""
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """The dtype that the student is saved in at the end."""
         name: str = self.config.save_dtype
         if name == "auto":
             own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
             name = dtype_name(self.masters.dtype) if own else self.pair.folder_dtype
         dtype: torch.dtype = getattr(torch, name)
-        self.masters.round_to(dtype)
-        return self.masters.whole(), dtype
+        return dtype
+
+    def final_weights(self) -> Weights:
+        """The masters, whole, rounded now to the dtype that they are saved in. All ranks must ask."""
+        self.masters.round_to(self.save_dtype)
+        return self.masters.whole()
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the step itself."""

@@ -22,7 +22,7 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference
+from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference, rehearsal
 from switchkd.adapters import add_adapter, has_adapter, merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import head_inputs
@@ -784,6 +784,22 @@ def test_a_merged_run_leaves_a_plain_student_whose_teacher_is_the_base_that_it_l
     assert run(place, tmp_path / "adapter", "--resume", "--merge") == 0  # a change of mind costs no training
     for name in ("adapter", "merged"):
         assert {p.name for p in (tmp_path / name / "student").glob("*model*")} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("part", ["merged", "load_model", "model_card"])
+def test_what_the_end_of_a_run_does_is_tried_before_its_first_step(place, tmp_path, monkeypatch, capsys, part):
+    def fails(*_, **__):
+        raise ModelError("no card") if part == "model_card" else RecursionError("too deep")
+
+    monkeypatch.setattr(rehearsal, part, fails)
+    assert run(place, tmp_path / "run", "--merge", "--eval-samples", "0") == 1
+    words = (
+        "no card"
+        if part == "model_card"
+        else "tried before the first step: the adapter cannot be merged into the student "
+    )
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_another_adapter_is_refused(place, tmp_path, capsys):

@@ -225,7 +225,7 @@ def test_one_id_more_than_logits_rows_is_never_drawn_and_rows_that_hold_it_are_l
     rows = len(tokenizer)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     for name, seed in (("teacher", 1), ("student", 2)):
-        save_llama(tmp_path / name, tokenizer, seed, vocab_size=rows)
+        save_llama(tmp_path / name, tokenizer, seed, vocab_size=rows + (name == "teacher"))
     file = tmp_path / "data.jsonl"
     texts = ["two and two", "the <image> here", "three"]
     file.write_text("".join(json.dumps({"prompt": text, "completion": "four"}) + "\n" for text in texts))
