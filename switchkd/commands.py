@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
-    """Complete prompts under a policy and say who wrote what."""
+    """Complete prompts under a policy and say who wrote what; of a run, its student writes alone unless a policy is named."""
 
     prompt: tuple[str, ...] = ()
     """Prompts as text, sent through the template; without any, those of eval_file are completed."""
@@ -189,6 +189,8 @@ class TasksConfig(Settings):
 
 # Settings that a command has of its own, and does not take from a recipe or run.
 NOT_FROM_RECIPE: dict[type, tuple[str, ...]] = {EvaluateConfig: ("policy", "eval_samples")}
+# What a command means by a run, whose training had another policy: its student, which writes alone.
+OF_A_RUN: dict[type, dict[str, Any]] = {GenerateConfig: {"policy": StudentOnly()}}
 
 
 def train(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
 from switchkd.paths import expanded
-from switchkd.run_record import CONFIG, read_config
+from switchkd.run_record import CONFIG, read_config, trained_student
 from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template, with_date
 
@@ -55,9 +55,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     run, in_4bit = Path(expanded(name)), False
     if (run / CONFIG).is_file():
         recipe = read_config(run)
-        if not (run / "student").is_dir():
-            raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`")
-        name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
+        name, dtype, in_4bit = trained_student(run), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
     verify_saved(Path(name).expanduser())

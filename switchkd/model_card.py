@@ -25,7 +25,7 @@ from switchkd.lines import SAMPLE
 from switchkd.manifest import CARD, MANIFEST
 from switchkd.models import BASE, MADE, adapter_base, num_parameters
 from switchkd.paths import expanded
-from switchkd.precision import dtype_name
+from switchkd.precision import dtype_name, quantised
 from switchkd.statistics import FEW_EXAMPLES
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _is_adapter(trainer: Trainer) -> bool:
 def _pair(trainer: Trainer) -> str:
     config, pair = trainer.config, trainer.pair
     trained = sum(parameter.numel() for parameter in pair.student.parameters() if parameter.requires_grad)
-    sources = {"": config.teacher_model_name_or_path, **config.teachers}
+    sources, method = {"": config.teacher_model_name_or_path, **config.teachers}, quantised(pair.student.config)
     lines = ["A student language model that switchkd distilled from its teacher.", ""]
     for name, model in pair.named_teachers.items():
         role = f"teacher {_code(name)}" if name else "teacher"
@@ -176,7 +176,7 @@ def _pair(trainer: Trainer) -> str:
     )
     lines.append(
         f"- the student was trained in {dtype_name(trainer.masters.dtype)}, and multiplied in {config.dtype}"
-        f"{', its frozen weights in 4 bits' if config.load_in_4bit else ''}; the teacher was in {config.teacher_dtype}"
+        f"{f', its frozen weights quantised ({method})' if method else ''}; the teacher was in {config.teacher_dtype}"
     )
     if has_adapter(pair.student):
         where = "lies here alone: load it on its base" if _is_adapter(trainer) else "is merged into the weights here"

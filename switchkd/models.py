@@ -17,10 +17,10 @@ from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
 from switchkd.paths import expanded
 from switchkd.plain import check_type, json_object, shown
-from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
+from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name, quantised
 from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template
-from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
+from switchkd.vocabulary import check_logits_rows, check_vocabulary, left_out_note, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -118,20 +118,22 @@ def load_pair(
             f"teacher (a folder of that name is './{BASE}')"
         )
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers = {}
+    tokenizers, sizes = {}, []
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
-            vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
+            sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
+    vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
     for name, model in models.items():
         with _naming(name):
-            check_logits_rows(model, vocab_size, "teacher")
-            check_logits_rows(student_model, vocab_size, "student")
+            vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
+            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
+    left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
-    warnings = notes + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     warnings += told
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
@@ -171,6 +173,8 @@ def load_model(
         return model
     config = _load_config(source, is_local)
     refuse_recurrent(config)
+    if load_in_4bit and (method := quantised(config)):
+        raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
     in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
     with _as_model_error(source, is_local):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -441,14 +445,13 @@ def _load_student(
         model = load_model(name, dtype, device)
         beside = freeze_beside_text(model)
     else:
-        from switchkd.adapters import add_adapter, check_settings, open_adapter
+        from switchkd.adapters import add_adapter, open_adapter
 
         model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
         beside = freeze_beside_text(model)
         if _is_adapter(name):
-            open_adapter(model, Path(name), train=True)
+            open_adapter(model, Path(name), asked=lora)
             freeze_beside_text(model)  # what another hand has adapted there
-            check_settings(model, lora, Path(name))
         else:
             add_adapter(model, lora, seed, beside)
     return model, (frozen_note(beside),) if beside else ()

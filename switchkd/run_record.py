@@ -86,6 +86,15 @@ def _sample_by_token(record: Mapping[str, Any]) -> str:
     )
 
 
+def trained_student(run: Path) -> str:
+    """The folder of the student that a run made. Raises ConfigError, with the way out, where there is none yet."""
+    if (run / STUDENT).is_dir():
+        return str(run / STUDENT)
+    saved = [str(folder) for folder in checkpoints(run) if step_of(folder)]
+    instead = f", or name a checkpoint's student instead: --student {saved[-1]}" if saved else ""
+    raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`{instead}")
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model.

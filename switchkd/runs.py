@@ -22,14 +22,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import live, report, signals
-from switchkd.adapters import merged
-from switchkd.checkpoint import Weights, checkpoints, save_model
+from switchkd.adapters import check_trainable
+from switchkd.checkpoint import Weights, checkpoints
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -62,7 +61,6 @@ from switchkd.evaluation import EvalSettings, evaluate, score_names, work
 from switchkd.lines import SAMPLE, BadRows
 from switchkd.lock import Check, locked
 from switchkd.manifest import CARD
-from switchkd.masters import cast_weights
 from switchkd.model_card import model_card
 from switchkd.models import (
     Pair,
@@ -75,12 +73,13 @@ from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
+from switchkd.rehearsal import rehearse, save_student
 from switchkd.results import EVALUATION, Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
-from switchkd.saved_student import SCORED, STUDENT, SavedStudent, Stamp
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
 from switchkd.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
@@ -90,6 +89,7 @@ from switchkd.template_inputs import SOME_DAY, Template, template_settings, toda
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
+from switchkd.vocabulary import within
 
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
@@ -154,10 +154,12 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+    weights: Weights = trainer.masters.whole()
     with whole(trainer.student):
         if main:
             check_place()
             tidy(run)
+            rehearse(trainer, weights)
             check_origin(run, config, texts, checksums)
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
@@ -166,10 +168,10 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
     trainer.load_best()
-    saved = trainer.final_weights()
+    weights = trainer.final_weights()
     with whole(trainer.student):
         if main:
-            _finish(trainer, *saved, heldout, settings, trackers, results, quiet)
+            _finish(trainer, weights, heldout, settings, trackers, results, quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
@@ -194,6 +196,8 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         teachers=config.teachers,
         template=template,
     )
+    if train:
+        check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -229,7 +233,13 @@ def prepared(
         eos_token_ids=pair.eos_token_ids,
         bad=bad,
     )
+    kept = within(tokenized, pair)
+    if not kept:
+        raise DataError(
+            f"{file}: each of {len(tokenized)} examples holds a token that not all of the models know; take another file"
+        )
     left_out = {
+        "that hold a token not all of the models know left out": len(tokenized) - len(kept),
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
         "prompts of the teacher over their limit left out": drops.long_teacher_prompts,
         "completions that spell out the end token left out": drops.end_tokens_in_text,
@@ -237,11 +247,11 @@ def prepared(
     }
     notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
     if teacher_field:
-        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(tokenized).items())
+        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(kept).items())
         notes += f"; teachers: {', '.join(shares)}"
     if not quiet:
-        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
-    return tokenized
+        report.console.print(f"{file}: {len(kept)} examples{notes}", soft_wrap=True)
+    return kept
 
 
 def load_task(
@@ -381,7 +391,7 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     if not config.lm_file:
         return []
     longest = config.max_prompt_length + config.max_completion_length
-    texts = load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad)
+    texts = within(load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad), pair)
     if not quiet:
         report.console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
     return texts
@@ -523,30 +533,23 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
 def _finish(
     trainer: Trainer,
     weights: Weights,
-    dtype: torch.dtype,
     heldout: Heldout,
     settings: EvalSettings,
     trackers: Trackers,
     results: dict[str, Evaluation],
     quiet: bool,
 ) -> None:
-    """Save the student, which has these ``weights``, in ``dtype``, score it into ``results``, and say where all that lies."""
-    config, pair, run, student = trainer.config, trainer.pair, trainer.run, trainer.student
+    """Save the student, which has these ``weights``, score it into ``results``, and say where all that lies."""
+    config, pair, run = trainer.config, trainer.pair, trainer.run
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
             f"{report.number(trainer.best['score'])}",
             soft_wrap=True,
         )
-    if config.merge:
-        student, weights = merged(student, weights, dtype), {}
-    best = int(trainer.best["step"]) if trainer.best else trainer.step
-    stamp = Stamp(step=trainer.step, weights_of_step=best)
     trainer.check_place()
-    save_model(run / STUDENT, student, pair.tokenizer, weights, dtype, stamp)
+    student = save_student(trainer, STUDENT, weights, trainer.save_dtype)
     saved = SavedStudent.of(run)
-    if config.merge:  # it is scored with the products that the run has
-        cast_weights(student, trainer.student.dtype)
     known: dict[str, Any] = {}
     if heldout.examples:
         results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)

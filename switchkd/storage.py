@@ -49,6 +49,18 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
 
 
 @contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent`` that is taken away at the end of the block, and by ``tidy`` where that does not come."""
+    folder = _hidden(parent / "scratch")
+    with written(folder):
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def staged_file(target: Path, needs: int | None = None) -> Iterator[Path]:
     """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise."""
     staging = _hidden(target)

@@ -30,7 +30,7 @@ from switchkd.plain import TokenId, check_type, json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
-from switchkd.sharding import state_of
+from switchkd.sharding import full, state_of
 from switchkd.storage import write_file
 
 Header = dict[str, Any]  # flat and JSON-ready
@@ -82,10 +82,11 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of names, dtypes, shapes and bytes, in the order of the names."""
+    """Checksum of names, dtypes, shapes and bytes, in the order of the names. Of tensors in shards, all ranks must ask for it."""
     ordered = sorted(tensors)
     with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter free; few tensors of a GPU are here at a time
-        digests = pool.map(lambda name: _bytes_sha256(tensors[name]), ordered)
+        # Shards are gathered here, by all ranks in one order: a sharded tensor itself has no bytes at an address.
+        digests = pool.map(_bytes_sha256, (full(tensors[name]) for name in ordered))
         parts = [
             [name, str(tensors[name].dtype), list(tensors[name].shape), digest]
             for name, digest in zip(ordered, digests, strict=True)

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from switchkd import restoring, signals
-from switchkd.adapters import has_adapter
+from switchkd.adapters import check_trainable, has_adapter
 from switchkd.balance import balance_coefficient, balancing
 from switchkd.cache import evaluating, restoring_modes
 from switchkd.checkpoint import (
@@ -112,6 +112,7 @@ class Trainer:
     ):
         self.accelerator = accelerator or new_accelerator()
         self.config = config = with_launchers_settings(self.accelerator, config)
+        check_trainable(pair.student, config.merge)
         self.pair, self.examples = pair, examples
         self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
         self.check_place, self.scored_on = check_place, scored_on
@@ -393,15 +394,20 @@ class Trainer:
         if self.best:
             load_best(self.run, int(self.best["step"]), self.student, self.masters)
 
-    def final_weights(self) -> tuple[Weights, torch.dtype]:
-        """The masters, whole, and the dtype that the student is to be saved in, to which it is rounded now. All ranks must ask."""
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """The dtype that the student is saved in at the end."""
         name: str = self.config.save_dtype
         if name == "auto":
             own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
             name = dtype_name(self.masters.dtype) if own else self.pair.folder_dtype
         dtype: torch.dtype = getattr(torch, name)
-        self.masters.round_to(dtype)
-        return self.masters.whole(), dtype
+        return dtype
+
+    def final_weights(self) -> Weights:
+        """The masters, whole, rounded now to the dtype that they are saved in. All ranks must ask."""
+        self.masters.round_to(self.save_dtype)
+        return self.masters.whole()
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the number of rows that were read before."""

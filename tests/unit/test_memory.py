@@ -15,7 +15,7 @@ from switchkd.cache import CachedModel
 from switchkd.checkpoint import checkpoints
 from switchkd.errors import NoMemoryError, SwitchKDWarning
 from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.memory import halving
+from switchkd.memory import halving, out_of_memory
 from switchkd.mixes import Adaptive, Generated
 from switchkd.policies import Policy
 from switchkd.rows import Row
@@ -24,6 +24,36 @@ from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
+
+
+@pytest.mark.parametrize(
+    ("error", "it_did"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not execute a primitive"), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"
+            ),
+            True,
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_what_libraries_say(error, it_did):
+    assert out_of_memory(error) == it_did
 
 
 def ours(warned):

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from tiny import VOCAB, tiny_model, toy_examples, toy_pair
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from switchkd import TeacherOnly, decode_reference, teacher_store
 from switchkd.data import TokenizedExample, collate
@@ -113,6 +115,19 @@ def test_layout_in_memory_does_not_matter_and_bytes_are_not_reinterpreted():
 
 
 # --- the teacher's own text ---------------------------------------------------------------------------------------
+
+
+def test_tensors_in_shards_have_the_checksum_of_the_whole_tensors(tmp_path):
+    """A sharded tensor says that its bytes lie at address 0, whatever it holds."""
+    plain = [{"a": torch.full((3, 2), value), "b": torch.arange(5.0)} for value in (1.0, 2.0)]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards = [{name: distribute_tensor(own, mesh, [Shard(0)]) for name, own in each.items()} for each in plain]
+        found = [teacher_store.tensors_sha256(each) for each in shards]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found == [teacher_store.tensors_sha256(each) for each in plain] and found[0] != found[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
