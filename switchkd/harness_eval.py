@@ -58,7 +58,7 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
         name, dtype, in_4bit = trained_student(run), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
-    verify_saved(Path(name).expanduser())
+    verify_saved(Path(expanded(name)))
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
 
 

@@ -111,7 +111,7 @@ def load_pair(
     teacher_name, student_name = _pair_names(teacher, student)
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
     for source in dict.fromkeys([student_name, *sources.values()]):
-        verify_saved(Path(source).expanduser())
+        verify_saved(Path(expanded(source)))
     if BASE in sources.values() and lora is None and not _is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
