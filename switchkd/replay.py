@@ -19,6 +19,7 @@ from switchkd.checkpoint import checkpoints, load_weights, step_of
 from switchkd.config import TrainConfig
 from switchkd.data import TokenizedExample, batch_indices
 from switchkd.divergences import LN2, jsd
+from switchkd.evaluation import scored_otherwise
 from switchkd.manifest import verify
 from switchkd.models import Pair
 from switchkd.policies import STUDENT, TEACHER, Policy
@@ -83,7 +84,8 @@ def check_records(
 ) -> Iterator[Finding]:
     """Read texts again, at most ``most`` of each kind and student; ``pair`` is the run's, as it began, and changes.
 
-    With the ``texts`` that the run is on, prompts, references and scores are looked at too. Raises CheckpointError for a checkpoint
+    With the ``texts`` that the run is on, prompts, references and scores are looked at too, those of its own evaluation among them.
+    Raises CheckpointError for a checkpoint
     that is damaged.
     """
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
@@ -93,6 +95,11 @@ def check_records(
         verify(saved)
     if wrong := out_of_order(run, students):
         yield Finding("steps and texts in order", 0, 0, 0, 0.0, tuple(wrong))
+    if texts is not None and texts.task:
+        for model, result in run.evaluations.get("evaluation", {}).items():
+            wrong = scored_otherwise(result, texts.watched, texts.task)
+            tokens = sum(text.tokens for text in result.completions)
+            yield Finding(f"scores of {model}", len(result.completions), tokens, 0, 0.0, tuple(wrong))
     rollouts, read = run.rollouts_of([step + 1 for step in students], most), Reader(pair)
     for step, folder in students.items():
         if folder is not None:

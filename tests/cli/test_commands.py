@@ -138,6 +138,8 @@ def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path
         f"warning: {file} is damaged: it is not as it was written. The run goes on from {output / 'checkpoint-2'}",
         f"warning: {file.parent} is later than the step that the run goes on from: it is now {file.parent}.set-aside, and may be "
         "deleted",
+        f"warning: {output / 'student'} is the student of another step than 2, from which the run goes on: it is now "
+        f"{output / 'student'}.set-aside, and may be deleted",
     ]
     assert (output / "checkpoint-3" / "model.safetensors").read_bytes() == (
         run / "student" / "model.safetensors"

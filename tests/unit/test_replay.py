@@ -179,6 +179,17 @@ def test_a_line_that_is_missing_twice_or_elsewhere_is_noticed(scored, wrong, tmp
         assert [finding.what for finding in found] == ["steps and texts in order"]
 
 
+@pytest.mark.parametrize("model", ["teacher", "student after"])
+@pytest.mark.parametrize("score", ["rouge_l", "length"])
+def test_scores_are_those_of_the_text_that_was_scored(scored, wrong, tmp_path, model, score):
+    run = shutil.copytree(scored, tmp_path / "run")
+    record = json.loads((run / "evaluation.json").read_text())
+    record["results"][model]["scores"][score]["values"][0][1] += 1
+    (run / "evaluation.json").write_text(json.dumps(record))
+    [found] = wrong(run)
+    assert f"scores of {model}" in str(found) and f"wrong: {score}" in str(found)
+
+
 def test_a_token_that_no_model_knows_is_named(scored, wrong, tmp_path):
     broken = changed(
         scored, tmp_path / "run", "rollouts.jsonl", lambda record: record["completion_ids"].__setitem__(1, 10**6)
