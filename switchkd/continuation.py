@@ -15,10 +15,12 @@ from switchkd.lock import LOCK
 from switchkd.models import default_device
 from switchkd.precision import with_dtypes
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
-from switchkd.storage import discard, set_aside, write_file
+from switchkd.storage import discard, is_leftover, set_aside, write_file
 from switchkd.teacher_store import json_sha256
 
 ORIGIN = "origin.json"
+# What a run writes before its first checkpoint. It makes them anew.
+_EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl", "trackers"}
 
 
 # --- whether it may -----------------------------------------------------------------------------------------------
@@ -42,8 +44,9 @@ def on_recorded_day(run: Path, config: TrainConfig) -> TrainConfig:
 
 
 def begun(run: Path) -> bool:
-    """Whether a directory holds more than a run writes that was stopped before it had scored anything."""
-    return run.exists() and any(path.name not in (CONFIG, ORIGIN, LOCK) for path in run.iterdir())
+    """Whether a directory holds more than a run writes before its first checkpoint."""
+    names = {path.name for path in run.iterdir() if not is_leftover(path)} if run.exists() else set()
+    return not (names <= _EARLY and (CONFIG in names or names <= {ORIGIN, LOCK}))
 
 
 def check_origin(

@@ -18,7 +18,7 @@ from typing import IO, Any
 import psutil
 
 from switchkd import signals
-from switchkd.errors import InUseError, SwitchKDWarning
+from switchkd.errors import ConfigError, InUseError, SwitchKDWarning
 
 LOCK = "lock.json"
 _POLL_SECONDS = 0.2
@@ -63,6 +63,7 @@ def _awaited(path: Path) -> IO[str]:
 def _taken(path: Path) -> IO[str]:
     """The open file at ``path``, locked, with this process in it."""
     while True:
+        _refuse_dangling(path.parent)
         with suppress(FileExistsError):  # a file by that name fails below
             path.parent.mkdir(parents=True)
         # The process before may remove folder or file between any two lines here.
@@ -80,6 +81,15 @@ def _taken(path: Path) -> IO[str]:
     json.dump(_me(), file)
     file.flush()
     return file
+
+
+def _refuse_dangling(folder: Path) -> None:
+    """Raise ConfigError for a folder that can never be made: it, or one above it, is a link to nothing."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"{path} is a link to {path.readlink()}, which is not there; make that folder, or name another one"
+            )
 
 
 def _lock(file: IO[str], path: Path) -> None:

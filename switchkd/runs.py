@@ -334,11 +334,16 @@ def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
     return found
 
 
+def heldout_file(config: Any) -> str:
+    """Where held-out examples come from; raises ConfigError for an unknown task, or one without data of its own."""
+    return eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+
+
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
         return Heldout(TASKS["references"], "", [], pair.teacher, [])
-    file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+    file = heldout_file(config)
     examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
     task = task_named(config.task, examples[0].format)
     now = some_day = prepared(config, pair, file, examples, quiet)

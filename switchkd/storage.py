@@ -97,9 +97,14 @@ def set_aside(path: Path) -> Path:
 def tidy(folder: Path) -> None:
     """Remove what killed processes left half written in ``folder``, in which nobody else may work."""
     for path in folder.glob(".*"):
-        if _HIDDEN.fullmatch(path.name):
+        if is_leftover(path):
             with written(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a path has a name that only something half written has."""
+    return bool(_HIDDEN.fullmatch(path.name))
 
 
 @contextmanager

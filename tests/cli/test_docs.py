@@ -20,7 +20,7 @@ from switchkd.config import shipped
 from switchkd.data import load_examples
 from switchkd.mixes import MIXES
 from switchkd.objectives import OBJECTIVES
-from switchkd.study import cells, load_plan
+from switchkd.study_plan import cells, load_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -21,7 +21,8 @@ from switchkd.continuation import check_origin, check_run
 from switchkd.errors import ConfigError, InUseError
 from switchkd.lock import LOCK, locked
 from switchkd.runs import distil
-from switchkd.study import Size, run_cells
+from switchkd.study import run_cells
+from switchkd.study_plan import Size
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
