@@ -19,6 +19,7 @@ import psutil
 
 from switchkd import signals
 from switchkd.errors import ConfigError, InUseError, SwitchKDWarning
+from switchkd.storage import written
 
 LOCK = "lock.json"
 _POLL_SECONDS = 0.2
@@ -72,15 +73,15 @@ def _taken(path: Path) -> IO[str]:
             try:
                 _lock(file, path)
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
+                    with written(path):
+                        file.truncate(0)
+                        json.dump(_me(), file)
+                        file.flush()
+                    return file
             except BaseException:
                 file.close()
                 raise
             file.close()
-    file.truncate(0)
-    json.dump(_me(), file)
-    file.flush()
-    return file
 
 
 def _refuse_dangling(folder: Path) -> None:

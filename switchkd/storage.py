@@ -4,6 +4,7 @@ What is being written lies beside its place under a hidden name, is pushed to th
 such a name first. Whatever a killed process left under one is nobody's, and ``tidy`` removes it.
 """
 
+import errno
 import json
 import os
 import re
@@ -66,14 +67,19 @@ def write_file(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
-def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines, which is made for the first. Where that fails, the last line may be cut short."""
+def append_lines(path: Path, records: Sequence[dict[str, Any]], durable: bool = False) -> None:
+    """Add records to a file of JSON lines, which is made for the first; ``durable`` ones are on the disk when this returns.
+
+    Where that fails, the last line may be cut short.
+    """
     if records:
         text = "".join(json.dumps(record) + "\n" for record in records)
         with written(path, len(text)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            if durable:
+                sync(path)
 
 
 def discard(path: Path) -> None:
@@ -131,14 +137,21 @@ def free_bytes(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not."""
+    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not.
+
+    Some file systems cannot do that, for folders or at all; what is written there is as safe as they make it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
