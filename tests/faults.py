@@ -31,7 +31,7 @@ class Faults:
         self.count, self.dead = 0, False
 
     def hit(self, path: Any, error: Callable[..., Exception] = OSError, named: bool = False) -> None:
-        """An operation on ``path`` begins; raises what is to happen to it, which is ``named`` where the system would say of what."""
+        """An operation on ``path`` begins; raises what is to happen to it, ``named`` where the system would say of what."""
         if self.dead:
             raise Killed
         self.count += 1
