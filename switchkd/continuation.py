@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.checkpoint import BEST, PREFIX, checkpoints, numbered, read_state, step_of, verify
+from switchkd.conditions import Conditions, with_now
 from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
 from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
@@ -18,7 +19,7 @@ from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, 
 from switchkd.storage import discard, is_leftover, set_aside, write_file
 from switchkd.teacher_store import json_sha256
 
-ORIGIN = "origin.json"
+ORIGIN, CONDITIONS = "origin.json", "conditions"
 # What a run writes before its first checkpoint. It makes them anew.
 _EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl", "trackers"}
 
@@ -50,19 +51,25 @@ def begun(run: Path) -> bool:
 
 
 def check_origin(
-    run: Path, config: TrainConfig, texts: Mapping[str, Sequence[TokenizedExample]], models: Mapping[str, str]
+    run: Path,
+    config: TrainConfig,
+    texts: Mapping[str, Sequence[TokenizedExample]],
+    models: Mapping[str, str],
+    conditions: Conditions,
 ) -> None:
-    """Note in the run directory which text and models it is on, or raise ConfigError if it was started on others.
+    """Note in the run directory which text, models and code it is on, or raise ConfigError if it was started on others.
 
     ``texts``, and the checksums in ``models``, are by the setting that names them, which is also what allows them to change.
+    ``conditions`` may change, with a warning; those that it has been under are noted.
     """
     now: dict[str, Any] = {name: _fingerprint(examples) for name, examples in texts.items()}
     now |= {name: {"sha256": sha256} for name, sha256 in models.items()}
-    file = run / ORIGIN
+    file, before = run / ORIGIN, dict[str, Any]()
     if config.resumes and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         differing = [k for k in now if before.get(k) != now[k] and k not in config.allow_change]
         _refuse(run, {k: f"other contents ({_words(before.get(k))} -> {_words(now[k])})" for k in differing})
+    now[CONDITIONS] = with_now(run, before.get(CONDITIONS, []), conditions)
     write_file(file, json.dumps(now, indent=1))
 
 

@@ -1,7 +1,7 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
 config.yaml       the settings, every one, usable as a recipe
-origin.json       checksums of the text and models that the run is on
+origin.json       checksums of the text and models that the run is on; the machine and versions that it ran under
 lock.json         the process that works here, while it does
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from switchkd import live, report, signals
 from switchkd.adapters import merged
 from switchkd.checkpoint import Weights, checkpoints, save_model
+from switchkd.conditions import conditions, own_code
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -135,7 +136,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
-    checksums = _model_checksums(pair, heldout) if main else {}
+    checksums = _model_checksums(pair, heldout) | own_code(config) if main else {}
     trainer = Trainer(
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
     )
@@ -146,7 +147,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     with whole(trainer.student):
         if main:
             tidy(run)
-            check_origin(run, config, texts, checksums)
+            check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resumes:

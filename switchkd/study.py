@@ -213,6 +213,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, (list, tuple)) else [value]
+            pairs = [part for item in value.items() for part in item] if isinstance(value, dict) else None
+            values = pairs if pairs else value if isinstance(value, (list, tuple)) else [value]
             found += [f"--{flag}", *map(str, values)]
     return found

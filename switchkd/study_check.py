@@ -28,7 +28,15 @@ from switchkd.tracking import check_trackers
 
 # What runs must share, so that their scores can be compared.
 _ALIKE = [f.name for f in dataclasses.fields(EvalConfig) if f.name != "per_device_eval_batch_size"]
-_ALIKE += ["eval_file", "template", "max_prompt_length", "max_completion_length", "dtype", "teacher_dtype"]
+_ALIKE += [
+    "eval_file",
+    "template",
+    "chat_template_kwargs",
+    "max_prompt_length",
+    "max_completion_length",
+    "dtype",
+    "teacher_dtype",
+]
 
 
 def check_study(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
