@@ -332,7 +332,7 @@ def lm_eval(config: LmEvalConfig) -> None:
 
 def study(config: StudyConfig) -> None:
     from switchkd.report import bar, console
-    from switchkd.study import cells, load_plan, run_cells, with_settings
+    from switchkd.study_plan import cells, load_plan, with_settings
 
     if config.plan == "list":
         for name in shipped("plans"):
@@ -348,6 +348,10 @@ def study(config: StudyConfig) -> None:
         for cell in grid:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
+    from switchkd.study import run_cells
+    from switchkd.study_check import check_study
+
+    check_study(plan, size, grid, output_dir)
     with bar("study", len(grid)) as progress:
 
         def done(line: str, seconds: float) -> None:

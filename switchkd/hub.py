@@ -31,7 +31,7 @@ def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         raise ConfigError(f"{name!r} is not of the form hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]")
     repository, config, split, revision = parts.group("repository", "config", "split", "revision")
     place = {"data_files": config} if config and config.endswith(_FILES) else {"name": config}
-    load = _load_dataset(name)
+    load = dataset_loader(name)
     try:
         table = load(repository, **place, split=split, revision=revision)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client below them each have their own errors
@@ -43,7 +43,8 @@ def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield index, f"{name}:{index}", dict(row)
 
 
-def _load_dataset(name: str) -> Any:
+def dataset_loader(name: str) -> Any:
+    """What reads the data set ``name``; raises ConfigError if its package is missing or too old."""
     if find_spec("datasets") is None:
         raise ConfigError(f"{name} is read with the package datasets: pip install 'switchkd[data]'")
     import datasets

@@ -20,6 +20,7 @@ import psutil
 
 from switchkd import signals
 from switchkd.errors import DiskError, InUseError, SwitchKDWarning
+from switchkd.storage import written
 
 LOCK = "lock.json"
 _BEGIN = '{"pid": '  # of what stands in a lock, of which a killed process may have written a part
@@ -87,6 +88,7 @@ def _awaited(path: Path) -> IO[str]:
 def _taken(path: Path) -> IO[str]:
     """The open file at ``path``, locked, with this process in it."""
     while True:
+        _refuse_dangling(path.parent)
         with suppress(FileExistsError):  # a file by that name fails below
             path.parent.mkdir(parents=True)
         # The process before may remove folder or file between any two lines here.
@@ -96,16 +98,15 @@ def _taken(path: Path) -> IO[str]:
                 _lock(file, path)
                 if _is_at(file, path):
                     _refuse_other(file, path)
-                    break
+                    with written(path):
+                        file.truncate(0)
+                        json.dump(_me(), file)
+                        file.flush()
+                    return file
             except BaseException:
                 file.close()
                 raise
             file.close()
-        _refuse_dangling(path.parent)
-    file.truncate(0)
-    json.dump(_me(), file)
-    file.flush()
-    return file
 
 
 def _opened(path: Path) -> IO[str]:

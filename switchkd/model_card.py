@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from switchkd import __version__, report
 from switchkd.adapters import has_adapter
+from switchkd.conditions import conditions
 from switchkd.config import TrainConfig, name_of, to_dict
 from switchkd.hub import PREFIX
 from switchkd.lines import SAMPLE
@@ -203,10 +204,10 @@ def _method(config: TrainConfig) -> str:
 def _cost(trainer: Trainer, data: Sequence[Source]) -> str:
     lines = [f"- {source.role}: {_code(source.name)}" for source in data]
     lines[0] += f", {len(trainer.examples):,} examples"
-    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device.type
+    now = conditions(trainer.accelerator.device, trainer.accelerator.num_processes)
     lines.append(
         f"- {trainer.step} optimizer steps on {trainer.num_tokens:,} response tokens in {report.number(trainer.seconds)} s, "
-        f"evaluation not counted, on {device} in {processes} process{'es' if processes > 1 else ''}"
+        f"evaluation not counted, on {_code(now['device'])} (processes: {now['processes']}, threads of each: {now['threads']})"
     )
     return "\n".join(lines)
 

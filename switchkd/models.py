@@ -467,6 +467,12 @@ def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+def check_source(name: str) -> None:
+    """Raise ModelError unless ``name`` may be a model's: a folder that holds one, or a name on the hub, which is not asked."""
+    if name != BASE and name not in MADE:
+        _locate(name)
+
+
 def _locate(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
     name = made(name, "teacher")

@@ -1,7 +1,7 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
 config.yaml       the settings, every one, usable as a recipe
-origin.json       checksums of the text and models that the run is on
+origin.json       checksums of the text and models that the run is on; the machine and versions that it ran under
 lock.json         the process that works here, while it does
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from switchkd import live, report, signals
 from switchkd.adapters import check_trainable
 from switchkd.checkpoint import Weights, checkpoints
+from switchkd.conditions import conditions, own_code
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -145,7 +146,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
-    checksums = _model_checksums(pair, heldout) if main else {}
+    checksums = _model_checksums(pair, heldout) | own_code(config) if main else {}
     trainer = Trainer(
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
         check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
@@ -160,7 +161,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
             check_place()
             tidy(run)
             rehearse(trainer, weights)
-            check_origin(run, config, texts, checksums)
+            check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resumes:
@@ -361,11 +362,16 @@ def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
     return found
 
 
+def heldout_file(config: Any) -> str:
+    """Where held-out examples come from; raises ConfigError for an unknown task, or one without data of its own."""
+    return eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+
+
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
         return Heldout(TASKS["references"], "", [], pair.teacher, [])
-    file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+    file = heldout_file(config)
     bad = BadRows(file, config.skip_bad)
     examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
     task = task_named(config.task, examples[0].format)

@@ -4,6 +4,7 @@ What is being written lies beside its place under a hidden name, is pushed to th
 such a name first. Whatever a killed process left under one is nobody's, and ``tidy`` removes it.
 """
 
+import errno
 import json
 import os
 import re
@@ -80,14 +81,19 @@ def write_file(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
-def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines, which is made for the first. Where that fails, the last line may be cut short."""
+def append_lines(path: Path, records: Sequence[dict[str, Any]], durable: bool = False) -> None:
+    """Add records to a file of JSON lines, which is made for the first; ``durable`` ones are on the disk when this returns.
+
+    Where that fails, the last line may be cut short.
+    """
     if records:
         text = "".join(json.dumps(record) + "\n" for record in records)
         with written(path, len(text)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            if durable:
+                sync(path)
 
 
 def discard(path: Path) -> None:
@@ -108,9 +114,14 @@ def set_aside(path: Path, aside: Path) -> Path:
 def tidy(folder: Path) -> None:
     """Remove what killed processes left half written in ``folder``, in which nobody else may work."""
     for path in folder.glob(".*"):
-        if _HIDDEN.fullmatch(path.name):
+        if is_leftover(path):
             with written(path):
                 _remove(path)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a path has a name that only something half written has."""
+    return bool(_HIDDEN.fullmatch(path.name))
 
 
 @contextmanager
@@ -137,10 +148,16 @@ def free_bytes(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not."""
+    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not.
+
+    Some file systems cannot do that, for folders or at all; what is written there is as safe as they make it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -149,6 +166,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # Names that nobody else gives: whatever has one may be deleted.
 _HIDDEN = re.compile(r"\..+\.switchkd-[0-9a-f]{32}")
 

@@ -31,7 +31,7 @@ from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
 from switchkd.sharding import full, state_of
-from switchkd.storage import write_file
+from switchkd.storage import append_lines, write_file, written
 
 Header = dict[str, Any]  # flat and JSON-ready
 Progress = Callable[[int], None]  # told of every example that is done
@@ -296,8 +296,8 @@ def _open_texts(folder: Path, header: Header, examples: Sequence[TokenizedExampl
             raise CheckpointError(f"{file} is damaged (not as written); {_anew(folder)}")
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        with file.open("r+b") as stream:
-            stream.truncate(whole)
+        with written(file):
+            os.truncate(file, whole)
     lines = content[:whole].splitlines()
     if len(lines) > len(examples):
         raise CheckpointError(f"{file} has {len(lines)} lines for {len(examples)} examples; {_anew(folder)}")
@@ -341,10 +341,7 @@ def _append(folder: Path, header: Header, rows: Sequence[Header]) -> None:
     if not (folder / HEADER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / HEADER, json.dumps(header, indent=1))
-    with (folder / TEXTS).open("ab") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(folder / TEXTS, rows, durable=True)
 
 
 def _seal(folder: Path, lines: int) -> None:

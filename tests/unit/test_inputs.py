@@ -25,7 +25,7 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.policies import Switch
 from switchkd.run_record import RunRecord
 from switchkd.runs import prompt_examples
-from switchkd.study import cells, load_plan
+from switchkd.study_plan import cells, load_plan
 from switchkd.templates import Encoder
 from switchkd.viewer import payload
 

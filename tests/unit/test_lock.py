@@ -22,7 +22,8 @@ from switchkd.continuation import check_origin, check_run
 from switchkd.errors import ConfigError, DiskError, InUseError
 from switchkd.lock import LOCK, locked
 from switchkd.runs import distil
-from switchkd.study import Size, run_cells
+from switchkd.study import run_cells
+from switchkd.study_plan import Size
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -201,7 +202,7 @@ def run(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     folder = tmp_path / "run"
     folder.mkdir()
-    check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
+    check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS, {})
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     return folder
 
@@ -223,7 +224,7 @@ def check_settings(run):
 
 def check_contents(run):
     same = {"train_file": toy_examples(4), "eval_file": toy_examples(2)}
-    check_origin(run, resumed(run), same, MODELS)
+    check_origin(run, resumed(run), same, MODELS, {})
     first, *rest = same["train_file"]
     for other in (
         dataclasses.replace(first, prompt_ids=[9, 9]),
@@ -232,17 +233,16 @@ def check_contents(run):
         dataclasses.replace(first, teacher_prompt_ids=[3]),
     ):
         with pytest.raises(ConfigError, match=r"train_file: other contents \(4 examples, sha256 .* -> 4 examples"):
-            check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS)
+            check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS, {})
     with pytest.raises(ConfigError, match=r"2 examples, .* -> 3 examples.* --allow-change eval_file$"):
-        check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS)
-    check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS)
-    check_origin(
-        run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS
-    )  # what was allowed once is the run's own now
+        check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS, {})
+    check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS, {})
+    # What was allowed once is the run's own now.
+    check_origin(run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS, {})
     for name in MODELS:
         with pytest.raises(ConfigError, match=rf"{name}: other contents \(sha256 .* --allow-change {name}$"):
-            check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64})
-    check_origin(run, resumed(run, allow_change=tuple(MODELS)), {}, dict.fromkeys(MODELS, "3" * 64))
+            check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64}, {})
+    check_origin(run, resumed(run, allow_change=tuple(MODELS)), {}, dict.fromkeys(MODELS, "3" * 64), {})
 
 
 def test_other_settings_are_refused_with_all_that_differs_and_allowed_one_by_one(run):
@@ -260,7 +260,7 @@ def test_mutants_that_let_a_run_go_on_otherwise(run, monkeypatch):
             check(run)
     monkeypatch.undo()
     monkeypatch.setattr(continuation, "_fingerprint", lambda examples: {"examples": len(examples), "sha256": "?"})
-    check_origin(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
+    check_origin(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS, {})
     with pytest.raises(pytest.fail.Exception):
         check_contents(run)
 
