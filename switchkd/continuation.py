@@ -16,6 +16,7 @@ from switchkd.errors import CheckpointError, ConfigError, DataError, SwitchKDWar
 from switchkd.lock import LOCK
 from switchkd.manifest import STAMP, put_aside, read_record, take_away, verify
 from switchkd.models import default_device
+from switchkd.plain import check_type
 from switchkd.precision import with_dtypes
 from switchkd.results import EVALUATION, completions_file, read_results, take_out
 from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
@@ -90,14 +91,17 @@ class _Fingerprint(_Counted):
     sha256: str
 
 
-def _read_origin(file: Path) -> dict[str, dict[str, int | str]]:
+def _read_origin(file: Path) -> dict[str, Any]:
     try:
-        return read_record(file, dict[str, _Fingerprint])
-    except CheckpointError as error:
+        found = read_record(file, dict[str, Any])
+        check_type(found.get(CONDITIONS, []), list[dict[str, Any]], CONDITIONS)
+        check_type({name: value for name, value in found.items() if name != CONDITIONS}, dict[str, _Fingerprint])
+    except (CheckpointError, DataError) as error:
         raise CheckpointError(
-            f"{error}; whether the run is still on the text and models that it began with cannot be told. If you know that it is, "
-            f"delete {file} and resume again"
+            f"{file} cannot be read: {error}; whether the run is still on the text and models that it began with cannot be told. "
+            f"If you know that it is, delete {file} and resume again"
         ) from error
+    return found
 
 
 def _fingerprint(examples: Sequence[TokenizedExample]) -> dict[str, int | str]:

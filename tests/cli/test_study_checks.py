@@ -13,7 +13,7 @@ from tiny import pair_on_disk
 from switchkd import child, lock, signals, study
 from switchkd.cli import main
 from switchkd.continuation import begun
-from switchkd.errors import ConfigError, SwitchKDWarning
+from switchkd.errors import DiskError, SwitchKDWarning
 from switchkd.lock import locked
 from switchkd.study import run_cells
 from switchkd.study_plan import cells, load_plan
@@ -175,7 +175,7 @@ def test_a_run_of_other_settings_is_not_taken_for_one_of_the_study(tree, study_o
     assert "kd-seed0 was started otherwise: " in (said := capsys.readouterr().err) and "max_steps: 7 -> 1" in said
 
 
-@pytest.mark.parametrize("early", [[], ["config.yaml", "evaluation.json", "trackers", ".student." + "0" * 32]])
+@pytest.mark.parametrize("early", [[], ["config.yaml", "evaluation.json", "trackers", ".student.switchkd-" + "0" * 32]])
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path, early):
     for name in ("origin.json", "lock.json", *early):
         put(tmp_path / name)
@@ -199,7 +199,7 @@ def test_a_link_to_nothing_is_refused_as_the_folder_of_anything(tmp_path, place)
     link(tmp_path / "st")
     for wait in (False, True):  # a run and a study; a store
         with (
-            pytest.raises(ConfigError, match=r"st is a link to .*nowhere, which is not there"),
+            pytest.raises(DiskError, match=r"st is a link to .*nowhere, which is not there"),
             locked(tmp_path / place, wait),
         ):
             pass
