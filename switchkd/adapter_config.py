@@ -59,6 +59,13 @@ def options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+def patterns(known: Mapping[str, Any]) -> list[str]:
+    """The regular expressions in an adapter's options."""
+    texts = (known.get(name) for name in ("target_modules", "exclude_modules"))
+    lists = (names(known.get("layers_pattern")), known.get("rank_pattern", ()), known.get("alpha_pattern", ()))
+    return [text for text in texts if isinstance(text, str)] + [text for each in lists for text in each]
+
+
 def put_in_order(lora: Any) -> None:
     """Put what peft made a set of into an ordered list, so that equal adapters have equal files. Text stays text."""
     for name, value in vars(lora).items():

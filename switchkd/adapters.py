@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from switchkd.adapter_config import names, options, put_in_order
+from switchkd.adapter_config import names, options, patterns, put_in_order
 from switchkd.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.limits import check_patterns
 from switchkd.masters import Masters, cast_weights
 from switchkd.models import ADAPTER_CONFIG
 from switchkd.plain import json_object
@@ -84,6 +85,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, asked: "ModelConfig | Non
         lora = peft.LoraConfig(**known, task_type="CAUSAL_LM")
     except (OSError, DataError, TypeError, ValueError) as error:  # peft refuses some that contradict each other
         raise ModelError(f"the adapter {folder} cannot be opened: {ADAPTER_CONFIG} {error}") from error
+    check_patterns(patterns(known), [name for name, _ in model.named_modules()], str(folder))
     targets = _targets(model, asked.lora_target_modules) if asked else ([], [])
     try:
         _inject(model, lora)

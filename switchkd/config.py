@@ -60,6 +60,12 @@ class Settings:
     """The end of the chain of checks: a command's settings are checked by every class that they come from, paths being whole."""
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, setting.name)
+            if isinstance(value, str) and str(setting.type).startswith("tuple["):  # it would be taken for its letters
+                raise ConfigError(
+                    f"{setting.name} must be several values, got the text {shown(value)}; give ({value!r},)"
+                )
         expand_settings(self)
 
 

@@ -6,7 +6,7 @@ Only safetensors and JSON are read, no code from a model folder runs, and a loca
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -15,6 +15,7 @@ from switchkd import signals
 from switchkd.config import BASE
 from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
+from switchkd.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.paths import expanded
 from switchkd.plain import check_type, json_object, shown
 from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name, quantised
@@ -176,7 +177,8 @@ def load_model(
     if load_in_4bit and (method := quantised(config)):
         raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
     in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
-    with _as_model_error(source, is_local):
+    size = no_larger_than(_weight_bytes(Path(source)), source) if is_local else nullcontext()
+    with _as_model_error(source, is_local), size:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -222,6 +224,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
             "tokenizer.save_pretrained(folder)"
         )
+    if is_local and (file := Path(source) / "tokenizer.json").is_file():
+        check_tokenizer(file)
     with _as_model_error(source, is_local):
         return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 
@@ -501,6 +505,10 @@ def _check_folder(folder: Path) -> None:
         _check_shards(index)
 
 
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _check_shards(index: Path) -> None:
     """Raise ModelError unless a list of shards names files of its own folder. (A link there may lead elsewhere: a hub's cache
     is made of them, and what is read is safetensors in any case.)"""
@@ -525,6 +533,7 @@ def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
             f"{source} needs its own code (auto_map in config.json); switchkd runs no code from a model folder: "
             "choose a model whose architecture is part of transformers"
         )
+    check_counts(raw, source)
     with _as_model_error(source, is_local):
         return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 

@@ -647,6 +647,19 @@ def test_target_modules_are_a_list_in_yaml():
             from_dict(TrainConfig, {"lora_target_modules": wrong}, "here")
 
 
+@pytest.mark.parametrize("name", ["lora_target_modules", "eval_seeds", "report_to", "allow_change"])
+def test_a_text_is_not_taken_for_the_list_of_its_letters(name):
+    with pytest.raises(ConfigError, match=rf"{name} must be several values, got the text '12'; give \('12',\)"):
+        TrainConfig(**{name: "12"})
+
+
+def test_an_end_that_is_a_text_is_refused():
+    model = tiny_model()
+    model.generation_config.eos_token_id = "12"
+    with pytest.raises(ModelError, match="eos_token_id is the text '12'"):
+        decode(model, model, PROMPTS, Switch(), 2)
+
+
 @pytest.mark.parametrize("package", ["peft", "bitsandbytes"])
 def test_a_missing_package_is_named_with_its_command(base, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
