@@ -22,10 +22,10 @@ from switchkd.results import FORMAT, Evaluation, results_of
 from switchkd.run_record import CONFIG
 from switchkd.saved_student import SCORED, scored_another
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
+from switchkd.template_inputs import DATE
 
 REFERENCES = ("teacher", "student before")
 TEACHER = "teacher_sha256"
-DATE = "template_date"  # runs of two days are compared: that their prompts name another day is said, and stands beside the numbers
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
 
 
@@ -279,7 +279,8 @@ def check_comparable(results: Sequence[Result]) -> None:
 def _differences(a: Result, b: Result) -> Iterator[str]:
     sides = {side: {"task": r.task, "data sha256": r.data["sha256"], **r.settings} for side, r in (("a", a), ("b", b))}
     for name in dict.fromkeys([*sides["a"], *sides["b"]]):
-        if name in (TEACHER, DATE):  # the teacher moves divergences alone
+        # The teacher moves divergences alone. Runs of two days are compared, and their days stand beside the numbers.
+        if name in (TEACHER, DATE):
             continue
         ours, theirs = (sides[side].get(name, "not set") for side in "ab")
         if ours != theirs:

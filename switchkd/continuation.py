@@ -35,7 +35,9 @@ _EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl
 def check_run(run: Path, config: TrainConfig) -> None:
     """Raise ConfigError for a directory that holds something, or one to resume that was started with other settings."""
     if config.resumes:
-        before, now = (to_dict(with_dtypes(each, default_device())) for each in (read_config(run), config))
+        before, now = (
+            to_dict(with_dtypes(each, default_device())) for each in (read_config(run), on_recorded_day(run, config))
+        )
         free = FREE_ON_RESUME | set(config.allow_change)
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
     elif begun(run):

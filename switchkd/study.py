@@ -34,6 +34,7 @@ from switchkd.plain import read_yaml
 from switchkd.results import read_results
 from switchkd.storage import write_file, written
 from switchkd.study_plan import CELLS, LOGS, Cell, Size
+from switchkd.template_inputs import DATE, today
 
 # How a run stands: whole, ended by an error, ended by a signal, not begun since a signal came, another process's.
 DONE, FAILED, STOPPED, WAITING, IN_USE = "done", "FAILED", "stopped", "waiting", "in use"
@@ -125,20 +126,26 @@ class _Running:
 
 def _write_settings(grid: Sequence[Cell], size: Size, output_dir: Path) -> None:
     """Write the settings of all runs and evaluations, or check that they are those that were begun with."""
-    evaluations, new = output_dir / CELLS / "evaluations.yaml", {}
+    evaluations = output_dir / CELLS / "evaluations.yaml"
+    files = {cell.name: output_dir / CELLS / f"{cell.name}.yaml" for cell in grid}
+    # Settings that there were not yet have their defaults.
+    begun = {name: to_dict(load_recipe(str(file))) for name, file in files.items() if file.is_file()}
+    # All runs are of the day on which the study began.
+    day = max((own[DATE] for own in begun.values()), default="") or today()
+    new = {}
     for cell in grid:
-        file = output_dir / CELLS / f"{cell.name}.yaml"
-        new[file] = to_dict(cell.config)
-        if file.is_file():  # settings that there were not yet have their defaults
-            _refuse_changed(output_dir, cell.name, to_dict(load_recipe(str(file))), new[file])
+        settings = begun.get(cell.name, {DATE: day})
+        new[cell.name] = to_dict(cell.config)
+        new[cell.name][DATE] = cell.config.template_date or settings[DATE]
+        _refuse_changed(output_dir, cell.name, begun.get(cell.name, {}), new[cell.name])
     old = read_yaml(evaluations) if evaluations.is_file() else {}
     _refuse_changed(output_dir, "evaluations", old, old | size.evaluations)
     for folder in (CELLS, LOGS):
         with written(output_dir / folder):
             (output_dir / folder).mkdir(exist_ok=True)
-    for file, settings in new.items():
-        if not file.is_file():
-            write_file(file, yaml.safe_dump(settings, sort_keys=False))
+    for name, settings in new.items():
+        if name not in begun:
+            write_file(files[name], yaml.safe_dump(settings, sort_keys=False))
     write_file(evaluations, yaml.safe_dump(old | size.evaluations, sort_keys=False))
 
 

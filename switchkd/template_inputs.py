@@ -28,6 +28,7 @@ CLOCK = "strftime_now"  # what a template calls to ask for the day, with a forma
 DAY = "date_string"  # what older ones take it from, where somebody gives it: Llama 3.1's
 DAY_FORMAT = "%d %b %Y"
 SOME_DAY = "2000-01-01"
+DATE = "template_date"  # the setting
 _DIRECTIVES = "aAbBcCdDeFGgHhIjklmMnpPrRSTtuUVwWxXyYzZ"
 _FROM_CONVERSATION = {"messages", "tools", "documents", "add_generation_prompt"}
 Value = bool | int | float | str
@@ -110,7 +111,7 @@ def with_date(config: Settings, tokenizer: PreTrainedTokenizerBase, day: str | N
 
 def template_settings(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the template is told, by the names of the settings, as far as prompts depend on it."""
-    date = {"template_date": template.date} if template.reads_date(tokenizer) else {}
+    date = {DATE: template.date} if template.reads_date(tokenizer) else {}
     return date | ({"chat_template_kwargs": dict(template.variables)} if template.variables else {})
 
 

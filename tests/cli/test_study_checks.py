@@ -13,7 +13,7 @@ from tiny import pair_on_disk
 from switchkd import child, lock, signals, study
 from switchkd.cli import main
 from switchkd.continuation import begun
-from switchkd.errors import DiskError, SwitchKDWarning
+from switchkd.errors import ConfigError, DiskError, SwitchKDWarning
 from switchkd.lock import locked
 from switchkd.study import run_cells
 from switchkd.study_plan import cells, load_plan
@@ -254,3 +254,26 @@ def test_a_process_of_our_own_imports_nothing_from_the_working_directory(tmp_pat
     command = [word for word in child.command("switchkd.errors") if safe or word != "-P"]
     said = subprocess.run(command, cwd=tmp_path, env=child.environment(), capture_output=True, text=True)
     assert (said.stdout, said.returncode) == ("" if safe else "sung\n", 0), said.stderr
+
+
+# --- one day --------------------------------------------------------------------------------------------------------
+
+
+def test_all_runs_of_a_study_are_of_the_day_on_which_it_began(tree, tmp_path, monkeypatch):
+    """Prompts that name the day are then the same in all of them, also in a run that is added on another day."""
+
+    def days(day, **small):
+        monkeypatch.setattr(study, "today", lambda: day)
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(changed(tree, **small), sort_keys=False))
+        plan = load_plan(str(tmp_path / "plan.yaml"))
+        size, folder = plan.sized("small"), tmp_path / "st"
+        folder.mkdir(exist_ok=True)
+        study._write_settings(cells(plan, size, folder), size, folder)
+        files = [file for file in (folder / "cells").glob("*-seed*.yaml")]
+        return {file.stem: yaml.safe_load(file.read_text())["template_date"] for file in files}
+
+    assert days("2026-02-03") == {"sft-seed0": "2026-02-03", "kd-seed0": "2026-02-03"}
+    later = days("2026-02-04", seeds=[0, 1])
+    assert set(later) == {"sft-seed0", "kd-seed0", "sft-seed1", "kd-seed1"} and set(later.values()) == {"2026-02-03"}
+    with pytest.raises(ConfigError, match="template_date: '2026-02-03' -> '2020-01-01'"):
+        days("2026-02-04", settings={"template_date": "2020-01-01"})
