@@ -462,6 +462,9 @@ def tasks(config: TasksConfig) -> None:
     console.print(task_table(TASKS.values()))
 
 
+# What these leave are files; what they print is to look on while they work.
+LASTING = ("train", "demo", "study", "prune", "make-pair")
+
 # name: (settings, function, whether a recipe may come first, what it does)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {
     "train": (TrainConfig, train, True, "distil a student as a recipe says"),

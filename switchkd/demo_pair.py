@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
 from switchkd.storage import staged_folder
+from switchkd.terminal import Terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,9 +98,7 @@ def _build(folder: Path, progress: bool) -> None:
 
 @contextmanager
 def _phase(text: str, progress: bool) -> Iterator[None]:
-    from rich.console import Console
-
-    console, start = Console(stderr=True, quiet=not progress), monotonic()
+    console, start = Terminal(stderr=True, quiet=not progress), monotonic()
     with console.status(text):
         yield
     console.print(f"demo pair: {text}: {monotonic() - start:.0f} s")

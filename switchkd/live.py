@@ -19,6 +19,7 @@ from rich.text import Text
 from switchkd import report
 from switchkd.decoding import decode_examples
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
+from switchkd.terminal import harmless
 from switchkd.text import SPEAKERS, bars, pieces, spoken, visible
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ def train(trainer: Trainer, primary: str, run: Callable[[OnStep, OnRound | None]
     if report.console.is_terminal:
         with Live(console=report.console) as live:
             view = TrainView(trainer, primary, live.update)
-            told(view.on_step, view.on_round)
+            told(harmless("the view", view.on_step), harmless("the view", view.on_round))
     else:
         report.console.print("train …")
-        told(lambda metrics, _: _print_step(_of(metrics["step"], trainer), metrics, primary))
+        told(harmless("the line of a step", lambda m, _: _print_step(_of(m["step"], trainer), m, primary)))
     if cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from switchkd.config import name_of
 from switchkd.statistics import FEW_EXAMPLES
+from switchkd.terminal import console
 from switchkd.text import spoken
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from switchkd.tasks import Task
 
 FEW = "†"  # marks a score over few examples
-
-console = Console(emoji=False, markup=False, highlight=False)  # text is data, never markup
 
 
 class Bar:
