@@ -24,6 +24,7 @@ from switchkd.adapters import has_adapter, load_adapter, save_adapter
 from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
 from switchkd.masters import Masters
 from switchkd.plain import check_type, json_object, shown
+from switchkd.published import save_tokenizer
 from switchkd.rollouts import RolloutRecord
 from switchkd.sharding import full, shard_like, state_of
 from switchkd.storage import discard, free_bytes, staged_folder
@@ -233,7 +234,7 @@ def _write_model(
         config = copy.deepcopy(model.config)  # which says what the model computes in
         config.dtype = saved_in
         config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _state_to_save(model: nn.Module, weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ def _defaults(cls: type[Config], path: str) -> Config:
     folder = Path(path)
     recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     if folder.is_dir():
-        recipe = dataclasses.replace(recipe, output_dir=path)  # the run may have been moved
+        recipe = dataclasses.replace(recipe.anew(), output_dir=path)  # the run may have been moved
     if cls is not TrainConfig and (folder / "student").is_dir():
         recipe = _with_student(recipe, str(folder / "student"))
     own = NOT_FROM_RECIPE.get(cls, ())

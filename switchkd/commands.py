@@ -16,7 +16,7 @@ from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, T
 from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
-from switchkd.storage import write_file
+from switchkd.storage import write_file, write_output
 from switchkd.template_inputs import template_settings, with_date
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def generate(config: GenerateConfig) -> None:
     console.print(cost_line(rollouts.cost), soft_wrap=True)
     if config.output_file:
         records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
-        write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+        write_output(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> list[TokenizedExample]:
@@ -284,7 +284,7 @@ def evaluate(config: EvaluateConfig) -> None:
     run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:
-        write_scores(file, heldout, settings, results)
+        write_scores(file, heldout, settings, results, write_output if config.output_file else write_file)
         console.print(f"scores in {file}", soft_wrap=True)
 
 
@@ -314,7 +314,7 @@ def lm_eval(config: LmEvalConfig) -> None:
     if config.output_file:
         # A task's definition may hold functions.
         kept = json.dumps(record(answer, dataclasses.asdict(config) | told, model), indent=1, default=str)
-        write_file(Path(config.output_file), kept)
+        write_output(Path(config.output_file), kept)
 
 
 def study(config: StudyConfig) -> None:
@@ -368,7 +368,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    from switchkd.html_report import write_report
+    from switchkd.html_report import page
     from switchkd.report import bar, console
 
     if not config.runs:
@@ -376,7 +376,8 @@ def report(config: ReportConfig) -> None:
     only = Path(config.runs[0]) if len(config.runs) == 1 else Path()
     file = Path(config.output_file) if config.output_file else only / "report.html"
     with bar("report", None) as progress:
-        write_report([Path(run) for run in config.runs], file, lambda part: progress.advance(1, part))
+        html = page([Path(run) for run in config.runs], lambda part: progress.advance(1, part))
+    (write_output if config.output_file else write_file)(file, html)
     console.print(f"report in {file}", soft_wrap=True)
 
 
@@ -397,7 +398,6 @@ def plot(config: PlotConfig) -> None:
                 raise
             console.print(f"{name}: not drawn: {error}", soft_wrap=True)
             continue
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         written += save_figure(figure, Path(config.output_dir) / name)
         console.print(f"{name}: {written[-1]} and .svg. {notes}", soft_wrap=True)
     if not written:

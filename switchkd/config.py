@@ -414,8 +414,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         return self.resume or bool(self.resume_from)
 
     def anew(self) -> TrainConfig:
-        """The same settings for a run that begins."""
-        return dataclasses.replace(self, resume=False, resume_from="", allow_change=())
+        """The same settings for a run that begins, and that somebody looks at."""
+        return dataclasses.replace(self, resume=False, resume_from="", allow_change=(), quiet=False)
 
     def _check_learning_rate(self) -> None:
         if self.warmup_ratio >= 1:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from switchkd.compare_report import BLUE, GREY, VERMILLION
 from switchkd.metrics import BANDS
 from switchkd.plain import Lines
-from switchkd.report import number
+from switchkd.report import number, percent
 from switchkd.rollouts import mean
 
 if TYPE_CHECKING:
@@ -362,7 +362,7 @@ def _told(metrics: Metrics, name: str) -> str:
     shown = smoothed(metrics, name)[1]
     kept = next(each[np.isfinite(each)] for each in (shown, values) if np.isfinite(each).any())
     share = unit == SHARE and not name.startswith("eval/")
-    first, last = (f"{value:.0%}" if share else number(value) for value in (kept[0], kept[-1]))
+    first, last = (percent(value) if share else number(value) for value in (kept[0], kept[-1]))
     way = "falls" if kept[-1] < kept[0] else "rises"
     words = f"{what} is {first}" if first == last else f"{what} {way} from {first} to {last}"
     if gaps:
@@ -385,7 +385,7 @@ def _time_curve(runs: Mapping[str, Metrics]) -> Curve | None:
     for axes, (label, metrics) in zip(figure.subplots(len(timed), squeeze=False).flat, timed.items(), strict=True):
         sums = _stack(axes, metrics)
         _dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
-        shares = ", ".join(f"{share:.0%} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
+        shares = ", ".join(f"{percent(share)} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
         told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
     told += [f"{label}: time has no value." for label in runs if label not in timed]
     legend(figure)

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
 from switchkd.terminal import Terminal
 
@@ -87,10 +88,10 @@ def _build(folder: Path, progress: bool) -> None:
         reader = gguf.GGUFReader(weights)
         tokenizer = demo_tokenizer(_metadata(reader))
         _write_teacher(reader, folder / "teacher")
-        tokenizer.save_pretrained(folder / "teacher")
+        save_tokenizer(tokenizer, folder / "teacher")
     with _phase(f"making the student of {len(STUDENT_LAYERS)} layers", progress):
         _write_student(folder / "teacher", folder / "student")
-        tokenizer.save_pretrained(folder / "student")
+        save_tokenizer(tokenizer, folder / "student")
     for path in download.iterdir():
         path.unlink()
     download.rmdir()

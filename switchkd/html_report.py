@@ -22,12 +22,11 @@ from switchkd.compare_report import Sheet, signed
 from switchkd.config import to_dict
 from switchkd.curves import PARTS, cost, run_curves
 from switchkd.plain import Lines
-from switchkd.report import estimate_text, number, settings_text
+from switchkd.report import estimate_text, number, percent, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
 from switchkd.run_record import RunRecord, labels
 from switchkd.statistics import difference, lower_is_better, verdict
-from switchkd.storage import write_file
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
@@ -35,17 +34,11 @@ FOR_TEXTS = 3_500_000  # bytes for the viewer; scores and curves take about a fi
 BEFORE, AFTER = "student before", "student after"
 
 
-def write_report(paths: Sequence[Path], file: Path, progress: Callable[[str], None] = lambda part: None) -> None:
-    """Write the report of the run directories ``paths``, whatever their state; tells ``progress`` of each part.
+def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
+    """The report of the run directories ``paths`` as HTML, whatever their state; tells ``progress`` of each part.
 
     Raises ConfigError for a folder that is no run, DataError for one with damaged records.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, page(paths, progress))
-
-
-def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
-    """The report as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     assets = files("switchkd") / "assets" / "report"
@@ -72,7 +65,8 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         runs=[_head(run, name, f"{name}: " if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)],
         summary=_summary(runs),
         scores=_score_sheets(runs, names),
-        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is unreliable.",
+        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is "
+        "unreliable; - over none.",
         curves=_curves(runs, names),
         has_rollouts=any(each["prompts"] or each["texts"] for each in texts),
         data=_script_json([each for each in texts if each["prompts"] or each["texts"]]),
@@ -158,7 +152,9 @@ def _cost(metrics: Lines) -> dict[str, str]:
         return {}
     taken = cost(metrics)
     spent = {part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in PARTS}
-    split = ", ".join(f"{part} {s / taken['seconds']:.0%}" for part, s in spent.items()) if taken["seconds"] else ""
+    split = (
+        ", ".join(f"{part} {percent(s / taken['seconds'])}" for part, s in spent.items()) if taken["seconds"] else ""
+    )
     forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
     memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
     share = taken["teacher share"]
@@ -166,7 +162,7 @@ def _cost(metrics: Lines) -> dict[str, str]:
         "steps": f"{taken['steps']}",
         "response tokens trained on": f"{taken['tokens']:,}",
         "time without evaluation": f"{_time(taken['seconds'])} ({split})",
-        "teacher's share of the generated tokens": "" if math.isnan(share) else f"{share:.1%}",
+        "teacher's share of the generated tokens": "" if math.isnan(share) else percent(share),
         "teacher forwards per generated token": "" if math.isnan(forwards) else number(forwards),
         "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
     }

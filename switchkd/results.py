@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -90,8 +90,12 @@ def write_results(
     data: Mapping[str, Any],
     settings: Mapping[str, Any],
     results: Mapping[str, Evaluation],
+    write: Callable[[Path, str], None] = write_file,
 ) -> None:
-    """Write evaluations by the name of their model, each whole or not at all; what they depend on stands beside them."""
+    """Write evaluations by the name of their model; what they depend on stands beside them.
+
+    Into a pipe or device go the scores alone: nothing can lie beside it.
+    """
     record = {
         "format": FORMAT,
         "task": task,
@@ -102,8 +106,9 @@ def write_results(
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(_no_nan(value))}" for key, value in record.items())
     texts = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(completions_file(file), "".join(json.dumps(text) + "\n" for text in texts))
-    write_file(file, f"{{\n{lines}\n}}\n")
+    if file.is_file() or not file.exists():
+        write(completions_file(file), "".join(json.dumps(text) + "\n" for text in texts))
+    write(file, f"{{\n{lines}\n}}\n")
 
 
 class _Task(TypedDict):

@@ -9,7 +9,7 @@ from pathlib import Path
 from switchkd.compare import compare
 from switchkd.compare_report import markdown, save_figure, show, write
 from switchkd.curves import Metrics, cost, draw, metric_panels
-from switchkd.report import console, number
+from switchkd.report import console, number, percent
 from switchkd.rollouts import mean
 from switchkd.run_record import read_metrics
 from switchkd.storage import write_file
@@ -48,7 +48,7 @@ def cost_table(runs: Mapping[str, Sequence[Metrics]]) -> str:
     lines = ["| method | runs | steps | tokens trained | seconds | relative | teacher's tokens | switched responses |"]
     lines.append("|---|" + "---:|" * 7)
     for method, c in means.items():
-        shares = ["–" if math.isnan(c[name]) else f"{c[name]:.0%}" for name in ("teacher share", "switched responses")]
-        sizes = [f"{c['steps']:,.0f}", f"{c['tokens']:,.0f}", number(c["seconds"]), f"{c['seconds'] / first:.2f}"]
+        shares = ["–" if math.isnan(c[name]) else percent(c[name]) for name in ("teacher share", "switched responses")]
+        sizes = [f"{c['steps']:,.0f}", f"{c['tokens']:,.0f}", number(c["seconds"]), number(c["seconds"] / first)]
         lines.append(f"| {method} | {len(costs[method])} | {' | '.join([*sizes, *shares])} |")
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def test_a_finished_run_says_what_improved_and_is_compared_example_by_example(tm
     (folder / "student").mkdir()
     text = Elements(page([folder])).text
     assert "Finished after 1 steps" in text
-    assert "strict 0.000 before, 75.0 after: +75.0 [+55.0, +90.0], better." in text
+    assert "strict 0 before, 75.0 after: +75.0 [+55.0, +90.0], better." in text
 
 
 def test_several_runs_share_a_page_under_names_that_tell_them_apart(tmp_path):
