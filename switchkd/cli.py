@@ -133,8 +133,12 @@ def _with_rules(config: Any, args: list[str]) -> Any:
 def _defaults(cls: type[Config], path: str) -> Config:
     """What a command takes from a recipe, or from a run directory, whose trained student it then uses."""
     folder = Path(path)
-    recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
-    if folder.is_dir():
+    if not folder.is_dir():
+        recipe: TrainConfig = load_recipe(path)
+    else:
+        from switchkd.run_record import read_config
+
+        recipe = read_config(folder)
         recipe = dataclasses.replace(recipe.anew(), output_dir=path)  # the run may have been moved
     if cls is not TrainConfig and (folder / "student").is_dir():
         recipe = _with_student(recipe, str(folder / "student"))

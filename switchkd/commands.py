@@ -429,7 +429,7 @@ def _check_records(path: Path, pair: Pair) -> None:
         findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
-    dtypes = run.config.dtype, run.config.teacher_dtype
+    dtypes = run.settings["dtype"], run.settings["teacher_dtype"]
     if wrong := [finding.what for finding in findings if not finding.holds(*dtypes)]:
         raise DataError(
             f"{path}: the records of {', '.join(wrong)} are not what these models and settings give; models, settings or "

@@ -19,7 +19,6 @@ from switchkd.compare import (
     by_method,
     check_comparable,
     load_result,
-    read_settings,
     references,
     training_settings,
 )
@@ -41,7 +40,7 @@ from switchkd.curves import (
 from switchkd.errors import DataError
 from switchkd.results import LENGTH_BANDS
 from switchkd.rollouts import mean
-from switchkd.run_record import read_metrics
+from switchkd.run_record import read_metrics, read_settings
 from switchkd.statistics import FEW_EXAMPLES, Estimate, Values, estimate, score
 
 if TYPE_CHECKING:

@@ -19,13 +19,12 @@ from typing import Any
 import yaml
 
 from switchkd.compare_report import Sheet, signed
-from switchkd.config import to_dict
 from switchkd.curves import PARTS, cost, run_curves
 from switchkd.plain import Lines
 from switchkd.report import estimate_text, number, percent, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
-from switchkd.run_record import RunRecord, labels
+from switchkd.run_record import RunRecord, labels, shipped_rule
 from switchkd.statistics import difference, lower_is_better, verdict
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
@@ -92,7 +91,7 @@ def _head(run: RunRecord, label: str, prefix: str) -> dict[str, Any]:
         "state": run.state,
         "warnings": list(bad),
         "improved": improvements(run, prefix),
-        "settings": yaml.safe_dump(to_dict(run.config), sort_keys=False, allow_unicode=True),
+        "settings": yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True),
     }
 
 
@@ -133,16 +132,16 @@ def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    config = run.config
+    settings, mix = run.settings, shipped_rule(run.settings, "mix")
     return {
-        "method": config.method,
-        "who writes": settings_text(config.policy) if config.mix.generates else "",
-        "what is trained": settings_text(config.objective),
-        "on which text": settings_text(config.mix),
-        "teacher": ", ".join([config.teacher_model_name_or_path, *config.teachers.values()]),
-        "student": config.student_model_name_or_path,
-        "trained on": config.train_file,
-        "seed": str(config.seed),
+        "method": settings["method"],
+        "who writes": settings_text(settings, "policy") if mix is None or mix.generates else "",
+        "what is trained": settings_text(settings, "objective"),
+        "on which text": settings_text(settings, "mix"),
+        "teacher": ", ".join([settings["teacher_model_name_or_path"], *settings["teachers"].values()]),
+        "student": settings["student_model_name_or_path"],
+        "trained on": settings["train_file"],
+        "seed": str(settings["seed"]),
         **_cost(run.metrics),
     }
 

@@ -201,21 +201,26 @@ def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
             model.generation_config = GenerationConfig.from_dict(json_object(file.read_bytes()))
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code."""
+def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code.
+
+    ``on_disk`` takes what is there already: no hub is asked, and no pair is made.
+    """
     from transformers import AutoTokenizer
 
+    if on_disk and name in MADE:
+        raise ModelError(f"the tokenizer of {name!r} would have to be made first")
     source, is_local = _locate(name)
     own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
     if _is_adapter(source) and not own:
-        return load_tokenizer(adapter_base(source))
+        return load_tokenizer(adapter_base(source), on_disk)
     if is_local and not own:
         raise ModelError(
             f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
             "tokenizer.save_pretrained(folder)"
         )
     with _as_model_error(source, is_local):
-        return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_local or on_disk, trust_remote_code=False)
 
 
 def adapter_base(name: str) -> str:

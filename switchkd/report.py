@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.config import name_of
+from switchkd.config import NOUNS, plain_values, to_dict
 from switchkd.statistics import FEW_EXAMPLES
 from switchkd.terminal import console
 from switchkd.text import spoken
@@ -133,8 +133,9 @@ def method_table(recipes: dict[str, TrainConfig]) -> Table:
     """The recipes by name: who writes, what is trained, on which text, and where the method is from."""
     table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
     for name, config in recipes.items():
-        policy = settings_text(config.policy) if config.mix.generates else "–"
-        table.add_row(name, policy, settings_text(config.objective), settings_text(config.mix), config.method)
+        rules = to_dict(config)
+        policy = settings_text(rules, "policy") if config.mix.generates else "–"
+        table.add_row(name, policy, settings_text(rules, "objective"), settings_text(rules, "mix"), config.method)
     return table
 
 
@@ -158,12 +159,14 @@ def task_table(tasks: Iterable[Task]) -> Table:
     return table
 
 
-def settings_text(rule: Any) -> str:
-    """A rule's name, with the settings that are not its defaults."""
-    default = type(rule)()
-    changed = (f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != getattr(default, f.name))
-    given = ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
-    return name_of(rule) + (f" ({given})" if given else "")
+def settings_text(settings: Mapping[str, Any], noun: str) -> str:
+    """The name of the policy, objective or mix in plain settings, with what is set otherwise than by default; of one that does
+    not ship with the package, which is not imported, with all that is set."""
+    known = NOUNS[noun][1].get(settings[noun]["name"])
+    default = plain_values(dataclasses.asdict(known())) if known else {}
+    own = {name: value for name, value in settings[noun].items() if name != "name"}
+    given = ", ".join(f"{name}={value}" for name, value in own.items() if name not in default or value != default[name])
+    return settings[noun]["name"] + (f" ({given})" if given else "")
 
 
 def cost_line(cost: DecodeCost) -> str:

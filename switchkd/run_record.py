@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from switchkd.checkpoint import checkpoints, step_of
-from switchkd.config import TrainConfig, from_dict
-from switchkd.errors import ConfigError
+from switchkd.config import NOUNS, TrainConfig, from_dict, to_dict
+from switchkd.errors import ConfigError, DataError
 from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
 from switchkd.rollouts import RolloutRecord
@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
+
+
+class _Rule(TypedDict):
+    name: str
+
+
+class _Settings(TypedDict):
+    """What is read of a run's settings; the rest of them is only shown."""
+
+    method: str
+    policy: _Rule
+    objective: _Rule
+    mix: _Rule
+    teacher_model_name_or_path: str
+    student_model_name_or_path: str
+    teachers: dict[str, str]
+    train_file: str
+    seed: int
+    max_steps: int
 
 
 class _Step(TypedDict):
@@ -56,20 +75,39 @@ class SampleLine(TextLine):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model."""
+    """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model.
+
+    ``settings`` are plain values: reading imports no rule of the run's own. ``looks`` are the step and the tokens of every line of
+    samples.jsonl, which may be too long to hold.
+    """
 
     path: Path
-    config: TrainConfig
+    settings: dict[str, Any]
     metrics: Lines
-    samples: Lines
+    looks: list[tuple[int, int]]
     evaluations: dict[str, dict[str, Evaluation]]
 
     @staticmethod
     def read(path: Path) -> RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
-        config = read_config(path)
+        settings = read_settings(path, _Settings)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
-        return RunRecord(path, config, read_metrics(path), read_lines(path / SAMPLES, SampleLine), found)
+        looks = [(line["step"], len(line["completion_ids"])) for line in iter_lines(path / SAMPLES, SampleLine)]
+        return RunRecord(path, settings, read_metrics(path), looks, found)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The settings as the run had them, with its rules, which are imported if they are from elsewhere."""
+        return read_config(self.path)
+
+    @cached_property
+    def samples(self) -> Lines:
+        """All of samples.jsonl."""
+        return self.samples_at(range(len(self.looks)))
+
+    def samples_at(self, places: Collection[int]) -> Lines:
+        """The lines of samples.jsonl at these places in ``looks``."""
+        return list(iter_lines(self.path / SAMPLES, SampleLine, places))
 
     @property
     def finished(self) -> bool:
@@ -84,7 +122,8 @@ class RunRecord:
         last = self.metrics[-1]["step"]
         if self.finished:
             return f"Finished after {last} steps."
-        of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
+        most = self.settings["max_steps"]
+        of = f" of {most}" if most >= 0 else ""
         saved = checkpoints(self.path)
         where = f"its newest checkpoint is that of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
@@ -112,22 +151,51 @@ class RunRecord:
         return found
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
+        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither is on this machine."""
         from switchkd.models import load_tokenizer
 
         saved = [self.path / "student", *checkpoints(self.path)]
-        for folder in saved:
-            if (folder / "tokenizer.json").is_file():
-                return load_tokenizer(str(folder))
-        return load_tokenizer(self.config.teacher_model_name_or_path)
+        own = (str(folder) for folder in saved if (folder / "tokenizer.json").is_file())
+        return load_tokenizer(next(own, self.settings["teacher_model_name_or_path"]), on_disk=True)
 
 
 def read_config(run: Path) -> TrainConfig:
     """The settings of a run directory; raises ConfigError if it is none, or they are not settings."""
-    file = run / CONFIG
-    if not file.is_file():
+    _require_config(run)
+    return from_dict(TrainConfig, read_yaml(run / CONFIG), str(run / CONFIG))
+
+
+def read_settings(run: Path, kind: type) -> dict[str, Any]:
+    """The settings of a run as plain values, defaults for those that it is too old to have; ``kind`` says what is read of them.
+
+    Nothing in them is imported. Raises ConfigError if it is no run directory, DataError for what are no settings.
+    """
+    _require_config(run)
+    try:
+        settings = to_dict(TrainConfig()) | read_yaml(run / CONFIG)
+        check_type(settings, kind)
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{run} is no run directory, its {CONFIG} is not what switchkd writes: {error}") from error
+    return settings
+
+
+def _require_config(run: Path) -> None:
+    if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
-    return from_dict(TrainConfig, read_yaml(file), str(file))
+
+
+def shipped_rule(settings: Mapping[str, Any], noun: str) -> Any:
+    """The policy, objective or mix of plain settings with its defaults; None for one that does not ship with the package."""
+    known = NOUNS[noun][1].get(settings[noun]["name"])
+    return known and known()
+
+
+def unit_of(settings: Mapping[str, Any]) -> str:
+    """The unit of the divergences and thresholds that a run's policy writes down; a rule from elsewhere is named in its place."""
+    policy = shipped_rule(settings, "policy")
+    if settings["policy"].get("divergence") == "tvd":
+        return "probability"
+    return policy.unit if policy else f"unit of {settings['policy']['name']}"
 
 
 def read_metrics(run: Path) -> Lines:

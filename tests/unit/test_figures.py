@@ -354,7 +354,7 @@ def test_what_cannot_be_compared_or_read_is_refused(methods, tmp_path):
     paths = [str(tmp_path / name) for name in ("kd", "every_5-seed0")]
     with pytest.raises(DataError, match="max_new_tokens"):
         FIGURES["cost"](load_methods(paths))
-    with pytest.raises(DataError, match="no run directory"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         load_methods([str(tmp_path)])
     with pytest.raises(DataError, match="nothing to plot"):
         load_methods([])

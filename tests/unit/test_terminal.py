@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from tiny import pair_on_disk
 
-from switchkd import live, signals, terminal
+from switchkd import cli, live, signals, terminal
 from switchkd.cli import main
 from switchkd.config import TrainConfig, to_dict
 from switchkd.runs import distil
@@ -123,6 +123,10 @@ def test_no_name_or_message_reaches_the_terminal_raw(arguments, tmp_path, capsys
     said = "".join(capsys.readouterr())
     assert "␛[2J" in said or "\\x1b[2J" in said  # it was said, as text or as Python writes it
     assert not commands(said)
+
+
+def test_a_warning_of_others_commands_no_terminal():
+    assert not commands(cli._warning(HOSTILE, UserWarning, "file", 1))
 
 
 # --- a terminal that is gone --------------------------------------------------------------------------------------
