@@ -14,12 +14,9 @@ from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
 from switchkd.lock import LOCK
 from switchkd.models import default_device
 from switchkd.precision import with_dtypes
-from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
+from switchkd.run_record import CONFIG, METRICS, ORIGIN, ROLLOUTS, SAMPLES, keep_until, read_config
 from switchkd.storage import discard, set_aside, write_file
 from switchkd.teacher_store import json_sha256
-
-ORIGIN = "origin.json"
-
 
 # --- whether it may -----------------------------------------------------------------------------------------------
 

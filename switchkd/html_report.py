@@ -13,19 +13,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from switchkd.compare import TEACHER
 from switchkd.compare_report import Sheet, signed
 from switchkd.curves import PARTS, cost, run_curves
 from switchkd.plain import Lines
 from switchkd.report import estimate_text, number, percent, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
-from switchkd.run_record import RunRecord, labels, shipped_rule
-from switchkd.statistics import difference, lower_is_better, verdict
+from switchkd.run_record import RunRecord, labels
+from switchkd.statistics import Estimate, difference, lower_is_better, verdict
+from switchkd.steps import TEACHERS, shipped_rule
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
@@ -184,16 +187,37 @@ def _score_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Sheet
     """A table for each evaluation file that the runs have, and one by group where its examples have groups."""
     sheets = []
     for file in dict.fromkeys(file for run in runs for file in run.evaluations):
-        columns = _columns(file, runs, names)
-        first = next(iter(columns.values()))
-        scores = dict.fromkeys(name for result in columns.values() for name in result.scores)
-        title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
-        sheets.append(_sheet(title, columns, list(scores), lambda result: result.summary))
-        if first.by_group:
-            sheets.append(
-                _sheet(f"{title}: {first.primary} by group", columns, list(first.by_group), lambda r: r.by_group)
-            )
+        for columns in _alike(_columns(file, runs, names)):
+            first = next(iter(columns.values()))
+            title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
+            sheets.append(_sheet(title, columns, _score_rows(columns)))
+            if first.by_group:
+                rows = {
+                    g: {name: r.by_group[g] for name, r in columns.items() if g in r.by_group} for g in first.by_group
+                }
+                sheets.append(_sheet(f"{title}: {first.primary} by group", columns, rows))
     return sheets
+
+
+def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estimate]]:
+    """The scores by name, each by column; divergences to several teachers have a row for each of these."""
+    rows: dict[str, dict[str, Estimate]] = {}
+    several = len({result.made_with.get(TEACHER) for result in columns.values()}) > 1
+    names = dict.fromkeys(name for result in columns.values() for name in result.scores)
+    for name, (column, result) in product(names, columns.items()):
+        if name in result.scores:
+            apart = f" (teacher {str(result.made_with.get(TEACHER))[:8]})" if several and TEACHERS in name else ""
+            rows.setdefault(name + apart, {})[column] = result.summary[name]
+    return rows
+
+
+def _alike(columns: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
+    """The columns that may stand side by side: of one task, data and settings. The teacher moves divergences alone."""
+    groups: dict[str, dict[str, Evaluation]] = {}
+    for name, result in columns.items():
+        made_with = {key: value for key, value in result.made_with.items() if key != TEACHER}
+        groups.setdefault(json.dumps(made_with, sort_keys=True), {})[name] = result
+    return list(groups.values())
 
 
 def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Evaluation]:
@@ -205,11 +229,10 @@ def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict
     }
 
 
-def _sheet(
-    title: str, columns: Mapping[str, Evaluation], rows: Sequence[str], summary: Callable[[Evaluation], Any]
-) -> Sheet:
-    shown = {model: summary(result) for model, result in columns.items()}
-    cells = [[row, *(estimate_text(own[row]) if row in own else "–" for own in shown.values())] for row in rows]
+def _sheet(title: str, columns: Mapping[str, Evaluation], rows: Mapping[str, Mapping[str, Estimate]]) -> Sheet:
+    cells = [
+        [row, *(estimate_text(own[model]) if model in own else "–" for model in columns)] for row, own in rows.items()
+    ]
     return Sheet(title, ["score", *columns], cells)
 
 

@@ -41,7 +41,8 @@ class Evaluation:
     """One model's scores on held-out examples.
 
     ``scores`` by name hold a value for each sampling seed and example, ``groups`` the examples' groups, ``model`` name and
-    checksum. Divergence and perplexity are of the reference tokens: one seed, weighted by tokens.
+    checksum; ``made_with`` is all that scores depend on beside the model, where that is known. Divergence and perplexity are of
+    the reference tokens: one seed, weighted by tokens.
     """
 
     scores: dict[str, Values]
@@ -49,6 +50,7 @@ class Evaluation:
     groups: Sequence[str] = ()
     model: Mapping[str, str] = field(default_factory=dict)
     completions: Sequence[Completion] = field(default=(), repr=False)
+    made_with: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def summary(self) -> dict[str, Estimate]:
@@ -135,6 +137,7 @@ class _Record(TypedDict):
 
     task: _Task
     data: _Data
+    settings: dict[str, Any]
     results: dict[str, _Result]
 
 
@@ -178,6 +181,10 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
     primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
     if len(groups) not in (0, examples):
         raise DataError(f"there are {len(groups)} groups for {examples} examples")
+    task = {name: record["task"].get(name) for name in ("name", "version")}
+    made_with = {"task": task, "ids": record["data"]["ids"], "data sha256": record["data"].get("sha256")} | record[
+        "settings"
+    ]
     results = {}
     for model, result in record["results"].items():
         scores = {name: _values(name, **values) for name, values in result["scores"].items()}
@@ -186,7 +193,7 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
                 raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
         if primary not in scores:
             raise DataError(f"{model} has no score {primary!r}, the task's primary one")
-        results[model] = Evaluation(scores, primary, groups, result["model"])
+        results[model] = Evaluation(scores, primary, groups, result["model"], made_with=made_with)
     return results
 
 

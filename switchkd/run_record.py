@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from switchkd.checkpoint import checkpoints, step_of
-from switchkd.config import NOUNS, TrainConfig, from_dict, to_dict
+from switchkd.config import TrainConfig, from_dict, to_dict
 from switchkd.errors import ConfigError, DataError
 from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
 from switchkd.results import Evaluation, read_results
 from switchkd.rollouts import RolloutRecord
+from switchkd.steps import Steps
 from switchkd.storage import sync, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONFIG = "config.yaml"
+CONFIG, ORIGIN = "config.yaml", "origin.json"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
+
+
+class _Checksum(TypedDict):
+    sha256: str
 
 
 class _Rule(TypedDict):
@@ -83,7 +88,7 @@ class RunRecord:
 
     path: Path
     settings: dict[str, Any]
-    metrics: Lines
+    metrics: Steps
     looks: list[tuple[int, int]]
     evaluations: dict[str, dict[str, Evaluation]]
 
@@ -93,7 +98,8 @@ class RunRecord:
         settings = read_settings(path, _Settings)
         found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
         looks = [(line["step"], len(line["completion_ids"])) for line in iter_lines(path / SAMPLES, SampleLine)]
-        return RunRecord(path, settings, read_metrics(path), looks, found)
+        scores = [result.primary for result in found.get("evaluation", {}).values()]
+        return RunRecord(path, settings, read_steps(path, settings, *scores[:1]), looks, found)
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -184,18 +190,19 @@ def _require_config(run: Path) -> None:
         raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
 
 
-def shipped_rule(settings: Mapping[str, Any], noun: str) -> Any:
-    """The policy, objective or mix of plain settings with its defaults; None for one that does not ship with the package."""
-    known = NOUNS[noun][1].get(settings[noun]["name"])
-    return known and known()
+def read_steps(run: Path, settings: Mapping[str, Any], primary: str = "") -> Steps:
+    """The step metrics of a run of these settings, with the checksums of what it is on; ``primary`` is its main score."""
+    return Steps(read_metrics(run), settings, run.resolve().name, _checksums(run), primary)
 
 
-def unit_of(settings: Mapping[str, Any]) -> str:
-    """The unit of the divergences and thresholds that a run's policy writes down; a rule from elsewhere is named in its place."""
-    policy = shipped_rule(settings, "policy")
-    if settings["policy"].get("divergence") == "tvd":
-        return "probability"
-    return policy.unit if policy else f"unit of {settings['policy']['name']}"
+def _checksums(run: Path) -> dict[str, str]:
+    """What origin.json says of text and models; {} where there is none."""
+    try:
+        found = json_object((run / ORIGIN).read_bytes()) if (run / ORIGIN).is_file() else {}
+        check_type(found, dict[str, _Checksum])
+    except (OSError, DataError) as error:
+        raise DataError(f"{run / ORIGIN} cannot be read: {error}") from error
+    return {name: each["sha256"] for name, each in found.items()}
 
 
 def read_metrics(run: Path) -> Lines:

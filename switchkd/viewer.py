@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from switchkd.errors import ModelError
 from switchkd.plain import Lines, spread
 from switchkd.policies import STUDENT, TEACHER
-from switchkd.run_record import RunRecord, unit_of
+from switchkd.run_record import RunRecord
 from switchkd.text import pieces
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
         notes.append(f"{left_out} prompts are left out: together they are too long to be shown.")
     found = {
         "label": label,
-        "unit": unit_of(run.settings),
+        "unit": run.metrics.unit,
         "vocabulary": _vocabulary(samples, decode),
         "prompts": _prompts(samples, decode),
         "texts": [_text(record, decode) for record in run.rollouts(TRAINING_TEXTS)],
