@@ -211,6 +211,8 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
     if on_disk and name in MADE:
         raise ModelError(f"the tokenizer of {name!r} would have to be made first")
     source, is_local = _locate(name)
+    if on_disk and not is_local:  # transformers would ask the hub all the same
+        source, is_local = _in_cache(source), True
     own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
     if _is_adapter(source) and not own:
         return load_tokenizer(adapter_base(source), on_disk)
@@ -220,7 +222,17 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
             "tokenizer.save_pretrained(folder)"
         )
     with _as_model_error(source, is_local):
-        return AutoTokenizer.from_pretrained(source, local_files_only=is_local or on_disk, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+def _in_cache(name: str) -> str:
+    """The folder in which the hub's cache holds a tokenizer; raises ModelError if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = next((file for file in TOKENIZER_FILES if isinstance(try_to_load_from_cache(name, file), str)), None)
+    if found is None:
+        raise ModelError(f"the tokenizer of {name} is not on this machine, and no hub is asked for it")
+    return str(Path(str(try_to_load_from_cache(name, found))).parent)
 
 
 def adapter_base(name: str) -> str:

@@ -457,19 +457,22 @@ def test_lines_are_called_means_only_where_they_are():
     assert panel_notes([Panel("", [Line("a", [rows(eval__x=[1.0] * 27)], "eval/x")])]) == ""
 
 
-def test_every_axis_names_a_unit_that_there_is():
-    policies = {"bits": Switch(), "nats": AdaSwitch(), "probability": SKD()}
-    for unit, policy in policies.items():
-        run = of_run(full(), policy=policy)
-        axes = {
-            curve.name: [a.get_ylabel().replace("\n", " ") for a in curve.figure.axes]
-            for curve in run_curves({"a": run})
-        }
-        assert axes["divergence"] == [f"divergence ({unit})"] and axes["loss"] == ["loss (nats per token)"]
-        two = {c.name: c for c in run_curves({"a": run, "b": run})}
-        assert all(f"({unit})" in a.get_ylabel() for a in two["divergence"].figure.axes)
-    [loss] = metric_panels({"a": [of_run(rows(loss=[1.0, 2.0]), objective=TVD())]}, ["loss"])
-    assert loss.label == "loss\n(probability per token)"
+@pytest.mark.parametrize(
+    ("unit", "policy"),
+    [("bits", Switch()), ("nats", AdaSwitch()), ("probability", SKD()), ("probability", AdaSwitch(divergence="tvd"))],
+)
+def test_every_axis_names_a_unit_that_there_is(unit, policy):
+    run = of_run(rows(loss=[1.0], switch__threshold=[1.0], **{"switch__divergence_0+": [1.0]}), policy=policy)
+    loss, divergence = run_curves({"a": run})  # alone, and two in one panel
+    assert loss.figure.axes[0].get_ylabel() == "loss (nats per token)"
+    assert divergence.figure.axes[0].get_ylabel().replace("\n", " ") == f"divergence ({unit})"
+    [panel] = metric_panels({"a": [run], "b": [run]}, ["switch/threshold"])
+    assert panel.label.replace("\n", " ") == f"threshold ({unit})"
+
+
+def test_a_loss_has_the_unit_of_its_objective():
+    [panel] = metric_panels({"a": [of_run(rows(loss=[1.0, 2.0]), objective=TVD())]}, ["loss"])
+    assert panel.label == "loss\n(probability per token)"
 
 
 def test_a_value_that_is_missing_is_not_called_not_finite():
