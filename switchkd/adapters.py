@@ -7,6 +7,7 @@ model as before. Only the adapter is trained and saved. peft is imported when an
 import copy
 import importlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from switchkd.errors import ConfigError, ModelError, nearest
+from switchkd.adapter_config import names, options, patterns, put_in_order
+from switchkd.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.limits import check_patterns
 from switchkd.masters import Masters, cast_weights
 from switchkd.models import ADAPTER_CONFIG
-from switchkd.plain import json_object, shown
+from switchkd.plain import json_object
+from switchkd.precision import quantised
 from switchkd.sampling import Use, noise_key
 
 if TYPE_CHECKING:
@@ -32,16 +36,6 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"  # peft's name of the only adapter in a model
 PREFIX = "base_model.model."  # before each weight's name in peft's files
-# What an adapter may hold beside low-rank updates, and the values that mean nothing: the rest would move the base or the head.
-PLAIN: dict[str, tuple[object, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False,),
-    "megatron_config": (None,),  # with it, peft imports a module that the adapter names
-    "init_lora_weights": (True, False, "gaussian"),
-}
 VERSIONS = {"peft": "0.20", "bitsandbytes": "0.45"}  # as in pyproject.toml
 # Settings of ModelConfig and what peft's LoraConfig calls them.
 SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
@@ -54,12 +48,13 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int, beside
     Raises ConfigError if a target is no linear layer of the body, or peft is not installed.
     """
     peft = require("peft")
-    _check_targets(model, config.lora_target_modules)
+    layers, weights = _targets(model, config.lora_target_modules)
     lora = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules) or "all-linear",
+        target_modules=layers if config.lora_target_modules else "all-linear",
+        target_parameters=weights or None,
         task_type="CAUSAL_LM",
         exclude_modules=rf"({'|'.join(map(re.escape, beside))})(\..*)?" if beside else None,
         # GPT-2 keeps its weights transposed.
@@ -67,48 +62,63 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int, beside
     )
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(noise_key(seed, 0, 0, Use.ADAPTER) % 2**63)
-        _inject(model, lora)
+        try:
+            _inject(model, lora)
+        except ValueError as error:  # such as dropout on experts
+            raise ConfigError(
+                f"no adapter of these settings can be put on the student, {model.config.model_type}: {error} Change lora_dropout, "
+                "or name other layers in lora_target_modules"
+            ) from error
     _widen(model)
 
 
-def open_adapter(model: PreTrainedModel, folder: Path, train: bool = False) -> None:
+def open_adapter(model: PreTrainedModel, folder: Path, asked: "ModelConfig | None" = None) -> None:
     """Put the adapter saved in ``folder`` on its base ``model``, trainable; everything else is frozen.
 
-    To be gone on with (``train``), it is opened in float32 or wider, whatever the base is in.
+    To be gone on with under the settings ``asked``, it is opened in float32 or wider, whatever the base is in.
 
-    Raises ModelError if it is more than LoRA on the body, or does not fit the model.
+    Raises ModelError if it is more than LoRA on the body, or does not fit the model, ConfigError if it is not what is ``asked``.
     """
     peft = require("peft")
     try:
-        kind = json_object((folder / ADAPTER_CONFIG).read_bytes()).get("peft_type")
-        lora = peft.LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except Exception as error:  # peft refuses settings in many ways
-        raise ModelError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}; copy the adapter again") from error
-    odd = [name for name, plain in PLAIN.items() if getattr(lora, name, plain[0]) not in plain]
-    if lora is None or odd:
-        what = f"{', '.join(odd)} set" if lora else f"peft_type {shown(kind)}"
-        raise ModelError(f"{folder} has {what}; switchkd opens LoRA adapters of linear layers only: merge it with peft")
+        known = options(json_object((folder / ADAPTER_CONFIG).read_bytes()))
+        lora = peft.LoraConfig(**known, task_type="CAUSAL_LM")
+    except (OSError, DataError, TypeError, ValueError) as error:  # peft refuses some that contradict each other
+        raise ModelError(f"the adapter {folder} cannot be opened: {ADAPTER_CONFIG} {error}") from error
+    check_patterns(patterns(known), [name for name, _ in model.named_modules()], str(folder))
+    targets = _targets(model, asked.lora_target_modules) if asked else ([], [])
     try:
         _inject(model, lora)
     except Exception as error:  # no layer of that name, or no value of that kind: peft does not check
         raise ModelError(f"{folder} does not fit {model.config.model_type}: {error}") from error
     _refuse_outer_layers(model, folder)
-    if train:
+    if asked:
+        _check_settings(lora, asked, [*targets[0], *targets[1]], folder)
         _widen(model)
     load_adapter(model, folder)
 
 
-def check_settings(model: PreTrainedModel, config: "ModelConfig", folder: Path) -> None:
-    """Raise ConfigError if ``config`` asks for another adapter than the one that ``folder`` gave ``model``."""
-    lora = model.peft_config[NAME]
+def _check_settings(lora: "LoraConfig", config: "ModelConfig", targets: list[str], folder: Path) -> None:
+    """Raise ConfigError if ``config``, which names these ``targets``, asks for another adapter than that of ``folder``."""
     asked = {name: (getattr(config, name), getattr(lora, peft_name)) for name, peft_name in SETTINGS.items()}
-    if config.lora_target_modules:
-        asked["lora_target_modules"] = (sorted(config.lora_target_modules), sorted(lora.target_modules))
+    if targets:
+        own = names(lora.target_modules) + names(lora.target_parameters)
+        asked["lora_target_modules"] = (sorted(targets), sorted(own))
     if changed := [f"{name} {ours}, it has {theirs}" for name, (ours, theirs) in asked.items() if ours != theirs]:
         raise ConfigError(
             f"the student {folder} is an adapter already ({'; '.join(changed)}); give its own settings to go on with it, "
             "or name its base as the student for a new adapter"
         )
+
+
+def check_trainable(model: PreTrainedModel, merge: bool) -> None:
+    """Raise ConfigError if weights that are quantised are to be trained, or to take up an adapter: they would be rounded away."""
+    if not (method := quantised(model.config)) or (has_adapter(model) and not merge):
+        return
+    what = "an adapter cannot be merged into them: leave merge out" if merge else "they cannot be trained: set use_peft"
+    raise ConfigError(
+        f"the student's weights are quantised ({method}), and {what}, or take the student in full precision"
+    )
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -173,10 +183,11 @@ def merged(
     for name, weight in (weights or {}).items():
         plain.get_parameter(name).data.copy_(weight)
     layers = set(adapter_layers(plain))
-    for name, layer in [(name, module) for name, module in plain.named_modules() if module in layers]:
+    # Of the weights of one module, such as experts, each has a layer of its own around the layer of the one before.
+    for name, layer in reversed([(name, module) for name, module in plain.named_modules() if module in layers]):
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+        setattr(plain.get_submodule(parent), child, layer.base_layer)
     del plain.peft_config
     plain._hf_peft_config_loaded = False
     cast_weights(plain, dtype or model.dtype)
@@ -196,12 +207,14 @@ def _inject(model: PreTrainedModel, lora: "LoraConfig") -> None:
     name = model.name_or_path
     # What add_adapter does; that one also asks for a peft as new as the transformers, which may not be there yet.
     lora.inference_mode = False  # as which peft saves every adapter
-    require("peft").inject_adapter_in_model(lora, model, NAME)
+    with warnings.catch_warnings():  # peft looks for its own patterns of experts among modules alone, and warns
+        warnings.simplefilter("ignore", RuntimeWarning)
+        require("peft").inject_adapter_in_model(lora, model, NAME)
     model._hf_peft_config_loaded = True
     model.eval()  # new modules are born in training mode
-    # A folder's own name, so that the adapter opens from anywhere; sorted, so that equal adapters have equal files.
+    # A folder's own name, so that the adapter opens from anywhere.
     lora.base_model_name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
-    lora.target_modules = sorted(lora.target_modules)
+    put_in_order(lora)
 
 
 def _widen(model: PreTrainedModel) -> None:
@@ -210,21 +223,48 @@ def _widen(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+def _targets(model: PreTrainedModel, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The targets that name linear layers, and the weights that others name: of experts and routers, which are no such layers.
+
+    Raises ConfigError for a target that names neither, or the output layer.
+    """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    head = model.get_output_embeddings()
+    head, weights = model.get_output_embeddings(), _bare_weights(model)
+    layers: list[str] = []
+    named: dict[str, None] = {}
     for target in targets:
-        found = [module for name, module in linear.items() if f".{name}".endswith(f".{target}")]
+        found = [module for name, module in linear.items() if _ends_with(name, target)]
         if any(module is head for module in found):
             raise ConfigError(
                 f"lora_target_modules names the output layer {target!r}, whose weight the loss takes as it is; "
                 "adapt the layers of the body only"
             )
-        if not found:
+        own = [name for name in weights if _ends_with(name, target) or _ends_with(name.rpartition(".")[0], target)]
+        if not found and not own:
             known = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head}
+            known |= {name.split(".")[-2] for name in weights}
             raise ConfigError(
                 f"lora_target_modules: the student has no linear layer {target!r}{nearest(target, known)}"
             )
+        layers += [target] if found else []
+        named |= dict.fromkeys(own)
+    return layers, list(named)
+
+
+def _bare_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the matrices that stand in no layer of torch: those of experts and routers."""
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if prefix
+        and not (isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or type(module).__module__.startswith("torch."))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3) and not name.endswith("bias")
+    ]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def _refuse_outer_layers(model: PreTrainedModel, folder: Path) -> None:

@@ -1,11 +1,12 @@
 """The model under a student's adapter as the teacher: self-distillation with one copy of the weights in memory."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from switchkd.adapters import adapter_layers
 from switchkd.cache import evaluating
@@ -14,8 +15,10 @@ from switchkd.cache import evaluating
 class BaseModel(nn.Module):
     """The model under the adapter of ``student``, as a frozen model of its own: the same modules, the same weights.
 
-    Its forward runs the student with the adapter switched off and in evaluation mode, whatever the student's own mode is, and
-    leaves both as they were. What is not overridden here (``config``, ``dtype``, …) is the student's.
+    Its forward and ``generate`` run the student with the adapter switched off and in evaluation mode, whatever the student's own
+    mode is, and leave both as they were. Its weights are those of the base, under the base's names. What else it is asked for and
+    is a plain value (``config``, ``dtype``, …) is the student's; a method or a part of the student is not given out, because it
+    would run with the adapter.
     """
 
     _is_stateful = False  # the student's class answers for itself
@@ -27,10 +30,13 @@ class BaseModel(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        training = any(module.training for module in self.student.modules())
-        mode = evaluating(self.student) if training else nullcontext()
-        with mode, _switched_off(self.layers):
+        with self._base():
             return self.student(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' ``generate`` writes with the base."""
+        with self._base():
+            return self.student.generate(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "BaseModel":
         """Nothing changes: the base always runs in evaluation mode, and the student's mode is its own."""
@@ -38,26 +44,58 @@ class BaseModel(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights of the base. The adapter is not part of it: freezing the base does not freeze the adapter."""
-        adapter = set(_adapter_parameters(self.layers))
-        return (item for item in super().named_parameters(*args, **kwargs) if item[1] not in adapter)
+        return self._without_adapter(self.student.named_parameters(*args, **kwargs))
+
+    def state_dict(self, *args: Any, keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The weights and buffers of the base, as those of the base loaded alone."""
+        state = self.student.state_dict(*args, keep_vars=True, **kwargs)
+        return {name: own if keep_vars else own.detach() for name, own in self._without_adapter(state.items())}
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, which no adapter may sit on."""
+        return self.student.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, which no adapter may sit on."""
+        return self.student.get_input_embeddings()
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The student's: it is also what its ``generate`` reads."""
+        return self.student.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.student.generation_config = config
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("student"), name)
+            found = getattr(super().__getattr__("student"), name)
+        if inspect.ismethod(found) or isinstance(found, nn.Module | Tensor):
+            raise AttributeError(
+                f"the base of a student gives out no {name!r}, which would be the student's, with its adapter"
+            )
+        return found
 
+    def _without_adapter(self, named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        adapter = {id(parameter) for parameter in _adapter_parameters(self.layers)}
+        return ((name.replace(".base_layer", ""), own) for name, own in named if id(own) not in adapter)
 
-@contextmanager
-def _switched_off(layers: Sequence[Any]) -> Iterator[None]:
-    # peft's own enable_adapters also changes requires_grad, and is too slow for every forward.
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """The student's modules as the base: without the adapter, in evaluation mode."""
+        training = any(module.training for module in self.student.modules())
+        with evaluating(self.student) if training else nullcontext():
+            # peft's own enable_adapters also changes requires_grad, and is too slow for every forward.
+            try:
+                for layer in self.layers:
+                    layer._disable_adapters = True
+                yield
+            finally:
+                for layer in self.layers:
+                    layer._disable_adapters = False
 
 
 def _adapter_parameters(layers: Sequence[Any]) -> Iterator[nn.Parameter]:

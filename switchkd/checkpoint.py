@@ -7,12 +7,12 @@ that evaluations saw lies in ``best-N``, with such a manifest.
 """
 
 import copy
-import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -21,22 +21,43 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from switchkd.adapters import has_adapter, load_adapter, save_adapter
-from switchkd.errors import CheckpointError, DataError, DiskError, ModelError
+from switchkd.errors import CheckpointError, DiskError, ModelError
+from switchkd.manifest import (
+    MANIFEST,
+    STAMP,
+    make_room,
+    read_manifest,
+    read_record,
+    take_away,
+    verify,
+    write_manifest,
+)
 from switchkd.masters import Masters
-from switchkd.plain import check_type, json_object, shown
+from switchkd.plain import first, related, shown
 from switchkd.published import save_tokenizer
 from switchkd.rollouts import RolloutRecord
+from switchkd.saved_student import Stamp
 from switchkd.sharding import full, shard_like, state_of
-from switchkd.storage import discard, free_bytes, staged_folder
+from switchkd.storage import free_bytes, staged_folder
 
-MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 PREFIX, BEST = "checkpoint-", "best-"
 
 Weights = Mapping[str, Tensor]  # the masters by parameter name, whole
 Moments = dict[str, Tensor]  # AdamW's state by parameter name: ``name/exp_avg``, ``name/exp_avg_sq``, ``name/step``
 
 
-class State(TypedDict):
+class _Meaning(TypedDict, total=False):
+    """What the rest of a state is of; checkpoints of old versions do not say it."""
+
+    best_of: str
+    rules: dict[str, str]
+    rows: Annotated[int, range(2**63)]
+    rows_per_step: Annotated[int, range(1, 2**31)]
+    rows_per_rank: Annotated[int, range(1, 2**31)]
+
+
+class State(_Meaning):
     """What state.json holds: all of a trainer that moves, but for weights and moments."""
 
     step: int
@@ -49,11 +70,20 @@ class State(TypedDict):
     replay: list[RolloutRecord]
 
 
-class _Entry(TypedDict):
-    """What the manifest says of a file."""
-
-    size: int
-    sha256: str
+@related(State)
+def _of_one_step(state: Mapping[str, Any]) -> str:
+    step, best, due = state["step"], state["best"], state["due"]
+    return first(
+        {
+            "step, num_tokens and seconds count from 0": not (
+                step >= 0 and state["num_tokens"] >= 0 and 0 <= state["seconds"] < math.inf
+            ),
+            f"best is {shown(best)}, and step {step}": bool(best)
+            and not (best.keys() == {"step", "score"} and best["step"] in range(1, step + 1)),
+            f"due is {shown(due)}, and step {step}": bool(due) and due.get("step") != step,
+            f"{step} steps read only {state.get('rows')} rows": state.get("rows", step) < step,
+        }
+    )
 
 
 def save_model(
@@ -62,14 +92,20 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
+    stamp: Stamp | None = None,
 ) -> None:
-    """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both; replaces what is there.
+    """Save a model and its tokenizer into ``folder`` so that ``from_pretrained`` opens both, with a manifest of all files.
 
-    Of a model with an adapter, the adapter alone is saved. ``weights`` take the place of the model's own by these names, and
-    all are saved in ``dtype`` (None: as they are).
+    What was written there before is replaced; anything else that lies there is put aside, with a warning. Of a model with an
+    adapter, the adapter alone is saved. ``weights`` take the place of the model's own by these names, and all are saved in
+    ``dtype`` (None: as they are). ``stamp`` says which of a run's students it is.
     """
+    make_room(folder)
     with staged_folder(folder, replace=True, needs=_bytes(_saved_weights(model, weights or {}))) as staging:
         _write_model(staging, model, tokenizer, weights or {}, dtype)
+        if stamp is not None:
+            (staging / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+        write_manifest(staging)
 
 
 def save_checkpoint(
@@ -94,7 +130,7 @@ def save_checkpoint(
             _write_model(staging, model, tokenizer, weights)
             save_file(moments, staging / OPTIMIZER)
             (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            _write_manifest(staging)
+            write_manifest(staging)
     verify(target)
     prune(run, keep)
     return target
@@ -104,9 +140,11 @@ def save_best(
     run: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Weights
 ) -> None:
     """Write the student of this step to ``run/best-step``; earlier ones stay while a checkpoint would go on with them."""
-    with staged_folder(run / f"{BEST}{step}", needs=_bytes(_saved_weights(model, weights))) as staging:
+    target = run / f"{BEST}{step}"
+    make_room(target)
+    with staged_folder(target, replace=True, needs=_bytes(_saved_weights(model, weights))) as staging:
         _write_model(staging, model, tokenizer, weights)
-        _write_manifest(staging)
+        write_manifest(staging)
     _prune_best(run)
 
 
@@ -118,7 +156,7 @@ def load_best(run: Path, step: int, model: PreTrainedModel, masters: Masters) ->
 
 def check_room(run: Path, model: PreTrainedModel, keep: int, students: int) -> None:
     """Raise DiskError if ``keep`` checkpoints like the newest and so many students more do not fit on the disk of ``run``."""
-    size = sum(entry["size"] for entry in _read_json(checkpoints(run)[-1] / MANIFEST, dict[str, _Entry]).values())
+    size = sum(entry["size"] for entry in read_manifest(checkpoints(run)[-1]).values())
     needs = keep * size + students * _bytes(list(model.parameters()))
     if needs > (free := free_bytes(run)):
         raise DiskError(
@@ -130,6 +168,11 @@ def check_room(run: Path, model: PreTrainedModel, keep: int, students: int) -> N
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run directory, oldest first, damaged ones among them."""
     return [folder for folder in numbered(run, PREFIX) if (folder / MANIFEST).is_file()]
+
+
+def bests(run: Path) -> list[Path]:
+    """The best students of a run directory, of the first step first."""
+    return [folder for folder in numbered(run, BEST) if (folder / MANIFEST).is_file()]
 
 
 def numbered(run: Path, prefix: str) -> list[Path]:
@@ -159,58 +202,25 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, masters: Masters, opti
 
 def read_state(folder: Path) -> State:
     """The trainer's state in a checkpoint; raises CheckpointError if there is none, or it is of another step."""
-    found = _read_json(folder / STATE, State)
+    found = read_record(folder / STATE, State)
     if found["step"] != step_of(folder):
         raise CheckpointError(f"{folder} holds step {found['step']}: it was renamed, or swapped with another")
-    return found  # type: ignore[return-value]
-
-
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first that differs, or would be read beside them."""
-    manifest = _read_json(folder / MANIFEST, dict[str, _Entry])
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.suffix in (".safetensors", ".json", ".jinja") and name not in manifest and name != MANIFEST:
-            raise CheckpointError(f"{path} was not written with its checkpoint: take it out")
-    for name, entry in manifest.items():
-        path = folder / name
-        try:
-            inside = path.resolve().is_relative_to(folder.resolve())
-            whole = inside and path.stat().st_size == entry["size"] and _sha256(path) == entry["sha256"]
-        except (OSError, ValueError) as error:  # ValueError: no file has such a name
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if not inside:
-            raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder, {shown(name)}")
-        if not whole:
-            raise CheckpointError(f"{path} is damaged: it is not as it was written")
-
-
-def _read_json(file: Path, kind: Any) -> dict[str, Any]:
-    try:
-        found = json_object(file.read_bytes())
-        check_type(found, kind)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file.parent} is not a whole checkpoint: {file.name} cannot be read: {error}"
-        ) from error
-    except DataError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
     return found
 
 
 def prune(run: Path, keep: int) -> None:
     """Take away all checkpoints but for the newest ``keep``, and the best students that none of them would go on with."""
     for old in checkpoints(run)[:-keep]:
-        discard(old)
+        take_away(old)
     _prune_best(run)
 
 
 def _prune_best(run: Path) -> None:
     """Take away the best students but for the last, and for those that were the best when a checkpoint was written."""
     steps = [step_of(folder) for folder in checkpoints(run)]
-    for folder, later in pairwise(numbered(run, BEST)):
+    for folder, later in pairwise(bests(run)):
         if not any(step_of(folder) <= step < step_of(later) for step in steps):
-            discard(folder)
+            take_away(folder)
 
 
 def _write_model(
@@ -295,14 +305,3 @@ def _saved_weights(model: PreTrainedModel, weights: Weights) -> list[Tensor]:
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

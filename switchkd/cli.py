@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 import tyro
 
 from switchkd import signals
-from switchkd.commands import COMMANDS, LASTING, NOT_FROM_RECIPE
+from switchkd.commands import COMMANDS, LASTING, NOT_FROM_RECIPE, OF_A_RUN
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, SwitchKDWarning, nearest
+from switchkd.paths import expanded
 from switchkd.terminal import complain, console, leave, open_standard_streams
 from switchkd.text import visible
 
 Config = TypeVar("Config")
+STUDENT_FLAGS = ("--student", "--student-model-name-or-path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +103,7 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
     _, _, takes_recipe, summary = COMMANDS[command]
     default = None
     if takes_recipe and rest and not rest[0].startswith("-"):
-        default = _defaults(cls, rest.pop(0))
+        default = _defaults(cls, rest.pop(0), any(_flag(word) in STUDENT_FLAGS for word in rest))
     usage = f"switchkd {command} [RECIPE.yaml | RUN]" if takes_recipe else f"switchkd {command}"
     typed = _with_rules(cls() if default is None else default, rest)
     parsed = tyro.cli(type(typed), default=typed, args=rest, prog=usage, description=summary, use_underscores=False)
@@ -130,21 +132,27 @@ def _with_rules(config: Any, args: list[str]) -> Any:
     return typed(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
-def _defaults(cls: type[Config], path: str) -> Config:
-    """What a command takes from a recipe, or from a run directory, whose trained student it then uses."""
+def _flag(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _defaults(cls: type[Config], path: str, names_student: bool) -> Config:
+    """What a command takes from a recipe, or from a run directory, whose trained student it then uses unless it names another."""
+    path = expanded(path)
     folder = Path(path)
+    own: dict[str, Any] = {}
     if not folder.is_dir():
         recipe: TrainConfig = load_recipe(path)
     else:
-        from switchkd.run_record import read_config
+        from switchkd.run_record import read_config, trained_student
 
-        recipe = read_config(folder)
-        recipe = dataclasses.replace(recipe.anew(), output_dir=path)  # the run may have been moved
-    if cls is not TrainConfig and (folder / "student").is_dir():
-        recipe = _with_student(recipe, str(folder / "student"))
-    own = NOT_FROM_RECIPE.get(cls, ())
-    names = [f.name for f in dataclasses.fields(cls) if hasattr(recipe, f.name) and f.name not in own]  # type: ignore[arg-type]
-    return cls(**{name: getattr(recipe, name) for name in names})
+        recipe = dataclasses.replace(read_config(folder).anew(), output_dir=path)  # the run may have been moved
+        own = OF_A_RUN.get(cls, {})
+        if cls is not TrainConfig and not names_student:
+            recipe = _with_student(recipe, trained_student(folder))
+    left = NOT_FROM_RECIPE.get(cls, ())
+    names = [f.name for f in dataclasses.fields(cls) if hasattr(recipe, f.name) and f.name not in left]  # type: ignore[arg-type]
+    return cls(**{name: getattr(recipe, name) for name in names} | own)
 
 
 def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from switchkd.config import DataConfig, DecodeConfig, EvalConfig, ModelConfig, TrainConfig, load_recipe, shipped
+from switchkd.config import (
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    ModelConfig,
+    Settings,
+    TrainConfig,
+    load_recipe,
+    shipped,
+)
 from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
-    """Complete prompts under a policy and say who wrote what."""
+    """Complete prompts under a policy and say who wrote what; of a run, its student writes alone unless a policy is named."""
 
     prompt: tuple[str, ...] = ()
     """Prompts as text, sent through the template; without any, those of eval_file are completed."""
@@ -63,7 +72,7 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Settings):
     """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
 
     plan: tyro.conf.Positional[str] = "list"
@@ -81,7 +90,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Compare evaluated runs, example by example, and say what can be told apart."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -97,7 +106,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Write runs as one HTML page that needs no network: summary, who wrote what, scores, curves."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -107,7 +116,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(Settings):
     """Draw the papers' figures of trained runs, each as SVG and PNG."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -119,7 +128,7 @@ class PlotConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Settings):
     """Make a student by dropping the layers of least influence from a model."""
 
     model_name_or_path: str = "demo"
@@ -133,7 +142,7 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
-class LmEvalConfig:
+class LmEvalConfig(Settings):
     """Score a student, or any model, on the benchmarks of lm-eval; needs the extra `lm-eval`."""
 
     model_name_or_path: tyro.conf.Positional[str] = "demo"
@@ -157,7 +166,7 @@ class LmEvalConfig:
 
 
 @dataclass(frozen=True)
-class MakePairConfig:
+class MakePairConfig(Settings):
     """Make the small pair for studies on two CPU cores, with its data, from generated text."""
 
     output_dir: str | None = None
@@ -169,17 +178,19 @@ class MakePairConfig:
 
 
 @dataclass(frozen=True)
-class MethodsConfig:
+class MethodsConfig(Settings):
     """List the recipes that ship with the package."""
 
 
 @dataclass(frozen=True)
-class TasksConfig:
+class TasksConfig(Settings):
     """List the tasks that completions can be scored on."""
 
 
 # Settings that a command has of its own, and does not take from a recipe or run.
 NOT_FROM_RECIPE: dict[type, tuple[str, ...]] = {EvaluateConfig: ("policy", "eval_samples")}
+# What a command means by a run, whose training had another policy: its student, which writes alone.
+OF_A_RUN: dict[type, dict[str, Any]] = {GenerateConfig: {"policy": StudentOnly()}}
 
 
 def train(config: TrainConfig) -> None:
@@ -267,21 +278,23 @@ def evaluate(config: EvaluateConfig) -> None:
     from switchkd.precision import with_dtypes
     from switchkd.report import console, print_results
     from switchkd.runs import all_settings, eval_settings, load_heldout, open_pair, run_of, score, write_scores
+    from switchkd.saved_student import SavedStudent
 
     # The default teacher alone is compared with.
     config = with_dtypes(dataclasses.replace(config, teachers={}, teacher_field=""), default_device())
+    run = run_of(config.student_model_name_or_path)
+    saved = SavedStudent.of(run) if run else None
     pair = open_pair(config)
     config = with_date(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
-    models = {"teacher": (pair.teacher, StudentOnly()), "student": (pair.student, config.policy)}
+    models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
     results = {
-        name: score(pair, model, heldout, eval_settings(config, policy), name)
-        for name, (model, policy) in models.items()
+        name: score(pair, model, heldout, eval_settings(config, policy), name, saved=of)
+        for name, (model, policy, of) in models.items()
         if config.only in ("", name)
     }
     settings = all_settings(config, pair, heldout, eval_settings(config, config.policy))
     print_results(results, heldout.shown() | settings)
-    run = run_of(config.student_model_name_or_path)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:
         write_scores(file, heldout, settings, results, write_output if config.output_file else write_file)
@@ -319,7 +332,7 @@ def lm_eval(config: LmEvalConfig) -> None:
 
 def study(config: StudyConfig) -> None:
     from switchkd.report import bar, console
-    from switchkd.study import cells, load_plan, run_cells, with_settings
+    from switchkd.study_plan import cells, load_plan, with_settings
 
     if config.plan == "list":
         for name in shipped("plans"):
@@ -335,6 +348,10 @@ def study(config: StudyConfig) -> None:
         for cell in grid:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
+    from switchkd.study import run_cells
+    from switchkd.study_check import check_study
+
+    check_study(plan, size, grid, output_dir)
     with bar("study", len(grid)) as progress:
 
         def done(line: str, seconds: float) -> None:
@@ -420,13 +437,16 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.replay import check_records
+    from switchkd.replay import Texts, check_records
     from switchkd.report import bar, console
     from switchkd.run_record import RunRecord
+    from switchkd.runs import load_heldout, load_train
 
     run = RunRecord.read(path)
+    train, heldout = load_train(run.config, pair, quiet=True), load_heldout(run.config, pair, quiet=True)
+    texts = Texts(train, heldout.examples or train, heldout.task if heldout.examples else None)
     with bar("read again", None) as progress:
-        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what)))
+        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what), texts=texts))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
     dtypes = run.settings["dtype"], run.settings["teacher_dtype"]

@@ -20,10 +20,10 @@ from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.plain import check_type, json_object, shown
 from switchkd.results import FORMAT, Evaluation, results_of
 from switchkd.run_record import CONFIG, read_settings
+from switchkd.saved_student import SCORED, scored_another
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 
 REFERENCES = ("teacher", "student before")
-STUDENTS = ("student after", "student")  # of a training run's own evaluation, and of one made later
 TEACHER = "teacher_sha256"
 DATE = "template_date"  # runs of two days are compared: that their prompts name another day is said, and stands beside the numbers
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
@@ -42,7 +42,7 @@ class Result:
 
     @property
     def student(self) -> Evaluation:
-        return next(self.models[name] for name in STUDENTS if name in self.models)
+        return next(self.models[name] for name in SCORED if name in self.models)
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,11 @@ def load_result(path: str, task: str = "") -> Result:
         result = _result(file, record, settings)
     except DataError as error:
         raise DataError(f"{file} is not what switchkd writes: {error}") from error
+    models = {name: model.model for name, model in result.models.items()}
+    if settings is not None and (wrong := scored_another(file.parent, models)):
+        raise DataError(
+            f"{file}: {wrong}; evaluate anew with `switchkd evaluate {file.parent} --task {result.task['name']}`"
+        )
     if task and result.task["name"] != task:
         raise DataError(
             f"{file} is of the task {result.task['name']!r}, not {task!r}; make one with `switchkd evaluate {path} --task {task}`"
@@ -240,7 +245,7 @@ def _evaluation_file(path: Path, task: str) -> Path:
 
 def _result(file: Path, record: dict[str, Any], config: dict[str, Any] | None) -> Result:
     models = results_of(record)
-    if not any(name in models for name in STUDENTS):
+    if not any(name in models for name in SCORED):
         raise DataError(f"it has results of {', '.join(models) or 'nothing'}, and none of a student")
     task = {key: record["task"][key] for key in ("name", "version", "primary")}
     data = {key: record["data"][key] for key in ("file", "sha256", "ids")}

@@ -21,6 +21,7 @@ import tyro
 from switchkd.errors import ConfigError, nearest
 from switchkd.mixes import MIXES, Generated, Mix
 from switchkd.objectives import OBJECTIVES, MiniLLM, Objective, SkewReverseKL
+from switchkd.paths import expand_settings, expanded
 from switchkd.plain import read_yaml, shown
 from switchkd.policies import POLICIES, MixIn, Policy, StudentOnly, Switch
 from switchkd.sampling import Sampling
@@ -55,15 +56,21 @@ def check_at_least(config: Any, least: dict[str, float]) -> None:
             raise ConfigError(f"{name} must be at least {low}, got {value}")
 
 
-class _Settings:
-    """The end of the chain of checks: a command's settings are checked by every class that they come from."""
+class Settings:
+    """The end of the chain of checks: a command's settings are checked by every class that they come from, paths being whole."""
 
     def __post_init__(self) -> None:
-        pass
+        for setting in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, setting.name)
+            if isinstance(value, str) and str(setting.type).startswith("tuple["):  # it would be taken for its letters
+                raise ConfigError(
+                    f"{setting.name} must be several values, got the text {shown(value)}; give ({value!r},)"
+                )
+        expand_settings(self)
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--teacher"])] = "demo"
@@ -137,7 +144,7 @@ class ModelConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """Which text, and how it becomes token ids."""
 
     train_file: str = "gsm8k-sample:train"
@@ -177,7 +184,7 @@ class DataConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class DecodeConfig(_Settings):
+class DecodeConfig(Settings):
     """How text is generated."""
 
     policy: Policy = field(default_factory=Switch)
@@ -225,7 +232,7 @@ class DecodeConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class EvalConfig(_Settings):
+class EvalConfig(Settings):
     """How a model is scored on held-out examples."""
 
     task: str = "auto"
@@ -492,8 +499,8 @@ def shipped(kind: str) -> dict[str, Path]:
 
 def named_file(path: str, kind: str) -> Path:
     """The file ``path``, or the one that ships under that name; raises ConfigError if there is neither."""
-    if Path(path).is_file():
-        return Path(path)
+    if (file := Path(expanded(path))).is_file():
+        return file
     known = shipped(kind)
     if path in known:
         return known[path]

@@ -5,25 +5,20 @@ Text becomes ids once, in ``tokenize``; from there on only ids travel. Letters i
 
 from __future__ import annotations
 
-import gzip
 import logging
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass, field, replace
 from itertools import repeat
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from switchkd.ends import named
-from switchkd.errors import ConfigError, DataError, nearest
-from switchkd.formats import Format, Message, examples_of, format_of, text_field
-from switchkd.hub import PREFIX, hub_rows
-from switchkd.plain import json_object
+from switchkd.errors import ConfigError, DataError
+from switchkd.fields import Fields, Unused, counted
+from switchkd.formats import Format, Message, Record, examples_of, format_of
+from switchkd.lines import BadRows, rows_of
 from switchkd.policies import REFERENCE
-from switchkd.small_data import SMALL, small_data_file
 from switchkd.template_inputs import Template
 from switchkd.templates import Encoder, check_teacher_prompt, for_teacher
 
@@ -36,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = "gsm8k-sample"
-_SAMPLE_ROWS = {"train": range(512), "heldout": range(512, 576)}
 AnyExample = TypeVar("AnyExample")
 _NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index
 
@@ -51,7 +44,8 @@ class Example:
     dialogue to summarise), kept apart because the Alpaca template needs it apart. ``references`` are all the answers
     to score against, ``completion`` is the one to train on, ``source`` is ``file:line``, ``teacher`` the name of its teacher,
     "" for the default one. ``group`` is the part of its data set that it belongs to (category, topic, kind of perturbation), ""
-    for none; ``format`` names its row's layout (``switchkd.formats``).
+    for none; ``format`` names its row's layout (``switchkd.formats``). ``answer`` is the completion's turn where it says more
+    than its text, such as thoughts or calls of tools, and ``tools`` are those that the prompt offers.
     """
 
     id: int
@@ -63,6 +57,8 @@ class Example:
     teacher: str = ""
     group: str = ""
     format: str = ""
+    answer: Message | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 # --- reading files ------------------------------------------------------------------------------------------------
@@ -71,7 +67,7 @@ class Example:
 def load_examples(
     path: str,
     limit: int | None = None,
-    skip_bad: int = 0,
+    skip_bad: int | BadRows = 0,
     *,
     teacher_field: str = "",
     teachers: Collection[str] = (),
@@ -86,47 +82,60 @@ def load_examples(
     (a list of strings: several references) · ``instruction``, ``instances`` (Self-Instruct, Unnatural Instructions; each
     instance is an example, further ones of a row have the ids index + k·2**32) · ``question``, ``solution``, ``answer``,
     ``perturbation_type`` (GSM-Plus) · ``question``, ``answer`` (GSM8K; calculator marks removed in both) · ``problem``,
-    ``solution`` (MATH) · ``dialogue``, ``summary`` and/or ``summary1..3``. Blank lines are not rows.
+    ``solution`` (MATH) · ``dialogue``, ``summary`` and/or ``summary1..3``. Blank lines are not rows, and fields that are null
+    are none. What the rows say and no example does is logged, with counts: fields that are not read, turns that are not trained on.
 
     ``limit`` stops after that many examples. Up to ``skip_bad`` bad rows are left out, with a logged warning that
-    counts and names them. In ``teacher_field``, if one is given, a row may name its teacher, one of ``teachers``. Raises
-    DataError for a file or row that cannot be used, ConfigError for a bad setting.
+    counts and names them; given as ``BadRows``, they are counted there, and whoever made it tells. In ``teacher_field``, if one
+    is given, a row may name its teacher, one of ``teachers``. Raises DataError for a file or row that cannot be used, ConfigError
+    for a bad setting.
     """
-    if (limit is not None and limit < 1) or skip_bad < 0:
-        raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {skip_bad}")
     layout: Format | None = None
 
-    def read(row: dict[str, Any], index: int, source: str) -> list[Example]:
+    def read(row: Fields, index: int, source: str) -> list[Example]:
         nonlocal layout
         layout = layout or format_of(row)
-        return _examples(row, layout, index, source, _teacher_name(row, teacher_field, teachers))
+        teacher = _teacher_name(row, teacher_field, teachers)
+        return _examples(examples_of(row, layout), layout, index, source, teacher)
 
     return _read_rows(path, limit, skip_bad, read)
 
 
 def _read_rows(
-    path: str, limit: int | None, skip_bad: int, read: Callable[[dict[str, Any], int, str], list[AnyExample]]
+    path: str, limit: int | None, skip_bad: int | BadRows, read: Callable[[Fields, int, str], list[AnyExample]]
 ) -> list[AnyExample]:
-    """What ``read`` makes of each row, its index and ``file:line``, up to ``limit``; bad rows are counted, and told or refused."""
+    """What ``read`` makes of each row, its index and ``file:line``, up to ``limit``; bad rows are counted, and told or refused.
+
+    What no example says of the rows is told too.
+    """
+    bad = skip_bad if isinstance(skip_bad, BadRows) else BadRows(path, skip_bad)
+    if (limit is not None and limit < 1) or bad.tolerated < 0:
+        raise ConfigError(f"limit must be at least 1 and skip_bad at least 0, not {limit} and {bad.tolerated}")
     found: list[AnyExample] = []
-    bad: list[str] = []
-    for index, source, line in _rows(path):
+    unused = Unused()
+    for index, source, line in rows_of(path):
         try:
-            found += read(line if isinstance(line, dict) else json_object(line), index, source)
+            if isinstance(line, DataError):
+                raise line
+            row = Fields(line)
+            found += read(row, index, source)
+            unused.add(row)
         except DataError as error:
-            bad.append(f"{source}: {error}")
-            if len(bad) > skip_bad:
-                raise DataError(_bad_rows_message(bad)) from error
+            bad.add(source, error)
+        except RecursionError:
+            bad.add(source, DataError("nested too deeply"))
         if limit is not None and len(found) >= limit:
             break
     if not found:
-        raise DataError(f"{path}: no usable row" + "".join(f"\n  {line}" for line in bad[:3]))
-    if bad:
-        logger.warning("%s: skipped %d bad rows (skip_bad=%d): %s", path, len(bad), skip_bad, "; ".join(bad[:3]))
+        raise DataError(f"{path}: no usable row" + "".join(f"\n  {line}" for line in bad.first()))
+    for said in unused.lines():
+        logger.warning("%s: %s", path, said)
+    if bad is not skip_bad:
+        bad.tell()
     return found[:limit]
 
 
-def _examples(row: dict[str, Any], layout: Format, index: int, source: str, teacher: str) -> list[Example]:
+def _examples(records: Sequence[Record], layout: Format, index: int, source: str, teacher: str) -> list[Example]:
     return [
         Example(
             index + place * _NEXT_INSTANCE,
@@ -138,61 +147,16 @@ def _examples(row: dict[str, Any], layout: Format, index: int, source: str, teac
             teacher,
             record.group,
             layout.name,
+            record.answer,
+            record.tools,
         )
-        for place, record in enumerate(examples_of(row, layout))
+        for place, record in enumerate(records)
     ]
 
 
-def _bad_rows_message(bad: list[str]) -> str:
-    if len(bad) == 1:
-        return f"{bad[0]}. Correct the row, or tolerate bad rows with skip_bad"
-    return f"{len(bad)} bad rows, more than skip_bad={len(bad) - 1}: {'; '.join(bad[:3])}"
-
-
-def _rows(path: str) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
-    """(row index, ``file:line``, raw line) of every row that ``path`` stands for; rows from the hub come parsed."""
-    if path.startswith(PREFIX):
-        yield from hub_rows(path)
-        return
-    file, wanted = _resolve(path)
-    number, index = 0, -1
-    try:
-        with file.open("rb") as raw:
-            for number, line in enumerate(_unzipped(raw), start=1):
-                index += bool(line.strip())
-                if line.strip() and (wanted is None or index in wanted):
-                    yield index, f"{path}:{number}", line
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: no such file (from {Path.cwd()}). Give a .jsonl or .jsonl.gz, or {SAMPLE!r}"
-        ) from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # a ValueError for a name that no file can have
-        raise DataError(
-            f"{path}: cannot be read after line {number}: {error}. Is it a whole, plain or gzip file?"
-        ) from error
-
-
-def _resolve(path: str) -> tuple[Any, range | None]:
-    name, _, split = path.partition(":")
-    if name == SMALL:
-        return small_data_file(split or "train"), None
-    if name != SAMPLE:
-        return Path(path), None
-    split = split or "train"
-    if split not in _SAMPLE_ROWS:
-        raise DataError(f"{SAMPLE} has no part {split!r}{nearest(split, _SAMPLE_ROWS)}")
-    return files("switchkd") / "assets" / "gsm8k_sample.jsonl.gz", _SAMPLE_ROWS[split]
-
-
-def _unzipped(raw: IO[bytes]) -> IO[bytes]:
-    is_gzip = raw.read(2) == b"\x1f\x8b"
-    raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if is_gzip else raw  # type: ignore[return-value]
-
-
-def _teacher_name(row: dict[str, Any], field: str, known: Collection[str]) -> str:
+def _teacher_name(row: Fields, field: str, known: Collection[str]) -> str:
     """The teacher that the row names; "", the default one, if it has no such field or leaves it empty."""
-    name = text_field(row, field) if field else ""
+    name = row.text(field) if field else ""
     if name and name not in known:
         raise DataError(f"field {field!r} names the teacher {name!r}; known are {', '.join(known)}")
     return name
@@ -256,6 +220,7 @@ def tokenize(
     max_completion_length: int,
     teacher_prompt: str = "",
     eos_token_ids: Collection[int] = (),
+    bad: BadRows | None = None,
 ) -> tuple[list[TokenizedExample], DropCounts]:
     """Prompts and completions as token ids; lengths are in tokens, the end-of-turn token counts.
 
@@ -263,8 +228,10 @@ def tokenize(
     and gets no end token. ``eos_token_ids`` stop generation (a pair's; default: the tokenizer's eos token, and what the template
     closes with). An example whose own text spells out one of them is dropped, since generation would have stopped there.
     ``teacher_prompt`` is what the teacher reads in place of the last user turn, with the fields {prompt} and
-    {completion}; an example of which that is longer than ``teacher_prompt_limit`` is dropped too. Raises ConfigError for a
-    template or tokenizer that cannot be used or an end at which nothing stops, DataError when nothing is left.
+    {completion}; an example of which that is longer than ``teacher_prompt_limit`` is dropped too. A row that the template or
+    the tokenizer cannot express is a bad one, counted in ``bad``, beside those that reading found; by default none is tolerated.
+    Raises ConfigError for a template or tokenizer that cannot be used or an end at which nothing stops, DataError when nothing is
+    left or more rows are bad than may be.
     """
     if min(max_prompt_length, max_completion_length) < 1:
         raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
@@ -272,10 +239,16 @@ def tokenize(
     long_prompts = long_teacher_prompts = end_tokens = 0
     encode = Encoder(tokenizer, template, frozenset(eos_token_ids))
     limit = teacher_prompt_limit(tokenizer, teacher_prompt, max_prompt_length, max_completion_length)
+    bad = bad or BadRows("examples")
     teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
-    for example, (prompt_ids, completion_ids), teacher_ids in zip(
-        examples, encode(examples), teacher_reads, strict=True
-    ):
+    for example, ids, teacher_ids in zip(examples, encode.each(examples), teacher_reads, strict=True):
+        if isinstance(ids, DataError):
+            bad.add(example.source, ids)
+            continue
+        if isinstance(teacher_ids, DataError):
+            bad.add(example.source, teacher_ids)
+            continue
+        prompt_ids, completion_ids = ids
         if len(prompt_ids) > max_prompt_length:
             long_prompts += 1
         elif len(teacher_ids or ()) > limit:
@@ -300,6 +273,10 @@ def tokenize(
                     group=example.group,
                 )
             )
+    if encode.left_out:
+        logger.warning(
+            "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
+        )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
     if not kept:
         raise DataError(
@@ -310,6 +287,7 @@ def tokenize(
                 if teacher_prompt
                 else ""
             )
+            + (f", {len(bad)} rows are bad: {'; '.join(bad.first())}" if len(bad) else "")
         )
     return kept, counts
 
@@ -344,16 +322,19 @@ def teacher_prompt_limit(
     return max_prompt_length + max_completion_length + words
 
 
-def _teacher_prompts(examples: Sequence[Example], encode: Encoder, teacher_prompt: str) -> Iterator[list[int] | None]:
-    """What the teacher reads before each completion, if that is something else than the prompt."""
+def _teacher_prompts(
+    examples: Sequence[Example], encode: Encoder, teacher_prompt: str
+) -> Iterator[list[int] | DataError | None]:
+    """What the teacher reads before each completion, if that is something else than the prompt, or why it cannot."""
     if not teacher_prompt:
         return repeat(None, len(examples))
     check_teacher_prompt(teacher_prompt)
-    return (ids for ids, _ in encode([for_teacher(example, teacher_prompt) for example in examples]))
+    encoded = replace(encode).each(examples, lambda example: for_teacher(example, teacher_prompt))
+    return (ids if isinstance(ids, DataError) else ids[0] for ids in encoded)
 
 
 def load_text(
-    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_bad: int = 0
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_bad: int | BadRows = 0
 ) -> list[TokenizedExample]:
     """The ``text`` fields of a JSONL file for language modelling: all tokens but the first are a completion.
 
@@ -361,8 +342,8 @@ def load_text(
     are those of `load_examples`.
     """
 
-    def read(row: dict[str, Any], index: int, source: str) -> list[TokenizedExample]:
-        ids = tokenizer(text_field(row, "text"))["input_ids"]
+    def read(row: Fields, index: int, source: str) -> list[TokenizedExample]:
+        ids = tokenizer(row.text("text"))["input_ids"]
         text = TokenizedExample(index, ids[:1], ids[1:max_length], (), len(ids) > max_length, source)
         return [text] if len(ids) > 1 else []
 
@@ -380,17 +361,17 @@ def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int
 # --- order and batches --------------------------------------------------------------------------------------------
 
 
-def batch_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the examples of optimizer step ``step`` (from 0); the step is the whole data cursor.
+def batch_indices(n_examples: int, batch_size: int, first: int, seed: int) -> list[int]:
+    """Indices of the next examples, ``first`` having been read before; that number is the whole data cursor.
 
     Epochs are permutations keyed by (seed, epoch) and laid end to end, so a batch may cross from one to the next and
     every example occurs once an epoch. Raises ConfigError for numbers out of range.
     """
-    if min(n_examples, batch_size) < 1 or step < 0 or not 0 <= seed < 2**64:
+    if min(n_examples, batch_size) < 1 or first < 0 or not 0 <= seed < 2**64:
         raise ConfigError(
-            f"no batch for {n_examples=}, {batch_size=}, {step=}, {seed=}: counts from 1, 0 <= seed < 2**64"
+            f"no batch for {n_examples=}, {batch_size=}, {first=}, {seed=}: counts from 1, 0 <= seed < 2**64"
         )
-    positions = range(step * batch_size, (step + 1) * batch_size)
+    positions = range(first, first + batch_size)
     epochs = range(positions[0] // n_examples, positions[-1] // n_examples + 1)
     orders = {epoch: _permutation(n_examples, seed, epoch) for epoch in epochs}
     return [int(orders[position // n_examples][position % n_examples]) for position in positions]

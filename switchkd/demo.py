@@ -7,11 +7,11 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchkd.config import TrainConfig, load_recipe
+from switchkd.config import Settings, TrainConfig, load_recipe
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
 
     method: str = "switch"

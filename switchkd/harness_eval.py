@@ -19,7 +19,9 @@ from switchkd import __version__
 from switchkd.config import TrainConfig
 from switchkd.errors import ConfigError, DataError
 from switchkd.models import load_model, load_tokenizer, made
-from switchkd.run_record import CONFIG, read_config
+from switchkd.paths import expanded
+from switchkd.run_record import CONFIG, read_config, trained_student
+from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template, with_date
 
 if TYPE_CHECKING:
@@ -50,20 +52,19 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.
     """
-    run, in_4bit = Path(name).expanduser(), False
+    run, in_4bit = Path(expanded(name)), False
     if (run / CONFIG).is_file():
         recipe = read_config(run)
-        if not (run / "student").is_dir():
-            raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`")
-        name, dtype, in_4bit = str(run / "student"), dtype or recipe.dtype, recipe.load_in_4bit
+        name, dtype, in_4bit = trained_student(run), dtype or recipe.dtype, recipe.load_in_4bit
     else:
         name = made(name, "student")
+    verify_saved(Path(expanded(name)))
     return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
 
 
 def chat_template_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """What the benchmarks' chat template is told: what the run ``name`` was trained with, else today's date."""
-    run = Path(name).expanduser()
+    run = Path(expanded(name))
     recipe = read_config(run) if (run / CONFIG).is_file() else TrainConfig()
     return with_date(replace(recipe, template="chat"), tokenizer).prompts
 

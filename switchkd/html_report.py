@@ -92,7 +92,7 @@ def _head(run: RunRecord, label: str, prefix: str) -> dict[str, Any]:
         "label": label,
         "path": str(run.path),
         "state": run.state,
-        "warnings": list(bad),
+        "warnings": [*bad, *run.notes],
         "improved": improvements(run, prefix),
         "settings": yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True),
     }

@@ -20,7 +20,7 @@ _FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row index, ``hub:…:row``, row) of every row of a split, in the data set's order; fields that are null are left out.
+    """(row index, ``hub:…:row``, row) of every row of a split, in the data set's order.
 
     A CONFIG that ends in .json, .jsonl or their .gz is one file of the repository, and its split is called ``train``. The data
     is kept in the cache of ``datasets``, where it can be read again without a network. Raises ConfigError for a name that is
@@ -31,7 +31,7 @@ def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         raise ConfigError(f"{name!r} is not of the form hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]")
     repository, config, split, revision = parts.group("repository", "config", "split", "revision")
     place = {"data_files": config} if config and config.endswith(_FILES) else {"name": config}
-    load = _load_dataset(name)
+    load = dataset_loader(name)
     try:
         table = load(repository, **place, split=split, revision=revision)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client below them each have their own errors
@@ -40,10 +40,11 @@ def hub_rows(name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
             "(it is needed unless the data is in the cache of datasets), or give a local .jsonl file"
         ) from error
     for index, row in enumerate(table):
-        yield index, f"{name}:{index}", {field: value for field, value in row.items() if value is not None}
+        yield index, f"{name}:{index}", dict(row)
 
 
-def _load_dataset(name: str) -> Any:
+def dataset_loader(name: str) -> Any:
+    """What reads the data set ``name``; raises ConfigError if its package is missing or too old."""
     if find_spec("datasets") is None:
         raise ConfigError(f"{name} is read with the package datasets: pip install 'switchkd[data]'")
     import datasets

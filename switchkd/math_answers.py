@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from threading import Lock, Timer
 from typing import Any
 
+from switchkd.child import command, environment
 from switchkd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -92,12 +93,12 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "switchkd.math_answers"],
+            command("switchkd.math_answers"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env=environment(),
         )
         assert self._process.stdout
         if not self._process.stdout.readline():  # imports take seconds, which are not an answer's

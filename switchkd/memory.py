@@ -1,6 +1,8 @@
 """Work that is split when memory runs out: again with half the rows, down to one."""
 
+import errno
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,11 +15,22 @@ from switchkd.errors import NoMemoryError, SwitchKDWarning
 Result = TypeVar("Result")
 
 
+# How libraries say it that have no exception of its own for it. oneDNN, which multiplies on CPUs, names no reason: where it has
+# described a product and cannot make it, it found no memory for it.
+_WORDS = re.compile(
+    r"\bout of memory\b|\bnot enough memory\b|cannot allocate memory|could not (create|execute) a primitive(?! descriptor)"
+    r"|could not create a memory|_STATUS_ALLOC_FAILED|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a device or of the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or bool(_WORDS.search(str(error))))
 
 
 def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -> tuple[Result, int]:

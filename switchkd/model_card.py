@@ -18,11 +18,14 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from switchkd import __version__, report
 from switchkd.adapters import has_adapter
+from switchkd.conditions import conditions
 from switchkd.config import TrainConfig, name_of, to_dict
-from switchkd.data import SAMPLE
 from switchkd.hub import PREFIX
+from switchkd.lines import SAMPLE
+from switchkd.manifest import CARD, MANIFEST
 from switchkd.models import ADAPTER_CONFIG, BASE, MADE, adapter_base, num_parameters
-from switchkd.precision import dtype_name
+from switchkd.paths import expanded
+from switchkd.precision import dtype_name, quantised
 from switchkd.published import public_name, public_settings
 from switchkd.statistics import FEW_EXAMPLES
 
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
     from switchkd.results import Evaluation
     from switchkd.trainer import Trainer
 
-CARD = "README.md"
 # What comes with the package or is made by it: id on the hub, licence, and where it is from.
 OWN = {
     "demo": (
@@ -61,15 +63,19 @@ class Source:
     terms: str
 
 
-def model_card(trainer: Trainer, results: Mapping[str, Evaluation], evaluated: Mapping[str, Any]) -> str:
+def model_card(
+    trainer: Trainer, results: Mapping[str, Evaluation], evaluated: Mapping[str, Any], sha256: str = ""
+) -> str:
     """The card of the student that ``trainer`` made, as Markdown with the hub's metadata.
 
-    ``results`` are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
+    ``sha256`` is the checksum of the manifest of all files that the card is of, where they are saved with one. ``results``
+    are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
     """
     config = trainer.config.anew()
     models, data = _models(config), _data(config)
+    manifest = f"\n- the files that this card is of are those of a `{MANIFEST}` with the SHA-256 {_code(sha256)}"
     parts = {
-        "": _pair(trainer),
+        "": _pair(trainer) + (manifest if sha256 else ""),
         "## Method\n\n": _method(config),
         "## Data and cost\n\n": _cost(trainer, data),
         "## Scores\n\n": _scores(results, evaluated),
@@ -127,7 +133,7 @@ def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
     if own := OWN.get(name.split(":")[0]):
         hub, license, origin = own
         return Source(role, public_name(name), hub, license, f"{_code(license)}, {origin}" if license else origin)
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if kind == "dataset":
         repository = re.match(rf"{PREFIX}([^/]+/[^/:]+)", name)
         hub = repository[1] if repository else ""
@@ -159,7 +165,7 @@ def _is_adapter(trainer: Trainer) -> bool:
 def _pair(trainer: Trainer) -> str:
     config, pair = public_settings(trainer.config), trainer.pair
     trained = sum(parameter.numel() for parameter in pair.student.parameters() if parameter.requires_grad)
-    sources = {"": config.teacher_model_name_or_path, **config.teachers}
+    sources, method = {"": config.teacher_model_name_or_path, **config.teachers}, quantised(pair.student.config)
     lines = ["A student language model that switchkd distilled from its teacher.", ""]
     for name, model in pair.named_teachers.items():
         role = f"teacher {_code(name)}" if name else "teacher"
@@ -169,7 +175,7 @@ def _pair(trainer: Trainer) -> str:
     )
     lines.append(
         f"- the student was trained in {dtype_name(trainer.masters.dtype)}, and multiplied in {config.dtype}"
-        f"{', its frozen weights in 4 bits' if config.load_in_4bit else ''}; the teacher was in {config.teacher_dtype}"
+        f"{f', its frozen weights quantised ({method})' if method else ''}; the teacher was in {config.teacher_dtype}"
     )
     if has_adapter(pair.student):
         where = "lies here alone: load it on its base" if _is_adapter(trainer) else "is merged into the weights here"
@@ -201,10 +207,10 @@ def _method(config: TrainConfig) -> str:
 def _cost(trainer: Trainer, data: Sequence[Source]) -> str:
     lines = [f"- {source.role}: {_code(source.name)}" for source in data]
     lines[0] += f", {len(trainer.examples):,} examples"
-    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device.type
+    now = conditions(trainer.accelerator.device, trainer.accelerator.num_processes)
     lines.append(
         f"- {trainer.step} optimizer steps on {trainer.num_tokens:,} response tokens in {report.number(trainer.seconds)} s, "
-        f"evaluation not counted, on {device} in {processes} process{'es' if processes > 1 else ''}"
+        f"evaluation not counted, on {_code(now['device'])} (processes: {now['processes']}, threads of each: {now['threads']})"
     )
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ Only safetensors and JSON are read, no code from a model folder runs, and a loca
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -15,10 +15,13 @@ from switchkd import signals
 from switchkd.config import BASE
 from switchkd.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.errors import ConfigError, DataError, ModelError, SwitchKDError, nearest
+from switchkd.limits import check_counts, check_tokenizer, no_larger_than
+from switchkd.paths import expanded
 from switchkd.plain import check_type, json_object, shown
-from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name
+from switchkd.precision import chosen_dtype, chosen_teacher_dtype, dtype_name, quantised
+from switchkd.saved_student import verify_saved
 from switchkd.template_inputs import Template
-from switchkd.vocabulary import check_logits_rows, check_vocabulary, other_prompts, prompt_warnings
+from switchkd.vocabulary import check_logits_rows, check_vocabulary, left_out_note, other_prompts, prompt_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -103,31 +106,35 @@ def load_pair(
     ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
     template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
-    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, VocabularyError where the
-    tokenizers are not equal id by id or a model has too few logits rows.
+    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
+    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows.
     """
     teacher_name, student_name = _pair_names(teacher, student)
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
+    for source in dict.fromkeys([student_name, *sources.values()]):
+        verify_saved(Path(expanded(source)))
     if BASE in sources.values() and lora is None and not _is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
             f"teacher (a folder of that name is './{BASE}')"
         )
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers = {}
+    tokenizers, sizes = {}, []
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
-            vocab_size = check_vocabulary(tokenizers[name], student_tokenizer)
+            sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
+    vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
     for name, model in models.items():
         with _naming(name):
-            check_logits_rows(model, vocab_size, "teacher")
-            check_logits_rows(student_model, vocab_size, "student")
+            vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
+            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
+    left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
-    warnings = notes + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     warnings += told
     if teacher_name == BASE and not _is_adapter(student_name):
         warnings += (
@@ -167,8 +174,11 @@ def load_model(
         return model
     config = _load_config(source, is_local)
     refuse_recurrent(config)
+    if load_in_4bit and (method := quantised(config)):
+        raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
     in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
-    with _as_model_error(source, is_local):
+    size = no_larger_than(_weight_bytes(Path(source)), source) if is_local else nullcontext()
+    with _as_model_error(source, is_local), size:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -221,6 +231,8 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
             f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
             "tokenizer.save_pretrained(folder)"
         )
+    if is_local and (file := Path(source) / "tokenizer.json").is_file():
+        check_tokenizer(file)
     with _as_model_error(source, is_local):
         return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 
@@ -242,7 +254,7 @@ def adapter_base(name: str) -> str:
     """
     if not _is_adapter(name):
         return name
-    file = Path(name).expanduser() / ADAPTER_CONFIG
+    file = Path(expanded(name)) / ADAPTER_CONFIG
     try:
         base = json_object(file.read_bytes()).get("base_model_name_or_path")
         check_type(base, str | None, "base_model_name_or_path")
@@ -381,7 +393,7 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
 
 
 def _same_model(one: str, other: str) -> bool:
-    folders = [Path(name).expanduser() for name in (one, other)]
+    folders = [Path(expanded(name)) for name in (one, other)]
     return one == other or (
         BASE not in (one, other) and all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])
     )
@@ -421,7 +433,7 @@ def _ends(
 
 
 def _is_adapter(name: str | Path) -> bool:
-    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(expanded(name)) / ADAPTER_CONFIG).is_file()
 
 
 def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTrainedModel") -> "PreTrainedModel":
@@ -454,14 +466,13 @@ def _load_student(
         model = load_model(name, dtype, device)
         beside = freeze_beside_text(model)
     else:
-        from switchkd.adapters import add_adapter, check_settings, open_adapter
+        from switchkd.adapters import add_adapter, open_adapter
 
         model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
         beside = freeze_beside_text(model)
         if _is_adapter(name):
-            open_adapter(model, Path(name), train=True)
+            open_adapter(model, Path(name), asked=lora)
             freeze_beside_text(model)  # what another hand has adapted there
-            check_settings(model, lora, Path(name))
         else:
             add_adapter(model, lora, seed, beside)
     return model, (frozen_note(beside),) if beside else ()
@@ -477,10 +488,16 @@ def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+def check_source(name: str) -> None:
+    """Raise ModelError unless ``name`` may be a model's: a folder that holds one, or a name on the hub, which is not asked."""
+    if name != BASE and name not in MADE:
+        _locate(name)
+
+
 def _locate(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
     name = made(name, "teacher")
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         _check_folder(folder)
         return str(folder), True
@@ -503,6 +520,10 @@ def _check_folder(folder: Path) -> None:
         )
     for index in folder.glob("*.safetensors.index.json"):
         _check_shards(index)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _check_shards(index: Path) -> None:
@@ -529,6 +550,7 @@ def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
             f"{source} needs its own code (auto_map in config.json); switchkd runs no code from a model folder: "
             "choose a model whose architecture is part of transformers"
         )
+    check_counts(raw, source)
     with _as_model_error(source, is_local):
         return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 

@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -46,7 +46,15 @@ def check_text(text: str, name: str) -> None:
 
 
 def json_object(text: bytes | str) -> dict[str, Any]:
-    """The one JSON object in ``text``, in UTF-8 with or without a byte-order mark. Raises DataError for anything else."""
+    """The one JSON object in ``text``. Raises DataError for anything else."""
+    value = json_value(text)
+    if not isinstance(value, dict):
+        raise DataError(f"it must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def json_value(text: bytes | str) -> Any:
+    """The JSON value in ``text``, in UTF-8 with or without a byte-order mark. Raises DataError for what is none."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded.rstrip("\r\n"), object_pairs_hook=_each_once)
@@ -63,8 +71,6 @@ def json_object(text: bytes | str) -> dict[str, Any]:
         raise
     except ValueError as error:  # a name given twice, or a number of thousands of digits, which Python refuses
         raise DataError(f"broken JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"it must be a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -81,7 +87,7 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     A hint is a plain type, one that may be None, list, dict[str, …], a tuple (a list of that length), Annotated[int, range(…)],
     or a TypedDict (an object with at least these fields). Any number fits into 64 bits.
     """
-    kind, parts, number, fields, required = _shape(hint)
+    kind, parts, number, fields, required, relations = _shape(hint)
     if kind is types.UnionType:  # with None
         return None if value is None else check_type(value, parts[0], name)
     fits = type(value) is (list if kind is tuple else kind) or (kind is float and type(value) is int)
@@ -97,7 +103,32 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     for key, item in inside:
         own = fields.get(str(key), Any) if fields else parts[key if kind is tuple else -1]
         check_type(item, own, f"{name}.{key}" if kind is dict and name else f"{name}[{key}]" if name else str(key))
+    for relation in relations:
+        if words := relation(value):
+            raise DataError(f"{name[:200] or 'it'} does not fit together: {words}")
     return None
+
+
+Relation = Callable[[dict[str, Any]], str]
+_RELATIONS: list[tuple[type, Relation]] = []
+
+
+def related(kind: type) -> Callable[[Relation], Relation]:
+    """Register what must hold between the fields of a TypedDict, and of those that have all of its fields.
+
+    The function says in words what does not, "" if all does; ``check_type`` asks it once the types are right.
+    """
+
+    def register(relation: Relation) -> Relation:
+        _RELATIONS.append((kind, relation))
+        return relation
+
+    return register
+
+
+def first(problems: Mapping[str, bool]) -> str:
+    """The first problem that there is; "" for none."""
+    return next((words for words, there in problems.items() if there), "")
 
 
 class _Shape(NamedTuple):
@@ -108,13 +139,16 @@ class _Shape(NamedTuple):
     number: range
     fields: dict[str, Any]
     required: Collection[str]
+    relations: Sequence[Relation] = ()
 
 
 @cache
 def _shape(hint: Any) -> _Shape:
     # Asked for every value of a file, of which there are millions.
     if typing.is_typeddict(hint):
-        return _Shape(dict, (), _NUMBER, typing.get_type_hints(hint, include_extras=True), hint.__required_keys__)
+        fields = typing.get_type_hints(hint, include_extras=True)
+        relations = [each for kind, each in _RELATIONS if kind.__annotations__.keys() <= fields.keys()]
+        return _Shape(dict, (), _NUMBER, fields, hint.__required_keys__, relations)
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
         return _Shape(parts[0], (), parts[1], {}, ())
@@ -137,10 +171,11 @@ def iter_lines(file: Path, kind: type, wanted: Collection[int] | None = None) ->
     """The records of a JSONL file that a run appends to, or those of the ``wanted`` lines from 0; none where there is no file.
 
     ``kind`` says what each has. A last line that was cut short is left out. Raises DataError, naming the line, for any other that
-    is no such record.
+    is no such record, or whose step is before that of the line above it.
     """
     if not file.is_file():
         return
+    step = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines):
             if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
@@ -148,6 +183,9 @@ def iter_lines(file: Path, kind: type, wanted: Collection[int] | None = None) ->
             with damaged_at(file, number + 1):
                 record = json_object(line)
                 check_type(record, kind)
+                if record.get("step", step) < step:
+                    raise DataError(f"its step is {record['step']}, and that of a line above it is {step}")
+            step = record.get("step", step)
             yield record
 
 

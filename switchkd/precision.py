@@ -7,6 +7,7 @@ from switchkd.config import ModelConfig
 
 if TYPE_CHECKING:  # `switchkd --help` answers without loading torch
     import torch
+    from transformers import PretrainedConfig
 
 Settings = TypeVar("Settings", bound=ModelConfig)
 AUTO = "auto"
@@ -24,6 +25,13 @@ def good_at_bfloat16(device: "torch.device") -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "xpu"
+
+
+def quantised(config: "PretrainedConfig") -> str:
+    """How the weights of a model are quantised, such as ``bitsandbytes``, whoever did it; "" if they are not."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return "" if not found else str(getattr(method, "value", method))
 
 
 def chosen_dtype(name: str, device: "torch.device") -> str:

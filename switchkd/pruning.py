@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.models import load_model, load_tokenizer
+from switchkd.paths import expanded
 from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
 
@@ -34,7 +35,7 @@ def prune(
     is written whole or not at all. Returns the layers kept; raises ConfigError for a non-empty ``output_dir`` or a
     wrong number of layers, ModelError for a model that cannot be loaded or pruned.
     """
-    target = Path(output_dir).expanduser()
+    target = Path(expanded(output_dir))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target} exists already and is not an empty folder; name another, or remove it")
     from switchkd.adapters import has_adapter, merged

@@ -7,20 +7,28 @@ with wrote those of step 0 and 1. Texts of other steps were written by weights t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from switchkd.checkpoint import checkpoints, load_weights, step_of, verify
+from switchkd.checkpoint import checkpoints, load_weights, step_of
+from switchkd.config import TrainConfig
+from switchkd.data import TokenizedExample, batch_indices
+from switchkd.divergences import LN2, jsd
+from switchkd.evaluation import scored_otherwise
+from switchkd.manifest import verify
 from switchkd.models import Pair
 from switchkd.policies import STUDENT, TEACHER, Policy
+from switchkd.record_order import out_of_order
 from switchkd.rollouts import Rollout
 from switchkd.run_record import Lines, RunRecord
-from switchkd.samples import Reader, sample_policy
+from switchkd.samples import TOP, Reader, judged, sample_policy, token_budget
 from switchkd.sampling import noise_key, speakers
+from switchkd.tasks import Task
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
@@ -33,7 +41,7 @@ class Finding:
     """What reading the texts of one student again found; ``largest`` is the largest relative difference of a number.
 
     ``other_speakers`` counts the tokens that someone else would have written, and those behind which the policy would have ended
-    the text where it went on, or not where it ended.
+    the text where it went on, or not where it ended. ``wrong`` are fields that are not what they must be, whatever rounds.
     """
 
     what: str
@@ -41,69 +49,156 @@ class Finding:
     tokens: int
     other_speakers: int
     largest: float
+    wrong: tuple[str, ...] = ()
 
     def holds(self, *dtypes: str) -> bool:
         """Whether the records are true, as far as numbers of these ``dtypes`` can tell; ``auto``, in old runs, was float32."""
         known = [name if name in TOLERANCE else "float32" for name in dtypes]
         most = max(MOST_SPEAKERS[name] for name in known) * self.tokens
-        return self.largest <= max(TOLERANCE[name] for name in known) and self.other_speakers <= most
+        near = self.largest <= max(TOLERANCE[name] for name in known) and self.other_speakers <= most
+        return near and not self.wrong
 
     def __str__(self) -> str:
+        wrong = f"; wrong: {', '.join(self.wrong)}" if self.wrong else ""
         return (
             f"{self.what}: {self.texts} texts, {self.tokens} tokens read again; {self.other_speakers} speakers differ, numbers by "
-            f"at most {self.largest:.1e}"
+            f"at most {self.largest:.1e}{wrong}"
         )
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The text that a run is on: the examples that it trains on, those that it completes again and again, and their task."""
+
+    train: Sequence[TokenizedExample]
+    watched: Sequence[TokenizedExample]
+    task: Task | None
+
+
 def check_records(
-    run: RunRecord, pair: Pair, most: int = 16, progress: Callable[[str], None] = lambda what: None
+    run: RunRecord,
+    pair: Pair,
+    most: int = 16,
+    progress: Callable[[str], None] = lambda what: None,
+    texts: Texts | None = None,
 ) -> Iterator[Finding]:
     """Read texts again, at most ``most`` of each kind and student; ``pair`` is the run's, as it began, and changes.
 
-    Raises CheckpointError for a checkpoint that is damaged.
+    With the ``texts`` that the run is on, prompts, references and scores are looked at too, those of its own evaluation among them.
+    Raises CheckpointError for a checkpoint
+    that is damaged.
     """
-    read = Reader(pair)
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
     done = {line["step"]: line.get("schedule", 0.0) for line in run.metrics}
     students: dict[int, Path | None] = {0: None} | {step_of(folder): folder for folder in checkpoints(run.path)}
-    rollouts = run.rollouts_of([step + 1 for step in students], most)
+    for saved in checkpoints(run.path):
+        verify(saved)
+    if wrong := out_of_order(run, students):
+        yield Finding("steps and texts in order", 0, 0, 0, 0.0, tuple(wrong))
+    if texts is not None and texts.task:
+        for model, result in run.evaluations.get("evaluation", {}).items():
+            wrong = scored_otherwise(result, texts.watched, texts.task)
+            tokens = sum(text.tokens for text in result.completions)
+            yield Finding(f"scores of {model}", len(result.completions), tokens, 0, 0.0, tuple(wrong))
+    rollouts, read = run.rollouts_of([step + 1 for step in students], most), Reader(pair)
     for step, folder in students.items():
         if folder is not None:
-            verify(folder)
             load_weights(folder, pair.student)
         now = done.get(step, 0.0)
         samples = [sample for sample in run.samples if sample["step"] == step][:most]
-        written = {
-            f"samples of step {step}": (samples, sample_policy(run.config, policy, now, step)),
-            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now, step)),
+        kinds = {
+            f"samples of step {step}": (
+                samples,
+                sample_policy(run.config, policy, now, step),
+                run.config.max_new_tokens,
+            ),
+            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now, step), token_budget(run.config, now)),
         }
-        for what, (records, rule) in written.items():
+        for what, (records, rule, budget) in kinds.items():
             if records:
                 progress(what)
-                yield _finding(what, read, rule, records, run.config.seed)
+                wrong = [
+                    f"{name} of text {r['sample_id']}"
+                    for r in records
+                    for name in _wrong(r, pair, run.config, budget, texts)
+                ]
+                sound = [record for record in records if _readable(record, pair)]
+                yield replace(_finding(what, read, rule, sound, run.config.seed), wrong=tuple(wrong))
+
+
+def _readable(record: Mapping[str, Any], pair: Pair) -> bool:
+    """Whether the models can read a text: tokens that they know, with teachers that they are."""
+    ids = [*record["prompt_ids"], *record["completion_ids"], *(record["teacher_prompt_ids"] or [])]
+    return (
+        max(ids, default=0) < pair.vocab_size
+        and record["teacher"] in pair.named_teachers
+        and bool(record["prompt_ids"])
+    )
+
+
+def _wrong(
+    record: Mapping[str, Any], pair: Pair, config: TrainConfig, budget: int, texts: Texts | None
+) -> Iterator[str]:
+    """The fields of a text that are not what they must be."""
+    if not _readable(record, pair):
+        yield "prompt_ids, completion_ids, teacher_prompt_ids or teacher"
+        return
+    ids, reason = record["completion_ids"], record["stop_reason"]
+    ended = bool(ids) and ids[-1] in pair.ends.ids
+    cut = len(ids) == budget if reason == "length" else len(ids) <= budget
+    if (reason == "eos") != ended or not cut or any(token in pair.ends.ids for token in ids[:-1]):
+        yield "stop_reason"
+    if texts is None:
+        return
+    place, rollout = record["sample_id"], Rollout.from_json(record)
+    if "scores" in record:
+        example = texts.watched[place] if place in range(len(texts.watched)) else None
+        own = judged(pair, example, rollout, texts.task) if example else {"sample_id": None}
+    else:
+        [index] = batch_indices(len(texts.train), 1, max(place, 0), config.seed)
+        example, own = texts.train[index], {}
+    if example:
+        own |= {name: getattr(example, name) for name in ("prompt_ids", "teacher", "teacher_prompt_ids")}
+    yield from (name for name, value in own.items() if record[name] != value)
 
 
 def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int) -> Finding:
     others, largest = 0, 0.0
     for record in records:
-        found = replayed(read, policy, Rollout.from_json(record), seed)
+        logs = read(Rollout.from_json(record))
+        found = replayed(logs, policy, Rollout.from_json(record), seed)
         others += sum(a != b for a, b in zip(found["speakers"], record["speakers"], strict=True))
         # A text goes on until the policy ends it; where it ends with an end token too, the token is the reason.
-        others += sum(found["ends"][:-1]) + (record["stop_reason"] == "policy" and not found["ends"][-1])
+        others += sum(found["ends"][:-1])
+        others += found["ends"][-1:] == [record["stop_reason"] != "policy"] and record["stop_reason"] != "eos"
         numbers = {name: record[name] for name in found if name not in ("speakers", "ends") and name in record}
         largest = max([largest, *(_difference(found[name], stored) for name, stored in numbers.items())])
+        if "top" in record:
+            largest = max([largest, *(_top_difference(*both) for both in zip(logs, record["top"], strict=True))])
     tokens = sum(len(record["completion_ids"]) for record in records)
     return Finding(what, len(records), tokens, others, largest)
 
 
-@torch.no_grad()
-def replayed(read: Reader, policy: Policy, rollout: Rollout, seed: int) -> dict[str, list[Any]]:
-    """What ``policy`` says along a text that is written: speakers, divergences, thresholds, of both models ``log_probs``, and
-    after which tokens the text ends.
+def _top_difference(logs: Tensor, stored: Sequence[Sequence[Sequence[float]]]) -> float:
+    """How far what stands as the likeliest tokens at each position, with their log-probabilities, is from what is likeliest."""
+    worst = 0.0
+    for row, best in zip(logs, stored, strict=True):
+        ids, values = [int(token) for token, _ in best], [value for _, value in best]
+        if len(set(ids)) < len(ids) or max(ids) >= len(row):
+            return math.inf
+        likeliest = row.topk(min(TOP, len(row))).values.tolist()
+        worst = max(worst, _difference(likeliest, values), _difference(row[ids].tolist(), values))
+    return worst
 
-    Lists as in a `Rollout` and a `Trace`; both models read the whole text at once.
+
+@torch.no_grad()
+def replayed(logs: Sequence[Tensor], policy: Policy, rollout: Rollout, seed: int) -> dict[str, list[Any]]:
+    """What ``policy`` says along a text that is written: speakers, divergences, thresholds, after which tokens the text ends, and
+    of both models ``log_probs`` and ``jsd``.
+
+    Lists as in a `Rollout` and a `Trace`; ``logs`` are what a `Reader` says of it.
     """
-    logq, logp = read(rollout)
+    logq, logp = logs
     state = policy.init(1)
     found: dict[str, list[Any]] = {
         "speakers": [],
@@ -111,6 +206,7 @@ def replayed(read: Reader, policy: Policy, rollout: Rollout, seed: int) -> dict[
         "thresholds": [],
         "ends": [],
         "log_probs": [[], []],
+        "jsd": (jsd(logp, logq) / LN2).clamp(0.0, 1.0).tolist(),
     }
     for t, token in enumerate(torch.tensor(rollout.completion_ids).unsqueeze(1)):
         decision = policy.step(state, logq[t : t + 1], logp[t : t + 1], torch.tensor([t]))
@@ -118,8 +214,8 @@ def replayed(read: Reader, policy: Policy, rollout: Rollout, seed: int) -> dict[
         found["speakers"] += speaker.tolist()
         found["divergences"] += decision.divergence.tolist()
         found["thresholds"] += decision.thresholds.tolist()
-        for who, logs in ((STUDENT, logq), (TEACHER, logp)):
-            found["log_probs"][who].append(logs[t, token].item())
+        for who, own in ((STUDENT, logq), (TEACHER, logp)):
+            found["log_probs"][who].append(own[t, token].item())
         state = policy.spoke(policy.observe(decision.state, token), speaker)
         found["ends"].append(bool(policy.ends(state)))
     return found

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, TypedDict
 import numpy as np
 
 from switchkd.errors import DataError
+from switchkd.manifest import file_sha256
 from switchkd.plain import check_type, json_object, read_lines, shown
 from switchkd.statistics import Estimate, Values, estimate, score, spearman
 from switchkd.storage import write_file
 
+EVALUATION = "evaluation.json"  # a run's own; those of ``switchkd evaluate`` have the task's name behind it
 FORMAT = 1
 # Completions of so many tokens are one group where scores are shown by length (SWITCH, table 2).
 LENGTH_BANDS = {"1-10": (1, 10), "11-50": (11, 50), "51+": (51, math.inf)}
@@ -98,19 +101,22 @@ def write_results(
 
     Into a pipe or device go the scores alone: nothing can lie beside it.
     """
+    lines = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
+    texts = "".join(json.dumps(line) + "\n" for line in lines)
     record = {
         "format": FORMAT,
         "task": task,
         "data": data,
         "settings": settings,
+        "completions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "results": {name: _to_json(result) for name, result in results.items()},
     }
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(_no_nan(value))}" for key, value in record.items())
-    texts = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
+    scores = ",\n".join(f"{json.dumps(key)}: {json.dumps(_no_nan(value))}" for key, value in record.items())
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Two files cannot change in one moment: scores that stand beside the text of others are told by the checksum.
     if file.is_file() or not file.exists():
-        write(completions_file(file), "".join(json.dumps(text) + "\n" for text in texts))
-    write(file, f"{{\n{lines}\n}}\n")
+        write(completions_file(file), texts)
+    write(file, f"{{\n{scores}\n}}\n")
 
 
 class _Task(TypedDict):
@@ -158,17 +164,43 @@ def read_results(file: Path) -> dict[str, Evaluation]:
         record = json_object(file.read_bytes())
         if record.get("format") != FORMAT:
             raise DataError(f"format {shown(record.get('format'))}, this is {FORMAT}")
-        if not completions_file(file).is_file():
-            raise DataError(f"there is no {completions_file(file).name} beside it")
-        texts: dict[str, list[Completion]] = {}
-        for line in read_lines(completions_file(file), _Text):
-            texts.setdefault(line["model"], []).append(Completion(*(line[f.name] for f in fields(Completion))))
         found = results_of(record)
+        texts = _read_texts(completions_file(file), record)
         return {model: replace(result, completions=texts.get(model, ())) for model, result in found.items()}
     except (OSError, DataError) as error:
         raise DataError(
             f"{file} cannot be read as an evaluation: {error}; make it again with `switchkd evaluate`"
         ) from error
+
+
+def _read_texts(file: Path, record: Mapping[str, Any]) -> dict[str, list[Completion]]:
+    """The text that was scored, by the name of its model; raises DataError where it is not that of the scores."""
+    if not file.is_file():
+        raise DataError(f"there is no {file.name} beside it")
+    ids, seen = set(record["data"]["ids"]), set()
+    texts: dict[str, list[Completion]] = {model: [] for model in record["results"]}
+    for number, line in enumerate(read_lines(file, _Text), start=1):
+        place = line["model"], line["seed"], line["example"]
+        if line["model"] not in texts or line["example"] not in ids or place in seen:
+            what = "is there twice" if place in seen else "is of no model and example that was scored"
+            raise DataError(f"{file}, line {number}: the text of {shown(place)} {what}")
+        seen.add(place)
+        texts[line["model"]].append(Completion(*(line[f.name] for f in fields(Completion))))
+    if record.get("completions_sha256", sha256 := file_sha256(file)) != sha256:
+        raise DataError(f"{file} beside it is of another evaluation, or damaged")
+    return texts
+
+
+def take_out(file: Path, models: Collection[str]) -> bool:
+    """Take the results of ``models`` out of an evaluation file; False, and nothing is done, if no others would be left.
+
+    Raises DataError as `read_results`.
+    """
+    results, record = read_results(file), json_object(file.read_bytes())
+    kept = {name: result for name, result in results.items() if name not in models}
+    if kept and len(kept) < len(results):
+        write_results(file, record["task"], record["data"], record.get("settings", {}), kept)
+    return bool(kept)
 
 
 def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
@@ -178,6 +210,8 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
         DataError: it is no such file, or a score has not a value for every example.
     """
     check_type(record, _Record)
+    if len(set(record["data"]["ids"])) < len(record["data"]["ids"]):
+        raise DataError("an example is there twice in its ids")
     primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
     if len(groups) not in (0, examples):
         raise DataError(f"there are {len(groups)} groups for {examples} examples")

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from switchkd.errors import DataError, NonFiniteError, SwitchKDError
-from switchkd.plain import TokenId
+from switchkd.plain import TokenId, first, related, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,13 +18,31 @@ class RolloutRecord(TypedDict):
     sample_id: int
     prompt_ids: list[TokenId]
     completion_ids: list[TokenId]
-    speakers: list[int]
+    speakers: list[Annotated[int, range(2)]]
     divergences: list[float | None]
     thresholds: list[float | None]
     stop_reason: str
     error: str | None
     teacher_prompt_ids: list[TokenId] | None
     teacher: str
+
+
+ENDS = ("eos", "policy", "length")
+FAILURES = ("empty_prompt", "prompt_too_long", "invalid_token", "non_finite")
+BY_TOKEN = ("speakers", "divergences", "thresholds")
+
+
+@related(RolloutRecord)
+def _by_token(record: Mapping[str, Any]) -> str:
+    count, reason = len(record["completion_ids"]), record["stop_reason"]
+    problems = {
+        f"{name} has {len(record[name])} entries for {count} tokens": len(record[name]) != count for name in BY_TOKEN
+    }
+    problems[f"stop_reason {shown(reason)} is none of {', '.join(ENDS + FAILURES)}"] = reason not in ENDS + FAILURES
+    problems[f"stop_reason is {shown(reason)}, and error is {shown(record['error'])}"] = (reason in ENDS) != (
+        record["error"] is None
+    )
+    return first(problems)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,27 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from switchkd.checkpoint import checkpoints, step_of
 from switchkd.config import TrainConfig, from_dict, to_dict
-from switchkd.errors import ConfigError, DataError
-from switchkd.plain import Lines, TokenId, check_type, damaged_at, iter_lines, json_object, read_lines, read_yaml
+from switchkd.errors import CheckpointError, ConfigError, DataError
+from switchkd.manifest import STAMP
+from switchkd.plain import (
+    Lines,
+    TokenId,
+    check_type,
+    damaged_at,
+    first,
+    iter_lines,
+    json_object,
+    read_lines,
+    read_yaml,
+    related,
+)
 from switchkd.results import Evaluation, read_results
 from switchkd.rollouts import RolloutRecord
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent, scored_another
 from switchkd.steps import Steps
 from switchkd.storage import sync, written
 
@@ -26,8 +39,7 @@ CONFIG, ORIGIN = "config.yaml", "origin.json"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
 
 
-class _Checksum(TypedDict):
-    sha256: str
+Count = Annotated[int, range(2**63)]
 
 
 class _Rule(TypedDict):
@@ -52,20 +64,20 @@ class _Settings(TypedDict):
 class _Step(TypedDict):
     """What every line of every record has."""
 
-    step: int
+    step: Count
 
 
 class StepLine(_Step):
     """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
 
-    num_tokens: int
+    num_tokens: Count
     seconds: float
 
 
 class TextLine(RolloutRecord):
     """A line of rollouts.jsonl."""
 
-    step: int
+    step: Count
 
 
 class SampleLine(TextLine):
@@ -78,12 +90,38 @@ class SampleLine(TextLine):
     top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
 
 
+@related(SampleLine)
+def _sample_by_token(record: Mapping[str, Any]) -> str:
+    count = len(record["completion_ids"])
+    lists = {"jsd": [record["jsd"]], "log_probs": record["log_probs"], "top": record["top"]}
+    return first(
+        {
+            **{
+                f"{name} has not an entry for each of {count} tokens": any(len(own) != count for own in both)
+                for name, both in lists.items()
+            },
+            "a jsd is not in 0..1 bits": not all(0 <= value <= 1 for value in record["jsd"]),
+            "a token of top has no likely ones": not all(best for both in record["top"] for best in both),
+        }
+    )
+
+
+def trained_student(run: Path) -> str:
+    """The folder of the student that a run made. Raises ConfigError, with the way out, where there is none yet."""
+    if (run / STUDENT).is_dir():
+        return str(run / STUDENT)
+    saved = [str(folder) for folder in checkpoints(run) if step_of(folder)]
+    instead = f", or name a checkpoint's student instead: --student {saved[-1]}" if saved else ""
+    raise ConfigError(f"{run} has no student yet; finish it with `switchkd train {run} --resume`{instead}")
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model.
 
     ``settings`` are plain values: reading imports no rule of the run's own. ``looks`` are the step and the tokens of every line of
     samples.jsonl, which may be too long to hold.
+    ``notes`` say what is there and is not shown: a student that is damaged, and scores of one that the run's student is not.
     """
 
     path: Path
@@ -91,15 +129,30 @@ class RunRecord:
     metrics: Steps
     looks: list[tuple[int, int]]
     evaluations: dict[str, dict[str, Evaluation]]
+    student: SavedStudent | None = None
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def read(path: Path) -> RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
         settings = read_settings(path, _Settings)
-        found = {each.stem: read_results(each) for each in sorted(path.glob("evaluation*.json"))}
+        found: dict[str, dict[str, Evaluation]] = {}
+        student, damaged = None, ""
+        try:
+            student = SavedStudent.of(path)
+        except CheckpointError as error:
+            damaged = str(error)
+        notes = [damaged] if damaged else []
+        for file in sorted(path.glob("evaluation*.json")):
+            results = read_results(file)
+            if wrong := (damaged and "the student that it scores is damaged") or _of_another(path, results):
+                notes.append(f"{file}: {wrong}; they are not shown")
+                results = {name: result for name, result in results.items() if name not in SCORED}
+            found |= {file.stem: results} if results else {}
         looks = [(line["step"], len(line["completion_ids"])) for line in iter_lines(path / SAMPLES, SampleLine)]
         scores = [result.primary for result in found.get("evaluation", {}).values()]
-        return RunRecord(path, settings, read_steps(path, settings, *scores[:1]), looks, found)
+        metrics = read_steps(path, settings, *scores[:1])
+        return RunRecord(path, settings, metrics, looks, found, student, tuple(notes))
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -117,8 +170,10 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: the student is the last thing that it writes."""
-        return (self.path / "student").is_dir()
+        """Whether the run came to its end: there is a student, and of the last step."""
+        if self.student is None:  # a version without stamps wrote it, or there is none
+            return (self.path / STUDENT).is_dir() and not (self.path / STUDENT / STAMP).exists()
+        return not self.metrics or self.student.step == self.metrics[-1]["step"]
 
     @cached_property
     def state(self) -> str:
@@ -127,12 +182,19 @@ class RunRecord:
             return "No step was finished: there are settings and nothing else."
         last = self.metrics[-1]["step"]
         if self.finished:
-            return f"Finished after {last} steps."
+            return f"Finished after {last} steps{self._student_words}."
         most = self.settings["max_steps"]
         of = f" of {most}" if most >= 0 else ""
         saved = checkpoints(self.path)
         where = f"its newest checkpoint is that of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
+
+    @property
+    def _student_words(self) -> str:
+        if self.student is None:
+            return ""
+        best = f" of step {self.student.weights_of_step}" if self.student.weights_of_step != self.student.step else ""
+        return f", with the student{best} whose manifest has the checksum {self.student.sha256[:12]}…"
 
     @cached_property
     def not_finite(self) -> dict[str, list[int]]:
@@ -160,9 +222,13 @@ class RunRecord:
         """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither is on this machine."""
         from switchkd.models import load_tokenizer
 
-        saved = [self.path / "student", *checkpoints(self.path)]
+        saved = [self.path / STUDENT, *checkpoints(self.path)]
         own = (str(folder) for folder in saved if (folder / "tokenizer.json").is_file())
         return load_tokenizer(next(own, self.settings["teacher_model_name_or_path"]), on_disk=True)
+
+
+def _of_another(run: Path, results: Mapping[str, Evaluation]) -> str:
+    return scored_another(run, {name: result.model for name, result in results.items()})
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -199,10 +265,10 @@ def _checksums(run: Path) -> dict[str, str]:
     """What origin.json says of text and models; {} where there is none."""
     try:
         found = json_object((run / ORIGIN).read_bytes()) if (run / ORIGIN).is_file() else {}
-        check_type(found, dict[str, _Checksum])
     except (OSError, DataError) as error:
         raise DataError(f"{run / ORIGIN} cannot be read: {error}") from error
-    return {name: each["sha256"] for name, each in found.items()}
+    known = {name: each.get("sha256") for name, each in found.items() if isinstance(each, dict)}
+    return {name: sha256 for name, sha256 in known.items() if isinstance(sha256, str)}
 
 
 def read_metrics(run: Path) -> Lines:
@@ -212,6 +278,10 @@ def read_metrics(run: Path) -> Lines:
     for number, line in enumerate(lines, start=1):
         with damaged_at(file, number):
             check_type({name: value for name, value in line.items() if name != "source"}, dict[str, float | None])
+            if number > 1 and not (before := lines[number - 2])["step"] < line["step"]:
+                raise DataError(f"step {line['step']} is there twice")
+            if number > 1 and before["num_tokens"] > line["num_tokens"]:
+                raise DataError(f"num_tokens falls from {before['num_tokens']} to {line['num_tokens']}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """A run from settings to a distilled student: the run directory and everything in it.
 
 config.yaml       the settings, every one, usable as a recipe
-origin.json       checksums of the text and models that the run is on
+origin.json       checksums of the text and models that the run is on; the machine and versions that it ran under
 lock.json         the process that works here, while it does
 metrics.jsonl     a line for every optimizer step
 rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
@@ -14,6 +14,7 @@ student/          the result, for ``from_pretrained``: a model, or the adapter a
 """
 
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,14 +22,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd import live, report, signals
-from switchkd.adapters import merged
-from switchkd.checkpoint import Weights, checkpoints, save_model
+from switchkd.adapters import check_trainable
+from switchkd.checkpoint import Weights, checkpoints
+from switchkd.conditions import conditions, own_code
 from switchkd.config import (
     DataConfig,
     EvalConfig,
@@ -38,7 +39,6 @@ from switchkd.config import (
 )
 from switchkd.continuation import begun, check_origin, check_run, on_recorded_day
 from switchkd.data import (
-    SAMPLE,
     Example,
     Message,
     TokenizedExample,
@@ -49,11 +49,20 @@ from switchkd.data import (
     tokenize,
 )
 from switchkd.demo_pair import cache_folder
-from switchkd.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, nearest
+from switchkd.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    NoMemoryError,
+    NonFiniteError,
+    SwitchKDWarning,
+    nearest,
+)
 from switchkd.evaluation import EvalSettings, evaluate, score_names, work
-from switchkd.lock import locked
-from switchkd.masters import cast_weights
-from switchkd.model_card import CARD, model_card
+from switchkd.lines import SAMPLE, BadRows
+from switchkd.lock import Check, locked
+from switchkd.manifest import CARD
+from switchkd.model_card import model_card
 from switchkd.models import (
     Pair,
     context_length,
@@ -66,22 +75,24 @@ from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
 from switchkd.published import public_name
-from switchkd.results import Evaluation, read_results, write_results
+from switchkd.rehearsal import rehearse, save_student
+from switchkd.results import EVALUATION, Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
 from switchkd.run_record import CONFIG
 from switchkd.samples import sample_policy, samples
 from switchkd.sampling import Sampling
+from switchkd.saved_student import SCORED, STUDENT, SavedStudent
 from switchkd.sharding import whole
 from switchkd.storage import tidy, write_file
-from switchkd.tasks import AUTO, TASKS, Task, eval_source, task_named
+from switchkd.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
 from switchkd.teacher_cache import TeacherCache
 from switchkd.teacher_store import json_sha256, teacher_texts, weights_sha256
 from switchkd.template_inputs import SOME_DAY, Template, template_settings, today, with_date
 from switchkd.templates import Encoder
 from switchkd.tracking import Trackers, check_trackers
 from switchkd.trainer import Metrics, OnRound, OnStep, Trainer
+from switchkd.vocabulary import within
 
-EVALUATION = "evaluation.json"
 DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 # Settings that name the folder of the teacher's stored work.
@@ -104,11 +115,11 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = new_accelerator(), Path(config.output_dir)
-    mine = locked(run) if accelerator.is_main_process else nullcontext()
+    mine = locked(run) if accelerator.is_main_process else nullcontext(lambda: None)
     with signals.deferred(polled=accelerator.num_processes == 1):
         try:
-            with mine:
-                return _distil(config, accelerator)
+            with mine as check_place:
+                return _distil(config, accelerator, check_place)
         except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
             error.add_note(standing(run))
             raise
@@ -121,7 +132,7 @@ def standing(run: Path) -> str:
     return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
 
 
-def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluation]:
+def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
@@ -136,18 +147,22 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
-    checksums = _model_checksums(pair, heldout) if main else {}
+    checksums = _model_checksums(pair, heldout) | own_code(config) if main else {}
     trainer = Trainer(
-        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus
-    )
+        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
+        check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
+    )  # fmt: skip
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+    weights: Weights = trainer.masters.whole()
     with whole(trainer.student):
         if main:
+            check_place()
             tidy(run)
-            check_origin(run, config, texts, checksums)
+            rehearse(trainer, weights)
+            check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
     if config.resumes:
@@ -155,10 +170,10 @@ def _distil(config: TrainConfig, accelerator: Accelerator) -> dict[str, Evaluati
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
     _train(trainer, heldout, settings, trackers, quiet)
     trainer.load_best()
-    saved = trainer.final_weights()
+    weights = trainer.final_weights()
     with whole(trainer.student):
         if main:
-            _finish(trainer, *saved, heldout, settings, trackers, results, quiet)
+            _finish(trainer, weights, heldout, settings, trackers, results, quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     return results
@@ -183,6 +198,8 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         teachers=config.teachers,
         template=template,
     )
+    if train:
+        check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
         for warning in pair.warnings:
             report.console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -197,11 +214,12 @@ def prepared(
     pair: Pair,
     file: str,
     examples: Sequence[Example],
+    bad: BadRows,
     quiet: bool = False,
     teacher_prompt: str = "",
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
-    """Tokenise the examples of a file; prints how many are used, and what was left out and why.
+    """Tokenise the examples of a file; prints how many are used, and what was left out and why. ``bad`` are the file's bad rows.
 
     ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
     models on one prompt with the default teacher.
@@ -215,8 +233,15 @@ def prepared(
         max_completion_length=config.max_completion_length,
         teacher_prompt=teacher_prompt,
         eos_token_ids=pair.eos_token_ids,
+        bad=bad,
     )
+    kept = within(tokenized, pair)
+    if not kept:
+        raise DataError(
+            f"{file}: each of {len(tokenized)} examples holds a token that not all of the models know; take another file"
+        )
     left_out = {
+        "that hold a token not all of the models know left out": len(tokenized) - len(kept),
         f"prompts over {config.max_prompt_length} tokens left out": drops.long_prompts,
         "prompts of the teacher over their limit left out": drops.long_teacher_prompts,
         "completions that spell out the end token left out": drops.end_tokens_in_text,
@@ -224,11 +249,11 @@ def prepared(
     }
     notes = "".join(f"; {count} {what}" for what, count in left_out.items() if count)
     if teacher_field:
-        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(tokenized).items())
+        shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(kept).items())
         notes += f"; teachers: {', '.join(shares)}"
     if not quiet:
-        report.console.print(f"{file}: {len(tokenized)} examples{notes}", soft_wrap=True)
-    return tokenized
+        report.console.print(f"{file}: {len(kept)} examples{notes}", soft_wrap=True)
+    return kept
 
 
 def load_task(
@@ -241,8 +266,11 @@ def load_task(
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
     """Read and tokenise a data file, as ``prepared`` says."""
-    examples = load_examples(file, limit, config.skip_bad, teacher_field=teacher_field, teachers=pair.teachers)
-    return prepared(config, pair, file, examples, quiet, teacher_prompt, teacher_field)
+    bad = BadRows(file, config.skip_bad)
+    examples = load_examples(file, limit, bad, teacher_field=teacher_field, teachers=pair.teachers)
+    tokenized = prepared(config, pair, file, examples, bad, quiet, teacher_prompt, teacher_field)
+    bad.tell()
+    return tokenized
 
 
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
@@ -335,16 +363,24 @@ def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
     return found
 
 
+def heldout_file(config: Any) -> str:
+    """Where held-out examples come from; raises ConfigError for an unknown task, or one without data of its own."""
+    return eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+
+
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
     if not config.eval_samples:
         return Heldout(TASKS["references"], "", [], pair.teacher, [])
-    file = eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
-    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, config.skip_bad)
+    file = heldout_file(config)
+    bad = BadRows(file, config.skip_bad)
+    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
     task = task_named(config.task, examples[0].format)
-    now = some_day = prepared(config, pair, file, examples, quiet)
+    examples = scorable(task, examples, bad) if bad.tolerated else examples
+    now = some_day = prepared(config, pair, file, examples, bad, quiet)
     if config.prompts.reads_date(pair.tokenizer):
-        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, quiet=True)
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, bad, quiet=True)
+    bad.tell()
     return Heldout(task, file, now, pair.teacher, some_day)
 
 
@@ -362,7 +398,7 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     if not config.lm_file:
         return []
     longest = config.max_prompt_length + config.max_completion_length
-    texts = load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad)
+    texts = within(load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad), pair)
     if not quiet:
         report.console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
     return texts
@@ -409,14 +445,19 @@ def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
 
 
 def score(
-    pair: Pair, model: PreTrainedModel, heldout: Heldout, settings: EvalSettings, name: str, quiet: bool = False
+    pair: Pair,
+    model: PreTrainedModel,
+    heldout: Heldout,
+    settings: EvalSettings,
+    name: str,
+    quiet: bool = False,
+    saved: SavedStudent | None = None,
 ) -> Evaluation:
-    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of."""
+    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of, and how they are ``saved``."""
     with report.bar(f"evaluate {name}", work(heldout.examples, settings), quiet) as bar:
         result = evaluate(pair, model, heldout.examples, heldout.task, settings, bar.advance)
-    return replace(
-        result, model={"sha256": heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)}
-    )
+    sha256 = heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)
+    return replace(result, model={"sha256": sha256} | (saved.mark() if saved else {}))
 
 
 def write_scores(
@@ -448,9 +489,9 @@ def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettin
 
 
 def run_of(student: str) -> Path | None:
-    """The run directory that a student lies in, if it is one's."""
-    folder = Path(student).parent
-    return folder if (folder / CONFIG).is_file() else None
+    """The run directory whose student that is, if it is one's; a checkpoint is another student than the run's."""
+    folder = Path(student)
+    return folder.parent if folder.name == STUDENT and (folder.parent / CONFIG).is_file() else None
 
 
 def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
@@ -469,7 +510,10 @@ def _before(
     if not (heldout.examples and config.eval_on_start):
         return {}
     if config.resumes and file.is_file() and not config.allow_change:
-        return read_results(file)
+        try:
+            return {name: result for name, result in read_results(file).items() if name not in SCORED}
+        except DataError as error:
+            warnings.warn(f"{error}. The run does that now", SwitchKDWarning, stacklevel=2)
     models = {"teacher": pair.teacher, "student before": pair.student}
     results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
     write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
@@ -502,35 +546,35 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
 def _finish(
     trainer: Trainer,
     weights: Weights,
-    dtype: torch.dtype,
     heldout: Heldout,
     settings: EvalSettings,
     trackers: Trackers,
     results: dict[str, Evaluation],
     quiet: bool,
 ) -> None:
-    """Save the student, which has these ``weights``, in ``dtype``, score it into ``results``, and say where all that lies."""
-    config, pair, run, student = trainer.config, trainer.pair, trainer.run, trainer.student
+    """Save the student, which has these ``weights``, score it into ``results``, and say where all that lies."""
+    config, pair, run = trainer.config, trainer.pair, trainer.run
     if trainer.best and not quiet:
         report.console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
             f"{report.number(trainer.best['score'])}",
             soft_wrap=True,
         )
-    if config.merge:
-        student, weights = merged(student, weights, dtype), {}
-    save_model(run / "student", student, pair.tokenizer, weights, dtype)
-    if config.merge:  # it is scored with the products that the run has
-        cast_weights(student, trainer.student.dtype)
+    trainer.check_place()
+    student = save_student(trainer, STUDENT, weights, trainer.save_dtype)
+    saved = SavedStudent.of(run)
     known: dict[str, Any] = {}
     if heldout.examples:
-        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet)
+        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)
         known = all_settings(config, pair, heldout, settings)
+        trainer.check_place()
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:
             report.print_results(results, heldout.shown() | known)
-    write_file(run / "student" / CARD, model_card(trainer, results, heldout.shown() | known))
-    report.console.print(f"student saved in {run / 'student'}", soft_wrap=True)
+    write_file(
+        run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known, saved.sha256 if saved else "")
+    )
+    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
     if not quiet:
         report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

@@ -82,6 +82,12 @@ def trace(read: Reader, rollout: Rollout) -> Trace:
     )
 
 
+def token_budget(config: TrainConfig, progress: float) -> int:
+    """Tokens that a completion of training may have at this ``progress``; a sample may always have the most."""
+    start, end = config.max_new_tokens_start, config.max_new_tokens
+    return round(start + (end - start) * progress) if start else end
+
+
 def sample_policy(config: TrainConfig, bound: Policy, progress: float, step: int = 0) -> Policy:
     """The rule that a run's samples are written under: its own, or, where it generates no text, the student alone."""
     return bound.at(progress, step) if config.mix.generates else StudentOnly()
@@ -99,9 +105,13 @@ def samples(
     records, read = [], Reader(pair)
     for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
         found = trace(read, rollout)
-        answer = pair.ends.answer(rollout.completion_ids, pair.tokenizer)
-        text = pair.tokenizer.decode(answer, skip_special_tokens=True)
-        scores = task.score(text, example.references, example.group) if task else {}
         own = {"log_probs": found.log_probs, "top": found.top, "jsd": found.jsd}
-        records.append(rollout.to_json() | own | {"scores": scores, "reference": next(iter(example.references), None)})
+        records.append(rollout.to_json() | own | judged(pair, example, rollout, task))
     return records
+
+
+def judged(pair: Pair, example: TokenizedExample, rollout: Rollout, task: Task | None) -> dict[str, Any]:
+    """The ``scores`` of a sample and its ``reference``."""
+    text = pair.tokenizer.decode(pair.ends.answer(rollout.completion_ids, pair.tokenizer), skip_special_tokens=True)
+    scores = task.score(text, example.references, example.group) if task else {}
+    return {"scores": scores, "reference": next(iter(example.references), None)}

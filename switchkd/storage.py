@@ -36,7 +36,7 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
                     path.chmod(staging.stat().st_mode & _FILE_MODE)
                 sync(path)
             sync(staging)
-            if replace and target.exists():
+            if replace and os.path.lexists(target):
                 os.replace(target, old)
             os.replace(staging, target)
             sync(target.parent)
@@ -46,7 +46,21 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent`` that is taken away at the end of the block, and by ``tidy`` where that does not come."""
+    folder = _hidden(parent / "scratch")
+    with written(folder):
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -93,29 +107,31 @@ def write_output(path: Path, contents: str | bytes) -> None:
         staging.write_bytes(data)
 
 
-def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines, which is made for the first. Where that fails, the last line may be cut short."""
+def append_lines(path: Path, records: Sequence[dict[str, Any]], durable: bool = False) -> None:
+    """Add records to a file of JSON lines, which is made for the first; ``durable`` ones are on the disk when this returns.
+
+    Where that fails, the last line may be cut short.
+    """
     if records:
         text = "".join(json.dumps(record) + "\n" for record in records)
         with written(path, len(text)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            if durable:
+                sync(path)
 
 
 def discard(path: Path) -> None:
-    """Take a folder away: at once as far as its name goes, so that no half of it is ever seen."""
+    """Take a folder away: at once as far as its name goes, so that no half of it is ever seen. Of a link, the link alone goes."""
     hidden = _hidden(path)
     with written(path):
         os.replace(path, hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
 
 
-def set_aside(path: Path) -> Path:
-    """Give a folder a name under which nothing looks for it, and return that; one set aside there before is taken away."""
-    aside = path.with_name(f"{path.name}.set-aside")
-    if aside.exists():
-        discard(aside)
+def set_aside(path: Path, aside: Path) -> Path:
+    """Give a file or folder the name ``aside``, under which nothing looks for it, and return that."""
     with written(path):
         os.replace(path, aside)
     return aside
@@ -124,9 +140,14 @@ def set_aside(path: Path) -> Path:
 def tidy(folder: Path) -> None:
     """Remove what killed processes left half written in ``folder``, in which nobody else may work."""
     for path in folder.glob(".*"):
-        if _HIDDEN.fullmatch(path.name):
+        if is_leftover(path):
             with written(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a path has a name that only something half written has."""
+    return bool(_HIDDEN.fullmatch(path.name))
 
 
 @contextmanager
@@ -153,18 +174,30 @@ def free_bytes(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not."""
+    """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not.
+
+    Some file systems cannot do that, for folders or at all; what is written there is as safe as they make it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 # Of a mode, what a file may have: others write files that nobody else can read, whatever the process's umask allows.
 _FILE_MODE = 0o666
-_HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# Names that nobody else gives: whatever has one may be deleted.
+_HIDDEN = re.compile(r"\..+\.switchkd-[0-9a-f]{32}")
 
 
 def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid4().hex}")
+    return path.with_name(f".{path.name}.switchkd-{uuid4().hex}")

@@ -15,7 +15,7 @@ from switchkd.rollouts import mean
 from switchkd.run_record import read_steps
 from switchkd.steps import Steps
 from switchkd.storage import write_file
-from switchkd.study import Cell, Plan, Size, joined
+from switchkd.study_plan import REPORT, Cell, Plan, Size, joined
 
 
 def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
@@ -40,7 +40,7 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
             name = joined("curves", group)
             save_figure(draw(metric_panels(runs, plan.curves), plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
-    write_file(output_dir / "study.md", "\n\n".join(parts) + "\n")
+    write_file(output_dir / REPORT, "\n\n".join(parts) + "\n")
     console.print(f"written: {output_dir / 'study.md'}", soft_wrap=True)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from switchkd.errors import ConfigError, nearest
+from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.math_answers import check_installed
 from switchkd.scores import (
     CRITICAL_THINKING,
@@ -21,6 +22,10 @@ from switchkd.scores import (
     math_equal,
     rouge,
 )
+
+if TYPE_CHECKING:
+    from switchkd.data import Example
+    from switchkd.lines import BadRows
 
 Score = Callable[[str, Sequence[str], str], dict[str, float]]
 """(completion, references, group) to every score by name."""
@@ -69,6 +74,18 @@ def task_named(name: str, source_format: str) -> Task:
     if task.name == "math":
         check_installed()
     return task
+
+
+def scorable(task: Task, examples: Sequence[Example], bad: BadRows) -> list[Example]:
+    """The examples whose references the task can score against; the others are bad rows."""
+    kept = []
+    for example in examples:
+        try:
+            task.score("", example.references, example.group)
+            kept.append(example)
+        except DataError as error:
+            bad.add(example.source, DataError(f"task {task.name}: {error}"))
+    return kept
 
 
 def eval_source(eval_file: str, task: str) -> str:

@@ -8,13 +8,14 @@ Letters in shapes: H hidden size, V vocabulary, n completion tokens of an exampl
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +26,11 @@ from switchkd import signals
 from switchkd.cache import evaluating
 from switchkd.data import TokenizedExample, collate
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
+from switchkd.lock import Check
 from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
 from switchkd.models import Pair
 from switchkd.precision import dtype_name
-from switchkd.storage import staged_file, write_file
+from switchkd.storage import staged_file, tidy, write_file
 from switchkd.teacher_store import (
     Header,
     Progress,
@@ -94,8 +96,8 @@ class TeacherCache:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         folder, header = Path(folder), _header(pair, examples, kind, top_k)
-        with alone(folder, whole=_is_whole(folder)):
-            layout = _fill(pair, examples, folder, header, batch_size, progress)
+        with alone(folder, whole=_is_whole(folder)) as check:
+            layout = _fill(pair, examples, folder, header, batch_size, progress, check)
         return _opened(folder, kind, layout, examples)
 
     @staticmethod
@@ -163,6 +165,13 @@ class _Layout:
             used += length
         return _Layout(firsts, offsets)
 
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether the examples lie end to end, from the first shard to the last."""
+        starts = [0, *itertools.accumulate(lengths)]
+        ascending = self.firsts[:1] == [0] and all(a < b for a, b in pairwise([*self.firsts, len(lengths)]))
+        shards = pairwise([*self.firsts, len(lengths)]) if ascending else ()
+        return self.offsets == [starts[i] - starts[a] for a, b in shards for i in range(a, b)]
+
 
 def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k: int) -> Header:
     if not examples:
@@ -198,21 +207,31 @@ def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExa
         folder.mkdir(parents=True, exist_ok=True)
         layout = _Layout.of([len(example.completion_ids) for example in examples], _token_bytes(header))
         write_file(file, json.dumps({"made_from": header, "firsts": layout.firsts, "offsets": layout.offsets}))
-    manifest = read_json(file)
-    try:
-        stored, layout = manifest["made_from"], _Layout(manifest["firsts"], manifest["offsets"])
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}; delete {folder} and build the cache again") from error
-    refuse_other(folder, stored, header)
+    manifest = _read_manifest(folder)
+    refuse_other(folder, manifest["made_from"], header)
+    layout = _Layout(manifest["firsts"], manifest["offsets"])
+    if not layout.holds([len(example.completion_ids) for example in examples]):
+        raise CheckpointError(
+            f"{file} is damaged: its shards and offsets are not those of these examples; delete {folder} and build the cache again"
+        )
     return layout, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class _Manifest(TypedDict):
+    made_from: dict[str, Any]
+    firsts: list[int]
+    offsets: list[int]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST, _Manifest)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether nothing is missing, as far as names tell."""
     if not (folder / MANIFEST).exists():
         return False
-    shards = len(read_json(folder / MANIFEST).get("firsts", ()))
-    return all(_shard_file(folder, number).exists() for number in range(shards))
+    return all(_shard_file(folder, number).exists() for number in range(len(_read_manifest(folder)["firsts"])))
 
 
 def _fill(
@@ -222,11 +241,12 @@ def _fill(
     header: Header,
     batch_size: int,
     progress: Progress,
+    check: Check,
 ) -> _Layout:
     """Check what is there, write what is missing, and return where everything lies."""
     layout, digest = _open_manifest(folder, header, examples)
-    for half in folder.glob(".shard-*"):
-        half.unlink()  # of a process that was killed while it wrote
+    if folder.is_dir():
+        tidy(folder)
     record: Callable[[Tensor], dict[str, Tensor]] | None = None
     for number, (start, end) in enumerate(pairwise([*layout.firsts, len(examples)])):
         file = _shard_file(folder, number)
@@ -235,6 +255,7 @@ def _fill(
         else:
             record = record or _recorder(pair, header["kind"], header.get("top_k", 0))
             tensors = _read_teacher(pair, examples[start:end], record, batch_size)
+            check()
             with staged_file(file) as staging:
                 save_file(tensors, staging, _seal(file, digest, tensors))
         progress(end - start)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
-from switchkd.lock import LOCK, locked
+from switchkd.lock import LOCK, Check, locked
 from switchkd.models import Pair
-from switchkd.plain import json_object
+from switchkd.plain import TokenId, check_type, json_object
 from switchkd.policies import TEACHER, TeacherOnly
 from switchkd.rollouts import Rollout
 from switchkd.sampling import Sampling
-from switchkd.sharding import state_of
-from switchkd.storage import write_file
+from switchkd.sharding import full, state_of
+from switchkd.storage import append_lines, write_file, written
 
 Header = dict[str, Any]  # flat and JSON-ready
 Progress = Callable[[int], None]  # told of every example that is done
@@ -82,10 +82,11 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of names, dtypes, shapes and bytes, in the order of the names."""
+    """Checksum of names, dtypes, shapes and bytes, in the order of the names. Of tensors in shards, all ranks must ask for it."""
     ordered = sorted(tensors)
     with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter free; few tensors of a GPU are here at a time
-        digests = pool.map(lambda name: _bytes_sha256(tensors[name]), ordered)
+        # Shards are gathered here, by all ranks in one order: a sharded tensor itself has no bytes at an address.
+        digests = pool.map(_bytes_sha256, (full(tensors[name]) for name in ordered))
         parts = [
             [name, str(tensors[name].dtype), list(tensors[name].shape), digest]
             for name, digest in zip(ordered, digests, strict=True)
@@ -109,9 +110,12 @@ def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
         )
 
 
-def alone(folder: Path, whole: bool) -> AbstractContextManager[None]:
-    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither."""
-    return nullcontext() if whole else locked(folder, wait=True)
+def alone(folder: Path, whole: bool) -> AbstractContextManager[Check]:
+    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither.
+
+    As of ``locked``, what it gives is to be called before something is written.
+    """
+    return nullcontext(lambda: None) if whole else locked(folder, wait=True)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -123,10 +127,12 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def read_json(file: Path) -> Header:
-    """A stored JSON object; raises CheckpointError if it cannot be read."""
+def read_json(file: Path, kind: Any = dict[str, Any]) -> Header:
+    """A stored JSON object of this ``kind``; raises CheckpointError if it cannot be read."""
     try:
-        return json_object(file.read_bytes())
+        found = json_object(file.read_bytes())
+        check_type(found, kind)
+        return found
     except (OSError, DataError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
 
@@ -213,8 +219,8 @@ def teacher_texts(
         "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
         "repeatable": repeatable,
     }  # fmt: skip
-    with alone(folder, whole=(folder / COMPLETE).exists()):
-        rows = _fill_texts(pair, examples, folder, header, settings, progress)
+    with alone(folder, whole=(folder / COMPLETE).exists()) as check:
+        rows = _fill_texts(pair, examples, folder, header, settings, progress, check)
     return [
         dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
         for e, row in zip(examples, rows, strict=True)
@@ -228,6 +234,7 @@ def _fill_texts(
     header: Header,
     settings: dict[str, Any],
     progress: Progress,
+    check: Check,
 ) -> list[Header]:
     """All rows; those that are missing are made, and stored chunk by chunk."""
     rows = _open_texts(folder, header, examples)
@@ -239,11 +246,13 @@ def _fill_texts(
         rollouts = decode_examples(pair, part, settings, [example.id for example in part])
         settings["batch_size"] = rollouts.rows_that_fit or settings["batch_size"]
         made = _sound_rows(rollouts)
+        check()
         _append(folder, header, made)
         if len(made) < len(part):
             raise rollouts[len(made)].failure(f"{part[len(made)].source}: the teacher cannot complete it")
         rows += made
         progress(len(made))
+    check()
     _seal(folder, len(rows))
     return rows
 
@@ -287,22 +296,38 @@ def _open_texts(folder: Path, header: Header, examples: Sequence[TokenizedExampl
             raise CheckpointError(f"{file} is damaged (not as written); {_anew(folder)}")
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        with file.open("r+b") as stream:
-            stream.truncate(whole)
+        with written(file):
+            os.truncate(file, whole)
     lines = content[:whole].splitlines()
     if len(lines) > len(examples):
         raise CheckpointError(f"{file} has {len(lines)} lines for {len(examples)} examples; {_anew(folder)}")
     numbered = enumerate(zip(lines, examples[: len(lines)], strict=True), start=1)
-    return [_row(line, example, header["vocab_size"], f"{file}:{n}") for n, (line, example) in numbered]
+    return [_row(line, example, header, f"{file}:{n}") for n, (line, example) in numbered]
 
 
-def _row(line: bytes, example: TokenizedExample, vocab_size: int, where: str) -> Header:
+class _Row(TypedDict):
+    id: int
+    completion_ids: list[TokenId]
+    truncated: bool
+
+
+def _row(line: bytes, example: TokenizedExample, header: Header, where: str) -> Header:
     try:
-        row = json.loads(line)
-        ids, sound = row["completion_ids"], row["id"] == example.id and isinstance(row["truncated"], bool)
-        if sound and all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        row = json_object(line)
+        check_type(row, _Row)
+        ids, ended = (
+            row["completion_ids"],
+            row["completion_ids"][-1:] and row["completion_ids"][-1] in header["eos_token_ids"],
+        )
+        whole = len(ids) == header["max_new_tokens"] if row["truncated"] else ended
+        if (
+            row["id"] == example.id
+            and whole
+            and max(ids, default=0) < header["vocab_size"]
+            and len(ids) <= header["max_new_tokens"]
+        ):
             return row
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except DataError:
         pass
     raise CheckpointError(
         f"{where} is damaged: not a completion of example {example.id}; delete the folder to have the work done again"
@@ -316,10 +341,7 @@ def _append(folder: Path, header: Header, rows: Sequence[Header]) -> None:
     if not (folder / HEADER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / HEADER, json.dumps(header, indent=1))
-    with (folder / TEXTS).open("ab") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(folder / TEXTS, rows, durable=True)
 
 
 def _seal(folder: Path, lines: int) -> None:

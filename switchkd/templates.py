@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from switchkd.conversations import PROBE, Conversations
 from switchkd.errors import ConfigError, DataError
+from switchkd.formats import Message
+from switchkd.spelled import Marks, one_of
 from switchkd.template_inputs import Template
 
 if TYPE_CHECKING:
@@ -17,8 +22,7 @@ if TYPE_CHECKING:
     from switchkd.data import Example
 
 TEACHER_FIELDS = ("prompt", "completion")
-_CHUNK = 256
-_PROBE = "It is forty-two."
+_CHUNK, _CHUNK_TEXT = 256, 2**20  # examples and characters that are encoded together
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -64,7 +68,7 @@ def for_teacher(example: Example, teacher_prompt: str) -> Example:
     users = [place for place, turn in enumerate(turns) if turn.role == "user"]
     if not users:
         roles = ", ".join(turn.role for turn in turns)
-        raise DataError(f"{example.source}: no user turn that teacher_prompt could replace (roles: {roles})")
+        raise DataError(f"no user turn that teacher_prompt could replace (roles: {roles})")
     turn = turns[users[-1]]
     content = teacher_prompt.format(prompt=turn.content, completion=example.completion)
     turns[users[-1]] = replace(turn, content=content)
@@ -101,64 +105,128 @@ class Encoder:
         return self._name == "chat"
 
     @cached_property
-    def _chat_template(self) -> str:
-        return Template.of(self.template).text(self.tokenizer)
+    def _chat(self) -> Conversations:
+        return Conversations(self.tokenizer, Template.of(self.template), self._spelled)
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of prompt and completion, one pair for each example in order.
 
         Raises DataError for an example that the template cannot express.
         """
-        for start in range(0, len(examples), _CHUNK):
-            yield from self._encode_chunk(examples[start : start + _CHUNK])
+        for example, ids in zip(examples, self.each(examples), strict=True):
+            if isinstance(ids, DataError):
+                raise DataError(f"{example.source}: {ids}") from ids
+            yield ids
 
-    def _encode_chunk(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
-        write = self._chat_texts if self._is_chat else self._plain_texts
-        texts = [write(example) for example in examples]
-        prompts = self._encode([prompt for prompt, _ in texts])
-        wholes = self._encode([prompt + completion for prompt, completion in texts])
-        for example, (_, completion), prompt_ids, whole in zip(examples, texts, prompts, wholes, strict=True):
-            if not prompt_ids:
-                raise DataError(f"{example.source}: the prompt has no tokens")
-            yield prompt_ids, self._ended(self._continuation(prompt_ids, whole, completion))
+    @property
+    def left_out(self) -> Counter[str]:
+        """Fields of the prompts' turns that a chat template did not write, with the number of examples."""
+        return self._chat.left_out
+
+    def each(
+        self, examples: Sequence[Example], change: Callable[[Example], Example] = lambda example: example
+    ) -> Iterator[tuple[list[int], list[int]] | DataError]:
+        """The same for each example, which ``change`` may change before, or what is wrong with it."""
+        chunk: list[tuple[str, str] | DataError] = []
+        length = 0
+        for example in examples:
+            try:
+                prompt, completion = self._texts(change(example))
+                chunk.append((prompt, completion))
+                length += len(prompt) + len(completion)
+            except DataError as error:
+                chunk.append(error)
+            except RecursionError:
+                chunk.append(DataError("nested too deeply"))
+            if len(chunk) == _CHUNK or length > _CHUNK_TEXT:
+                yield from self._encode_chunk(chunk)
+                chunk, length = [], 0
+        yield from self._encode_chunk(chunk)
+
+    def _encode_chunk(
+        self, chunk: Sequence[tuple[str, str] | DataError]
+    ) -> Iterator[tuple[list[int], list[int]] | DataError]:
+        texts = [text for text in chunk if not isinstance(text, DataError)]
+        prompts = iter(self._encode([prompt for prompt, _ in texts]))
+        wholes = iter(self._encode([prompt + completion for prompt, completion in texts]))
+        for text in chunk:
+            yield text if isinstance(text, DataError) else self._ids(*text, next(prompts), next(wholes))
+
+    def _ids(
+        self, prompt: str, completion: str, prompt_ids: list[int], whole: list[int]
+    ) -> tuple[list[int], list[int]] | DataError:
+        if not prompt_ids:
+            return DataError("the prompt has no tokens")
+        try:
+            prompt_ids, whole = self._spelt(prompt, prompt_ids), self._spelt(prompt + completion, whole)
+            return prompt_ids, self._ended(self._continuation(prompt_ids, whole, completion))
+        except DataError as error:
+            return error
+
+    def _texts(self, example: Example) -> tuple[str, str]:
+        return self._chat_texts(example) if self._is_chat else self._plain_texts(example)
 
     def _plain_texts(self, example: Example) -> tuple[str, str]:
         if [message.role for message in example.messages] != ["user"]:
             roles = ", ".join(message.role for message in example.messages)
-            raise DataError(f"{example.source}: template {self._name!r} takes one user turn, not {roles}; use 'chat'")
-        write = alpaca_prompt if self._name == "alpaca" else _plain_prompt
-        return write(example.messages[0].content, example.input), example.completion
+            raise DataError(f"template {self._name!r} takes one user turn, not {roles}; use 'chat'")
+        more = [*example.messages[0].more, *(example.answer.more if example.answer else ())]
+        if more := [*more, "tools"] if example.tools else more:
+            raise DataError(f"template {self._name!r} has no place for {', '.join(more)}; use 'chat'")
+        if self._name == "none":
+            return _plain_prompt(example.messages[0].content, example.input), example.completion
+        instruction, context = self._as_text("user", [example.messages[0].content, example.input])
+        return alpaca_prompt(instruction, context), self._as_text("assistant", example.completion)
 
     def _chat_texts(self, example: Example) -> tuple[str, str]:
-        turns = [{"role": message.role, "content": message.content} for message in example.messages]
-        turns[-1]["content"] = _plain_prompt(turns[-1]["content"], example.input)
-        prompt = self._render(turns, example.source, add_generation_prompt=True)
-        answer = {"role": "assistant", "content": example.completion}
-        conversation = self._render([*turns, answer], example.source, add_generation_prompt=False)
-        if not conversation.startswith(prompt):
-            raise ConfigError(
-                f"{example.source}: the chat template's generation prompt {prompt[-40:]!r} is not how it begins an "
-                "assistant turn, so no completion can follow it; use template 'alpaca' or 'none'"
-            )
-        return prompt, conversation[len(prompt) :].rstrip().removesuffix(self.plain_close)
+        *before, last = example.messages
+        turns = [*before, replace(last, content=_plain_prompt(last.content, example.input))]
+        turns = [self._with_text(turn) for turn in turns]
+        answer = self._with_text(example.answer or Message("assistant", example.completion))
+        tools = self._as_text("tool", list(example.tools))
+        prompt, completion = self._chat.write(turns, answer, tools)
+        return prompt, completion.rstrip().removesuffix(self.plain_close)
 
-    def _render(self, turns: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
-        template = self._chat_template
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (
-            Exception
-        ) as error:  # a template is a program, which transformers runs in a sandbox: it may fail in any way
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(f"{source}: the chat template refuses the turns {roles}: {error}") from error
+    @cached_property
+    def _spelled(self) -> Marks:
+        return Marks(self.tokenizer)
+
+    @cached_property
+    def _of_the_template(self) -> frozenset[str]:
+        """The tokens that turns are made of, in a chat template, and those that end a text."""
+        added = self.tokenizer.added_tokens_decoder
+        ends = self.eos_token_ids or {self._eos}
+        written = set(ends)
+        for text in self._chat.trials(again=True) if self._is_chat else ():
+            written.update(self._alone(text))
+        marks = {str(added[index]) for index in written if index in added}
+        return frozenset(mark for mark in marks if "think" not in mark.lower())  # an answer writes its thoughts itself
+
+    @cached_property
+    def _patterns(self) -> dict[bool, re.Pattern[str]]:
+        """The marks that are text in an answer (True), and in what others say."""
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return {True: one_of(self._of_the_template), False: one_of(self._of_the_template | special)}
+
+    def _as_text(self, role: str, value: Any) -> Any:
+        """``value`` with what it spells out of special tokens as text. (An answer may use those of which no turn is made.)"""
+        return self._spelled.hide(value, self._patterns[role == "assistant"])
+
+    def _with_text(self, turn: Message) -> Message:
+        role, content, more = self._as_text(turn.role, [turn.role, turn.content, turn.more])
+        return Message(role, content, more)
+
+    def _spelt(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of ``text``, which are ``ids`` unless it has marks that are to be text."""
+        if not self._spelled.hides(text):
+            return ids
+        ids = self._spelled.encode(text, add_special_tokens=not self._is_chat)
+        return ids[:-1] if self._writes_end else ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A chat template writes its own special tokens; else the tokenizer's beginning token is wanted, not its end.
+        if not texts:
+            return []
         batch = self.tokenizer(texts, add_special_tokens=not self._is_chat)["input_ids"]
         return [ids[:-1] for ids in batch] if self._writes_end else batch
 
@@ -199,12 +267,8 @@ class Encoder:
     @cached_property
     def _closing(self) -> str | None:
         """What the chat template writes behind an answer, without white space at the end; None if it takes no probe."""
-        turns = [{"role": role, "content": _PROBE} for role in ("system", "user", "assistant")]
-        for trial in (turns[1:], turns):  # some want a system turn
-            try:
-                _, found, closing = self._render(trial, "a probe", add_generation_prompt=False).rpartition(_PROBE)
-            except DataError:
-                continue
+        for text in self._chat.trials():
+            _, found, closing = text.rpartition(PROBE)
             if found:
                 return closing.rstrip()
         return None
@@ -221,6 +285,8 @@ class Encoder:
         return frozenset(known - {self.tokenizer.unk_token_id})
 
     def _alone(self, text: str) -> list[int]:
+        if self._spelled.hides(text):
+            return self._spelled.encode(text, add_special_tokens=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _ended(self, completion_ids: list[int]) -> list[int]:

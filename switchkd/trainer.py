@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from switchkd import signals
-from switchkd.adapters import has_adapter
+from switchkd import restoring, signals
+from switchkd.adapters import check_trainable, has_adapter
 from switchkd.balance import balance_coefficient, balancing
 from switchkd.cache import evaluating, restoring_modes
 from switchkd.checkpoint import (
@@ -39,6 +39,7 @@ from switchkd.continuation import take_back, whole_checkpoint
 from switchkd.data import Batch, TokenizedExample, batch_indices, collate
 from switchkd.decoding import decode_examples
 from switchkd.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDWarning
+from switchkd.lock import Check
 from switchkd.loss import (
     Head,
     Teacher,
@@ -66,6 +67,7 @@ from switchkd.processes import (
 )
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.run_record import METRICS, ROLLOUTS, SAMPLES, sync_records
+from switchkd.samples import token_budget
 from switchkd.sampling import Use, keyed_uniform, noise_key
 from switchkd.sharding import clip, gather, is_sharded, reduce_in_next_backward, shard, whole
 from switchkd.statistics import lower_is_better
@@ -91,7 +93,8 @@ class Trainer:
     """Distils ``pair.student`` on ``examples`` as ``config`` says; ``step`` is the number of updates done.
 
     ``teacher_cache`` is of ``examples``, ``validation`` for a mix that looks at a validation loss, ``corpus`` for a
-    language-modelling loss beside the objective.
+    language-modelling loss beside the objective. ``check_place`` is called before anything is written, and raises if the run
+    directory is not the one any more that the run began in. ``scored_on`` is a checksum of what evaluations score on.
     """
 
     def __init__(
@@ -104,11 +107,15 @@ class Trainer:
         teacher_cache: TeacherCache | None = None,
         validation: Sequence[TokenizedExample] = (),
         corpus: Sequence[TokenizedExample] = (),
+        check_place: Check = lambda: None,
+        scored_on: str = "",
     ):
         self.accelerator = accelerator or new_accelerator()
         self.config = config = with_launchers_settings(self.accelerator, config)
+        check_trainable(pair.student, config.merge)
         self.pair, self.examples = pair, examples
         self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
+        self.check_place, self.scored_on = check_place, scored_on
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
@@ -116,10 +123,8 @@ class Trainer:
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
         self.replay: list[Rollout] = []
-        self.rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.rows_per_step = self.rows_per_rank * self.accelerator.num_processes
-        self.total_steps = total_steps(config, len(examples), self.rows_per_step)
-        self.step = self.num_tokens = 0
+        self.share_rows(self._rows_by_settings * self.accelerator.num_processes)
+        self.step = self.num_tokens = self.rows_read = 0
         self.seconds = 0.0
         self.watch = Stopwatch(self.accelerator.device)  # of the teacher's forwards in updates
         self.best: dict[str, float] = {}
@@ -142,6 +147,16 @@ class Trainer:
         self.masters = Masters(self.student, compute)
         self.optimizer = adamw(list(self.masters.named.values()), config)
         self.teachers = Teachers(pair, self.accelerator.device)
+
+    def share_rows(self, rows: int) -> None:
+        """Read so many rows in a step, an equal part of them on every rank."""
+        self.rows_per_step, self.rows_per_rank = rows, rows // self.accelerator.num_processes
+        self.total_steps = total_steps(self.config, len(self.examples), rows)
+
+    @property
+    def _rows_by_settings(self) -> int:
+        """Rows of a step on one rank, as the settings say."""
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def train(
         self,
@@ -173,6 +188,7 @@ class Trainer:
                     stop_together(self.accelerator)
                     self.due, rollouts = self.train_step(on_round)
                     if self.accelerator.is_main_process:
+                        self.check_place()
                         append_lines(self.run / ROLLOUTS, [{"step": self.step, **r.to_json()} for r in rollouts])
                 self._tell(rollouts, on_step, evaluate, sample)
         except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
@@ -203,6 +219,7 @@ class Trainer:
             if main and sampling and sample:
                 records = [{"step": self.step, **record} for record in sample(self.schedule)]
         if main:
+            self.check_place()
             append_lines(self.run / SAMPLES, records)
             if metrics:
                 append_lines(self.run / METRICS, [metrics])
@@ -298,7 +315,9 @@ class Trainer:
         scores = evaluate(self.student)
         if name := self.config.metric_for_best_model:
             sign = -1 if lower_is_better(name) else 1
-            if not self.best or sign * scores[name] > sign * self.best["score"]:
+            better = not self.best or sign * scores[name] > sign * self.best["score"]
+            if better and math.isfinite(scores[name]):
+                self.check_place()
                 self.best = {"step": self.step, "score": scores[name]}
                 save_best(self.run, self.step, self.student, self.pair.tokenizer, weights)
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
@@ -319,6 +338,7 @@ class Trainer:
         weights, moments = self.masters.whole(), moments_of(self.masters, self.optimizer)
         with whole(self.student):
             if self.accelerator.is_main_process:
+                self.check_place()
                 sync_records(self.run)
                 keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
                 save_checkpoint(self.run, self._state(), self.student, tokenizer, weights, moments, keep)
@@ -338,21 +358,34 @@ class Trainer:
             "objective": self.objective_memory,
             "mix": self.mix_memory,
             "replay": [rollout.to_json() for rollout in self.replay],
+            "best_of": restoring.best_of(self.config, self.scored_on),
+            "rules": restoring.rules_of(self.config),
+            "rows": self.rows_read,
+            "rows_per_step": self.rows_per_step,
+            "rows_per_rank": self._rows_by_settings,
         }
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, or from ``resume_from``; what is later in the directory is taken back.
 
-        Raises CheckpointError if that cannot be.
+        What the state says of other rules, or of another measure, than the run has now is dropped, with a warning. Raises
+        CheckpointError if the run cannot go on, ConfigError if these processes cannot share the rows of a step.
         """
-        folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, self.config.resume_from))
+        config, ranks = self.config, self.accelerator.num_processes
+        with_best = restoring.BEST_SETTING not in config.allow_change
+        folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, config.resume_from, with_best))
         state = load_checkpoint(folder, self.student, self.masters, self.optimizer)
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
-        self.best, self.due = state["best"], state["due"]
-        self.objective_memory, self.mix_memory = state["objective"], state["mix"]
-        self.replay = [Rollout.from_json(record) for record in state["replay"]]
+        self.due, self.best = state["due"], restoring.best(state, config, self.scored_on, self.run)
+        self.objective_memory, self.mix_memory = (
+            restoring.memory(state, noun, config) for noun in ("objective", "mix")
+        )
+        self.replay = restoring.replay(state, config)
+        self.rows_read = state.get("rows", self.step * self.rows_per_step)
+        self.share_rows(restoring.rows_per_step(state, self.rows_per_step, self._rows_by_settings, ranks))
         if self.accelerator.is_main_process:
-            take_back(self.run, self.step, self.step if self.due is None else self.step - 1)
+            told = self.due is None
+            take_back(self.run, self.step, self.step if told else self.step - 1, ended=told and self.progress >= 1)
             prune(self.run, self.config.save_total_limit)
 
     def load_best(self) -> None:
@@ -361,19 +394,24 @@ class Trainer:
         if self.best:
             load_best(self.run, int(self.best["step"]), self.student, self.masters)
 
-    def final_weights(self) -> tuple[Weights, torch.dtype]:
-        """The masters, whole, and the dtype that the student is to be saved in, to which it is rounded now. All ranks must ask."""
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """The dtype that the student is saved in at the end."""
         name: str = self.config.save_dtype
         if name == "auto":
             own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
             name = dtype_name(self.masters.dtype) if own else self.pair.folder_dtype
         dtype: torch.dtype = getattr(torch, name)
-        self.masters.round_to(dtype)
-        return self.masters.whole(), dtype
+        return dtype
+
+    def final_weights(self) -> Weights:
+        """The masters, whole, rounded now to the dtype that they are saved in. All ranks must ask."""
+        self.masters.round_to(self.save_dtype)
+        return self.masters.whole()
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """This rank's examples of the step; the data cursor is the step itself."""
-        indices = batch_indices(len(examples), self.rows_per_step, self.step, self.config.seed)[self._mine]
+        """This rank's examples of the step; the data cursor is the number of rows that were read before."""
+        indices = batch_indices(len(examples), self.rows_per_step, self.rows_read, self.config.seed)[self._mine]
         if self.teacher_cache is None or examples is not self.examples:
             return [examples[i] for i in indices]
         return [self.teacher_cache.attached(examples[i], i) for i in indices]
@@ -446,17 +484,12 @@ class Trainer:
         result, self.micro_rows = halving(work, self.micro_rows, what, "per_device_train_batch_size")
         return result
 
-    def _budget(self) -> int:
-        """Tokens that a completion may have at this step."""
-        start, end = self.config.max_new_tokens_start, self.config.max_new_tokens
-        return round(start + (end - start) * self.schedule) if start else end
-
     def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
-        first = self.step * self.rows_per_step + self.accelerator.process_index * self.rows_per_rank
+        first = self.rows_read + self.accelerator.process_index * self.rows_per_rank
         settings = self.config.decode_arguments() | {
             "policy": self.policy.at(self.schedule, self.step),
-            "max_new_tokens": self._budget(),
+            "max_new_tokens": token_budget(self.config, self.schedule),
             "seed": self.config.seed,
             "keep_hidden": self.config.objective.reads_teacher,
             "batch_size": self.generation_rows,
@@ -487,6 +520,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.masters.publish()
         self.step += 1
+        self.rows_read += self.rows_per_step
         return losses, tokens[0], grad_norm
 
     def _gradients(

@@ -1,12 +1,16 @@
 """Whether models can share text: one tokenizer id by id, logits for every id; and what differs in prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from switchkd.errors import VocabularyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from switchkd.data import TokenizedExample
+    from switchkd.models import Pair
 
 # Digits, spaces, contractions, accents and code: where pre-tokenizers over one and the same vocabulary part ways.
 PROBE = "It's 20,483 km/h; isn't   3.14159?\n\n\tdef f(x): return x**2  # naïve café, 東京 42\r\nDON'T stop — №7…"
@@ -15,27 +19,62 @@ PROBE = "It's 20,483 km/h; isn't   3.14159?\n\n\tdef f(x): return x**2  # naïve
 def check_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
     """The shared vocabulary size (highest id + 1) of two tokenizers, added tokens included.
 
+    Where they differ only from some id on, and all that either has from there on are added tokens that no text needs, such as one
+    more padding token, the vocabulary ends before them: what lies beyond is never drawn.
+
     Raises VocabularyError unless both have the same token at every id and cut a probe text into the same ids: a
     pre-tokenizer that does not split digits has the same vocabulary, and still writes other tokens.
     """
     teacher_vocab, student_vocab = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    size = max(teacher_vocab.values()) + 1
     if differing := sorted({token_id for _, token_id in teacher_vocab.items() ^ student_vocab.items()}):
-        raise VocabularyError(_differing_tokens(differing, teacher_vocab, student_vocab))
+        size = differing[0]
+        if not (_needs_none_from(size, teacher_tokenizer) and _needs_none_from(size, student_tokenizer)):
+            raise VocabularyError(_differing_tokens(differing, teacher_vocab, student_vocab))
     teacher_ids = teacher_tokenizer.encode(PROBE, add_special_tokens=False)
     student_ids = student_tokenizer.encode(PROBE, add_special_tokens=False)
     if teacher_ids != student_ids:
         raise VocabularyError(_differing_cut(teacher_tokenizer, teacher_ids, student_ids))
-    return max(teacher_vocab.values()) + 1
+    return size
 
 
-def check_logits_rows(model: "PreTrainedModel", vocab_size: int, role: str) -> None:
-    """Raise VocabularyError if ``model`` has fewer logits rows than there are token ids."""
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise VocabularyError(
-            f"the {role} has {rows} logits rows for {vocab_size} token ids, so some tokens could never be scored; "
-            "take the tokenizer that belongs to this model"
-        )
+def check_logits_rows(
+    model: "PreTrainedModel", vocab_size: int, role: str, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> int:
+    """The ids of a vocabulary that ``model`` has logits for: all, or those before added tokens of ``tokenizer`` that no text needs.
+
+    Raises VocabularyError if there are fewer.
+    """
+    rows: int = model.get_output_embeddings().weight.shape[0]
+    if rows >= vocab_size:
+        return vocab_size
+    if tokenizer is not None and _needs_none_from(rows, tokenizer):
+        return rows
+    raise VocabularyError(
+        f"the {role} has {rows} logits rows for {vocab_size} token ids, so some tokens could never be scored; "
+        "take the tokenizer that belongs to this model"
+    )
+
+
+def left_out_note(tokenizers: "Iterable[PreTrainedTokenizerBase]", vocab_size: int) -> tuple[str, ...]:
+    """A sentence about the tokens that lie beyond the shared vocabulary, if there are any."""
+    vocabs = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    beyond = sorted({(i, token) for vocab in vocabs for token, i in vocab.items() if i >= vocab_size})
+    if not beyond:
+        return ()
+    shown = ", ".join(f"{i} {token!r}" for i, token in beyond[:5])
+    more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+    return (
+        f"note: not all of the models know the added tokens {shown}{more}; they are never drawn, and examples that hold one are "
+        "left out",
+    )
+
+
+def within(examples: "Sequence[TokenizedExample]", pair: "Pair") -> "list[TokenizedExample]":
+    """The examples whose every token is in the vocabulary that a pair shares; all, where its tokenizer has no other token."""
+    if pair.vocab_size > max(pair.tokenizer.get_vocab().values()):
+        return list(examples)
+    return [e for e in examples if max(chain(e.prompt_ids, e.teacher_reads, e.completion_ids)) < pair.vocab_size]
 
 
 def prompt_warnings(teacher: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -65,6 +104,13 @@ def other_prompts(
     )
 
 
+def _needs_none_from(size: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether all ids from ``size`` on are added tokens, and none that the tokenizer puts into text, or cuts it into, by itself."""
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= size}
+    own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer.encode(PROBE)}
+    return beyond <= tokenizer.added_tokens_decoder.keys() and beyond.isdisjoint(own)
+
+
 def _differing_tokens(ids: list[int], teacher_vocab: dict[str, int], student_vocab: dict[str, int]) -> str:
     teacher = {token_id: repr(token) for token, token_id in teacher_vocab.items()}
     student = {token_id: repr(token) for token, token_id in student_vocab.items()}
@@ -73,7 +119,8 @@ def _differing_tokens(ids: list[int], teacher_vocab: dict[str, int], student_voc
     )
     return (
         f"teacher ({len(teacher)} tokens) and student ({len(student)} tokens) differ at {len(ids)} ids: {shown}. "
-        "A pair must share one tokenizer id by id: choose both models from one family"
+        "A pair must share one tokenizer id by id, but for added tokens at its end that no text needs: choose both models from one "
+        "family"
     )
 
 

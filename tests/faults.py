@@ -30,8 +30,8 @@ class Faults:
         self.at, self.how, self.path = at, how, path
         self.count, self.dead = 0, False
 
-    def hit(self, path: Any, error: Callable[[int, str], Exception] = OSError) -> None:
-        """An operation on ``path`` begins; raises what is to happen to it."""
+    def hit(self, path: Any, error: Callable[..., Exception] = OSError, named: bool = False) -> None:
+        """An operation on ``path`` begins; raises what is to happen to it, ``named`` where the system would say of what."""
         if self.dead:
             raise Killed
         self.count += 1
@@ -40,7 +40,7 @@ class Faults:
             if self.dead:
                 raise Killed
             number = getattr(errno, self.how)
-            raise error(number, os.strerror(number))
+            raise error(number, os.strerror(number), *([str(path)] if named else []))
 
     @contextmanager
     def written(self, path: Any, error: Callable[[int, str], Exception] = OSError) -> Iterator[None]:
@@ -75,7 +75,7 @@ class Faults:
 
     def _before(self, call: Callable) -> Callable:
         def failing(path: Any, *args: Any, **named: Any) -> Any:
-            self.hit(path)
+            self.hit(path, named=not isinstance(path, int))
             return call(path, *args, **named)
 
         return failing
@@ -83,7 +83,7 @@ class Faults:
     def _opened(self, file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
         if not set(mode) & set("wax+") or isinstance(file, int):
             return _open(file, mode, *args, **named)
-        self.hit(file)
+        self.hit(file, named=True)
         try:
             self.hit(file)
         except BaseException:  # the first half of a write is there

@@ -1,10 +1,14 @@
 """Tiny random models and tabular toys that the tests share."""
 
+import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,8 +34,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from switchkd import divergences
+from switchkd import divergences, proof
 from switchkd.data import TokenizedExample
+from switchkd.errors import ModelError
 from switchkd.models import Pair
 from switchkd.policies import (
     CAOPD,
@@ -115,6 +120,13 @@ def byte_level_tokenizer(
     specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>"),
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges; pad is eos, as in many real ones."""
+    tokenizer = copy.deepcopy(_original_tokenizer(eos, specials))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def _original_tokenizer(eos: str | None, specials: tuple[str, ...]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -123,9 +135,7 @@ def byte_level_tokenizer(
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(lines, trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos)
-    tokenizer.chat_template = template
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos)
 
 
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = 2, **changes) -> str:
@@ -153,9 +163,11 @@ def pair_on_disk(folder: Path, prompt: str = "What is {0} and {0}?", completion:
     }
 
 
-def toy_pair(family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2)) -> Pair:
+def toy_pair(
+    family: str = "llama", dtype: torch.dtype = torch.float64, seeds: tuple[int, int] = (1, 2), make: Any = None
+) -> Pair:
     """A pair of tiny random models with a tokenizer to save beside them."""
-    teacher, student = (tiny_model(family, seed, dtype) for seed in (seeds[1], seeds[0]))
+    teacher, student = ((make or tiny_model)(family, seed, dtype) for seed in (seeds[1], seeds[0]))
     teacher.requires_grad_(False)
     return Pair(teacher, student, byte_level_tokenizer(), VOCAB, (1,), ())
 
@@ -171,7 +183,27 @@ def toy_examples(count: int = 12) -> list[TokenizedExample]:
 
 
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0):
-    """A random model whose next-token distributions are peaked enough (``scale``) to differ visibly by context."""
+    """A random model whose next-token distributions are peaked enough (``scale``) to differ visibly by context.
+
+    Equal calls give copies of one model, which is made and proved once.
+    """
+    original = _original(family, seed, dtype, scale)
+    model = copy.deepcopy(original)
+    if original in proof._proved:
+        proof._proved[model] = proof._proved[original]
+    return model
+
+
+@cache
+def _original(family: str, seed: int, dtype: torch.dtype, scale: float):
+    model = new_model(family, seed, dtype, scale)
+    with suppress(ModelError):
+        proof.prove(model)
+    return model
+
+
+def new_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0):
+    """The same, made anew and not proved yet: for tests of the proof."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = FAMILIES[family]().to(dtype).eval()

@@ -12,9 +12,10 @@ import torch
 from tiny import pair_on_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from switchkd import StudentOnly
+from switchkd import StudentOnly, TeacherOnly
 from switchkd.cli import main, parse
-from switchkd.commands import COMMANDS, EvaluateConfig
+from switchkd.commands import COMMANDS, EvaluateConfig, GenerateConfig, PlayConfig
+from switchkd.config import load_recipe
 from switchkd.demo import DemoConfig, demo_settings
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,8 @@ def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path
         f"warning: {file} is damaged: it is not as it was written. The run goes on from {output / 'checkpoint-2'}",
         f"warning: {file.parent} is later than the step that the run goes on from: it is now {file.parent}.set-aside, and may be "
         "deleted",
+        f"warning: {output / 'student'} is the student of another step than 2, from which the run goes on: it is now "
+        f"{output / 'student'}.set-aside, and may be deleted",
     ]
     assert (output / "checkpoint-3" / "model.safetensors").read_bytes() == (
         run / "student" / "model.safetensors"
@@ -160,7 +163,8 @@ def test_a_run_is_its_own_recipe_and_its_student_can_be_evaluated_and_generate(r
     ours = json.loads(scores.read_text())["results"]
     assert ours["student"] == saved["student after"] and ours["teacher"] == saved["teacher"]
     prompts = ["--prompt", "What is 2 and 2?", "And 3?"]
-    assert main(["generate", str(run), *prompts, "--policy.tau-0", "-1", "--output-file", str(rollouts)]) == 0
+    teacher = ["--policy", "switch", "--policy.tau-0", "-1"]
+    assert main(["generate", str(run), *prompts, *teacher, "--output-file", str(rollouts)]) == 0
     made = records(rollouts)
     assert len(made) == 2 and {s for r in made for s in r["speakers"]} == {1}
     out = capsys.readouterr().out
@@ -171,6 +175,26 @@ def test_an_evaluation_takes_all_examples_and_the_students_own_text_whatever_the
     config = parse(EvaluateConfig, ["evaluate", str(run)])
     assert (config.eval_samples, config.policy) == (-1, StudentOnly())
     assert config.student_model_name_or_path == str(run / "student") and config.template == "chat"
+
+
+def test_generate_means_a_runs_student_and_play_its_policy(run):
+    trained = load_recipe(str(run / "config.yaml")).policy
+    assert parse(GenerateConfig, ["generate", str(run)]).policy == StudentOnly() != trained
+    assert parse(GenerateConfig, ["generate", str(run), "--policy", "teacher_only"]).policy == TeacherOnly()
+    assert parse(GenerateConfig, ["generate", str(run / "config.yaml")]).policy == trained
+    assert parse(PlayConfig, ["play", str(run)]).policy == trained
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "play"])
+def test_a_run_without_a_student_is_refused_and_its_first_student_never_taken_for_it(run, tmp_path, capsys, command):
+    unfinished = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(unfinished / "student")
+    assert main([command, str(unfinished)]) == 1
+    checkpoint = unfinished / "checkpoint-3"
+    words = f"{unfinished} has no student yet; finish it with `switchkd train {unfinished} --resume`"
+    assert f"{words}, or name a checkpoint's student instead: --student {checkpoint}\n" in capsys.readouterr().err
+    config = parse(COMMANDS[command][0], [command, str(unfinished), f"--student={checkpoint}"])
+    assert config.student_model_name_or_path == str(checkpoint)
 
 
 def test_a_run_takes_the_first_rows_that_it_is_told_to(place, capsys):

@@ -1,5 +1,6 @@
 """Every command and every piece of Python in README and docs, run on a tiny pair that takes the demo pair's place."""
 
+import dataclasses
 import importlib.util
 import re
 import runpy
@@ -13,20 +14,21 @@ from tiny import CHATML, save_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd import demo_pair
+from switchkd import commands, demo_pair
 from switchkd.cli import main, parse
 from switchkd.commands import COMMANDS as CLI
 from switchkd.config import shipped
 from switchkd.data import load_examples
+from switchkd.demo import demo_settings
 from switchkd.mixes import MIXES
 from switchkd.objectives import OBJECTIVES
-from switchkd.study import cells, load_plan
+from switchkd.study_plan import cells, load_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("guide", "evaluation", "methods", "engine", "traps")),
+    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps")),
 ]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
@@ -34,7 +36,7 @@ SHORT = {
     "demo": ["--max-steps", "2"],
     "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
     "check": ["--eval-samples", "2"],
-    "evaluate": ["--eval-samples", "2"],
+    "evaluate": ["--eval-samples", "2", "--eval-max-new-tokens", "8"],
     "generate": ["--max-new-tokens", "8"],
     "play": ["--max-new-tokens", "8"],
     "prune": [],
@@ -88,7 +90,9 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def workplace(pair, tmp_path, monkeypatch):
-    """A folder in which the demo pair is tiny, hub names are the demo, and the data files of the docs exist."""
+    """A folder in which the demo is tiny, pair and run, hub names are the demo, and the data files of the docs exist."""
+    short = {"max_new_tokens": 8, "eval_samples": 4, "eval_max_new_tokens": 8}
+    monkeypatch.setattr(commands, "demo_settings", lambda config: dataclasses.replace(demo_settings(config), **short))
     monkeypatch.setattr(demo_pair, "demo_pair_paths", lambda *_, **__: pair)
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from families import small_model
 from tiny import (
     POLICIES,
     VOCAB,
@@ -17,10 +18,11 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
     toy_examples,
+    toy_pair,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference
+from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference, rehearsal
 from switchkd.adapters import add_adapter, has_adapter, merged
 from switchkd.base_model import BaseModel
 from switchkd.cache import head_inputs
@@ -30,6 +32,7 @@ from switchkd.config import ModelConfig, TrainConfig, from_dict, to_dict
 from switchkd.data import collate
 from switchkd.errors import CheckpointError, ConfigError, ModelError
 from switchkd.evaluation import EvalSettings, evaluate
+from switchkd.generate_backend import complete_by_generate
 from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
 from switchkd.masters import Masters
 from switchkd.mixes import Generated
@@ -38,6 +41,8 @@ from switchkd.objectives import ForwardKL
 from switchkd.preflight import memory_estimate
 from switchkd.proof import prove
 from switchkd.tasks import TASKS
+from switchkd.teacher_cache import TeacherCache
+from switchkd.teacher_store import teacher_texts, weights_sha256
 from switchkd.trainer import Trainer
 
 LORA = ModelConfig(use_peft=True, lora_r=4, lora_alpha=8)
@@ -278,6 +283,61 @@ def test_the_cache_probe_passes_on_both(family):
     prove(pair.student)
 
 
+def test_a_base_has_the_names_and_the_checksum_of_the_base_loaded_alone():
+    """Whatever its student has learnt: else it would be another teacher after every step, to a store and to a comparison."""
+    pair, plain = self_pair(), tiny_model("llama", 1)
+    assert [name for name, _ in pair.teacher.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert pair.teacher.state_dict().keys() == plain.state_dict().keys()
+    assert weights_sha256(pair.teacher) == weights_sha256(plain) != weights_sha256(pair.student)
+
+
+@pytest.mark.parametrize("kind", ["text", "hidden", "top_k"])
+def test_what_a_base_is_asked_once_is_what_the_base_loaded_alone_says(tmp_path, kind):
+    """A store that the one has filled is the other's, and the other way round: byte for byte, so that neither is refused it."""
+    pair, examples = self_pair(), toy_examples(5)
+    other = Pair(tiny_model("llama", 1), tiny_model("llama", 2), pair.tokenizer, VOCAB, (1,), ())
+
+    def ask(asked, folder):
+        if kind == "text":
+            return teacher_texts(asked, examples, folder, max_new_tokens=4)
+        TeacherCache.build(asked, examples, folder, kind, top_k=3)
+
+    for folder, first, second in (("one", pair, other), ("other", other, pair)):
+        assert ask(first, tmp_path / folder) == ask(second, tmp_path / folder)
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "other"))
+    assert one == two
+
+
+def test_a_base_generates_as_the_base_loaded_alone():
+    pair, plain = self_pair(), tiny_model("llama", 1)
+    arguments = dict(max_new_tokens=6, eos_token_ids=[], vocab_size=VOCAB)
+    pair.student.generation_config.repetition_penalty = 5.0  # a hub's own, which is put aside
+    written = complete_by_generate(pair.teacher, PROMPTS, **arguments)
+    assert written == complete_by_generate(plain, PROMPTS, **arguments)
+    assert written != complete_by_generate(pair.student, PROMPTS, **arguments)
+    assert pair.student.generation_config.repetition_penalty == 5.0
+
+
+def test_a_base_gives_out_no_method_and_no_part_that_would_run_with_the_adapter():
+    """What it hands out is a plain value, or runs without the adapter: asked for by every name that the student has."""
+    pair = self_pair()
+    for name in dir(pair.student):
+        if hasattr(torch.nn.Module, name) or name in vars(BaseModel):
+            continue
+        try:
+            given = getattr(pair.teacher, name)
+        except (AttributeError, FutureWarning):
+            continue
+        bound_to = getattr(given, "__self__", pair.teacher)
+        assert bound_to is not pair.student and not isinstance(given, torch.nn.Module), name
+    for name in ("model", "save_pretrained", "prepare_inputs_for_generation", "set_adapter"):
+        with pytest.raises(
+            AttributeError, match=f"gives out no '{name}', which would be the student's, with its adapter"
+        ):
+            getattr(pair.teacher, name)
+    assert pair.teacher.config is pair.student.config and pair.teacher.dtype is torch.float64
+
+
 def test_evaluating_against_ones_own_base():
     pair = self_pair()
     other = Pair(tiny_model("llama", 1), merged(pair.student), pair.tokenizer, VOCAB, (1,), ())
@@ -333,6 +393,39 @@ def test_a_merged_student_is_a_plain_model_of_equal_logits(tmp_path, family):
     assert not has_adapter(plain) and num_parameters(plain) == num_parameters(tiny_model(family))
     torch.testing.assert_close(logits(plain), expected, atol=1e-10, rtol=1e-10)
     assert torch.equal(logits(student), expected) and torch.equal(logits(BaseModel(student)), before)
+
+
+@pytest.mark.parametrize("targets", [(), ("experts", "q_proj"), ("experts.down_proj",)])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_adapters_on_experts_are_saved_opened_and_merged(tmp_path, family, targets):
+    """The weights of experts are no layers, and those of one module have their adapters around each other."""
+    student = small_model(family)
+    layers = {(): 14, ("experts", "q_proj"): 6, ("experts.down_proj",): 2}[targets]
+    if family == "gpt_oss" and not targets:
+        layers = 8  # peft does not know its experts by itself
+    settings = dataclasses.replace(LORA, lora_target_modules=targets)
+    student.save_pretrained(tmp_path / "base")
+    student.name_or_path = str(tmp_path / "base")
+    add_adapter(student, settings, seed=0)
+    stir(student)
+    assert len(adapters.adapter_layers(student)) == layers
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    save_model(tmp_path / "student", student, tiny_tokenizer())
+    opened = load_model(str(tmp_path / "base"), "float64", "cpu")
+    adapters.open_adapter(opened, tmp_path / "student", asked=settings)
+    torch.testing.assert_close(logits(opened), logits(student), atol=1e-10, rtol=1e-10)
+    assert (logits(opened) - logits(BaseModel(opened))).abs().max() > 0.1
+    save_model(tmp_path / "merged", merged(student), tiny_tokenizer())
+    plain = load_model(str(tmp_path / "merged"), "float64", "cpu")
+    assert not has_adapter(plain) and num_parameters(plain) == num_parameters(BaseModel(student))
+    torch.testing.assert_close(logits(plain), logits(student), atol=1e-10, rtol=1e-10)
+
+
+def test_dropout_on_experts_is_refused_before_anything_is_trained():
+    with pytest.raises(
+        ConfigError, match=r"on the student, mixtral: .*lora_dropout != 0.* Change lora_dropout, or name"
+    ):
+        add_adapter(small_model("mixtral"), dataclasses.replace(LORA, lora_dropout=0.1), seed=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -431,12 +524,20 @@ def test_an_adapter_without_tokenizer_takes_its_bases(base, tmp_path):
         ({"base_model_name_or_path": "itself"}, "names the adapter .* as its base; merge that one first"),
         (
             {"modules_to_save": ["lm_head"]},
-            "has modules_to_save set; switchkd opens LoRA adapters of linear layers only",
+            r"has modules_to_save set to \['lm_head'\], which is not known to work here",
         ),
-        ({"bias": "all"}, "has bias set"),
-        ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
-        ({"peft_type": "NEWER"}, "has peft_type 'NEWER'"),
-        ({"lora_dropout": "none"}, "does not fit|cannot be read"),
+        ({"bias": "all"}, "has bias set to 'all'"),
+        ({"peft_type": "IA3"}, "has peft_type set to 'IA3'"),
+        ({"peft_type": "NEWER"}, "has peft_type set to 'NEWER'"),
+        ({"alora_invocation_tokens": [3, 4]}, r"has alora_invocation_tokens set to \[3, 4\]"),
+        ({"alora_invocation_tokens": []}, "has alora_invocation_tokens set"),
+        ({"kasa_config": {}, "use_qalora": True}, r"has kasa_config set to \{\}, use_qalora set to True"),
+        ({"of_a_newer_peft": "yes"}, "has of_a_newer_peft set to 'yes'"),
+        ({"revision": "v2"}, "has revision set to 'v2'"),
+        ({"task_type": "SEQ_CLS"}, "has task_type set to 'SEQ_CLS'"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights set to 'pissa'"),
+        ({"lora_dropout": "none"}, "lora_dropout must be float, got 'none'"),
+        ({"target_modules": "q_proj", "layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
         ({"target_modules": ["nowhere"]}, "does not fit llama"),
         ({"target_modules": ["lm_head", "q_proj"]}, "adapts the output layer"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "adapts the embedding"),
@@ -453,6 +554,44 @@ def test_adapters_that_cannot_be_used_are_refused(base, tmp_path, changes, words
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ModelError, match=words):
         load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"target_modules": r".*\.(q|v)_proj"}, 4),
+        ({"target_modules": r".*proj", "exclude_modules": r".*\.mlp\..*"}, 8),
+        ({"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj"]}, 12),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, 1),
+        ({"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"up_.*": 3}, "alpha_pattern": {"q_proj": 16}}, 4),
+        ({"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, 4),
+        ({"target_modules": ["down_proj", "q_proj"], "use_dora": True}, 4),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft on the newest transformers
+def test_options_that_are_known_open_as_in_peft_and_are_saved_as_they_were(base, tmp_path, changes, layers):
+    """One text, one number or a list of them, each stays what it is; and the base below, decoding and merging agree."""
+    peft = pytest.importorskip("peft")
+    made = peft.get_peft_model(
+        load_model(str(base), "float64", "cpu"), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **changes)
+    )
+    stir(made)
+    made.eval().save_pretrained(tmp_path / "peft")
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    student = load_model(str(tmp_path / "peft"), "float64", "cpu")
+    assert len(adapters.adapter_layers(student)) == layers
+    torch.testing.assert_close(logits(student), logits(made), atol=1e-12, rtol=1e-12)
+    save_model(tmp_path / "again", student, tiny_tokenizer())
+    saved = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert all(saved[name] == value for name, value in changes.items() if value != "all-linear")
+    assert torch.equal(logits(load_model(str(tmp_path / "again"), "float64", "cpu")), logits(student))
+    teacher, plain = BaseModel(student), load_model(str(base), "float64", "cpu")
+    assert torch.equal(logits(teacher), logits(plain)) and not torch.equal(logits(student), logits(plain))
+    torch.testing.assert_close(logits(merged(student)), logits(student), atol=1e-10, rtol=1e-10)
+    rollouts = decode(student, teacher, PROMPTS, Switch(tau_0=0.6), 6)
+    assert_same(rollouts, decode_reference(merged(student), plain, PROMPTS, Switch(tau_0=0.6), 6))
 
 
 def test_an_adapter_without_weights_is_refused(base, tmp_path):
@@ -508,6 +647,19 @@ def test_target_modules_are_a_list_in_yaml():
             from_dict(TrainConfig, {"lora_target_modules": wrong}, "here")
 
 
+@pytest.mark.parametrize("name", ["lora_target_modules", "eval_seeds", "report_to", "allow_change"])
+def test_a_text_is_not_taken_for_the_list_of_its_letters(name):
+    with pytest.raises(ConfigError, match=rf"{name} must be several values, got the text '12'; give \('12',\)"):
+        TrainConfig(**{name: "12"})
+
+
+def test_an_end_that_is_a_text_is_refused():
+    model = tiny_model()
+    model.generation_config.eos_token_id = "12"
+    with pytest.raises(ModelError, match="eos_token_id is the text '12'"):
+        decode(model, model, PROMPTS, Switch(), 2)
+
+
 @pytest.mark.parametrize("package", ["peft", "bitsandbytes"])
 def test_a_missing_package_is_named_with_its_command(base, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -536,6 +688,29 @@ def test_four_bits_are_asked_for_as_qlora_does(base, monkeypatch):
     assert teacher == (None, None) and device_map == {"": torch.device("cpu")}
     assert (student.load_in_4bit, student.bnb_4bit_quant_type) == (True, "nf4")
     assert student.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config", [BitsAndBytesConfig(load_in_4bit=True), {"quant_method": "gptq", "bits": 4}])
+def test_a_student_that_is_quantised_already_is_known_by_itself(tmp_path, config):
+    """Whoever did it, and whatever load_in_4bit says; without a package that does it, only a config can say so here."""
+    method = "gptq" if isinstance(config, dict) else "bitsandbytes"
+    whole, adapted = toy_pair(), self_pair()
+    for pair, settings, words in (
+        (whole, {}, "they cannot be trained: set use_peft, or take the student in full precision"),
+        (adapted, dict(merge=True, use_peft=True), "an adapter cannot be merged into them: leave merge out, or take"),
+    ):
+        pair.student.config.quantization_config = config
+        with pytest.raises(ConfigError, match=rf"the student's weights are quantised \({method}\), and {words}"):
+            trainer(tmp_path, pair, **settings)
+    trainer(tmp_path, adapted, use_peft=True)
+
+
+def test_a_model_that_is_quantised_already_is_not_quantised_again(base):
+    edit = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(edit))
+    lora = dataclasses.replace(LORA, load_in_4bit=True)
+    with pytest.raises(ConfigError, match=r"load_in_4bit, and the weights of .*base are quantised already \(fp8\)"):
+        load_pair("base", str(base), device="cpu", lora=lora)
 
 
 def test_a_four_bit_student_trains_and_its_teacher_is_the_four_bit_base(base, tmp_path):
@@ -622,6 +797,22 @@ def test_a_merged_run_leaves_a_plain_student_whose_teacher_is_the_base_that_it_l
     assert run(place, tmp_path / "adapter", "--resume", "--merge") == 0  # a change of mind costs no training
     for name in ("adapter", "merged"):
         assert {p.name for p in (tmp_path / name / "student").glob("*model*")} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("part", ["merged", "load_model", "model_card"])
+def test_what_the_end_of_a_run_does_is_tried_before_its_first_step(place, tmp_path, monkeypatch, capsys, part):
+    def fails(*_, **__):
+        raise ModelError("no card") if part == "model_card" else RecursionError("too deep")
+
+    monkeypatch.setattr(rehearsal, part, fails)
+    assert run(place, tmp_path / "run", "--merge", "--eval-samples", "0") == 1
+    words = (
+        "no card"
+        if part == "model_card"
+        else "tried before the first step: the adapter cannot be merged into the student "
+    )
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_another_adapter_is_refused(place, tmp_path, capsys):

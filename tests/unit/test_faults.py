@@ -1,27 +1,32 @@
 """A checkpoint is whole or absent, whatever happens to whichever file operation; what is good stays, and the next save works."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 from faults import HOWS, KILL, Faults, Killed
 from test_signals import assert_equal_runs
+from test_teacher_store import build, texts
 from test_trainer import trainer
 from tiny import pair_on_disk, toy_examples, toy_pair
 
-from switchkd import checkpoint, storage
+from switchkd import checkpoint, storage, teacher_store
 from switchkd import trainer as trainer_module
 from switchkd.checkpoint import MANIFEST, checkpoints, verify
 from switchkd.cli import main
 from switchkd.continuation import whole_checkpoint
 from switchkd.errors import DiskError, SwitchKDWarning
 from switchkd.evaluation import EvalSettings, evaluate
+from switchkd.lock import locked
 from switchkd.mixes import Adaptive
 from switchkd.optimizer import adamw
+from switchkd.results import write_results
 from switchkd.storage import append_lines, staged_folder, tidy, write_file
 from switchkd.tasks import TASKS
 from switchkd.trainer import Trainer
@@ -127,7 +132,7 @@ def prune_first(run, state, *rest, save=checkpoint.save_checkpoint):
 MUTANTS = {
     "a checkpoint is written where it belongs": ("switchkd.checkpoint.staged_folder", in_place),
     "the oldest goes before the newest is there": ("switchkd.trainer.save_checkpoint", prune_first),
-    "a checkpoint is taken away under its name": ("switchkd.checkpoint.discard", shutil.rmtree),
+    "a checkpoint is taken away under its name": ("switchkd.manifest.discard", shutil.rmtree),
     "what fails is passed over": ("switchkd.checkpoint.save_file", passed_over),
     "errors of libraries are not told apart": ("switchkd.storage.written", lambda *_: nullcontext()),
     "what is half made stays": ("switchkd.storage.tidy", lambda _: None),
@@ -309,6 +314,59 @@ def test_mutants_that_save_nothing_or_too_little_before_the_first_step(tmp_path,
     monkeypatch.setattr(*mistake)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_room(tmp_path, monkeypatch)
+
+
+# --- every writer -------------------------------------------------------------------------------------------------
+
+
+one_pair = cache(toy_pair)
+WRITERS = {
+    "teacher's text": lambda folder: texts(folder, one_pair(), toy_examples(1), max_new_tokens=1),
+    "what a teacher says": lambda folder: build(folder, "hidden", one_pair(), toy_examples(1)),
+    "an evaluation": lambda folder: write_results(folder / "evaluation.json", {}, {}, {}, {}),
+    "records": lambda folder: append_lines(folder / "lines", [{"a": 1}], durable=True),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whatever_cannot_be_written_is_named_and_written_later(tmp_path, monkeypatch, writer):
+    write = WRITERS[writer]
+    monkeypatch.setattr(teacher_store, "locked", lambda *_, **__: nullcontext())  # below
+    with Faults().installed() as faults:
+        write(tmp_path / "straight")
+    assert faults.count >= 3
+    for at in range(1, faults.count + 1):
+        folder = tmp_path / str(at)
+        with Faults(at).installed():
+            try:
+                write(folder)
+            except OSError as error:
+                assert str(folder) in str(error)
+        write(folder)
+        found, straight = (sorted(p.relative_to(f) for p in f.rglob("*")) for f in (folder, tmp_path / "straight"))
+        assert found == straight
+
+
+def test_a_lock_that_cannot_be_written_is_named_and_let_go(tmp_path, monkeypatch):
+    with monkeypatch.context() as full, pytest.raises(DiskError, match=r"run/lock.json cannot be written: .*No space"):
+        full.setattr("switchkd.lock.json.dump", lambda *_: Faults(1).hit(""))
+        with locked(tmp_path / "run"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO"])
+@pytest.mark.parametrize("writer", ["teacher's text", "an evaluation", "records"])
+def test_a_file_system_that_cannot_push_to_the_disk_is_written_to_and_one_that_fails_is_not(
+    tmp_path, monkeypatch, number, writer
+):
+    def fsync(_):
+        raise OSError(getattr(errno, number), "no fsync")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DiskError, match="no fsync") if number == "EIO" else nullcontext():
+        WRITERS[writer](tmp_path)
 
 
 # --- single pieces ------------------------------------------------------------------------------------------------

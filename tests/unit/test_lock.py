@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,11 @@ from tiny import toy_examples
 from switchkd import continuation, lock
 from switchkd.config import TrainConfig, to_dict
 from switchkd.continuation import check_origin, check_run
-from switchkd.errors import ConfigError, InUseError
+from switchkd.errors import ConfigError, DiskError, InUseError
 from switchkd.lock import LOCK, locked
 from switchkd.runs import distil
-from switchkd.study import Size, run_cells
+from switchkd.study import run_cells
+from switchkd.study_plan import Size
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -97,7 +99,7 @@ def owner(**changes):
         (owner(host="elsewhere"), True),
         (owner(pid=2**22 + 1), False),
         (owner(started=1.0), False),  # its pid is another process's now
-        ("half a li", False),
+        ('{"pid": 12, "ho', False),
     ],
 )
 def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explained(tmp_path, monkeypatch, left, refused):
@@ -116,6 +118,78 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
             assert json.loads(file.read_text()) == owner()
 
 
+# --- what has the name of a folder or lock, and is none ------------------------------------------------------------
+
+
+def a_link(path, target):
+    target.write_text("thesis")
+    path.symlink_to(target)
+
+
+def another_name(path, target):
+    target.write_text("thesis")
+    os.link(target, path)
+
+
+def own_contents(path, target):
+    target.write_text("thesis")
+    path.write_text('{"packages": ["thesis"]}')
+
+
+@pytest.mark.parametrize("make", [a_link, another_name, own_contents, lambda path, _: os.mkfifo(path)])
+def test_a_file_that_is_no_lock_is_neither_written_over_nor_deleted(tmp_path, make):
+    folder, target = tmp_path / "run", tmp_path / "thesis.txt"
+    folder.mkdir()
+    make(folder / LOCK, target)
+    with (
+        pytest.raises(DiskError, match=rf"{folder / LOCK} is .*, and no lock that switchkd wrote: move it away"),
+        locked(folder),
+    ):
+        pass
+    assert os.path.lexists(folder / LOCK) and not (target.exists() and target.read_text() != "thesis")
+    assert "thesis" in (folder / LOCK).read_text() if make is own_contents else True
+
+
+def test_a_link_that_leads_nowhere_is_no_lock_and_makes_no_file(tmp_path):
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DiskError, match=f"a link to {tmp_path / 'elsewhere'}"), locked(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("place", ["link", "link/run", "loop/run"])
+@pytest.mark.parametrize("wait", [True, False])  # as a store waits, and a run or study does not
+def test_a_folder_behind_a_link_that_leads_nowhere_is_an_error_at_once(tmp_path, place, wait):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (
+        pytest.raises((DiskError, OSError), match=r"which is not there: make that folder|Too many levels"),
+        locked(tmp_path / place, wait),
+    ):
+        pass
+
+
+def moved(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def replaced(folder):
+    moved(folder)
+    shutil.copytree(folder.with_name("moved"), folder)
+
+
+@pytest.mark.parametrize("how", [moved, replaced, shutil.rmtree, lambda folder: (folder / LOCK).unlink()])
+def test_a_folder_that_is_not_the_one_any_more_is_noticed_and_its_lock_left_alone(tmp_path, how):
+    folder = tmp_path / "run"
+    with locked(folder) as check:
+        (folder / "x").write_text("")
+        check()
+        how(folder)
+        with pytest.raises(DiskError, match=f"{folder} is not the folder that the work began in"):
+            check()
+    assert (folder / LOCK).exists() == (how is replaced)
+
+
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +202,7 @@ def run(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "run"))
     folder = tmp_path / "run"
     folder.mkdir()
-    check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
+    check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS, {})
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     return folder
 
@@ -150,7 +224,7 @@ def check_settings(run):
 
 def check_contents(run):
     same = {"train_file": toy_examples(4), "eval_file": toy_examples(2)}
-    check_origin(run, resumed(run), same, MODELS)
+    check_origin(run, resumed(run), same, MODELS, {})
     first, *rest = same["train_file"]
     for other in (
         dataclasses.replace(first, prompt_ids=[9, 9]),
@@ -159,17 +233,16 @@ def check_contents(run):
         dataclasses.replace(first, teacher_prompt_ids=[3]),
     ):
         with pytest.raises(ConfigError, match=r"train_file: other contents \(4 examples, sha256 .* -> 4 examples"):
-            check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS)
+            check_origin(run, resumed(run), same | {"train_file": [other, *rest]}, MODELS, {})
     with pytest.raises(ConfigError, match=r"2 examples, .* -> 3 examples.* --allow-change eval_file$"):
-        check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS)
-    check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS)
-    check_origin(
-        run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS
-    )  # what was allowed once is the run's own now
+        check_origin(run, resumed(run, allow_change=("train_file",)), {k: toy_examples(3) for k in same}, MODELS, {})
+    check_origin(run, resumed(run, allow_change=("eval_file",)), same | {"eval_file": toy_examples(3)}, MODELS, {})
+    # What was allowed once is the run's own now.
+    check_origin(run, resumed(run), same | {"eval_file": toy_examples(3)}, MODELS, {})
     for name in MODELS:
         with pytest.raises(ConfigError, match=rf"{name}: other contents \(sha256 .* --allow-change {name}$"):
-            check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64})
-    check_origin(run, resumed(run, allow_change=tuple(MODELS)), {}, dict.fromkeys(MODELS, "3" * 64))
+            check_origin(run, resumed(run), {}, MODELS | {name: "3" * 64}, {})
+    check_origin(run, resumed(run, allow_change=tuple(MODELS)), {}, dict.fromkeys(MODELS, "3" * 64), {})
 
 
 def test_other_settings_are_refused_with_all_that_differs_and_allowed_one_by_one(run):
@@ -187,7 +260,7 @@ def test_mutants_that_let_a_run_go_on_otherwise(run, monkeypatch):
             check(run)
     monkeypatch.undo()
     monkeypatch.setattr(continuation, "_fingerprint", lambda examples: {"examples": len(examples), "sha256": "?"})
-    check_origin(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS)
+    check_origin(run, TrainConfig(), {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS, {})
     with pytest.raises(pytest.fail.Exception):
         check_contents(run)
 

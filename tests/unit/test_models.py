@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, TOKENS, VOCAB, save, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, TOKENS, VOCAB, byte_level_tokenizer, save, save_llama, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
@@ -22,7 +22,9 @@ from transformers import (
     T5Config,
 )
 
-from switchkd.errors import ConfigError, ModelError, VocabularyError
+from switchkd import TeacherOnly, decode
+from switchkd.config import TrainConfig
+from switchkd.errors import ConfigError, DataError, ModelError, VocabularyError
 from switchkd.models import (
     check_vocabulary,
     load_model,
@@ -32,6 +34,8 @@ from switchkd.models import (
     parameter_bytes,
     refuse_recurrent,
 )
+from switchkd.runs import load_train, open_pair
+from switchkd.vocabulary import left_out_note
 
 
 @pytest.fixture
@@ -181,14 +185,66 @@ def test_tokenizers_of_equal_size_and_other_content_are_refused_with_the_ids():
         check_vocabulary(tiny_tokenizer(), tiny_tokenizer(swapped))
 
 
-@pytest.mark.parametrize("longer", ["teacher", "student"])
-def test_a_tail_of_added_tokens_in_one_of_them_is_refused(longer):
-    plain, added = tiny_tokenizer(), tiny_tokenizer()
-    added.add_tokens(["<tool>"])
-    pair = (added, plain) if longer == "teacher" else (plain, added)
-    words = "teacher '<tool>', student nothing" if longer == "teacher" else "teacher nothing, student '<tool>'"
-    with pytest.raises(VocabularyError, match=f"1 ids: id {len(TOKENS)}: {words}"):
-        check_vocabulary(*pair)
+@pytest.mark.parametrize("longer", ["teacher", "student", "both"])
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_at_the_end_that_one_lacks_are_beyond_the_shared_vocabulary(longer, special):
+    teacher, student = tiny_tokenizer(), tiny_tokenizer()
+    if longer != "student":
+        teacher.add_tokens(["<tool>", "<same>"], special_tokens=special)
+    if longer != "teacher":
+        student.add_tokens(["<image>", "<same>"], special_tokens=special)
+    assert check_vocabulary(teacher, student) == len(TOKENS)
+    (note,) = left_out_note([teacher, student], len(TOKENS))
+    assert ("16 '<tool>'" in note) == (longer != "student") and ("16 '<image>'" in note) == (longer != "teacher")
+    assert "17 '<same>'; they are never drawn" in note and left_out_note([teacher, student], len(TOKENS) + 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.add_special_tokens({"bos_token": "<s>"}), "1 ids: id 16: teacher '<s>', student nothing"),
+        (lambda t: t.add_special_tokens({"eos_token": "<end>"}), "1 ids: id 16: teacher '<end>', student nothing"),
+        (lambda t: t.add_tokens(["4159"]), "1 ids: id 16: teacher '4159', student nothing"),  # in the probe
+    ],
+)
+def test_a_tail_that_text_needs_is_refused(change, words):
+    teacher = tiny_tokenizer()
+    change(teacher)
+    with pytest.raises(VocabularyError, match=words):
+        check_vocabulary(teacher, tiny_tokenizer())
+
+
+def test_a_tail_of_the_vocabulary_proper_is_refused():
+    with pytest.raises(VocabularyError, match="1 ids: id 16: teacher nothing, student 'zz'"):
+        check_vocabulary(tiny_tokenizer(), tiny_tokenizer([*TOKENS, "zz"]))
+
+
+def test_one_id_more_than_logits_rows_is_never_drawn_and_rows_that_hold_it_are_left_out(tmp_path, capsys):
+    """The shape of Gemma 3 1B, whose tokenizer has a token for pictures that its models have no row for."""
+    tokenizer = byte_level_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    for name, seed in (("teacher", 1), ("student", 2)):
+        save_llama(tmp_path / name, tokenizer, seed, vocab_size=rows + (name == "teacher"))
+    file = tmp_path / "data.jsonl"
+    texts = ["two and two", "the <image> here", "three"]
+    file.write_text("".join(json.dumps({"prompt": text, "completion": "four"}) + "\n" for text in texts))
+    config = TrainConfig(
+        teacher_model_name_or_path=str(tmp_path / "teacher"), student_model_name_or_path=str(tmp_path / "student"),
+        train_file=str(file), template="none",
+    )  # fmt: skip
+    pair = open_pair(config)
+    assert pair.vocab_size == rows == len(pair.tokenizer) - 1
+    assert f"the added tokens {rows} '<image>'; they are never drawn" in capsys.readouterr().out.replace("\n", " ")
+    assert [example.source[-1] for example in load_train(config, pair)] == ["1", "3"]
+    assert "2 examples; 1 that hold a token not all of the models know left out" in capsys.readouterr().out
+    [rollout] = decode(
+        pair.student, pair.teacher, [[5, 6, 7]], TeacherOnly(), 8, vocab_size=pair.vocab_size, eos_token_ids=pair.ends
+    )
+    assert max(rollout.completion_ids) < rows
+    file.write_text(json.dumps({"prompt": "<image>", "completion": "four"}) + "\n")
+    with pytest.raises(DataError, match="each of 1 examples holds a token that not all of the models know"):
+        load_train(config, pair)
 
 
 def test_a_missing_digit_split_is_refused_although_the_vocabulary_is_equal():

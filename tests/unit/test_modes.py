@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import trainer
-from tiny import VOCAB, toy_examples, toy_pair
+from tiny import VOCAB, new_model, toy_examples, toy_pair
 
 from switchkd import Switch, decode, decode_reference
 from switchkd.base_model import BaseModel
@@ -25,7 +25,7 @@ def modes(model):
 
 def dropping_pair():
     """GPT-2 with dropout in each layer, all in training mode but the first layer of each model."""
-    pair = toy_pair("gpt2")
+    pair = toy_pair("gpt2", make=new_model)
     for model in (pair.teacher, pair.student):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -72,7 +72,7 @@ def test_modes_are_put_back_where_the_reading_fails():
 
 def test_a_teacher_that_was_left_training_has_no_dropout():
     """In the loss, in a cache of what it says, in scores, and under an adapter."""
-    quiet, loud = toy_pair("gpt2"), dropping_pair()
+    quiet, loud = toy_pair("gpt2", make=new_model), dropping_pair()
     for use in (
         lambda pair: Teachers(pair, torch.device("cpu"))(toy_examples(4)).hidden,
         lambda pair: torch.tensor(scores(pair).means()["forward_kl"]),

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from families import config_of, small_model
-from tiny import FAMILIES, VOCAB, TabularModel, tiny_model, toy_pair
+from tiny import FAMILIES, VOCAB, TabularModel, new_model, toy_pair
 from transformers import (
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -77,9 +77,9 @@ class Off(torch.nn.Module):
 @pytest.mark.parametrize("when", ["logits_to_keep", "position_ids"])
 def test_an_error_of_some_percent_is_refused_in_every_dtype(dtype, when):
     """It was let through in half precision, up to a tenth."""
-    prove(Off(tiny_model("llama", 1, dtype), 0.0, when))
+    prove(Off(new_model("llama", 1, dtype), 0.0, when))
     with pytest.raises(ModelError, match=r"exactly|in batches"):
-        prove(Off(tiny_model("llama", 1, dtype), 0.03, when))
+        prove(Off(new_model("llama", 1, dtype), 0.03, when))
 
 
 class Fixed(Off):
@@ -98,9 +98,9 @@ class Fixed(Off):
 
 
 def test_a_model_that_cannot_be_read_in_fp32_is_held_to_a_few_percent():
-    prove(Fixed(tiny_model("llama", 1, torch.bfloat16), 0.0, "logits_to_keep"))
+    prove(Fixed(new_model("llama", 1, torch.bfloat16), 0.0, "logits_to_keep"))
     with pytest.raises(ModelError, match="exactly"):
-        prove(Fixed(tiny_model("llama", 1, torch.bfloat16), 0.035, "logits_to_keep"))
+        prove(Fixed(new_model("llama", 1, torch.bfloat16), 0.035, "logits_to_keep"))
 
 
 def test_nan_beside_sound_numbers_is_an_error():
@@ -220,7 +220,7 @@ def test_a_model_is_proved_once_and_again_where_it_became_another(monkeypatch):
     calls = []
     compare = proof._compare
     monkeypatch.setattr(proof, "_compare", lambda *args: (calls.append(args[0]), compare(*args)))
-    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    student, teacher = new_model("qwen3", 1), new_model("qwen3", 2)
     for _ in range(2):
         decode(student, teacher, [[3, 4]], Switch(), 2)
     assert calls.count(student) == calls.count(teacher) == 1
@@ -231,7 +231,7 @@ def test_a_model_is_proved_once_and_again_where_it_became_another(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_proving_leaves_weights_modes_and_random_states_alone(family, dtype):
-    model = tiny_model(family, 1, dtype).train()
+    model = new_model(family, 1, dtype).train()
     model.get_output_embeddings().eval()
     before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in model.named_parameters()}
     modes, states = [m.training for m in model.modules()], (torch.get_rng_state(), random.getstate())
@@ -245,7 +245,7 @@ def test_proving_leaves_weights_modes_and_random_states_alone(family, dtype):
 
 
 def test_half_precision_is_put_back_where_a_forward_fails():
-    model = tiny_model("llama", 1, torch.bfloat16)
+    model = new_model("llama", 1, torch.bfloat16)
     with pytest.raises(RuntimeError), proof._in_fp32(model):
         model.model.layers[1].mlp.up_proj.forward = lambda x: x[:, :, :1] @ torch.ones(3, 3)
         model(torch.tensor([[3, 4]]))
@@ -253,7 +253,7 @@ def test_half_precision_is_put_back_where_a_forward_fails():
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_model():
-    model = tiny_model("llama")
+    model = new_model("llama")
     model.forward = lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
     with pytest.raises((torch.OutOfMemoryError, NoMemoryError)):
         prove(Off(model, 0.0, "logits_to_keep"))
@@ -275,7 +275,7 @@ def test_twins_are_of_the_models_class_and_equal_each_time():
 
 def test_broken_weights_are_left_to_whoever_reads_a_text():
     """They are no fault of the architecture, and rows say where they were met."""
-    student, teacher = tiny_model("llama", 1), tiny_model("llama", 2)
+    student, teacher = new_model("llama", 1), new_model("llama", 2)
     teacher.lm_head.weight.data.fill_(float("nan"))
     [row] = decode(student, teacher, [[3, 4]], Switch(), 2)
     assert row.stop_reason == "non_finite" and "teacher" in row.error

@@ -207,7 +207,7 @@ BAD_ROWS = {
     "array": ([1, 2], "must be a JSON object, not list"),
     "missing field": ({"prompt": "a", "text": "b"}, "has the fields prompt, text; needed are: prompt + completion"),
     "type": ({"prompt": ["a"], "completion": "b"}, "'prompt' must be a string, not list"),
-    "null": ({"prompt": None, "completion": "b"}, "'prompt' must be a string, not NoneType"),
+    "null": ({"prompt": None, "completion": "b"}, "has the fields completion, prompt (null); needed are"),
     "empty prompt": ({"prompt": " \n", "completion": "b"}, "empty prompt"),
     "empty completion": ({"prompt": "a", "completion": ""}, "empty completion"),
 }
@@ -231,7 +231,7 @@ BAD_FIRST_ROWS = {
     ),
     "no fields": ({}, "has the fields (none)"),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn (roles: ['user'])"),
-    "not turns": ({"messages": "hello"}, "must be a list of {role, content} objects"),
+    "not turns": ({"messages": "hello"}, "'messages' must be a list of one or more objects, not 'hello'"),
     "content parts": ({"messages": [{"role": "user", "content": [{}]}]}, "'content' must be a string, not list"),
     "nothing before": ({"messages": [{"role": "assistant", "content": "a"}]}, "empty prompt"),
     "only a system turn": (

@@ -10,7 +10,7 @@ from switchkd.demo import DemoConfig, demo_settings
 from switchkd.objectives import JSD, DistiLLM2, ReplacedCE, ReverseKL, Veto
 from switchkd.optimizer import learning_rate
 from switchkd.policies import CAOPD, TRB
-from switchkd.study import cells, load_plan
+from switchkd.study_plan import cells, load_plan
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d.]*(?:e[-+]?\d+)?(?![\w.])")
 SOURCE = re.compile(r"(paper|code|ours)\b")

@@ -8,10 +8,12 @@ from tiny import Quota, byte_level_tokenizer, pair_on_disk, save_llama, toy_pair
 
 from switchkd.cli import main
 from switchkd.decoding import decode
+from switchkd.errors import DataError
 from switchkd.models import load_pair
 from switchkd.policies import AdaSwitch
-from switchkd.replay import _finding, check_records
+from switchkd.replay import Texts, _finding, check_records
 from switchkd.run_record import RunRecord
+from switchkd.runs import load_heldout, load_train
 from switchkd.samples import Reader
 from switchkd.study import flags
 
@@ -93,6 +95,107 @@ CHANGES = {
     "prompt": ("rollouts.jsonl", lambda record: record["prompt_ids"].__setitem__(4, record["prompt_ids"][4] ^ 1)),
     "missing": ("rollouts.jsonl", lambda record: record["divergences"].__setitem__(1, None)),
 }
+
+
+@pytest.fixture(scope="module")
+def scored(place, tmp_path_factory):
+    """A run whose samples are of held-out prompts, with scores."""
+    few = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "max_new_tokens": 5,
+    }
+    own = {"eval_samples": 2, "eval_max_new_tokens": 2, "mix.lmbda": 1}
+    return train(place, tmp_path_factory.mktemp("scored") / "run", **few | own)
+
+
+@pytest.fixture(scope="module")
+def wrong(scored):
+    """What does not hold in a copy of that run, whose models and texts are loaded once."""
+    record = RunRecord.read(scored)
+    config = record.config
+    pair = load_pair(config.teacher_model_name_or_path, config.student_model_name_or_path, dtype=config.dtype)
+    heldout = load_heldout(config, pair, quiet=True)
+    texts = Texts(load_train(config, pair, quiet=True), heldout.examples, heldout.task)
+    began = {name: tensor.clone() for name, tensor in pair.student.state_dict().items()}
+
+    def found(run):
+        pair.student.load_state_dict(began)
+        return [each for each in check_records(RunRecord.read(run), pair, texts=texts) if not each.holds("float64")]
+
+    assert not found(scored)
+    return found
+
+
+def another(value):
+    """A value of the same type: of a list or object another first one."""
+    if isinstance(value, dict):
+        return {name: another(inner) for name, inner in list(value.items())[:1]} | dict(list(value.items())[1:])
+    if isinstance(value, (list, tuple)):
+        return [another(value[0]), *value[1:]] if value else [3]
+    return {int: lambda: value + 1, float: lambda: value + 1e-6, str: lambda: value + "x", type(None): lambda: [3]}[
+        type(value)
+    ]()
+
+
+@pytest.mark.parametrize(("file", "at"), [("rollouts.jsonl", -1), ("samples.jsonl", 0)])
+def test_a_change_of_any_field_of_any_record_is_noticed(scored, wrong, tmp_path, file, at):
+    """Also jsd, top, scores, reference, stop_reason and step, which nothing looked at."""
+    run = shutil.copytree(scored, tmp_path / "run")
+    lines = (scored / file).read_text().splitlines()
+    record = json.loads(lines[at])
+    changes = {name: another(value) for name, value in record.items()}
+    more = {
+        "stop_reason": "eos",
+        "error": "broke",
+        "reference": "another",
+        "thresholds": [*record["thresholds"][:-1], 0.5],
+    }
+    changes |= {name: value for name, value in more.items() if name in record}
+    for name, value in changes.items():
+        other = [*lines]
+        other[at] = json.dumps(record | {name: value})
+        (run / file).write_text("\n".join(other) + "\n")
+        try:
+            assert wrong(run), name
+        except DataError as error:
+            assert str(run / file) in str(error)
+
+
+@pytest.mark.parametrize("file", ["rollouts.jsonl", "samples.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "how", [lambda own: own[1:], lambda own: own[:-1], lambda own: own + own[-1:], lambda own: own[::-1]]
+)
+def test_a_line_that_is_missing_twice_or_elsewhere_is_noticed(scored, wrong, tmp_path, file, how):
+    run = shutil.copytree(scored, tmp_path / "run")
+    lines = (run / file).read_text().splitlines(keepends=True)
+    (run / file).write_text("".join(how(lines)))
+    try:
+        found = wrong(run)
+    except DataError as error:
+        assert str(run / file) in str(error)
+    else:
+        assert [finding.what for finding in found] == ["steps and texts in order"]
+
+
+@pytest.mark.parametrize("model", ["teacher", "student after"])
+@pytest.mark.parametrize("score", ["rouge_l", "length"])
+def test_scores_are_those_of_the_text_that_was_scored(scored, wrong, tmp_path, model, score):
+    run = shutil.copytree(scored, tmp_path / "run")
+    record = json.loads((run / "evaluation.json").read_text())
+    record["results"][model]["scores"][score]["values"][0][1] += 1
+    (run / "evaluation.json").write_text(json.dumps(record))
+    [found] = wrong(run)
+    assert f"scores of {model}" in str(found) and f"wrong: {score}" in str(found)
+
+
+def test_a_token_that_no_model_knows_is_named(scored, wrong, tmp_path):
+    broken = changed(
+        scored, tmp_path / "run", "rollouts.jsonl", lambda record: record["completion_ids"].__setitem__(1, 10**6)
+    )
+    [found] = wrong(broken)
+    assert "wrong: prompt_ids, completion_ids, teacher_prompt_ids or teacher of text 0" in str(found)
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -206,8 +206,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(stoppe
 def test_mutants_that_see_no_damage_or_fall_back_too_readily(stopped, straight, tmp_path, monkeypatch):
     for number, (name, mutant) in enumerate(
         {
-            "switchkd.continuation._verify_all": lambda folder: None,
-            "switchkd.continuation._named": lambda run, _: whole_checkpoint(run),
+            "switchkd.continuation._verify_all": lambda *_: None,
+            "switchkd.continuation._named": lambda run, *_: whole_checkpoint(run),
         }.items()
     ):
         with (

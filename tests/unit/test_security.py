@@ -160,7 +160,7 @@ def test_an_adapters_base_is_checked_as_any_model(adapter, folder, canary):
         ({"auto_mapping": {"base_model_class": "Own", "parent_library": "evil"}}, None),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be str"),
         ({"base_model_name_or_path": "../../nowhere"}, "does not exist"),
-        ({"r": "x"}, "does not fit|cannot be read"),
+        ({"r": "x"}, "r must be int, got 'x'"),
         ({"peft_type": ["LORA"]}, "peft_type"),
     ],
 )
@@ -174,6 +174,59 @@ def test_what_an_adapters_settings_name(adapter, canary, changes, words):
         return
     with pytest.raises(ModelError, match=words):
         load_model(str(adapter), device="cpu")
+
+
+SLOW = r"(\w+\.?)*!"  # goes back and forth for longer than the world will stand
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4}},
+        {"layers_to_transform": [0], "layers_pattern": [SLOW]},
+    ],
+)
+def test_a_regular_expression_of_an_adapter_that_takes_for_ever(adapter, monkeypatch, changes):
+    monkeypatch.setattr("switchkd.limits.SECONDS", 1)
+    edit(adapter / "adapter_config.json", **changes)
+    with pytest.raises(ModelError, match="adapter: its regular expressions took more than 1 s"):
+        load_model(str(adapter), device="cpu")
+
+
+def grows(pattern):
+    twice = {"type": "Replace", "pattern": pattern, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [twice] * 40}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "limit"), [({"String": "a"}, ("SECONDS", 1)), ({"Regex": "a|b"}, ("MEMORY", 2**27))]
+)
+def test_a_normaliser_whose_text_grows_without_end(folder, monkeypatch, pattern, limit):
+    monkeypatch.setattr(f"switchkd.limits.{limit[0]}", limit[1])
+    edit(folder / "tokenizer.json", normalizer=grows(pattern))
+    words = "1 s" if limit[0] == "SECONDS" else "134,217,728 bytes of memory"
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: it took more than {words} on short texts and was stopped"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000 in config.json, and at most 10,000"),
+        ({"num_labels": 10**9}, "num_labels is 1,000,000,000"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1,000,000,000"),
+        ({"vocab_size": 10**9}, "describes a model that is far larger than its weights"),
+        ({"hidden_size": 2**20}, "describes a model that is far larger than its weights"),
+        ({"intermediate_size": 10**10}, "describes a model that is far larger than its weights"),
+    ],
+)
+def test_a_small_config_of_a_model_without_end(folder, changes, words):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=words):
+        load_model(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 200_000, '"x"', "", "\0", '{"a": 1, "a": 2}'])

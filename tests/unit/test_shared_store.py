@@ -41,7 +41,7 @@ def held(*arguments):
 if role == "hold":
     setattr(module, name, held)
 if guard == "unguarded":
-    teacher_store.locked = lambda *_, **__: nullcontext()
+    teacher_store.locked = lambda *_, **__: nullcontext(lambda: None)
 pair, calls = toy_pair(), []
 pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
 texts(Path(folder), pair) if kind == "texts" else build(Path(folder), kind, pair, batch_size=2)

@@ -2,10 +2,12 @@
 
 import pytest
 
+from switchkd.data import Example, Message
 from switchkd.errors import ConfigError, DataError
 from switchkd.formats import FORMATS
+from switchkd.lines import BadRows
 from switchkd.scores import SCORES
-from switchkd.tasks import TASKS, eval_source, task_named
+from switchkd.tasks import TASKS, eval_source, scorable, task_named
 
 NAMES = {
     "rouge": {"rouge_1", "rouge_2", "rouge_l", "exact_match"},
@@ -107,3 +109,14 @@ def test_where_the_examples_come_from():
     for file in ("", "mine.jsonl"):
         with pytest.raises(ConfigError, match=r"did you mean 'gsm8k'\?"):
             eval_source(file, "gsm8")
+
+
+def test_rows_that_a_task_cannot_score_against_are_bad_rows():
+    found = [
+        Example(i, (Message("user", "a"),), text, (text,), f"a.jsonl:{i + 1}")
+        for i, text in enumerate(["#### 4", "four"])
+    ]
+    bad = BadRows("a.jsonl", 1)
+    assert scorable(TASKS["gsm8k"], found, bad) == found[:1] and len(bad) == 1
+    with pytest.raises(DataError, match=r"a\.jsonl:2: task gsm8k: the reference has no '#### N'"):
+        scorable(TASKS["gsm8k"], found, BadRows("a.jsonl"))

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from tiny import VOCAB, tiny_model, toy_examples, toy_pair
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from switchkd import TeacherOnly, decode_reference, teacher_store
 from switchkd.data import TokenizedExample, collate
@@ -113,6 +115,19 @@ def test_layout_in_memory_does_not_matter_and_bytes_are_not_reinterpreted():
 
 
 # --- the teacher's own text ---------------------------------------------------------------------------------------
+
+
+def test_tensors_in_shards_have_the_checksum_of_the_whole_tensors(tmp_path):
+    """A sharded tensor says that its bytes lie at address 0, whatever it holds."""
+    plain = [{"a": torch.full((3, 2), value), "b": torch.arange(5.0)} for value in (1.0, 2.0)]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards = [{name: distribute_tensor(own, mesh, [Shard(0)]) for name, own in each.items()} for each in plain]
+        found = [teacher_store.tensors_sha256(each) for each in shards]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found == [teacher_store.tensors_sha256(each) for each in plain] and found[0] != found[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
@@ -379,7 +394,9 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
         if "manifest.json" in there:
             with pytest.raises(CheckpointError, match=r"shard-0000\d\.safetensors is missing; build"):
                 reopen(folder, kind)
-            (folder / ".shard-00001.safetensors.0123").write_bytes(b"half")  # a killed process cannot clean up
+            (folder / f".shard-00001.safetensors.switchkd-{'0' * 32}").write_bytes(
+                b"half"
+            )  # a killed process cannot clean up
         times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
         told = []
         build(folder, kind, batch_size=2, progress=told.append)
@@ -460,7 +477,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, small_shards, damage):
         record = json.loads(manifest.read_text())
         record["offsets"][3] += 1
         manifest.write_text(json.dumps(record))
-        name = "shard-00000"
+        name = r"manifest\.json"
     with pytest.raises(CheckpointError, match=name + ".*(delete|build)"):
         reopen(folder, "hidden")
     if damage in ("flip", "cut", "empty", "swap", "foreign"):

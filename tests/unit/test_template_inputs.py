@@ -181,7 +181,7 @@ def test_a_run_stays_on_the_day_that_it_began(folders, tmp_path, clock):
     straight = losses(first)
 
     clock("2026-05-07")
-    with pytest.warns(SwitchKDWarning, match="checkpoint-2"):
+    with pytest.warns(SwitchKDWarning, match="set-aside"):
         distil(settings(folders, first, resume_from="checkpoint-1"))
     assert losses(first) == straight and [store] == list((tmp_path / "store").iterdir())
     assert yaml.safe_load((first / "config.yaml").read_text())["template_date"] == "2026-05-06"
