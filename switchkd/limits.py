@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import resource
 import signal
@@ -20,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchkd.child import command, environment
 from switchkd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def no_larger_than(weights: int, source: str) -> Iterator[None]:
 
 def _try(work: dict[str, Any], what: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "switchkd.limits"],
+        command("switchkd.limits"),
         input=json.dumps(work | {"seconds": SECONDS, "memory": MEMORY}),
         text=True,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        env=environment(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1"),  # every thread takes address space
     )
     if done.returncode == -signal.SIGXCPU:
         raise ModelError(f"{what} took more than {SECONDS} s on short texts and was stopped; take another one")

@@ -126,10 +126,11 @@ def test_looks_are_thinned_to_fit_first_and_last_kept_and_the_page_says_so(tmp_p
 
 def test_the_page_of_a_long_run_stays_under_five_megabytes(tmp_path):
     words = "a long answer with many words in it " * 14
-    looks = [sample(step, words, sample_id=i) for step in range(0, 2000, 50) for i in range(8)]
+    looks = [sample(step, words, sample_id=i) for step in range(0, 2000, 100) for i in range(8)]
     folder = run(tmp_path / "a", [metric(step) for step in range(1, 2001)], looks, [rollout(1, words)] * 300)
-    assert (folder / "samples.jsonl").stat().st_size > 20e6
-    assert 2e6 < len(page([folder]).encode()) < 5e6
+    assert (folder / "samples.jsonl").stat().st_size > 10e6
+    made = page([folder])
+    assert 2e6 < len(made.encode()) < 5e6 and "looks at the prompts are shown, evenly spread" in made
 
 
 def test_the_unit_is_the_policys(tmp_path):
