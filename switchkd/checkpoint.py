@@ -34,6 +34,7 @@ from switchkd.manifest import (
 )
 from switchkd.masters import Masters
 from switchkd.plain import first, related, shown
+from switchkd.published import save_tokenizer
 from switchkd.rollouts import RolloutRecord
 from switchkd.saved_student import Stamp
 from switchkd.sharding import full, shard_like, state_of
@@ -243,7 +244,7 @@ def _write_model(
         config = copy.deepcopy(model.config)  # which says what the model computes in
         config.dtype = saved_in
         config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _state_to_save(model: nn.Module, weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import tyro
 
 from switchkd import signals
-from switchkd.commands import COMMANDS, NOT_FROM_RECIPE, OF_A_RUN
+from switchkd.commands import COMMANDS, LASTING, NOT_FROM_RECIPE, OF_A_RUN
 from switchkd.config import NOUNS, TrainConfig, load_recipe, rule
 from switchkd.errors import ConfigError, SwitchKDError, SwitchKDWarning, nearest
 from switchkd.paths import expanded
+from switchkd.terminal import complain, console, leave, open_standard_streams
 from switchkd.text import visible
 
 Config = TypeVar("Config")
@@ -24,10 +25,26 @@ STUDENT_FLAGS = ("--student", "--student-model-name-or-path")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run a command; returns the exit code: 0, 1 for an explained error, 2 for wrong usage, and 128 more than the signal that
+    ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that was closed, 141 for output that nobody reads."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    # What a command that trains leaves are files, and that nobody looks on is worth a word; of others it is the end.
+    console.lost, console.announce = None, bool(args) and args[0] in LASTING
+    try:
+        code = _run(args)
+    finally:
+        leave()
+    return code or _unseen()
+
+
+def _run(args: list[str]) -> int:
     try:
         with signals.terminable():
-            return _command(list(sys.argv[1:] if argv is None else argv))
+            return _command(args)
+    except BrokenPipeError as error:  # from what prints by itself, such as --help
+        console.lost = error
+        return 0
     except (SwitchKDError, OSError) as error:  # an OSError names the file and what the system says of it
         _say(error, "error: ")
         return 1
@@ -36,9 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
 
 
+def _unseen() -> int:
+    """The exit code of a command that did all it had to, if what it printed could not be written and that was its purpose."""
+    if console.lost is None or console.announce:
+        return 0
+    if isinstance(console.lost, BrokenPipeError):  # as other programs end in `| head`, without a word
+        return 128 + signal.SIGPIPE
+    complain(f"error: stdout cannot be written: {console.lost}")
+    return 1
+
+
 def _command(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(_usage())
+        console.print(_usage(), soft_wrap=True)
         return 0 if args else 2
     if args[0] not in COMMANDS:
         raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
@@ -53,7 +80,7 @@ def _command(args: list[str]) -> int:
 def _say(error: BaseException, prefix: str = "") -> None:
     """An error with its notes, on stderr."""
     lines = [f"{prefix}{str(error) or 'interrupted'}", *getattr(error, "__notes__", [])]
-    print(visible("\n".join(lines)), file=sys.stderr)
+    complain("\n".join(lines))
 
 
 _plainly = warnings.formatwarning
@@ -63,9 +90,8 @@ def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Our own warnings in one line; others as Python shows them."""
-    if issubclass(category, SwitchKDWarning):
-        return f"warning: {visible(str(message))}\n"
-    return _plainly(message, category, filename, lineno, line)
+    own = issubclass(category, SwitchKDWarning)
+    return visible(f"warning: {message}\n" if own else _plainly(message, category, filename, lineno, line))
 
 
 def parse(cls: type[Config], args: Sequence[str]) -> Config:
@@ -114,14 +140,15 @@ def _defaults(cls: type[Config], path: str, names_student: bool) -> Config:
     """What a command takes from a recipe, or from a run directory, whose trained student it then uses unless it names another."""
     path = expanded(path)
     folder = Path(path)
-    recipe: TrainConfig = load_recipe(str(folder / "config.yaml") if folder.is_dir() else path)
     own: dict[str, Any] = {}
-    if folder.is_dir():
-        recipe = dataclasses.replace(recipe, output_dir=path)  # the run may have been moved
+    if not folder.is_dir():
+        recipe: TrainConfig = load_recipe(path)
+    else:
+        from switchkd.run_record import read_config, trained_student
+
+        recipe = dataclasses.replace(read_config(folder).anew(), output_dir=path)  # the run may have been moved
         own = OF_A_RUN.get(cls, {})
         if cls is not TrainConfig and not names_student:
-            from switchkd.run_record import trained_student
-
             recipe = _with_student(recipe, trained_student(folder))
     left = NOT_FROM_RECIPE.get(cls, ())
     names = [f.name for f in dataclasses.fields(cls) if hasattr(recipe, f.name) and f.name not in left]  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from switchkd.config import (
 from switchkd.demo import DemoConfig, demo_settings
 from switchkd.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.policies import Policy, StudentOnly
-from switchkd.storage import write_file
+from switchkd.storage import write_file, write_output
 from switchkd.template_inputs import template_settings, with_date
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def generate(config: GenerateConfig) -> None:
     console.print(cost_line(rollouts.cost), soft_wrap=True)
     if config.output_file:
         records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
-        write_file(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+        write_output(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> list[TokenizedExample]:
@@ -297,7 +297,7 @@ def evaluate(config: EvaluateConfig) -> None:
     print_results(results, heldout.shown() | settings)
     file = Path(config.output_file) if config.output_file else run and run / f"evaluation-{heldout.task.name}.json"
     if file:
-        write_scores(file, heldout, settings, results)
+        write_scores(file, heldout, settings, results, write_output if config.output_file else write_file)
         console.print(f"scores in {file}", soft_wrap=True)
 
 
@@ -327,7 +327,7 @@ def lm_eval(config: LmEvalConfig) -> None:
     if config.output_file:
         # A task's definition may hold functions.
         kept = json.dumps(record(answer, dataclasses.asdict(config) | told, model), indent=1, default=str)
-        write_file(Path(config.output_file), kept)
+        write_output(Path(config.output_file), kept)
 
 
 def study(config: StudyConfig) -> None:
@@ -385,7 +385,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    from switchkd.html_report import write_report
+    from switchkd.html_report import page
     from switchkd.report import bar, console
 
     if not config.runs:
@@ -393,7 +393,8 @@ def report(config: ReportConfig) -> None:
     only = Path(config.runs[0]) if len(config.runs) == 1 else Path()
     file = Path(config.output_file) if config.output_file else only / "report.html"
     with bar("report", None) as progress:
-        write_report([Path(run) for run in config.runs], file, lambda part: progress.advance(1, part))
+        html = page([Path(run) for run in config.runs], lambda part: progress.advance(1, part))
+    (write_output if config.output_file else write_file)(file, html)
     console.print(f"report in {file}", soft_wrap=True)
 
 
@@ -414,7 +415,6 @@ def plot(config: PlotConfig) -> None:
                 raise
             console.print(f"{name}: not drawn: {error}", soft_wrap=True)
             continue
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         written += save_figure(figure, Path(config.output_dir) / name)
         console.print(f"{name}: {written[-1]} and .svg. {notes}", soft_wrap=True)
     if not written:
@@ -449,7 +449,7 @@ def _check_records(path: Path, pair: Pair) -> None:
         findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what), texts=texts))
     for finding in findings:
         console.print(f"{path}, {finding}", soft_wrap=True)
-    dtypes = run.config.dtype, run.config.teacher_dtype
+    dtypes = run.settings["dtype"], run.settings["teacher_dtype"]
     if wrong := [finding.what for finding in findings if not finding.holds(*dtypes)]:
         raise DataError(
             f"{path}: the records of {', '.join(wrong)} are not what these models and settings give; models, settings or "
@@ -481,6 +481,9 @@ def tasks(config: TasksConfig) -> None:
 
     console.print(task_table(TASKS.values()))
 
+
+# What these leave are files; what they print is to look on while they work.
+LASTING = ("train", "demo", "study", "prune", "make-pair")
 
 # name: (settings, function, whether a recipe may come first, what it does)
 COMMANDS: dict[str, tuple[type, Callable[[Any], None], bool, str]] = {

@@ -15,11 +15,11 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar
 
-from switchkd.config import FREE_ON_RESUME, TrainConfig, to_dict
+from switchkd.config import FREE_ON_RESUME
 from switchkd.errors import ConfigError, DataError, nearest
-from switchkd.plain import check_type, json_object, read_yaml, shown
+from switchkd.plain import check_type, json_object, shown
 from switchkd.results import FORMAT, Evaluation, results_of
-from switchkd.run_record import CONFIG
+from switchkd.run_record import CONFIG, read_settings
 from switchkd.saved_student import SCORED, scored_another
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 from switchkd.template_inputs import DATE
@@ -210,7 +210,7 @@ def load_result(path: str, task: str = "") -> Result:
         raise DataError(
             f"{file} is of format {shown(form)}, not {FORMAT}; evaluate anew with `switchkd evaluate {path}`"
         )
-    settings = read_settings(file.parent) if (file.parent / CONFIG).is_file() else None
+    settings = read_settings(file.parent, _Seeded) if (file.parent / CONFIG).is_file() else None
     try:
         check_type(record, _Compared)
         result = _result(file, record, settings)
@@ -250,19 +250,6 @@ def _result(file: Path, record: dict[str, Any], config: dict[str, Any] | None) -
     task = {key: record["task"][key] for key in ("name", "version", "primary")}
     data = {key: record["data"][key] for key in ("file", "sha256", "ids")}
     return Result(file, task, data, dict(record["settings"]), models, config)
-
-
-def read_settings(run: Path, kind: type = _Seeded) -> dict[str, Any]:
-    """The settings of a run as plain values, defaults for those that it is too old to have; ``kind`` says what is read of them.
-
-    Raises DataError for what are none.
-    """
-    try:
-        settings = to_dict(TrainConfig()) | read_yaml(run / CONFIG)
-        check_type(settings, kind)
-    except (ConfigError, DataError) as error:
-        raise DataError(f"{run} is no run directory, its {CONFIG} is not what switchkd writes: {error}") from error
-    return settings
 
 
 def check_comparable(results: Sequence[Result]) -> None:

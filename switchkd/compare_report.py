@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from switchkd.compare import FEW_RUNS, Comparison, Difference, Method, Row
 from switchkd.report import FEW, console, number
 from switchkd.results import FORMAT
 from switchkd.statistics import FEW_EXAMPLES, RESAMPLES, Estimate, lower_is_better
-from switchkd.storage import staged_file, write_file
+from switchkd.storage import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -266,11 +267,10 @@ def show(comparison: Comparison) -> None:
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.md, compare.json, compare.svg and compare.png into ``folder``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     page, record = folder / "compare.md", folder / "compare.json"
     pictures = save_figure(plot(comparison), folder / "compare")
-    write_file(page, markdown(comparison))
-    write_file(record, json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
+    write_output(page, markdown(comparison))
+    write_output(record, json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
     return [page, record, *pictures]
 
 
@@ -282,6 +282,7 @@ def save_figure(figure: Figure, target: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": "switchkd", "svg.fonttype": "none"}):
         for picture in pictures:
             form = picture.suffix.removeprefix(".")
-            with staged_file(picture) as staging:
-                figure.savefig(staging, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+            write_output(picture, drawn.getvalue())
     return pictures

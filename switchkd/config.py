@@ -421,8 +421,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         return self.resume or bool(self.resume_from)
 
     def anew(self) -> TrainConfig:
-        """The same settings for a run that begins."""
-        return dataclasses.replace(self, resume=False, resume_from="", allow_change=())
+        """The same settings for a run that begins, and that somebody looks at."""
+        return dataclasses.replace(self, resume=False, resume_from="", allow_change=(), quiet=False)
 
     def _check_learning_rate(self) -> None:
         if self.warmup_ratio >= 1:
@@ -505,7 +505,8 @@ def named_file(path: str, kind: str) -> Path:
     if path in known:
         return known[path]
     one = kind.removesuffix("s")
-    raise ConfigError(f"no {one} {path!r}: neither a file nor one that ships with switchkd{nearest(path, known)}")
+    where = "neither a file, nor a run directory, nor" if kind == "recipes" else "neither a file nor"
+    raise ConfigError(f"no {one} {path!r}: {where} one that ships with switchkd{nearest(path, known)}")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
@@ -529,11 +530,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     plain = {name: value for name, value in dataclasses.asdict(config).items() if name not in INPUT_ONLY}
     for noun in NOUNS:
         if hasattr(config, noun):
-            plain[noun] = {"name": name_of(getattr(config, noun)), **_plain(plain[noun])}
-    return _plain(plain)
+            plain[noun] = {"name": name_of(getattr(config, noun)), **plain_values(plain[noun])}
+    return plain_values(plain)
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as YAML has them, lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

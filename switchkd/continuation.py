@@ -19,12 +19,12 @@ from switchkd.models import default_device
 from switchkd.plain import check_type
 from switchkd.precision import with_dtypes
 from switchkd.results import EVALUATION, completions_file, read_results, take_out
-from switchkd.run_record import CONFIG, METRICS, ROLLOUTS, SAMPLES, keep_until, read_config
+from switchkd.run_record import CONFIG, METRICS, ORIGIN, ROLLOUTS, SAMPLES, keep_until, read_config
 from switchkd.saved_student import SCORED, STUDENT, SavedStudent
 from switchkd.storage import is_leftover, write_file
 from switchkd.teacher_store import json_sha256
 
-ORIGIN, CONDITIONS = "origin.json", "conditions"
+CONDITIONS = "conditions"
 # What a run writes before its first checkpoint. It makes them anew.
 _EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl", "trackers"}
 

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.compare_report import BLUE, GREY, VERMILLION
+from switchkd.errors import DataError
 from switchkd.metrics import BANDS
 from switchkd.plain import Lines
-from switchkd.report import number
+from switchkd.report import number, percent
 from switchkd.rollouts import mean
+from switchkd.steps import SCORE, Steps, alike, differences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +40,12 @@ COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", GREY)
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^v"
 
-SHARE, OWN = "%", "policy's own unit"
+SHARE = "%"
+# In the place of a unit that depends on the run: that of its policy, and that of its objective.
+OWN, LOSS = "policy's", "objective's"
 # What a metric is and its unit. Shares are from 0 to 1 and shown in percent.
 QUANTITIES = {
-    "loss": ("loss", "mean per response token"),
+    "loss": ("loss", LOSS),
     "lm_loss": ("language-modelling loss", "nats per token"),
     "switch/divergence_mean": ("mean divergence", OWN),
     **{
@@ -66,7 +70,7 @@ QUANTITIES = {
 }
 SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
 # What an axis of several such metrics is called.
-SHARED_LABELS = {SHARE: "percent", OWN: "divergence\n(policy's own unit)"}
+SHARED_LABELS = {SHARE: "percent", OWN: "divergence"}
 # The curves of a report: name, title, metrics.
 CURVES = (
     ("loss", "Loss", ("loss", "lm_loss")),
@@ -94,17 +98,26 @@ class Line:
     """A metric of some runs: their mean, and the range that they span. Lines of one ``label`` look alike."""
 
     label: str
-    runs: Sequence[Metrics]
+    runs: Sequence[Steps]
     name: str
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one axis, all in one unit; ``x`` is the metric that they are drawn by."""
+    """Lines over one axis, all in one unit; ``x`` is the metric that they are drawn by.
+
+    Raises DataError for lines of a metric that is not measured alike in their runs: there is no panel of those.
+    """
 
     label: str
     lines: Sequence[Line]
     x: str = "step"
+
+    def __post_init__(self) -> None:
+        for name in dict.fromkeys(line.name for line in self.lines):
+            first, *others = alike({line.label: line.runs for line in self.lines if line.name == name}, name) or [{}]
+            if others:
+                raise DataError(f"{name} cannot stand on one axis: {_apart(first, others[0], name)}")
 
 
 @dataclass(frozen=True)
@@ -130,16 +143,21 @@ def cost(metrics: Metrics) -> dict[str, float]:
 
 
 def quantity(name: str) -> tuple[str, str]:
-    """What a metric is, in words, and its unit; "" where it has none."""
-    if name.startswith("eval/"):
-        score = name.removeprefix("eval/")
+    """What a metric is, in words, and its unit; "" where it has none, OWN or LOSS where it depends on the run."""
+    if name.startswith(SCORE):
+        score = name.removeprefix(SCORE)
         return score, SCORE_UNITS.get(score.split("@")[0], SHARE)
     return QUANTITIES.get(name, (name, ""))
 
 
-def axis_label(name: str) -> str:
-    """What a metric is, with its unit, in lines that fit beside a panel."""
-    what, unit = quantity(name)
+def unit_in(run: Steps, name: str) -> str:
+    """The unit of a metric of this run."""
+    unit = quantity(name)[1]
+    return run.unit if unit == OWN else run.loss_unit if unit == LOSS else unit
+
+
+def axis_label(what: str, unit: str) -> str:
+    """What is drawn, with its unit, in lines that fit beside a panel."""
     kept_together = " (" + unit.replace(" ", "\xa0") + ")" if unit else ""
     return textwrap.fill(what + kept_together, 22, break_long_words=False).replace("\xa0", " ")
 
@@ -162,11 +180,15 @@ def has(metrics: Metrics, name: str) -> bool:
 def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
     """``series`` averaged over SMOOTH steps, gaps kept and left out of the means; evaluations and short runs as they are."""
     steps, values = series(metrics, name)
-    if name.startswith("eval/") or len(steps) < 3 * SMOOTH:
+    if not _is_smoothed(metrics, name):
         return steps, values
     kept, middle = np.isfinite(values), slice(SMOOTH // 2, len(steps) - SMOOTH // 2)
     sums, counts = (np.convolve(each, np.ones(SMOOTH), "valid") for each in (np.where(kept, values, 0.0), kept))
     return steps[middle], np.where(kept[middle], sums / np.maximum(counts, 1), math.nan)
+
+
+def _is_smoothed(metrics: Metrics, name: str) -> bool:
+    return not name.startswith(SCORE) and sum(name in line for line in metrics) >= 3 * SMOOTH
 
 
 def together(runs: Sequence[Metrics], name: str) -> tuple[Array, Array]:
@@ -178,7 +200,7 @@ def together(runs: Sequence[Metrics], name: str) -> tuple[Array, Array]:
     found = [smoothed(metrics, name) for metrics in runs]
     if not found:
         return np.empty(0), np.empty((0, 0))
-    common = set.intersection if name.startswith("eval/") else set.union
+    common = set.intersection if name.startswith(SCORE) else set.union
     first, last = max(steps[0] for steps, _ in found), min(steps[-1] for steps, _ in found)
     at = np.array([step for step in sorted(common(*(set(steps) for steps, _ in found))) if first <= step <= last])
     return at, np.stack([np.interp(at, *own) for own in found])
@@ -211,7 +233,7 @@ def plain(text: str) -> str:
 
 
 def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") -> Figure:
-    """The panels, row by row, in one figure with one legend, over which ``note`` stands."""
+    """The panels, row by row, in one figure with one legend, over which their notes and ``note`` stand."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(panels) / columns)
@@ -226,7 +248,7 @@ def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") 
         _dress(axes, panel)
     for axes in grid.flat:
         axes.label_outer()
-    legend(figure, note)
+    legend(figure, " ".join(part for part in (panel_notes(panels), note) if part))
     return figure
 
 
@@ -238,7 +260,7 @@ def _draw_line(axes: Axes, line: Line, x: str, own: Mapping[str, Any]) -> None:
         return
     centre = values.mean(0)
     picked = thinned(centre)
-    alone = _alone(centre[picked]) | line.name.startswith("eval/")
+    alone = _alone(centre[picked]) | line.name.startswith(SCORE)
     marker = "o" if alone.any() else ""
     by = _by(runs, x, steps)
     axes.plot(by[picked], centre[picked], label=plain(line.label), marker=marker, ms=3, markevery=alone, **own)
@@ -271,7 +293,7 @@ def _dress(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if panel.x == "step" else 4, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     # Scores are percentages as they are, shares from 0 to 1.
-    if any(quantity(line.name)[1] == SHARE and not line.name.startswith("eval/") for line in panel.lines):
+    if any(quantity(line.name)[1] == SHARE and not line.name.startswith(SCORE) for line in panel.lines):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         low, high = axes.get_ylim()
         axes.set_ylim(bottom=max(low, -0.03 * high))
@@ -299,30 +321,64 @@ def legend(figure: Figure, note: str = "") -> None:
         )  # fmt: skip
 
 
-def metric_panels(runs: Mapping[str, Sequence[Metrics]], names: Sequence[str], x: str = "step") -> list[Panel]:
-    """A panel for each metric with a line for each method."""
-    return [Panel(axis_label(name), [Line(label, own, name) for label, own in runs.items()], x) for name in names]
+def metric_panels(runs: Mapping[str, Sequence[Steps]], names: Sequence[str], x: str = "step") -> list[Panel]:
+    """A panel for each metric with a line for each method, or several where it is not measured alike in all runs."""
+    panels = []
+    for name in names:
+        for group in alike(runs, name) or [{}]:
+            unit = next((unit_in(run, name) for own in group.values() for run in own), "")
+            lines = [Line(label, own, name) for label, own in group.items()]
+            panels.append(Panel(axis_label(quantity(name)[0], unit), lines, x))
+    return panels
+
+
+def panel_notes(panels: Sequence[Panel]) -> str:
+    """What has to be known of lines: over how many steps they are averaged, what bands are, and why some stand apart."""
+    lines = [line for panel in panels for line in panel.lines]
+    means = {_is_smoothed(run, line.name) for line in lines for run in line.runs if has(run, line.name)}
+    which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} steps and more"
+    notes = [f"{which}: means of {SMOOTH} steps."] if True in means else []
+    if any(len(line.runs) > 1 for line in lines):
+        notes.append("Bands: range of a method's runs.")
+    by_metric: dict[tuple[str, str], list[dict[str, Sequence[Steps]]]] = {}
+    for panel in panels:
+        for name in dict.fromkeys(line.name for line in panel.lines):
+            own = {line.label: line.runs for line in panel.lines if line.name == name}
+            by_metric.setdefault((name, panel.x), []).append(own)
+    apart = {(name, _apart(groups[0], other, name)) for (name, _), groups in by_metric.items() for other in groups[1:]}
+    notes += [
+        f"{quantity(name)[0]} has panels of its own where it is not measured alike: {why}."
+        for name, why in sorted(apart)
+    ]
+    return " ".join(notes)
+
+
+def _apart(group: Mapping[str, Sequence[Steps]], other: Mapping[str, Sequence[Steps]], name: str) -> str:
+    """Why a metric of two groups of runs cannot be compared."""
+    (first, *_), (second, *_) = next(iter(group.values())), next(iter(other.values()))
+    return f"in {second.name}, {'; '.join(differences(first, second, name))} as in {first.name}"
 
 
 # --- a report's curves ----------------------------------------------------------------------------------------------
 
 
-def run_curves(runs: Mapping[str, Metrics]) -> list[Curve]:
+def run_curves(runs: Mapping[str, Steps]) -> list[Curve]:
     """The curves of a report on runs by label, those for which there is data.
 
     Of one run, the metrics of one unit are lines of one panel; of several, each metric is a panel with a line a run.
     """
     seen = dict.fromkeys(name for metrics in runs.values() for m in metrics for name in m)
-    first_of_unit = {quantity(name)[1]: name for name in reversed(seen) if name.startswith("eval/")}
-    scores = [name for name in seen if name.startswith("eval/") and "@" not in name]
-    if len(runs) > 1:  # the first of each unit: a panel for each would be many
+    main = dict.fromkeys(SCORE + metrics.primary for metrics in runs.values())
+    scores = [name for name in (main | seen) if name in seen and name.startswith(SCORE) and "@" not in name]
+    if len(runs) > 1:  # the main one, and the first of each other unit: a panel for each would be many
+        first_of_unit = {quantity(name)[1]: name for name in reversed(scores)}
         scores = [name for name in scores if name in first_of_unit.values()]
     specs = (CURVES[0], ("scores", "Scores of held-out examples", tuple(scores)), *CURVES[1:])
     made = [_curve(runs, *spec) for spec in specs]
     return [curve for curve in (*made, _time_curve(runs)) if curve]
 
 
-def _curve(runs: Mapping[str, Metrics], name: str, title: str, metrics: Sequence[str]) -> Curve | None:
+def _curve(runs: Mapping[str, Steps], name: str, title: str, metrics: Sequence[str]) -> Curve | None:
     drawn = [metric for metric in metrics if any(has(own, metric) for own in runs.values())]
     if not drawn:
         return None
@@ -335,43 +391,54 @@ def _curve(runs: Mapping[str, Metrics], name: str, title: str, metrics: Sequence
         + f"{', '.join(_told(own, metric) for metric in drawn)} over {len(own)} step{'s' * (len(own) != 1)}."
         for label, own in runs.items()
     ]
-    return Curve(name, title, draw(panels, title), " ".join(told))
+    notes = panel_notes(panels)
+    return Curve(name, title, draw(panels, title), " ".join([*told, *([notes] if notes else [])]))
 
 
-def _unit_panels(metrics: Metrics, names: Sequence[str]) -> list[Panel]:
+def _unit_panels(metrics: Steps, names: Sequence[str]) -> list[Panel]:
     """A panel for each unit with a line for each metric; the axis alone names an only one."""
     by_unit: dict[str, list[str]] = {}
     for name in names:
-        by_unit.setdefault(quantity(name)[1], []).append(name)
+        unit = quantity(name)[1]
+        by_unit.setdefault(unit or name, []).append(name)  # what has no unit shares no axis
     return [
         Panel(
-            axis_label(own[0]) if len(own) == 1 else SHARED_LABELS.get(unit, unit),
+            _shared_label(unit, metrics, own),
             [Line(quantity(name)[0] if len(names) > 1 else "", [metrics], name) for name in own],
         )
         for unit, own in by_unit.items()
     ]
 
 
+def _shared_label(unit: str, run: Steps, names: Sequence[str]) -> str:
+    """The label of an axis on which metrics of one unit stand."""
+    if len(names) == 1:
+        return axis_label(quantity(names[0])[0], unit_in(run, names[0]))
+    return axis_label(SHARED_LABELS[unit], run.unit if unit == OWN else "") if unit in SHARED_LABELS else unit
+
+
 def _told(metrics: Metrics, name: str) -> str:
     """How a metric moved, in words; from and to what in the mean, where the line is one."""
     what, unit = quantity(name)
     steps, values = series(metrics, name)
-    gaps = [f"{step:.0f}" for step in steps[np.isnan(values)]]
-    if len(gaps) == len(values):
-        return f"{what} has no value"
+    broken = {line["step"] for line in metrics if line.get(name) is not None and not math.isfinite(line[name])}
+    gaps = {step for step in steps.tolist() if step in broken or np.isnan(values[steps == step]).all()} - broken
+    if np.isnan(values).all():
+        return f"{what} is never finite" if broken else f"{what} has no value"
     shown = smoothed(metrics, name)[1]
     kept = next(each[np.isfinite(each)] for each in (shown, values) if np.isfinite(each).any())
-    share = unit == SHARE and not name.startswith("eval/")
-    first, last = (f"{value:.0%}" if share else number(value) for value in (kept[0], kept[-1]))
+    share = unit == SHARE and not name.startswith(SCORE)
+    first, last = (percent(value) if share else number(value) for value in (kept[0], kept[-1]))
     way = "falls" if kept[-1] < kept[0] else "rises"
     words = f"{what} is {first}" if first == last else f"{what} {way} from {first} to {last}"
-    if gaps:
-        where = ", ".join(gaps[:5]) + (" …" if len(gaps) > 5 else "")
-        words += f" ({len(gaps)} value{'s' * (len(gaps) > 1)} missing or not finite, at step {where})"
+    for why, which in (("no value", gaps), ("not finite", broken)):
+        if which:
+            where = ", ".join(f"{step:.0f}" for step in sorted(which)[:5]) + (" …" if len(which) > 5 else "")
+            words += f" ({why} at step{'s' * (len(which) > 1)} {where})"
     return words
 
 
-def _time_curve(runs: Mapping[str, Metrics]) -> Curve | None:
+def _time_curve(runs: Mapping[str, Steps]) -> Curve | None:
     """Seconds of a step by what they are spent on, stacked, in a panel for each run."""
     from matplotlib.figure import Figure
 
@@ -385,7 +452,7 @@ def _time_curve(runs: Mapping[str, Metrics]) -> Curve | None:
     for axes, (label, metrics) in zip(figure.subplots(len(timed), squeeze=False).flat, timed.items(), strict=True):
         sums = _stack(axes, metrics)
         _dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
-        shares = ", ".join(f"{share:.0%} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
+        shares = ", ".join(f"{percent(share)} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
         told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
     told += [f"{label}: time has no value." for label in runs if label not in timed]
     legend(figure)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
 from switchkd.paths import expanded
+from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
+from switchkd.terminal import Terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,10 +89,10 @@ def _build(folder: Path, progress: bool) -> None:
         reader = gguf.GGUFReader(weights)
         tokenizer = demo_tokenizer(_metadata(reader))
         _write_teacher(reader, folder / "teacher")
-        tokenizer.save_pretrained(folder / "teacher")
+        save_tokenizer(tokenizer, folder / "teacher")
     with _phase(f"making the student of {len(STUDENT_LAYERS)} layers", progress):
         _write_student(folder / "teacher", folder / "student")
-        tokenizer.save_pretrained(folder / "student")
+        save_tokenizer(tokenizer, folder / "student")
     for path in download.iterdir():
         path.unlink()
     download.rmdir()
@@ -98,9 +100,7 @@ def _build(folder: Path, progress: bool) -> None:
 
 @contextmanager
 def _phase(text: str, progress: bool) -> Iterator[None]:
-    from rich.console import Console
-
-    console, start = Console(stderr=True, quiet=not progress), monotonic()
+    console, start = Terminal(stderr=True, quiet=not progress), monotonic()
     with console.status(text):
         yield
     console.print(f"demo pair: {text}: {monotonic() - start:.0f} s")

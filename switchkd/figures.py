@@ -18,16 +18,14 @@ from switchkd.compare import (
     Result,
     by_method,
     check_comparable,
+    check_teachers,
     load_result,
-    read_settings,
     references,
     training_settings,
 )
 from switchkd.compare_report import GREY, direction
 from switchkd.curves import (
     MARKERS,
-    SMOOTH,
-    Metrics,
     axis_label,
     cost,
     draw,
@@ -35,21 +33,23 @@ from switchkd.curves import (
     legend,
     look,
     metric_panels,
+    panel_notes,
     plain,
     plain_axes,
+    quantity,
 )
 from switchkd.errors import DataError
 from switchkd.results import LENGTH_BANDS
 from switchkd.rollouts import mean
-from switchkd.run_record import read_metrics
+from switchkd.run_record import read_settings, read_steps
 from switchkd.statistics import FEW_EXAMPLES, Estimate, Values, estimate, score
+from switchkd.steps import SCORE, Steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INTERVALS = f"Bars: 95 % bootstrap interval; hollow: fewer than {FEW_EXAMPLES} examples."
-BANDS = "Bands: range of a method's runs."
 
 
 class _Rule(TypedDict):
@@ -61,6 +61,7 @@ class _Settings(TypedDict):
 
     seed: int
     policy: _Rule
+    objective: _Rule
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
 
@@ -71,7 +72,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    metrics: Metrics
+    metrics: Steps
     result: Result | str
 
 
@@ -92,10 +93,11 @@ def load_methods(paths: Sequence[str]) -> Methods:
 def _load(path: Path) -> Run:
     config = read_settings(path, _Settings)
     try:
-        return Run(path, config, read_metrics(path), load_result(str(path)))
+        result = load_result(str(path))
+        return Run(path, config, read_steps(path, config, result.task["primary"]), result)
     except DataError as error:
         why = str(error) if (path / "student").is_dir() else "no final evaluation, the run has not ended"
-        return Run(path, config, read_metrics(path), why)
+        return Run(path, config, read_steps(path, config), why)
 
 
 def fit(methods: Methods, problem: Callable[[Run], str]) -> tuple[Methods, str]:
@@ -138,26 +140,38 @@ def _no_lambda(run: Run) -> str:
     return ""
 
 
-def _metrics(methods: Methods) -> dict[str, list[Metrics]]:
+def _metrics(methods: Methods) -> dict[str, list[Steps]]:
     return {label: [run.metrics for run in runs.values()] for label, runs in methods.items()}
 
 
-def _scores(runs: Mapping[int, Run], name: str) -> dict[int, Values]:
-    """A score of a method's students, by training seed."""
-    return {seed: run.result.student.scores[name] for seed, run in runs.items() if isinstance(run.result, Result)}
+@dataclass(frozen=True)
+class FinalScores:
+    """The main score of the runs' students, the only way to draw it: raises DataError for runs that cannot be compared."""
 
+    methods: Methods
 
-def _results(methods: Methods) -> list[Result]:
-    """The runs' evaluations. Raises DataError if they cannot be compared."""
-    results = [run.result for runs in methods.values() for run in runs.values() if isinstance(run.result, Result)]
-    check_comparable(results)
-    return results
+    def __post_init__(self) -> None:
+        check_comparable(self.results)
+        check_teachers(self.results, [self.name])
 
+    @property
+    def results(self) -> list[Result]:
+        runs = (run for own in self.methods.values() for run in own.values())
+        return [run.result for run in runs if isinstance(run.result, Result)]
 
-def _main_score(results: Sequence[Result]) -> tuple[str, str]:
-    """The name of the task's main score, and what its axis is called."""
-    name = results[0].task["primary"]
-    return name, f"{axis_label(f'eval/{name}')},\n{direction(name)}"
+    @property
+    def name(self) -> str:
+        return self.results[0].task["primary"]
+
+    @property
+    def axis(self) -> str:
+        """What its axis is called."""
+        return f"{axis_label(*quantity(SCORE + self.name))},\n{direction(self.name)}"
+
+    def of(self, method: str) -> dict[int, Values]:
+        """Those of a method, by training seed."""
+        found = {seed: run.result for seed, run in self.methods[method].items()}
+        return {seed: result.student.scores[self.name] for seed, result in found.items() if isinstance(result, Result)}
 
 
 # --- pieces of figures ----------------------------------------------------------------------------------------------
@@ -206,7 +220,7 @@ def by_lambda(methods: Methods) -> tuple[Figure, str]:
     A large point is the mean of a method, a small one each of its runs. Methods that differ in the decay alone are joined.
     """
     methods, left_out = fit(methods, lambda run: _no_lambda(run) or _ungenerated(run) or _unscored(run))
-    name, score_label = _main_score(_results(methods))
+    final = FinalScores(methods)
     figure, (shares, scores) = _columns(2, "Decay of the threshold: who writes, and the score")
     families = _families(methods)
     for place, family in enumerate(families):
@@ -214,17 +228,17 @@ def by_lambda(methods: Methods) -> tuple[Figure, str]:
         means: list[tuple[float, float]] = []
         for length, method in family.items():
             own = [100 * cost(run.metrics)["teacher share"] for run in methods[method].values()]
-            values = _scores(methods[method], name)
-            found = estimate(name, values)
+            values = final.of(method)
+            found = estimate(final.name, values)
             shares.plot([length], [mean(own)], ms=7, label=None if means else label, **mark)
             _point(scores, length, found, mark)
             _dots(shares, length, own, mark["color"])
-            _dots(scores, length, [score(name, each) for each in values.values()], mark["color"])
+            _dots(scores, length, [score(final.name, each) for each in values.values()], mark["color"])
             means.append((mean(own), found.mean))
         for axes, heights in zip((shares, scores), zip(*means, strict=True), strict=True):
             axes.plot(list(family), heights, color=mark["color"], ls=look(place)["linestyle"], lw=1, zorder=1)
     lengths = sorted({length for family in families for length in family})
-    for axes, axis in ((shares, "teacher's share of tokens (%)"), (scores, score_label)):
+    for axes, axis in ((shares, "teacher's share of tokens (%)"), (scores, final.axis)):
         axes.set_xticks(lengths, [f"{length:.3g}" for length in lengths])
         axes.set_xlabel("decay length 1/λ (tokens)")
         axes.set_ylabel(axis)
@@ -265,21 +279,21 @@ def switch_rate(methods: Methods) -> tuple[Figure, str]:
 
 
 def _over_training(methods: Methods, names: Sequence[str], title: str, left_out: str) -> tuple[Figure, str]:
-    notes = _notes(f"Lines: means of {SMOOTH} steps.", _if_several(methods, BANDS), left_out)
-    return draw(metric_panels(_metrics(methods), names), title, note=notes), notes
+    panels = metric_panels(_metrics(methods), names)
+    return draw(panels, title, note=left_out), _notes(panel_notes(panels), left_out)
 
 
 def progress(methods: Methods) -> tuple[Figure, str]:
     """Evaluations in the run, by steps and by tokens: the main score, and the divergence to the teacher on the references."""
     runs = [run for own in methods.values() for run in own.values()]
-    main = {f"eval/{run.result.task['primary']}" for run in runs if isinstance(run.result, Result)}
-    names = [n for n in (*sorted(main), "eval/forward_kl") if any(has(run.metrics, n) for run in runs)]
+    main = {SCORE + run.metrics.primary for run in runs}
+    names = [n for n in dict.fromkeys([*sorted(main), "eval/forward_kl"]) if any(has(run.metrics, n) for run in runs)]
     methods, left_out = fit(
         methods, lambda run: "" if any(has(run.metrics, name) for name in names) else "not evaluated in the run"
     )
     by = [metric_panels(_metrics(methods), names, x) for x in ("step", "num_tokens")]
-    notes = _notes(_if_several(methods, BANDS), left_out)
-    return draw([panel for row in zip(*by, strict=True) for panel in row], "Early progress", 2, notes), notes
+    panels = [panel for row in zip(*by, strict=True) for panel in row]
+    return draw(panels, "Early progress", 2, left_out), _notes(panel_notes(panels), left_out)
 
 
 def by_length(methods: Methods) -> tuple[Figure, str]:
@@ -288,13 +302,13 @@ def by_length(methods: Methods) -> tuple[Figure, str]:
     A reference is as long for every method, so that a band holds the same examples; completions are not.
     """
     methods, left_out = fit(methods, _unscored)
-    results = _results(methods)
-    name, score_label = _main_score(results)
+    final = FinalScores(methods)
+    name, results = final.name, final.results
     # A divergence weighs an example by the tokens of its reference.
     lengths = np.asarray(results[0].student.scores["forward_kl"].weights)
     bands = {band: (low <= lengths) & (lengths <= high) for band, (low, high) in LENGTH_BANDS.items()}
     bands = {band: inside for band, inside in bands.items() if inside.any()}
-    models = [(label, _scores(runs, name), _mark(place)) for place, (label, runs) in enumerate(methods.items())]
+    models = [(label, final.of(label), _mark(place)) for place, label in enumerate(methods)]
     for place, reference in enumerate(references(results)):
         models.append(
             (reference.label, reference.score(name), _mark(place) | {"color": GREY, "marker": "*PX"[place % 3]})
@@ -308,7 +322,7 @@ def by_length(methods: Methods) -> tuple[Figure, str]:
     axes.set_xticks(range(len(bands)), [f"{band}\n({inside.sum()} examples)" for band, inside in bands.items()])
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("length of the reference (tokens)")
-    axes.set_ylabel(score_label)
+    axes.set_ylabel(final.axis)
     notes = _notes(INTERVALS, left_out)
     legend(figure, notes)
     return figure, notes
@@ -319,7 +333,7 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
     from matplotlib.ticker import MaxNLocator
 
     methods, left_out = fit(methods, lambda run: _unscored(run) or ("" if run.metrics else "no steps"))
-    name, score_label = _main_score(_results(methods))
+    final = FinalScores(methods)
     figure, panels = _columns(3, "Final score against cost")
     taken: dict[str, Callable[[Run], float]] = {
         "response tokens trained on": lambda run: cost(run.metrics)["tokens"],
@@ -330,7 +344,7 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
         axes.sharey(panels[0])
     unknown = []
     for place, (label, runs) in enumerate(methods.items()):
-        found = estimate(name, _scores(runs, name))
+        found = estimate(final.name, final.of(label))
         for axes, axis in zip(panels, taken, strict=True):
             x = mean(taken[axis](run) for run in runs.values())
             if np.isfinite(x):
@@ -343,7 +357,7 @@ def by_cost(methods: Methods) -> tuple[Figure, str]:
         axes.set_xlabel(axis)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    panels[0].set_ylabel(score_label)
+    panels[0].set_ylabel(final.axis)
     wrote = f"Without teacher forwards, as no text was generated: {', '.join(unknown)}." if unknown else ""
     notes = _notes(INTERVALS, wrote, left_out)
     legend(figure, notes)

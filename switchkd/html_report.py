@@ -13,21 +13,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from switchkd.compare import TEACHER
 from switchkd.compare_report import Sheet, signed
-from switchkd.config import to_dict
 from switchkd.curves import PARTS, cost, run_curves
 from switchkd.plain import Lines
-from switchkd.report import estimate_text, number, settings_text
+from switchkd.report import estimate_text, number, percent, settings_text
 from switchkd.results import Evaluation
 from switchkd.rollouts import mean
 from switchkd.run_record import RunRecord, labels
-from switchkd.statistics import difference, lower_is_better, verdict
-from switchkd.storage import write_file
+from switchkd.statistics import Estimate, difference, lower_is_better, verdict
+from switchkd.steps import TEACHERS, shipped_rule
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
@@ -35,17 +36,11 @@ FOR_TEXTS = 3_500_000  # bytes for the viewer; scores and curves take about a fi
 BEFORE, AFTER = "student before", "student after"
 
 
-def write_report(paths: Sequence[Path], file: Path, progress: Callable[[str], None] = lambda part: None) -> None:
-    """Write the report of the run directories ``paths``, whatever their state; tells ``progress`` of each part.
+def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
+    """The report of the run directories ``paths`` as HTML, whatever their state; tells ``progress`` of each part.
 
     Raises ConfigError for a folder that is no run, DataError for one with damaged records.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, page(paths, progress))
-
-
-def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
-    """The report as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     assets = files("switchkd") / "assets" / "report"
@@ -72,7 +67,8 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         runs=[_head(run, name, f"{name}: " if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)],
         summary=_summary(runs),
         scores=_score_sheets(runs, names),
-        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is unreliable.",
+        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is "
+        "unreliable; - over none.",
         curves=_curves(runs, names),
         has_rollouts=any(each["prompts"] or each["texts"] for each in texts),
         data=_script_json([each for each in texts if each["prompts"] or each["texts"]]),
@@ -98,7 +94,7 @@ def _head(run: RunRecord, label: str, prefix: str) -> dict[str, Any]:
         "state": run.state,
         "warnings": [*bad, *run.notes],
         "improved": improvements(run, prefix),
-        "settings": yaml.safe_dump(to_dict(run.config), sort_keys=False, allow_unicode=True),
+        "settings": yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True),
     }
 
 
@@ -139,16 +135,16 @@ def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    config = run.config
+    settings, mix = run.settings, shipped_rule(run.settings, "mix")
     return {
-        "method": config.method,
-        "who writes": settings_text(config.policy) if config.mix.generates else "",
-        "what is trained": settings_text(config.objective),
-        "on which text": settings_text(config.mix),
-        "teacher": ", ".join([config.teacher_model_name_or_path, *config.teachers.values()]),
-        "student": config.student_model_name_or_path,
-        "trained on": config.train_file,
-        "seed": str(config.seed),
+        "method": settings["method"],
+        "who writes": settings_text(settings, "policy") if mix is None or mix.generates else "",
+        "what is trained": settings_text(settings, "objective"),
+        "on which text": settings_text(settings, "mix"),
+        "teacher": ", ".join([settings["teacher_model_name_or_path"], *settings["teachers"].values()]),
+        "student": settings["student_model_name_or_path"],
+        "trained on": settings["train_file"],
+        "seed": str(settings["seed"]),
         **_cost(run.metrics),
     }
 
@@ -158,7 +154,9 @@ def _cost(metrics: Lines) -> dict[str, str]:
         return {}
     taken = cost(metrics)
     spent = {part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in PARTS}
-    split = ", ".join(f"{part} {s / taken['seconds']:.0%}" for part, s in spent.items()) if taken["seconds"] else ""
+    split = (
+        ", ".join(f"{part} {percent(s / taken['seconds'])}" for part, s in spent.items()) if taken["seconds"] else ""
+    )
     forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
     memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
     share = taken["teacher share"]
@@ -166,7 +164,7 @@ def _cost(metrics: Lines) -> dict[str, str]:
         "steps": f"{taken['steps']}",
         "response tokens trained on": f"{taken['tokens']:,}",
         "time without evaluation": f"{_time(taken['seconds'])} ({split})",
-        "teacher's share of the generated tokens": "" if math.isnan(share) else f"{share:.1%}",
+        "teacher's share of the generated tokens": "" if math.isnan(share) else percent(share),
         "teacher forwards per generated token": "" if math.isnan(forwards) else number(forwards),
         "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
     }
@@ -189,16 +187,37 @@ def _score_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Sheet
     """A table for each evaluation file that the runs have, and one by group where its examples have groups."""
     sheets = []
     for file in dict.fromkeys(file for run in runs for file in run.evaluations):
-        columns = _columns(file, runs, names)
-        first = next(iter(columns.values()))
-        scores = dict.fromkeys(name for result in columns.values() for name in result.scores)
-        title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
-        sheets.append(_sheet(title, columns, list(scores), lambda result: result.summary))
-        if first.by_group:
-            sheets.append(
-                _sheet(f"{title}: {first.primary} by group", columns, list(first.by_group), lambda r: r.by_group)
-            )
+        for columns in _alike(_columns(file, runs, names)):
+            first = next(iter(columns.values()))
+            title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
+            sheets.append(_sheet(title, columns, _score_rows(columns)))
+            if first.by_group:
+                rows = {
+                    g: {name: r.by_group[g] for name, r in columns.items() if g in r.by_group} for g in first.by_group
+                }
+                sheets.append(_sheet(f"{title}: {first.primary} by group", columns, rows))
     return sheets
+
+
+def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estimate]]:
+    """The scores by name, each by column; divergences to several teachers have a row for each of these."""
+    rows: dict[str, dict[str, Estimate]] = {}
+    several = len({result.made_with.get(TEACHER) for result in columns.values()}) > 1
+    names = dict.fromkeys(name for result in columns.values() for name in result.scores)
+    for name, (column, result) in product(names, columns.items()):
+        if name in result.scores:
+            apart = f" (teacher {str(result.made_with.get(TEACHER))[:8]})" if several and TEACHERS in name else ""
+            rows.setdefault(name + apart, {})[column] = result.summary[name]
+    return rows
+
+
+def _alike(columns: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
+    """The columns that may stand side by side: of one task, data and settings. The teacher moves divergences alone."""
+    groups: dict[str, dict[str, Evaluation]] = {}
+    for name, result in columns.items():
+        made_with = {key: value for key, value in result.made_with.items() if key != TEACHER}
+        groups.setdefault(json.dumps(made_with, sort_keys=True), {})[name] = result
+    return list(groups.values())
 
 
 def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Evaluation]:
@@ -210,11 +229,10 @@ def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict
     }
 
 
-def _sheet(
-    title: str, columns: Mapping[str, Evaluation], rows: Sequence[str], summary: Callable[[Evaluation], Any]
-) -> Sheet:
-    shown = {model: summary(result) for model, result in columns.items()}
-    cells = [[row, *(estimate_text(own[row]) if row in own else "–" for own in shown.values())] for row in rows]
+def _sheet(title: str, columns: Mapping[str, Evaluation], rows: Mapping[str, Mapping[str, Estimate]]) -> Sheet:
+    cells = [
+        [row, *(estimate_text(own[model]) if model in own else "–" for model in columns)] for row, own in rows.items()
+    ]
     return Sheet(title, ["score", *columns], cells)
 
 

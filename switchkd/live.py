@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, chop_cells
@@ -18,7 +19,9 @@ from rich.text import Text
 
 from switchkd import report
 from switchkd.decoding import decode_examples
+from switchkd.report import number, percent
 from switchkd.rollouts import DecodeCost, Rollout, Rollouts, mean
+from switchkd.terminal import harmless
 from switchkd.text import SPEAKERS, bars, pieces, spoken, visible
 
 if TYPE_CHECKING:
@@ -33,12 +36,13 @@ HISTORY = 40  # steps that a sparkline shows
 SAMPLE_LINES = 4  # of the newest text
 NEWLINE = "↵"
 
-# What a run shows of its steps: name, metric, format, and the ends of the sparkline, by default the least and the most.
-CURVES: tuple[tuple[str, str, str, float | None, float | None], ...] = (
-    ("loss", "loss", "{:.3f}", None, None),
-    ("teacher share", "switch/teacher_share", "{:.0%}", 0.0, 1.0),
-    ("divergence", "switch/divergence_mean", "{:.2f}", 0.0, None),
-    ("tokens/s", "tokens_per_second", "{:,.0f}", 0.0, None),
+# What a run shows of its steps: name, metric, how a value is written, and the ends of the sparkline, by default the least
+# and the most.
+CURVES: tuple[tuple[str, str, Callable[[float], str], float | None, float | None], ...] = (
+    ("loss", "loss", partial(number, digits=4), None, None),
+    ("teacher share", "switch/teacher_share", percent, 0.0, 1.0),
+    ("divergence", "switch/divergence_mean", partial(number, digits=2), 0.0, None),
+    ("tokens/s", "tokens_per_second", partial(number, digits=2), 0.0, None),
 )
 
 
@@ -60,10 +64,10 @@ def train(trainer: Trainer, primary: str, run: Callable[[OnStep, OnRound | None]
     if report.console.is_terminal:
         with Live(console=report.console) as live:
             view = TrainView(trainer, primary, live.update)
-            told(view.on_step, view.on_round)
+            told(harmless("the view", view.on_step), harmless("the view", view.on_round))
     else:
         report.console.print("train …")
-        told(lambda metrics, _: _print_step(_of(metrics["step"], trainer), metrics, primary))
+        told(harmless("the line of a step", lambda m, _: _print_step(_of(m["step"], trainer), m, primary)))
     if cost.kept_tokens:
         report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
 
@@ -140,16 +144,16 @@ class TrainView:
             for name in ("seconds", "seconds/generate", "seconds/teacher", "seconds/update")
         )
         shares = zip(("generate", "teacher", "update"), parts, strict=True)
-        return f"{whole:.2f} a step: " + " · ".join(f"{name} {part:.2f}" for name, part in shares)
+        return f"{number(whole)} a step: " + " · ".join(f"{name} {number(part)}" for name, part in shares)
 
 
-def _curve(values: Sequence[float], form: str, low: float | None, high: float | None) -> str:
+def _curve(values: Sequence[float], form: Callable[[float], str], low: float | None, high: float | None) -> str:
     """The newest number that is known, and all of them as a sparkline."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return UNKNOWN
     ends = min(known) if low is None else low, max(known) if high is None else high
-    return f"{form.format(known[-1]):>7}  {bars(values, *ends)}"
+    return f"{form(known[-1]):>7}  {bars(values, *ends)}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def state_line(rows: Rollouts, budget: int) -> Text:
     return Text.assemble(
         "divergence ",
         (_compared(row), SPEAKERS[row.speakers[-1]]),
-        f" · teacher {row.teacher_share:.0%} · {len(row.completion_ids)} of {budget} tokens"
+        f" · teacher {percent(row.teacher_share)} · {len(row.completion_ids)} of {budget} tokens"
         f" · {cost.kept_tokens / cost.seconds:.0f} tok/s",
         no_wrap=True,
         overflow="ellipsis",
@@ -221,8 +225,8 @@ def _compared(row: Rollout) -> str:
     if math.isnan(divergence):
         return UNKNOWN
     if math.isnan(threshold):
-        return f"{divergence:.2f}"
-    return f"{divergence:.2f} {'>' if divergence > threshold else '≤'} {threshold:.2f}"
+        return number(divergence, 2)
+    return f"{number(divergence, 2)} {'>' if divergence > threshold else '≤'} {number(threshold, 2)}"
 
 
 def _marks(rollout: Rollout) -> tuple[dict[str, str], float]:
@@ -236,7 +240,7 @@ def _marks(rollout: Rollout) -> tuple[dict[str, str], float]:
 def mark_lines(rollout: Rollout) -> list[str]:
     """The bars as plain lines, one character a token."""
     marks, top = _marks(rollout)
-    return [f"{name:<10} {line}  █ is {top:.2f}" for name, line in marks.items()]
+    return [f"{name:<10} {line}  █ is {number(top)}" for name, line in marks.items()]
 
 
 def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int) -> list[Text]:

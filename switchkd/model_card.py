@@ -6,7 +6,6 @@ Names and paths stand in code spans, where no character is markup; no text of a 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from switchkd.config import TrainConfig, name_of, to_dict
 from switchkd.hub import PREFIX
 from switchkd.lines import SAMPLE
 from switchkd.manifest import CARD, MANIFEST
-from switchkd.models import BASE, MADE, adapter_base, num_parameters
+from switchkd.models import ADAPTER_CONFIG, BASE, MADE, adapter_base, num_parameters
 from switchkd.paths import expanded
 from switchkd.precision import dtype_name, quantised
+from switchkd.published import public_name, public_settings
 from switchkd.statistics import FEW_EXAMPLES
 
 if TYPE_CHECKING:
     from switchkd.results import Evaluation
-    from switchkd.statistics import Estimate
     from switchkd.trainer import Trainer
 
 # What comes with the package or is made by it: id on the hub, licence, and where it is from.
@@ -133,7 +132,7 @@ def _data(config: TrainConfig) -> list[Source]:
 def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
     if own := OWN.get(name.split(":")[0]):
         hub, license, origin = own
-        return Source(role, name, hub, license, f"{_code(license)}, {origin}" if license else origin)
+        return Source(role, public_name(name), hub, license, f"{_code(license)}, {origin}" if license else origin)
     folder = Path(expanded(name))
     if kind == "dataset":
         repository = re.match(rf"{PREFIX}([^/]+/[^/:]+)", name)
@@ -142,9 +141,8 @@ def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
         hub = "" if folder.is_dir() else name
     license = _license(try_to_load_from_cache(hub, CARD, repo_type=kind) if hub else folder / CARD)
     place = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{hub}" if hub else "where it came from"
-    return Source(
-        role, name, hub, license, f"{_code(license)}, by its {CARD}" if license else f"unknown: check {place}"
-    )
+    terms = f"{_code(license)}, by its {CARD}" if license else f"unknown: check {place}"
+    return Source(role, public_name(name), hub, license, terms)
 
 
 def _license(readme: Any) -> str:
@@ -165,7 +163,7 @@ def _is_adapter(trainer: Trainer) -> bool:
 
 
 def _pair(trainer: Trainer) -> str:
-    config, pair = trainer.config, trainer.pair
+    config, pair = public_settings(trainer.config), trainer.pair
     trained = sum(parameter.numel() for parameter in pair.student.parameters() if parameter.requires_grad)
     sources, method = {"": config.teacher_model_name_or_path, **config.teachers}, quantised(pair.student.config)
     lines = ["A student language model that switchkd distilled from its teacher.", ""]
@@ -182,6 +180,11 @@ def _pair(trainer: Trainer) -> str:
     if has_adapter(pair.student):
         where = "lies here alone: load it on its base" if _is_adapter(trainer) else "is merged into the weights here"
         lines.append(f"- what was trained is a LoRA adapter, which {where}")
+    if _is_adapter(trainer) and Path(trainer.pair.student.name_or_path).is_dir():
+        lines.append(
+            f"- `{ADAPTER_CONFIG}` names that base by its folder on the machine of the training, as `from_pretrained` needs it "
+            "there; write a name that others can open in its place before you share the adapter"
+        )
     if trainer.best:
         score = f"{_code(config.metric_for_best_model)} {report.number(trainer.best['score'])}"
         lines.append(f"- the weights are those of step {trainer.best['step']}, the best of the run by {score}")
@@ -220,26 +223,23 @@ def _scores(results: Mapping[str, Evaluation], evaluated: Mapping[str, Any]) -> 
     rows = [["score", *results, "examples"], ["---", *("---:" for _ in results), "---:"]]
     for name in names:
         found = [result.summary[name] for result in results.values()]
-        rows.append([_code(name), *map(_cell, found), str(max(each.examples for each in found))])
+        rows.append([_code(name), *map(report.estimate_text, found), str(max(each.examples for each in found))])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     settings = "\n".join(f"- {name}: {_code(value)}" for name, value in evaluated.items())
     return (
-        f"Mean over the examples [95 % interval]; {report.FEW} over fewer than {FEW_EXAMPLES} examples.\n\n{table}\n\n"
+        f"Mean over the examples [95 % interval]; {report.FEW} over fewer than {FEW_EXAMPLES} examples, - over none.\n\n{table}\n\n"
         f"All that they depend on:\n\n{settings}"
     )
-
-
-def _cell(estimate: Estimate) -> str:
-    return report.estimate_text(estimate) if math.isfinite(estimate.mean) else "not finite"
 
 
 def _recipe(config: TrainConfig) -> str:
     packages = ["torch", "transformers", *(["peft"] if config.use_peft else [])]
     versions = ", ".join([f"switchkd {__version__}", *(f"{package} {version(package)}" for package in packages)])
-    settings = yaml.safe_dump(to_dict(config), sort_keys=False)
+    settings = yaml.safe_dump(to_dict(public_settings(config)), sort_keys=False)
     fence = _fence(settings, 3)
     return (
-        f"{versions}. To make it again, write the settings into `config.yaml`:\n\n"
+        f"{versions}. To make it again, write the settings into `config.yaml`. Models and files that lay on a disk are "
+        "named there by the last part of their path: put in where yours lie.\n\n"
         "```bash\nswitchkd train config.yaml --output-dir runs/again\n```\n\n"
         f"<details><summary>config.yaml</summary>\n\n{fence}yaml\n{settings}{fence}\n\n</details>"
     )

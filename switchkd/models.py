@@ -211,14 +211,21 @@ def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
             model.generation_config = GenerationConfig.from_dict(json_object(file.read_bytes()))
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code."""
+def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code.
+
+    ``on_disk`` takes what is there already: no hub is asked, and no pair is made.
+    """
     from transformers import AutoTokenizer
 
+    if on_disk and name in MADE:
+        raise ModelError(f"the tokenizer of {name!r} would have to be made first")
     source, is_local = _locate(name)
+    if on_disk and not is_local:  # transformers would ask the hub all the same
+        source, is_local = _in_cache(source), True
     own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
     if _is_adapter(source) and not own:
-        return load_tokenizer(adapter_base(source))
+        return load_tokenizer(adapter_base(source), on_disk)
     if is_local and not own:
         raise ModelError(
             f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
@@ -228,6 +235,16 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         check_tokenizer(file)
     with _as_model_error(source, is_local):
         return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+def _in_cache(name: str) -> str:
+    """The folder in which the hub's cache holds a tokenizer; raises ModelError if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = next((file for file in TOKENIZER_FILES if isinstance(try_to_load_from_cache(name, file), str)), None)
+    if found is None:
+        raise ModelError(f"the tokenizer of {name} is not on this machine, and no hub is asked for it")
+    return str(Path(str(try_to_load_from_cache(name, found))).parent)
 
 
 def adapter_base(name: str) -> str:

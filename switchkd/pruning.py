@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from switchkd.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.models import load_model, load_tokenizer
 from switchkd.paths import expanded
+from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def prune(
     student = prune_layers(model, kept)
     with staged_folder(target) as folder:
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return kept
 
 

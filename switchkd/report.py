@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.config import name_of
+from switchkd.config import NOUNS, plain_values, to_dict
 from switchkd.statistics import FEW_EXAMPLES
+from switchkd.terminal import console
 from switchkd.text import spoken
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from switchkd.tasks import Task
 
 FEW = "†"  # marks a score over few examples
-
-console = Console(emoji=False, markup=False, highlight=False)  # text is data, never markup
 
 
 class Bar:
@@ -65,11 +63,11 @@ def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Bar]:
 
 def step_line(metrics: dict[str, Any]) -> str:
     """One training step in a line: loss, tokens per second and, where text was generated, who spoke."""
-    parts = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:.0f} tok/s"]
+    parts = [f"loss {number(metrics['loss'], 4)}", f"{number(metrics['tokens_per_second'], 2)} tok/s"]
     if "switch/teacher_share" in metrics:
-        parts.append(f"teacher {metrics['switch/teacher_share']:.0%}")
+        parts.append(f"teacher {percent(metrics['switch/teacher_share'])}")
         if metrics["switch/divergence_mean"] is not None:
-            parts.append(f"divergence {metrics['switch/divergence_mean']:.2f}")
+            parts.append(f"divergence {number(metrics['switch/divergence_mean'], 2)}")
     else:
         parts.append(metrics["source"])
     return " · ".join(parts)
@@ -135,8 +133,9 @@ def method_table(recipes: dict[str, TrainConfig]) -> Table:
     """The recipes by name: who writes, what is trained, on which text, and where the method is from."""
     table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
     for name, config in recipes.items():
-        policy = settings_text(config.policy) if config.mix.generates else "–"
-        table.add_row(name, policy, settings_text(config.objective), settings_text(config.mix), config.method)
+        rules = to_dict(config)
+        policy = settings_text(rules, "policy") if config.mix.generates else "–"
+        table.add_row(name, policy, settings_text(rules, "objective"), settings_text(rules, "mix"), config.method)
     return table
 
 
@@ -160,21 +159,23 @@ def task_table(tasks: Iterable[Task]) -> Table:
     return table
 
 
-def settings_text(rule: Any) -> str:
-    """A rule's name, with the settings that are not its defaults."""
-    default = type(rule)()
-    changed = (f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != getattr(default, f.name))
-    given = ", ".join(f"{name}={getattr(rule, name)}" for name in changed)
-    return name_of(rule) + (f" ({given})" if given else "")
+def settings_text(settings: Mapping[str, Any], noun: str) -> str:
+    """The name of the policy, objective or mix in plain settings, with what is set otherwise than by default; of one that does
+    not ship with the package, which is not imported, with all that is set."""
+    known = NOUNS[noun][1].get(settings[noun]["name"])
+    default = plain_values(dataclasses.asdict(known())) if known else {}
+    own = {name: value for name, value in settings[noun].items() if name != "name"}
+    given = ", ".join(f"{name}={value}" for name, value in own.items() if name not in default or value != default[name])
+    return settings[noun]["name"] + (f" ({given})" if given else "")
 
 
 def cost_line(cost: DecodeCost) -> str:
     """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
     s = cost.summary()
     return (
-        f"{cost.kept_tokens} tokens ({1 - s['teacher_share']:.0%} student, {s['teacher_share']:.0%} teacher), "
-        f"{s['tokens_per_second']:.1f} tokens/s; forwards per kept token: student {s['student_forwards_per_token']:.2f}, "
-        f"teacher {s['teacher_forwards_per_token']:.2f}"
+        f"{cost.kept_tokens} tokens ({percent(1 - s['teacher_share'])} student, {percent(s['teacher_share'])} teacher), "
+        f"{number(s['tokens_per_second'], 2)} tokens/s; forwards per kept token: "
+        f"student {number(s['student_forwards_per_token'])}, teacher {number(s['teacher_forwards_per_token'])}"
     )
 
 
@@ -187,10 +188,20 @@ def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
     console.print(text + spoken(rollout, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent for everyday sizes."""
-    if math.isnan(value):
-        return "-"
-    size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3
-    return f"{value:,.{digits}f}"
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, or all before the point, without an exponent for everyday sizes; "-" for NaN, "0" for 0 alone."""
+    if math.isnan(value) or not value:
+        return "-" if value else "0"
+    rounded = float(f"{value:.{digits - 1}e}")  # first, as 9.996 has one digit more before the point than it seems
+    place = math.floor(math.log10(abs(rounded))) if math.isfinite(value) else 0
+    if not -7 < place < 15:
+        return f"{rounded:.{digits - 1}e}"
+    return f"{value:,.{max(digits - 1 - place, 0)}f}"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in whole percent, or in as many digits as it takes not to be taken for none or all."""
+    whole = f"{share:.0%}"
+    if whole in ("0%", "100%") and share not in (0, 1):
+        return f"{number(100 * share, 2)}%" if share < 0.5 else f"{100 - float(f'{100 - 100 * share:.1g}'):.9g}%"
+    return whole

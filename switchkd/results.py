@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,8 @@ class Evaluation:
     """One model's scores on held-out examples.
 
     ``scores`` by name hold a value for each sampling seed and example, ``groups`` the examples' groups, ``model`` name and
-    checksum. Divergence and perplexity are of the reference tokens: one seed, weighted by tokens.
+    checksum; ``made_with`` is all that scores depend on beside the model, where that is known. Divergence and perplexity are of
+    the reference tokens: one seed, weighted by tokens.
     """
 
     scores: dict[str, Values]
@@ -52,6 +53,7 @@ class Evaluation:
     groups: Sequence[str] = ()
     model: Mapping[str, str] = field(default_factory=dict)
     completions: Sequence[Completion] = field(default=(), repr=False)
+    made_with: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def summary(self) -> dict[str, Estimate]:
@@ -93,8 +95,12 @@ def write_results(
     data: Mapping[str, Any],
     settings: Mapping[str, Any],
     results: Mapping[str, Evaluation],
+    write: Callable[[Path, str], None] = write_file,
 ) -> None:
-    """Write evaluations by the name of their model, each whole or not at all; what they depend on stands beside them."""
+    """Write evaluations by the name of their model; what they depend on stands beside them.
+
+    Into a pipe or device go the scores alone: nothing can lie beside it.
+    """
     lines = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
     texts = "".join(json.dumps(line) + "\n" for line in lines)
     record = {
@@ -108,8 +114,9 @@ def write_results(
     scores = ",\n".join(f"{json.dumps(key)}: {json.dumps(_no_nan(value))}" for key, value in record.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     # Two files cannot change in one moment: scores that stand beside the text of others are told by the checksum.
-    write_file(completions_file(file), texts)
-    write_file(file, f"{{\n{scores}\n}}\n")
+    if file.is_file() or not file.exists():
+        write(completions_file(file), texts)
+    write(file, f"{{\n{scores}\n}}\n")
 
 
 class _Task(TypedDict):
@@ -136,6 +143,7 @@ class _Record(TypedDict):
 
     task: _Task
     data: _Data
+    settings: dict[str, Any]
     results: dict[str, _Result]
 
 
@@ -207,6 +215,10 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
     primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
     if len(groups) not in (0, examples):
         raise DataError(f"there are {len(groups)} groups for {examples} examples")
+    task = {name: record["task"].get(name) for name in ("name", "version")}
+    made_with = {"task": task, "ids": record["data"]["ids"], "data sha256": record["data"].get("sha256")} | record[
+        "settings"
+    ]
     results = {}
     for model, result in record["results"].items():
         scores = {name: _values(name, **values) for name, values in result["scores"].items()}
@@ -215,7 +227,7 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
                 raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
         if primary not in scores:
             raise DataError(f"{model} has no score {primary!r}, the task's primary one")
-        results[model] = Evaluation(scores, primary, groups, result["model"])
+        results[model] = Evaluation(scores, primary, groups, result["model"], made_with=made_with)
     return results
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from switchkd.checkpoint import checkpoints, step_of
-from switchkd.config import TrainConfig, from_dict
+from switchkd.config import TrainConfig, from_dict, to_dict
 from switchkd.errors import CheckpointError, ConfigError, DataError
 from switchkd.manifest import STAMP
 from switchkd.plain import (
@@ -29,16 +29,36 @@ from switchkd.plain import (
 from switchkd.results import Evaluation, read_results
 from switchkd.rollouts import RolloutRecord
 from switchkd.saved_student import SCORED, STUDENT, SavedStudent, scored_another
+from switchkd.steps import Steps
 from switchkd.storage import sync, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONFIG = "config.yaml"
+CONFIG, ORIGIN = "config.yaml", "origin.json"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
 
 
 Count = Annotated[int, range(2**63)]
+
+
+class _Rule(TypedDict):
+    name: str
+
+
+class _Settings(TypedDict):
+    """What is read of a run's settings; the rest of them is only shown."""
+
+    method: str
+    policy: _Rule
+    objective: _Rule
+    mix: _Rule
+    teacher_model_name_or_path: str
+    student_model_name_or_path: str
+    teachers: dict[str, str]
+    train_file: str
+    seed: int
+    max_steps: int
 
 
 class _Step(TypedDict):
@@ -99,13 +119,15 @@ def trained_student(run: Path) -> str:
 class RunRecord:
     """What a run directory holds. ``evaluations`` are by the name of their file, and in it by model.
 
+    ``settings`` are plain values: reading imports no rule of the run's own. ``looks`` are the step and the tokens of every line of
+    samples.jsonl, which may be too long to hold.
     ``notes`` say what is there and is not shown: a student that is damaged, and scores of one that the run's student is not.
     """
 
     path: Path
-    config: TrainConfig
-    metrics: Lines
-    samples: Lines
+    settings: dict[str, Any]
+    metrics: Steps
+    looks: list[tuple[int, int]]
     evaluations: dict[str, dict[str, Evaluation]]
     student: SavedStudent | None = None
     notes: tuple[str, ...] = ()
@@ -113,7 +135,7 @@ class RunRecord:
     @staticmethod
     def read(path: Path) -> RunRecord:
         """Raises ConfigError if ``path`` is no run directory, DataError for a line or file in it that is damaged."""
-        config = read_config(path)
+        settings = read_settings(path, _Settings)
         found: dict[str, dict[str, Evaluation]] = {}
         student, damaged = None, ""
         try:
@@ -127,8 +149,24 @@ class RunRecord:
                 notes.append(f"{file}: {wrong}; they are not shown")
                 results = {name: result for name, result in results.items() if name not in SCORED}
             found |= {file.stem: results} if results else {}
-        samples = read_lines(path / SAMPLES, SampleLine)
-        return RunRecord(path, config, read_metrics(path), samples, found, student, tuple(notes))
+        looks = [(line["step"], len(line["completion_ids"])) for line in iter_lines(path / SAMPLES, SampleLine)]
+        scores = [result.primary for result in found.get("evaluation", {}).values()]
+        metrics = read_steps(path, settings, *scores[:1])
+        return RunRecord(path, settings, metrics, looks, found, student, tuple(notes))
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The settings as the run had them, with its rules, which are imported if they are from elsewhere."""
+        return read_config(self.path)
+
+    @cached_property
+    def samples(self) -> Lines:
+        """All of samples.jsonl."""
+        return self.samples_at(range(len(self.looks)))
+
+    def samples_at(self, places: Collection[int]) -> Lines:
+        """The lines of samples.jsonl at these places in ``looks``."""
+        return list(iter_lines(self.path / SAMPLES, SampleLine, places))
 
     @property
     def finished(self) -> bool:
@@ -145,7 +183,8 @@ class RunRecord:
         last = self.metrics[-1]["step"]
         if self.finished:
             return f"Finished after {last} steps{self._student_words}."
-        of = f" of {self.config.max_steps}" if self.config.max_steps >= 0 else ""
+        most = self.settings["max_steps"]
+        of = f" of {most}" if most >= 0 else ""
         saved = checkpoints(self.path)
         where = f"its newest checkpoint is that of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
         return f"Not finished: it was stopped after step {last}{of}, or is still running; {where}."
@@ -180,14 +219,12 @@ class RunRecord:
         return found
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither can be had."""
+        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither is on this machine."""
         from switchkd.models import load_tokenizer
 
         saved = [self.path / STUDENT, *checkpoints(self.path)]
-        for folder in saved:
-            if (folder / "tokenizer.json").is_file():
-                return load_tokenizer(str(folder))
-        return load_tokenizer(self.config.teacher_model_name_or_path)
+        own = (str(folder) for folder in saved if (folder / "tokenizer.json").is_file())
+        return load_tokenizer(next(own, self.settings["teacher_model_name_or_path"]), on_disk=True)
 
 
 def _of_another(run: Path, results: Mapping[str, Evaluation]) -> str:
@@ -196,10 +233,42 @@ def _of_another(run: Path, results: Mapping[str, Evaluation]) -> str:
 
 def read_config(run: Path) -> TrainConfig:
     """The settings of a run directory; raises ConfigError if it is none, or they are not settings."""
-    file = run / CONFIG
-    if not file.is_file():
+    _require_config(run)
+    return from_dict(TrainConfig, read_yaml(run / CONFIG), str(run / CONFIG))
+
+
+def read_settings(run: Path, kind: type) -> dict[str, Any]:
+    """The settings of a run as plain values, defaults for those that it is too old to have; ``kind`` says what is read of them.
+
+    Nothing in them is imported. Raises ConfigError if it is no run directory, DataError for what are no settings.
+    """
+    _require_config(run)
+    try:
+        settings = to_dict(TrainConfig()) | read_yaml(run / CONFIG)
+        check_type(settings, kind)
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{run} is no run directory, its {CONFIG} is not what switchkd writes: {error}") from error
+    return settings
+
+
+def _require_config(run: Path) -> None:
+    if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
-    return from_dict(TrainConfig, read_yaml(file), str(file))
+
+
+def read_steps(run: Path, settings: Mapping[str, Any], primary: str = "") -> Steps:
+    """The step metrics of a run of these settings, with the checksums of what it is on; ``primary`` is its main score."""
+    return Steps(read_metrics(run), settings, run.resolve().name, _checksums(run), primary)
+
+
+def _checksums(run: Path) -> dict[str, str]:
+    """What origin.json says of text and models; {} where there is none."""
+    try:
+        found = json_object((run / ORIGIN).read_bytes()) if (run / ORIGIN).is_file() else {}
+    except (OSError, DataError) as error:
+        raise DataError(f"{run / ORIGIN} cannot be read: {error}") from error
+    known = {name: each.get("sha256") for name, each in found.items() if isinstance(each, dict)}
+    return {name: sha256 for name, sha256 in known.items() if isinstance(sha256, str)}
 
 
 def read_metrics(run: Path) -> Lines:

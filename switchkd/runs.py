@@ -74,6 +74,7 @@ from switchkd.policies import Policy, StudentOnly
 from switchkd.precision import with_dtypes
 from switchkd.processes import from_main, new_accelerator, with_launchers_settings
 from switchkd.proof import prove
+from switchkd.published import public_name
 from switchkd.rehearsal import rehearse, save_student
 from switchkd.results import EVALUATION, Evaluation, read_results, write_results
 from switchkd.rollouts import Rollouts
@@ -336,7 +337,7 @@ class Heldout:
         """Task and data in words, to stand before the settings."""
         return {
             "task": f"{self.task.name} version {self.task.version}",
-            "data": f"{self.file}, sha256 {self.sha256[:12]}…",
+            "data": f"{public_name(self.file)}, sha256 {self.sha256[:12]}…",
         }
 
     @cached_property
@@ -459,10 +460,16 @@ def score(
     return replace(result, model={"sha256": sha256} | (saved.mark() if saved else {}))
 
 
-def write_scores(file: Path, heldout: Heldout, settings: dict[str, Any], results: dict[str, Evaluation]) -> None:
+def write_scores(
+    file: Path,
+    heldout: Heldout,
+    settings: dict[str, Any],
+    results: dict[str, Evaluation],
+    write: Callable[[Path, str], None] = write_file,
+) -> None:
     """Evaluations with everything they depend on, as JSON."""
     task = {"name": heldout.task.name, "version": heldout.task.version, "primary": heldout.task.primary}
-    write_results(file, task, heldout.to_json(), settings, results)
+    write_results(file, task, heldout.to_json(), settings, results, write)
 
 
 def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one asks for an end at the next whole point, a second one ends the process where it stands.
+"""SIGTERM, SIGINT and SIGHUP: the first one asks for an end at the next whole point, a second one ends the process where it stands.
 
 Inside ``deferred()`` a signal is only noted. Whoever works in blocks (a decoding round, a micro-batch, a batch of evaluation)
 calls ``check`` between two of them, which raises ``Stopped``. Signals belong to the process, so what has been noted does too.
@@ -6,13 +6,14 @@ calls ``check`` between two of them, which raises ``Stopped``. Signals belong to
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
 # A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.
 ONE_SIGNAL_SECONDS = 1.0
 
@@ -46,7 +47,7 @@ def check() -> None:
 
 @contextmanager
 def deferred(polled: bool = True) -> Iterator[None]:
-    """Note the first SIGTERM or SIGINT instead of obeying it; a later one does what it did before this block.
+    """Note the first signal of STOPPING instead of obeying it; a later one does what it did before this block.
 
     ``polled`` False keeps ``check`` silent, for processes that can only stop together. In another thread than the main one
     nothing changes, since Python handles signals there only.
@@ -55,7 +56,7 @@ def deferred(polled: bool = True) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in _heard()}
     first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -63,16 +64,14 @@ def deferred(polled: bool = True) -> Iterator[None]:
         nonlocal first
         if not _received:
             _received, first = number, time.monotonic()
-            os.write(
-                2, b"stopping at the next whole point; once more to leave at once\n"
-            )  # safe wherever a signal comes
+            _say("stopping at the next whole point; once more to leave at once\n")
         elif time.monotonic() - first > ONE_SIGNAL_SECONDS:
             _restore(before)
             signal.raise_signal(number)
 
     _received, _polled = 0, polled
     try:
-        for number in STOPPING:
+        for number in before:
             signal.signal(number, note)
         yield
     finally:
@@ -82,15 +81,29 @@ def deferred(polled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Interrupted where the process stands, as Ctrl-C does, so that what is half made is taken away."""
+    """SIGTERM and SIGHUP raise Interrupted where the process stands, as Ctrl-C does, so that what is half made is taken away."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before: dict[signal.Signals, Callable | int | None] = {}
+    for number in set(_heard()) - {signal.SIGINT}:
+        before[number] = signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        _restore({signal.SIGTERM: before})
+        _restore(before)
+
+
+def _heard() -> list[signal.Signals]:
+    """What is listened to: all of STOPPING, but for a SIGHUP that `nohup` has this process ignore."""
+    return [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def _say(text: str) -> None:
+    """On stderr, past all buffers: a signal may come while something else writes there. Nobody may be there to read it."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            os.write(sys.stderr.fileno(), text.encode())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

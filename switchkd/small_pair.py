@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError, ModelError, nearest
+from switchkd.published import save_tokenizer
 from switchkd.small_data import NOT_MADE, PARTS, TASKS, Row, small_pair_folder
 from switchkd.storage import staged_folder
 
@@ -105,7 +106,7 @@ def _make(folder: Path, seed: int, scale: str) -> dict[str, Any]:
         model = new_model(shape, tokenizer, seed, role)
         seconds = _train(model, tokenizer, train, _settings(shape, sizes.batch_size, seed), f"train the {role}")
         model.save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
+        save_tokenizer(tokenizer, folder / role)
         record[role] |= {"training_seconds": round(seconds, 1)} | _measure(folder, model, tokenizer, role)
     return record
 

@@ -140,6 +140,7 @@ class Bootstrap:
         with np.errstate(invalid="ignore"):  # inf - inf, of perplexities
             if len(self.units) > 1:
                 std = float(np.std(self.units, ddof=1))
+                std = std if std > 1e-12 * abs(self.mean) else 0.0  # else it is of rounding alone
             # A resample may hold no example of weight; it then says nothing.
             said = self.replicates[~np.isnan(self.replicates)]
             if self.examples >= 2 and said.size:

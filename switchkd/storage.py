@@ -32,6 +32,8 @@ def staged_folder(target: Path, replace: bool = False, needs: int | None = None)
             staging.mkdir()
             yield staging
             for path in staging.rglob("*"):
+                if path.is_file():
+                    path.chmod(staging.stat().st_mode & _FILE_MODE)
                 sync(path)
             sync(staging)
             if replace and os.path.lexists(target):
@@ -63,11 +65,17 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path, needs: int | None = None) -> Iterator[Path]:
-    """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise."""
+    """A path beside ``target`` for a file that takes its place if the block ends well, and is removed otherwise.
+
+    A file that it replaces hands its mode on.
+    """
     staging = _hidden(target)
     with written(target, needs):
         try:
+            staging.touch()
+            mode = (target if target.is_file() and not target.is_symlink() else staging).stat().st_mode
             yield staging
+            staging.chmod(mode & _FILE_MODE)
             sync(staging)
             os.replace(staging, target)
             sync(target.parent)
@@ -76,9 +84,27 @@ def staged_file(target: Path, needs: int | None = None) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file of ours whole or not at all."""
     with staged_file(path, len(text)) as staging:
         staging.write_text(text, encoding="utf-8")
+
+
+def write_output(path: Path, contents: str | bytes) -> None:
+    """Write a file that a person named: through a link and into what is there, which keeps its mode and owner, be it a file, a
+    pipe or a device. Where nothing is, whole or not at all, its folder made for it.
+    """
+    data = contents.encode() if isinstance(contents, str) else contents
+    if path.exists():
+        with written(path, len(data)):
+            path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))  # which a link may name
+    with written(target):
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(target, len(data)) as staging:
+        staging.write_bytes(data)
 
 
 def append_lines(path: Path, records: Sequence[dict[str, Any]], durable: bool = False) -> None:
@@ -166,6 +192,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+# Of a mode, what a file may have: others write files that nobody else can read, whatever the process's umask allows.
+_FILE_MODE = 0o666
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # Names that nobody else gives: whatever has one may be deleted.
 _HIDDEN = re.compile(r"\..+\.switchkd-[0-9a-f]{32}")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from switchkd.compare import compare
 from switchkd.compare_report import markdown, save_figure, show, write
+from switchkd.config import to_dict
 from switchkd.curves import Metrics, cost, draw, metric_panels
-from switchkd.report import console, number
+from switchkd.report import console, number, percent
 from switchkd.rollouts import mean
-from switchkd.run_record import read_metrics
+from switchkd.run_record import read_steps
+from switchkd.steps import Steps
 from switchkd.storage import write_file
 from switchkd.study_plan import REPORT, Cell, Plan, Size, joined
 
@@ -30,7 +32,9 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
             write(found, folder)
             parts += [markdown(found), f"![Scores of each method]({folder.name}/compare.png)"]
             show(found)
-        runs = {m: [read_metrics(output_dir / cell.name) for cell in mine if cell.method == m] for m in plan.methods}
+        runs: dict[str, list[Steps]] = {method: [] for method in plan.methods}
+        for cell in mine:
+            runs[cell.method].append(read_steps(output_dir / cell.name, to_dict(cell.config)))
         parts += ["## What each method cost", cost_table(runs)]
         if plan.curves:
             name = joined("curves", group)
@@ -48,7 +52,7 @@ def cost_table(runs: Mapping[str, Sequence[Metrics]]) -> str:
     lines = ["| method | runs | steps | tokens trained | seconds | relative | teacher's tokens | switched responses |"]
     lines.append("|---|" + "---:|" * 7)
     for method, c in means.items():
-        shares = ["–" if math.isnan(c[name]) else f"{c[name]:.0%}" for name in ("teacher share", "switched responses")]
-        sizes = [f"{c['steps']:,.0f}", f"{c['tokens']:,.0f}", number(c["seconds"]), f"{c['seconds'] / first:.2f}"]
+        shares = ["–" if math.isnan(c[name]) else percent(c[name]) for name in ("teacher share", "switched responses")]
+        sizes = [f"{c['steps']:,.0f}", f"{c['tokens']:,.0f}", number(c["seconds"]), number(c["seconds"] / first)]
         lines.append(f"| {method} | {len(costs[method])} | {' | '.join([*sizes, *shares])} |")
     return "\n".join(lines)

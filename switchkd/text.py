@@ -21,9 +21,11 @@ BROKEN = "\ufffd"
 SPEAKERS = ("", "bold magenta")  # the styles of the student's and the teacher's words
 BARS, NO_BAR = "▁▂▃▄▅▆▇█", "·"
 
-# C0 has pictures in Unicode; C1, which some terminals obey too, has none. Newline and tab stay.
+# C0 has pictures in Unicode; C1, which some terminals obey too, has none, and neither have the marks that turn the direction of
+# what follows, so that a line reads otherwise than it is. Newline and tab stay.
 _SHOWN: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
 _SHOWN |= {0x7F: "␡"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+_SHOWN |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -45,7 +47,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """``text`` with control characters as pictures (␛), so that a terminal shows them and obeys none; newline and tab stay."""
+    """``text`` with control characters as pictures (␛) and marks of direction spelt out, so that a terminal shows them and obeys
+    none; newline and tab stay."""
     return text.translate(_SHOWN)
 
 

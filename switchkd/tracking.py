@@ -4,7 +4,8 @@ The trackers are accelerate's. They are told one by one, because ``Accelerator.l
 must never end a run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ class Trackers:
     """
 
     def __init__(self, names: Sequence[str], run: Path, settings: Mapping[str, Any], step: int):
-        self._running = [_tracker(name, run, settings, step) for name in names]
-        self._tell("starting", lambda tracker: tracker.start())
+        self._running: dict[str, GeneralTracker] = {}
+        for name in names:
+            with self._surviving(name, "starting"):
+                tracker = _tracker(name, run, settings, step)
+                tracker.start()
+                self._running[name] = tracker
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """The values of a step: numbers and text. What has none (None, or NaN) is left out."""
@@ -50,17 +55,22 @@ class Trackers:
         self._tell("finishing", lambda tracker: tracker.finish())
 
     def _tell(self, moment: str, tell: Callable[[GeneralTracker], None]) -> None:
-        for tracker in list(self._running):
-            try:
+        for name, tracker in list(self._running.items()):
+            with self._surviving(name, moment):
                 tell(tracker)
-            except Exception as error:  # each has errors of its own: a network, a full disk, a missing login
-                self._running.remove(tracker)
-                report.console.print(
-                    f"warning: {tracker.name} failed at {moment} ({type(error).__name__}: {error}) and is told nothing more; "
-                    "the run goes on, and metrics.jsonl has everything",
-                    style="yellow",
-                    soft_wrap=True,
-                )
+
+    @contextmanager
+    def _surviving(self, name: str, moment: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each has errors of its own: a network, a full disk, a missing login
+            self._running.pop(name, None)
+            report.console.print(
+                f"warning: {name} failed at {moment} ({type(error).__name__}: {error}) and is told nothing more; "
+                "the run goes on, and metrics.jsonl has everything",
+                style="yellow",
+                soft_wrap=True,
+            )
 
 
 def _tracker(name: str, run: Path, settings: Mapping[str, Any], step: int) -> GeneralTracker:

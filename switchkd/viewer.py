@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Texts of the training run that are shown, at most, and looks at a prompt over training.
 TRAINING_TEXTS, LOOKS = 200, 40
+MOST_TOKENS = 100_000  # of looks that are read: some times as many as a page holds
 
 Pieces = Callable[[Sequence[int]], list[str]]
 
@@ -36,18 +38,22 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
     except ModelError as error:
         notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
         decode = _as_numbers
-    steps = sorted({sample["step"] for sample in run.samples})
+    steps = sorted({step for step, _ in run.looks})
     shown = [steps[place] for place in spread(len(steps), LOOKS)]
-    samples = [sample for sample in run.samples if sample["step"] in set(shown)]
+    while len(shown) > 1 and sum(tokens for step, tokens in run.looks if step in set(shown)) > MOST_TOKENS:
+        shown = _half(shown)
+    samples, left_out = _samples(run, set(shown))
+    if left_out:
+        notes.append(f"{left_out} prompts are left out: together they are too long to be shown.")
     found = {
         "label": label,
-        "unit": run.config.policy.unit,
+        "unit": run.metrics.unit,
         "vocabulary": _vocabulary(samples, decode),
         "prompts": _prompts(samples, decode),
         "texts": [_text(record, decode) for record in run.rollouts(TRAINING_TEXTS)],
     }
     while len(json.dumps(found)) > most_bytes and max(len(shown), len(found["texts"])) > 1:
-        shown = [shown[place] for place in spread(len(shown), max(len(shown) // 2, 1))]
+        shown = _half(shown)
         found = _thinned(found, set(shown))
     if len(shown) < len(steps):
         notes.append(f"{len(shown)} of {len(steps)} looks at the prompts are shown, evenly spread.")
@@ -63,8 +69,21 @@ def _thinned(found: dict[str, Any], steps: set[int]) -> dict[str, Any]:
     return found | {
         "vocabulary": {token: text for token, text in found["vocabulary"].items() if token in ids},
         "prompts": prompts,
-        "texts": [texts[place] for place in spread(len(texts), max(len(texts) // 2, 1))],
+        "texts": _half(texts),
     }
+
+
+def _half(items: Sequence[Any]) -> list[Any]:
+    """Half of them, evenly spread, at least one of any."""
+    return [items[place] for place in spread(len(items), max(len(items) // 2, 1))]
+
+
+def _samples(run: RunRecord, steps: Collection[int]) -> tuple[Lines, int]:
+    """The samples of these steps, as many as may be held, and how many are left out."""
+    wanted = [place for place, (step, _) in enumerate(run.looks) if step in steps]
+    sizes = accumulate(run.looks[place][1] for place in wanted)
+    kept = {place for place, size in zip(wanted, sizes, strict=True) if size <= MOST_TOKENS}
+    return run.samples_at(kept), len(wanted) - len(kept)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Pieces:

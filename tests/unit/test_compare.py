@@ -277,7 +277,7 @@ def test_the_page_has_every_figure_and_says_what_it_means(runs):
     page = compare_report.markdown(comparison)
     estimate = rows(comparison)["kd"].estimate
     assert (
-        f"| kd | 3 | {estimate.mean:.1f} ± {estimate.std:.3f} [{estimate.low:.1f}, {estimate.high:.1f}] | 60 |" in page
+        f"| kd | 3 | {estimate.mean:.1f} ± {estimate.std:.4f} [{estimate.low:.1f}, {estimate.high:.1f}] | 60 |" in page
     )
     gap = rows(comparison)["kd"].difference.estimate
     assert f"| −{-gap.mean:.2f} [−{-gap.low:.2f}, −{-gap.high:.2f}] | worse |" in page
@@ -302,7 +302,7 @@ def test_an_interval_without_width_is_explained(runs):
         runs[0],
         lambda r: r["results"]["student after"]["scores"].update(strict={"values": [[0.1] * N] * 2, "weights": None}),
     )
-    assert "| switch | 1 | 0.100 ± 0.000 [0.100, 0.100] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
+    assert "| switch | 1 | 0.100 ± 0 [0.100, 0.100] | 60‡ |" in page_of(runs) and "up to 3/n" in page_of(runs)
 
 
 def test_a_score_that_no_example_has_is_shown_as_missing(tmp_path):

@@ -18,12 +18,15 @@ from switchkd.curves import (
     Panel,
     draw,
     metric_panels,
+    panel_notes,
     run_curves,
     thinned,
 )
 from switchkd.errors import ConfigError, DataError
 from switchkd.figures import FIGURES, load_methods
-from switchkd.policies import StudentOnly, Switch
+from switchkd.objectives import TVD
+from switchkd.policies import SKD, AdaSwitch, StudentOnly, Switch
+from switchkd.steps import Steps
 from switchkd.svg import themed_svg
 
 NAN = math.nan
@@ -33,10 +36,15 @@ def rows(**columns):
     """Step metrics from their columns; a step whose value is ``...`` has not the metric."""
     steps = range(len(next(iter(columns.values()))))
     named = {name.replace("__", "/"): values for name, values in columns.items()}
-    return [
+    return of_run(
         {"step": i + 1, "num_tokens": 10 * (i + 1)} | {n: v[i] for n, v in named.items() if v[i] is not ...}
         for i in steps
-    ]
+    )
+
+
+def of_run(lines, name="run", sha256=None, **settings):
+    """Step metrics of a run with these settings."""
+    return Steps(lines, to_dict(TrainConfig(**settings)), name, sha256)
 
 
 def lines(axes):
@@ -163,9 +171,9 @@ def test_a_report_has_the_curves_that_there_is_data_for():
     for curve in made.values():
         assert all(axes.get_ylabel() for axes in curve.figure.axes) and curve.figure.axes[-1].get_xlabel()
     assert made["divergence"].figure.legends and not made["loss"].figure.legends
-    bare = [{k: m[k] for k in ("step", "num_tokens", "loss")} for m in full()]
+    bare = of_run({k: m[k] for k in ("step", "num_tokens", "loss")} for m in full())
     assert [curve.name for curve in run_curves({"run": bare})] == ["loss"]
-    assert run_curves({"run": []}) == []
+    assert run_curves({"run": of_run([])}) == []
 
 
 def test_curves_say_in_words_what_they_show():
@@ -176,13 +184,13 @@ def test_curves_say_in_words_what_they_show():
     assert said == {
         "loss": "loss falls from 1.20 to 0.400 over 3 steps.",
         "teacher_share": "teacher's share of tokens rises from 25% to 75% over 3 steps.",
-        "first_switch": "first switch rises from 2.00 to 4.00 (1 value missing or not finite, at step 2) over 3 steps.",
+        "first_switch": "first switch rises from 2.00 to 4.00 (no value at step 2) over 3 steps.",
         "memory": "memory is 1.00 over 3 steps.",
     }
 
 
 def test_of_several_runs_each_metric_is_a_panel_and_a_run_without_it_is_named():
-    dumb = [{k: v for k, v in m.items() if not k.startswith(("switch/", "seconds/"))} for m in full()]
+    dumb = of_run({k: v for k, v in m.items() if not k.startswith(("switch/", "seconds/"))} for m in full())
     made = {curve.name: curve for curve in run_curves({"a": full(), "b": full(seed=1), "c": dumb})}
     shares = made["teacher_share"]
     assert [list(lines(axes)) for axes in shares.figure.axes] == [["a", "b"], ["a", "b"]]
@@ -354,7 +362,7 @@ def test_what_cannot_be_compared_or_read_is_refused(methods, tmp_path):
     paths = [str(tmp_path / name) for name in ("kd", "every_5-seed0")]
     with pytest.raises(DataError, match="max_new_tokens"):
         FIGURES["cost"](load_methods(paths))
-    with pytest.raises(DataError, match="no run directory"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         load_methods([str(tmp_path)])
     with pytest.raises(DataError, match="nothing to plot"):
         load_methods([])
@@ -367,3 +375,116 @@ def test_a_damaged_evaluation_of_a_finished_run_says_so(methods, tmp_path):
     (tmp_path / "kd" / "evaluation.json").write_text("{")
     with pytest.raises(DataError, match=r"evaluation\.json cannot be read"):
         FIGURES["cost"](load_methods([str(tmp_path / "kd")]))
+
+
+# --- what is not measured alike -------------------------------------------------------------------------------------
+
+SCORED = {"eval__rouge_l": [1.0, 2.0], "eval__forward_kl": [1.0, 0.5]}
+APART = {
+    "other data": ("eval/rouge_l", {"sha256": {"eval_file": "b"}}),
+    "another file": ("eval/rouge_l", {"eval_file": "b.jsonl"}),
+    "another budget": ("eval/rouge_l", {"eval_max_new_tokens": 7}),
+    "another temperature": ("eval/rouge_l", {"eval_temperature": 0.5}),
+    "another teacher": ("eval/forward_kl", {"teacher_model_name_or_path": "b"}),
+    "another teacher's weights": ("eval/forward_kl", {"sha256": {"teacher_model_name_or_path": "b"}}),
+    "another unit": ("switch/divergence_mean", {"policy": AdaSwitch()}),
+    "another threshold": ("switch/threshold", {"policy": AdaSwitch(divergence="tvd")}),
+    "another objective": ("loss", {"objective": TVD()}),
+}
+
+
+def two_runs(other):
+    columns = SCORED | {"loss": [1.0, 0.5], "switch__divergence_mean": [0.5, 0.25], "switch__threshold": [0.5, 0.25]}
+    sha256 = {"eval_file": "a", "teacher_model_name_or_path": "a"} if "sha256" in other else None
+    return {
+        "a": of_run(rows(**columns), "run-a", sha256, policy=Switch()),
+        "b": of_run(rows(**columns), "run-b", **{"policy": Switch(), "sha256": sha256} | other),
+    }
+
+
+@pytest.mark.parametrize("difference", APART)
+def test_what_is_not_measured_alike_stands_on_no_common_axis(difference):
+    name, other = APART[difference]
+    if "sha256" in other:
+        other = {"sha256": {"eval_file": "a", "teacher_model_name_or_path": "a"} | other["sha256"]}
+    runs = two_runs(other)
+    own = {label: [run] for label, run in runs.items()}
+    assert [[line.label for line in panel.lines] for panel in metric_panels(own, [name])] == [["a"], ["b"]]
+    with pytest.raises(DataError, match=f"{name} cannot stand on one axis: in run-b, .* as in run-a"):
+        Panel("", [Line(label, runs, name) for label, runs in own.items()])
+    told = " ".join(curve.summary for curve in run_curves(runs))
+    assert "has panels of its own where it is not measured alike: in run-b, " in told
+    assert [len(p.lines) for p in metric_panels(own, ["eval/rouge_l"])] == ([1, 1] if name == "eval/rouge_l" else [2])
+
+
+def test_runs_without_what_they_are_compared_by_are_drawn_by_nobody():
+    with pytest.raises(AttributeError):
+        Panel("", [Line("a", [[{"step": 1, "loss": 1.0}]], "loss"), Line("b", [[{"step": 1, "loss": 1.0}]], "loss")])
+
+
+def test_early_progress_of_other_data_has_panels_of_its_own(tmp_path):
+    """Also of runs that were stopped, of which nothing is known but the settings and origin.json."""
+    paths = []
+    for name, sha256 in (("a", "1"), ("b", "2"), ("c", "1")):
+        own = {"eval_max_new_tokens": 9} if name == "c" else {}
+        paths.append(
+            write_run(tmp_path / name, Switch(decay=0.1 + ord(name)), metrics=generated(2, 2, **SCORED), **own)
+        )
+        (tmp_path / name / "origin.json").write_text(json.dumps({"eval_file": {"examples": 1, "sha256": sha256}}))
+    figure, notes = FIGURES["progress"](load_methods(paths))
+    assert {tuple(lines(axes)) for axes in figure.axes} == {("a",), ("b",), ("c",)}
+    assert "in b, eval_file sha256 is 2, not 1 as in a" in notes and "in c, eval_max_new_tokens is 9, not" in notes
+
+
+@pytest.mark.parametrize("figure", ["lambda", "length", "cost"])
+def test_final_scores_that_cannot_be_compared_are_drawn_by_no_figure(methods, tmp_path, figure):
+    for path in tmp_path.glob("*/evaluation.json"):
+        path.write_text(path.read_text().replace('"sha256": "d"', f'"sha256": "{path.parent.name}"'))
+    with pytest.raises(DataError, match="cannot be compared with"):
+        FIGURES[figure](load_methods([str(tmp_path / name) for name in ("every_5-seed0", "every_10-seed1")]))
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_called_means_only_where_they_are():
+    short, long = rows(loss=[1.0] * 26), rows(loss=[1.0] * 27)
+    notes = [
+        panel_notes([Panel("", [Line("a", [run], "loss") for run in runs])])
+        for runs in ([short], [long], [short, long])
+    ]
+    assert notes == ["", "Lines: means of 9 steps.", "Lines of 27 steps and more: means of 9 steps."]
+    assert panel_notes([Panel("", [Line("a", [rows(eval__x=[1.0] * 27)], "eval/x")])]) == ""
+
+
+@pytest.mark.parametrize(
+    ("unit", "policy"),
+    [("bits", Switch()), ("nats", AdaSwitch()), ("probability", SKD()), ("probability", AdaSwitch(divergence="tvd"))],
+)
+def test_every_axis_names_a_unit_that_there_is(unit, policy):
+    run = of_run(rows(loss=[1.0], switch__threshold=[1.0], **{"switch__divergence_0+": [1.0]}), policy=policy)
+    loss, divergence = run_curves({"a": run})  # alone, and two in one panel
+    assert loss.figure.axes[0].get_ylabel() == "loss (nats per token)"
+    assert divergence.figure.axes[0].get_ylabel().replace("\n", " ") == f"divergence ({unit})"
+    [panel] = metric_panels({"a": [run], "b": [run]}, ["switch/threshold"])
+    assert panel.label.replace("\n", " ") == f"threshold ({unit})"
+
+
+def test_a_loss_has_the_unit_of_its_objective():
+    [panel] = metric_panels({"a": [of_run(rows(loss=[1.0, 2.0]), objective=TVD())]}, ["loss"])
+    assert panel.label == "loss\n(probability per token)"
+
+
+def test_a_value_that_is_missing_is_not_called_not_finite():
+    [curve] = run_curves({"a": rows(memory_gib=[1.0, None, 1.0, math.inf, None])})
+    assert curve.summary == "memory is 1.00 (no value at steps 2, 5) (not finite at step 4) over 5 steps."
+
+
+def test_several_runs_show_the_main_score_of_their_task():
+    runs = {name: of_run(full(), task="references") for name in "ab"}
+    for run in runs.values():
+        for line in run[::8]:
+            values = {key: line.pop(key) for key in ("eval/rouge_1", "eval/rouge_l")}  # in the order of a task's scores
+            line |= values
+    [scores] = [curve for curve in run_curves(runs) if curve.name == "scores"]
+    assert [axes.get_ylabel() for axes in scores.figure.axes] == ["rouge_l (%)", "forward_kl\n(nats per token)"]

@@ -10,7 +10,7 @@ from fabricated import HOSTILE, metric, rollout, run, sample
 
 from switchkd.cli import main
 from switchkd.errors import ConfigError, DataError
-from switchkd.html_report import page
+from switchkd.html_report import _score_sheets, page
 from switchkd.plain import spread
 from switchkd.policies import AdaSwitch, Switch
 from switchkd.run_record import RunRecord, read_metrics
@@ -71,7 +71,7 @@ def test_a_finished_run_says_what_improved_and_is_compared_example_by_example(tm
     (folder / "student").mkdir()
     text = Elements(page([folder])).text
     assert "Finished after 1 steps" in text
-    assert "strict 0.000 before, 75.0 after: +75.0 [+55.0, +90.0], better." in text
+    assert "strict 0 before, 75.0 after: +75.0 [+55.0, +90.0], better." in text
 
 
 def test_several_runs_share_a_page_under_names_that_tell_them_apart(tmp_path):
@@ -80,6 +80,36 @@ def test_several_runs_share_a_page_under_names_that_tell_them_apart(tmp_path):
     assert "a/same: Finished" not in text and "a/same: Not finished" in text and "b/same: Not finished" in text
     with pytest.raises(ConfigError, match="given twice"):
         page([one, one])
+
+
+def tables(paths):
+    """Titles, columns and rows of the score tables of a page of these runs."""
+    records = [RunRecord.read(path) for path in paths]
+    return [(s.header[1:], [row[0] for row in s.rows]) for s in _score_sheets(records, [path.name for path in paths])]
+
+
+@pytest.mark.parametrize("change", ["data", "settings", "task", "teacher"])
+def test_scores_that_cannot_be_compared_are_not_side_by_side(tmp_path, change):
+    paths = [run(tmp_path / name, [metric(1)], scores={"student": [1.0, 2.0]}) for name in "ab"]
+    assert tables(paths) == [(["a: student", "b: student"], ["strict"])]
+    changes = {
+        "data": ("data", {"sha256": "other"}), "settings": ("settings", {"max_new_tokens": 9}),
+        "task": ("task", {"version": 2}), "teacher": ("settings", {"teacher_sha256": "0123456789"}),
+    }  # fmt: skip
+    for path in paths:
+        record = json.loads((path / "evaluation.json").read_text())
+        scores = record["results"]["student"]["scores"]
+        scores["forward_kl"] = scores["strict"]
+        if path.name == "b":
+            place, values = changes[change]
+            record[place] |= values
+        (path / "evaluation.json").write_text(json.dumps(record))
+    names = ["strict", "forward_kl"]
+    if change == "teacher":  # moves divergences alone
+        rows = ["strict", "forward_kl (teacher None)", "forward_kl (teacher 01234567)"]
+        assert tables(paths) == [(["a: student", "b: student"], rows)]
+    else:
+        assert tables(paths) == [(["a: student"], names), (["b: student"], names)]
 
 
 def test_looks_are_thinned_to_fit_first_and_last_kept_and_the_page_says_so(tmp_path):

@@ -235,10 +235,10 @@ def test_a_view_shows_the_newest_numbers_their_curves_the_scores_and_the_sample(
     run.on_step(STEP | {"loss": 0.5, "switch/teacher_share": 1.0, "step": 3}, Rollouts())
     run.on_step(data | {"loss": 0.5, "seconds": 6.0, "step": 4}, Rollouts())
     shown = drawn(pictures[-1])
-    assert shown["loss"] == "0.500  █▅▁▁"
+    assert shown["loss"] == "0.5000  █▅▁▁"
     assert shown["teacher share"] == "100%  ▃·█·"
     assert shown["divergence"] == "–"
-    assert shown["seconds"] == "3.00 a step: generate 1.00 · teacher 0.25 · update 0.75"
+    assert shown["seconds"] == "3.00 a step: generate 1.00 · teacher 0.250 · update 0.750"
     assert shown["scores"] == "step 2: strict 12.5"
     assert shown["sample"] == "#3 (eos) words"
     run.on_round(DecodeCost(seconds=2.0, kept_tokens=64))

@@ -11,7 +11,7 @@ from tiny import byte_level_tokenizer
 from switchkd import Rollout, report
 from switchkd.results import Evaluation
 from switchkd.rollouts import DecodeCost
-from switchkd.statistics import Values
+from switchkd.statistics import Estimate, Values
 
 
 def shown(monkeypatch, show, terminal=False, width=120):
@@ -114,11 +114,31 @@ def test_costs():
     line = report.cost_line(cost)
     assert (
         line
-        == "10 tokens (60% student, 40% teacher), 5.0 tokens/s; forwards per kept token: student 2.00, teacher 0.50"
+        == "10 tokens (60% student, 40% teacher), 5.0 tokens/s; forwards per kept token: student 2.00, teacher 0.500"
     )
     assert (cost + cost).kept_tokens == 20
 
 
-@pytest.mark.parametrize("value,text", [(0.0123, "0.012"), (12.34, "12.3"), (1234.5, "1,234"), (math.inf, "inf")])
-def test_numbers(value, text):
-    assert report.number(value) == text
+NUMBERS = {
+    0.0: "0", 3.1e-9: "3.10e-09", 0.0000312: "0.0000312", 0.00012: "0.000120", 0.0123: "0.0123", 0.9996: "1.00",
+    9.996: "10.0", 12.34: "12.3", 123.4: "123", 1234.5: "1,234", 1e16: "1.00e+16", math.inf: "inf",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_have_three_significant_digits_however_small(value):
+    assert report.number(value) == NUMBERS[value]
+    if value:
+        assert report.number(-value) == f"-{NUMBERS[value]}" and report.number(math.nan) == "-"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0%"), (0.25, "25%"), (1, "100%"), (0.003, "0.30%"), (0.9996, "99.96%")]
+)
+def test_a_share_that_is_not_none_or_all_does_not_look_so(share, text):
+    assert report.percent(share) == text
+
+
+def test_an_interval_near_zero_shows_on_which_side_it_is():
+    estimate = Estimate(0.00012, None, 0.00003, 0.00021, 100)
+    assert report.estimate_text(estimate) == "0.000120 [0.0000300, 0.000210]"

@@ -140,12 +140,23 @@ def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before(monkey
             signal.raise_signal(number)  # a launcher passes on what its terminal told all: not a second one
             with pytest.raises(Stopped) as stopped:
                 signals.check()
-            assert 128 + stopped.value.signal == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+            assert 128 + stopped.value.signal == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}[number]
             monkeypatch.setattr(signals, "ONE_SIGNAL_SECONDS", 0.0)
             signal.raise_signal(number)
         assert not isinstance(caught.value, Stopped)
     assert [signal.getsignal(each) for each in signals.STOPPING] == before
     signals.check()  # what was noted is forgotten
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.terminable(), signals.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.received()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_processes_that_can_only_stop_together_are_not_stopped_by_a_poll():
@@ -214,7 +225,7 @@ def wait_for(path, process, seconds=300):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_process_that_is_told_to_stop_saves_and_says_how_to_go_on(settings, tmp_path, number, code):
     run = tmp_path / "run"
     process = started(settings, run)
