@@ -96,11 +96,14 @@ class _Fingerprint(_Counted):
 def _read_origin(file: Path) -> dict[str, Any]:
     try:
         found = read_record(file, dict[str, Any])
-        check_type(found.get(CONDITIONS, []), list[dict[str, Any]], CONDITIONS)
-        check_type({name: value for name, value in found.items() if name != CONDITIONS}, dict[str, _Fingerprint])
-    except (CheckpointError, DataError) as error:
+        try:
+            check_type(found.get(CONDITIONS, []), list[dict[str, Any]], CONDITIONS)
+            check_type({name: value for name, value in found.items() if name != CONDITIONS}, dict[str, _Fingerprint])
+        except DataError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{file} cannot be read: {error}; whether the run is still on the text and models that it began with cannot be told. "
+            f"{error}; whether the run is still on the text and models that it began with cannot be told. "
             f"If you know that it is, delete {file} and resume again"
         ) from error
     return found

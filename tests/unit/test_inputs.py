@@ -382,7 +382,10 @@ def test_a_decoder_that_does_not_look_at_prompts_would_be_found(pair, monkeypatc
         (["train", "{0}/r.yaml"], "r.yaml is not valid YAML"),
         (["study", "{0}/r.yaml"], "r.yaml is not valid YAML"),
         (["study", "first", "--set", "seed=["], "--set seed is not valid YAML"),
-        (["report", "{0}/run"], "run/metrics.jsonl, line 2 is damaged: num_tokens must be int, got '\\x1b'"),
+        (
+            ["report", "{0}/run"],
+            "run/metrics.jsonl, line 2 is damaged: num_tokens must be int from 0 to 9223372036854775807, got '\\x1b'",
+        ),
         (["plot", "{0}/run"], "run/metrics.jsonl, line 2 is damaged"),
         (["compare", "{0}/run"], "run/evaluation.json cannot be read: broken JSON: nested too deeply"),
         (["train", "x" * 300], "x"),

@@ -153,7 +153,7 @@ def test_a_damaged_origin_is_named_with_a_way_to_go_on(tmp_path, content):
     with pytest.raises(
         CheckpointError, match=rf"{tmp_path}/origin.json is damaged: .* delete {tmp_path}/origin.json and resume"
     ):
-        check_origin(tmp_path, config, {"train_file": toy_examples(2)}, {})
+        check_origin(tmp_path, config, {"train_file": toy_examples(2)}, {}, {})
 
 
 def test_settings_that_somebody_wrote_are_not_written_over_by_a_run(tmp_path):
