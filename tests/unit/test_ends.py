@@ -457,7 +457,7 @@ def test_scores_samples_and_replay_are_of_the_merged_law():
     assert means["perplexity"] == pytest.approx(np.exp(nll), rel=1e-9)
     [rollout, *_] = decode_examples(pair, examples, {"policy": Switch(), "max_new_tokens": 8, "seed": 2}, range(6))
     read = Reader(pair)
-    found, again = trace(read, rollout), replayed(read, Switch(), rollout, 2)
+    found, again = trace(read, rollout), replayed(read(rollout), Switch(), rollout, 2)
     assert again["speakers"] == rollout.speakers
     assert again["divergences"] == pytest.approx(rollout.divergences, rel=1e-9)
     assert found.jsd == pytest.approx([min(max(d, 0), 1) for d in rollout.divergences], rel=1e-9)
