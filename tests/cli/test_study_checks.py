@@ -1,5 +1,6 @@
 """What a study asks before its first run, what of its folder it leaves alone, and how it lives with other processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -233,7 +234,7 @@ def test_a_run_that_another_process_takes_in_the_same_instant_is_in_use(grid, mo
     held = ExitStack()
     run = lambda self, arguments, log: held.enter_context(locked(grid[2] / "sft-seed0")) or 1  # noqa: E731
     monkeypatch.setattr(study._Running, "run", run)
-    monkeypatch.setattr(lock.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(lock.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     told = []
     with held, pytest.warns(SwitchKDWarning, match="waiting"), pytest.raises(signals.Stopped):
         run_cells(grid[0][:1], *grid[1:], 1, lambda line, _: told.append(line))
