@@ -82,5 +82,11 @@ def scored_another(run: Path, models: Mapping[str, Mapping[str, str]]) -> str:
 def verify_saved(folder: Path) -> None:
     """Raise CheckpointError if a folder that a run wrote, a student or checkpoint, is not as it was written."""
     marked = (folder / STAMP).is_file() or (_NUMBERED.fullmatch(folder.name) and (folder / MANIFEST).is_file())
-    if marked:
+    if not marked:
+        return
+    try:
         verify(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. If somebody changed it on purpose, delete {STAMP} and {MANIFEST} in {folder}, and it is opened as it is"
+        ) from error

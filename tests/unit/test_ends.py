@@ -582,6 +582,8 @@ def test_an_adapter_says_where_its_texts_end(tmp_path):
     base = tmp_path / "base"
     run.joinpath("student").rename(base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": TEXT_END}))
+    for mark in ("manifest.json", "student.json"):  # on purpose
+        (base / mark).unlink()
     changes = {"use_peft": [], "learning_rate": 1e-5, "max_steps": 2, "output_dir": tmp_path / "adapted" / "run"}
     run, settings, scores = by_heart((teacher, base), tmp_path, **changes)
     assert scores["exact_match"] == 100.0

@@ -264,7 +264,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written(settings, tmp_p
 
 
 @pytest.mark.parametrize(
-    "place", ["switchkd.models._load_config", "switchkd.runs.weights_sha256", "switchkd.runs.save_model"]
+    "place", ["switchkd.models._load_config", "switchkd.runs.weights_sha256", "switchkd.runs.save_student"]
 )
 def test_a_run_stopped_before_or_after_training_says_what_stands(settings, tmp_path, monkeypatch, capsys, place):
     """While loading, scoring the untrained student, and saving the trained one."""
@@ -284,7 +284,7 @@ def test_a_run_stopped_before_or_after_training_says_what_stands(settings, tmp_p
         with pytest.raises(Stopped) as stopped:
             distil(config)
     [note] = stopped.value.__notes__
-    if name == "save_model":
+    if name == "save_student":
         assert note.startswith(str(tmp_path / "run" / "checkpoint-2 stands; go on with: switchkd train"))
         config = dataclasses.replace(config, resume=True)
     else:
