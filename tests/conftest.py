@@ -1,4 +1,6 @@
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import …`
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and pytest-xdist already uses the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hangups() -> Iterator[None]:
+    """A hangup is listened to, also where these tests are run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
