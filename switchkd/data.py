@@ -239,7 +239,7 @@ def tokenize(
     long_prompts = long_teacher_prompts = end_tokens = 0
     encode = Encoder(tokenizer, template, frozenset(eos_token_ids))
     limit = teacher_prompt_limit(tokenizer, teacher_prompt, max_prompt_length, max_completion_length)
-    bad = bad or BadRows("examples")
+    bad = BadRows("examples") if bad is None else bad  # one without rows counts as false
     teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
     for example, ids, teacher_ids in zip(examples, encode.each(examples), teacher_reads, strict=True):
         if isinstance(ids, DataError):

@@ -268,6 +268,8 @@ def test_rows_that_a_template_refuses_are_counted_with_those_of_reading(bad, set
     assert len(rows(example(), bad, tokenizer=tokenizer, bad=count, **settings)) == 1 and len(count) == 2
     count.tell()
     assert "a.jsonl: skipped 2 bad rows (skip_bad=2): here:9: broken JSON; here:1: " in caplog.text
+    alone = BadRows("a.jsonl", 1)  # reading found none
+    assert len(rows(example(), bad, tokenizer=tokenizer, bad=alone, **settings)) == 1 and len(alone) == 1
     few = BadRows("a.jsonl", 1)
     few.add("here:9", DataError("broken JSON"))
     with pytest.raises(DataError, match="2 bad rows, more than skip_bad=1: here:9: broken JSON; here:1: "):
