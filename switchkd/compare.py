@@ -26,6 +26,8 @@ from switchkd.template_inputs import DATE
 
 REFERENCES = ("teacher", "student before")
 TEACHER = "teacher_sha256"
+# Where results that are compared may differ: the teacher moves divergences alone, and days stand beside the numbers.
+MAY_DIFFER = (TEACHER, DATE)
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
 
 
@@ -266,8 +268,7 @@ def check_comparable(results: Sequence[Result]) -> None:
 def _differences(a: Result, b: Result) -> Iterator[str]:
     sides = {side: {"task": r.task, "data sha256": r.data["sha256"], **r.settings} for side, r in (("a", a), ("b", b))}
     for name in dict.fromkeys([*sides["a"], *sides["b"]]):
-        # The teacher moves divergences alone. Runs of two days are compared, and their days stand beside the numbers.
-        if name in (TEACHER, DATE):
+        if name in MAY_DIFFER:
             continue
         ours, theirs = (sides[side].get(name, "not set") for side in "ab")
         if ours != theirs:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from switchkd.compare import TEACHER
+from switchkd.compare import MAY_DIFFER, TEACHER
 from switchkd.compare_report import Sheet, signed
 from switchkd.curves import PARTS, cost, run_curves
 from switchkd.plain import Lines
@@ -212,10 +212,10 @@ def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estima
 
 
 def _alike(columns: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
-    """The columns that may stand side by side: of one task, data and settings. The teacher moves divergences alone."""
+    """The columns that may stand side by side: of one task, data and settings, as far as these may not differ."""
     groups: dict[str, dict[str, Evaluation]] = {}
     for name, result in columns.items():
-        made_with = {key: value for key, value in result.made_with.items() if key != TEACHER}
+        made_with = {key: value for key, value in result.made_with.items() if key not in MAY_DIFFER}
         groups.setdefault(json.dumps(made_with, sort_keys=True), {})[name] = result
     return list(groups.values())
 

@@ -155,7 +155,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     _check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
-    texts = {"train_file": train, "eval_file": heldout.examples, "validation_file": validation, "lm_file": corpus}
+    texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
     weights: Weights = trainer.masters.whole()
     with whole(trainer.student):
         if main:

@@ -15,7 +15,10 @@ from switchkd.compare import compare
 from switchkd.config import TrainConfig, from_dict
 from switchkd.data import Example, Message
 from switchkd.errors import ConfigError, DataError, SwitchKDWarning
+from switchkd.html_report import _score_sheets
+from switchkd.run_record import RunRecord
 from switchkd.runs import distil
+from switchkd.steps import differences
 from switchkd.template_inputs import Template, with_date
 from switchkd.templates import Encoder
 
@@ -192,6 +195,9 @@ def test_a_run_stays_on_the_day_that_it_began(folders, tmp_path, clock):
     assert len(list((tmp_path / "store").iterdir())) == 2
     comparison = compare([str(first), str(third)])
     assert comparison.settings["template_date"] == "2026-05-06 and 2026-05-07"
+    records = [RunRecord.read(run) for run in (first, third)]
+    assert len(_score_sheets(records, ["first", "third"])) == 1  # side by side in a report too, and on one axis
+    assert differences(*(record.metrics for record in records), "eval/rouge_l") == []
     assert [row.method.label for row in comparison.scores[comparison.main_score] if not row.method.reference] == ["m"]
 
     assert main(["evaluate", str(first), "--output-file", str(tmp_path / "again.json"), "--only", "student"]) == 0
