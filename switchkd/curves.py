@@ -422,7 +422,7 @@ def _told(metrics: Metrics, name: str) -> str:
     what, unit = quantity(name)
     steps, values = series(metrics, name)
     broken = {line["step"] for line in metrics if line.get(name) is not None and not math.isfinite(line[name])}
-    gaps = {step for step in steps.tolist() if step in broken or np.isnan(values[steps == step]).all()} - broken
+    gaps = set(steps[np.isnan(values)].tolist()) - broken
     if np.isnan(values).all():
         return f"{what} is never finite" if broken else f"{what} has no value"
     shown = smoothed(metrics, name)[1]

@@ -156,7 +156,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
-    weights: Weights = trainer.masters.whole()
+    weights: Weights = trainer.masters.whole() if config.merge else {}  # for the rehearsal: all ranks gather them
     with whole(trainer.student):
         if main:
             check_place()
@@ -165,6 +165,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
             check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
             results = _before(run / EVALUATION, config, pair, heldout, settings)
+    del weights  # of a student in shards, a whole copy
     if config.resumes:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)

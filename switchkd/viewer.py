@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,12 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
     except ModelError as error:
         notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
         decode = _as_numbers
-    steps = sorted({step for step, _ in run.looks})
+    tokens = Counter[int]()
+    for step, count in run.looks:
+        tokens[step] += count
+    steps = sorted(tokens)
     shown = [steps[place] for place in spread(len(steps), LOOKS)]
-    while len(shown) > 1 and sum(tokens for step, tokens in run.looks if step in set(shown)) > MOST_TOKENS:
+    while len(shown) > 1 and sum(tokens[step] for step in shown) > MOST_TOKENS:
         shown = _half(shown)
     samples, left_out = _samples(run, set(shown))
     if left_out:
