@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypedDict, TypeVar
 from switchkd.config import FREE_ON_RESUME
 from switchkd.errors import ConfigError, DataError, nearest
 from switchkd.plain import check_type, json_object, shown
-from switchkd.results import FORMAT, Evaluation, results_of
+from switchkd.results import EVALUATION, FORMAT, Evaluation, results_of
 from switchkd.run_record import CONFIG, read_settings
 from switchkd.saved_student import SCORED, scored_another
 from switchkd.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
+from switchkd.steps import is_to_teacher
 from switchkd.template_inputs import DATE
 
 REFERENCES = ("teacher", "student before")
@@ -234,7 +235,7 @@ def _evaluation_file(path: Path, task: str) -> Path:
     """The file that ``path`` is, or that lies in it: evaluation-TASK.json, or evaluation.json of the run's own task."""
     if not path.is_dir():
         return path
-    own, named = path / "evaluation.json", path / f"evaluation-{task}.json"
+    own, named = path / EVALUATION, path / f"evaluation-{task}.json"
     if task and named.is_file():
         return named
     if own.is_file():
@@ -282,7 +283,7 @@ def _differences(a: Result, b: Result) -> Iterator[str]:
 def check_teachers(results: Sequence[Result], scores: Sequence[str]) -> None:
     """Raise DataError if a divergence is to be compared that was taken to different teachers."""
     teachers = {result.settings.get(TEACHER): result.path for result in results}
-    to_teacher = [name for name in scores if "forward_kl" in name]
+    to_teacher = [name for name in scores if is_to_teacher(name)]
     if to_teacher and len(teachers) > 1:
         which = "; ".join(f"{path}: {str(sha256)[:12]}" for sha256, path in teachers.items())
         raise DataError(

@@ -15,6 +15,7 @@ import torch
 from switchkd import __version__
 from switchkd.config import NOUNS, TrainConfig, name_of
 from switchkd.errors import SwitchKDWarning
+from switchkd.manifest import file_sha256
 
 Conditions = dict[str, Any]  # JSON-ready
 # Environment variables by which libraries are told to round otherwise.
@@ -62,7 +63,7 @@ def own_code(config: TrainConfig) -> dict[str, str]:
         rule = type(getattr(config, noun))
         if rule not in known.values():
             try:
-                found[noun] = hashlib.sha256(Path(inspect.getfile(rule)).read_bytes()).hexdigest()
+                found[noun] = file_sha256(Path(inspect.getfile(rule)))
             except (OSError, TypeError):  # typed into a session: there is no file
                 found[noun] = hashlib.sha256(name_of(getattr(config, noun)).encode()).hexdigest()
     return found

@@ -26,7 +26,7 @@ from switchkd.teacher_store import json_sha256
 
 CONDITIONS = "conditions"
 # What a run writes before its first checkpoint. It makes them anew.
-_EARLY = {CONFIG, ORIGIN, LOCK, "evaluation.json", "evaluation.completions.jsonl", "trackers"}
+_EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers"}
 
 
 # --- whether it may -----------------------------------------------------------------------------------------------
@@ -223,10 +223,11 @@ def _take_back_student(run: Path, step: int, ended: bool) -> None:
 def _scores_a_student(file: Path) -> bool:
     """Whether an evaluation is of a run's student; of the run's own, only that part is taken out where there is another."""
     try:
-        scored = any(name in SCORED for name in read_results(file))
-        return scored and not (file.name == EVALUATION and take_out(file, SCORED))
+        results = read_results(file)
     except DataError:
         return False  # nobody reads its scores
+    scored = any(name in SCORED for name in results)
+    return scored and not (file.name == EVALUATION and take_out(file, results, SCORED))
 
 
 def _set_aside(path: Path, why: str) -> None:

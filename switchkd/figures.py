@@ -42,6 +42,7 @@ from switchkd.errors import DataError
 from switchkd.results import LENGTH_BANDS
 from switchkd.rollouts import mean
 from switchkd.run_record import read_settings, read_steps
+from switchkd.saved_student import STUDENT
 from switchkd.statistics import FEW_EXAMPLES, Estimate, Values, estimate, score
 from switchkd.steps import SCORE, Steps
 
@@ -96,7 +97,7 @@ def _load(path: Path) -> Run:
         result = load_result(str(path))
         return Run(path, config, read_steps(path, config, result.task["primary"]), result)
     except DataError as error:
-        why = str(error) if (path / "student").is_dir() else "no final evaluation, the run has not ended"
+        why = str(error) if (path / STUDENT).is_dir() else "no final evaluation, the run has not ended"
         return Run(path, config, read_steps(path, config), why)
 
 

@@ -28,7 +28,7 @@ from switchkd.results import Evaluation
 from switchkd.rollouts import mean
 from switchkd.run_record import RunRecord, labels
 from switchkd.statistics import Estimate, difference, lower_is_better, verdict
-from switchkd.steps import TEACHERS, shipped_rule
+from switchkd.steps import is_to_teacher, shipped_rule
 from switchkd.svg import themed_svg
 from switchkd.viewer import payload
 
@@ -206,7 +206,7 @@ def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estima
     names = dict.fromkeys(name for result in columns.values() for name in result.scores)
     for name, (column, result) in product(names, columns.items()):
         if name in result.scores:
-            apart = f" (teacher {str(result.made_with.get(TEACHER))[:8]})" if several and TEACHERS in name else ""
+            apart = f" (teacher {str(result.made_with.get(TEACHER))[:8]})" if several and is_to_teacher(name) else ""
             rows.setdefault(name + apart, {})[column] = result.summary[name]
     return rows
 

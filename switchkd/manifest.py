@@ -15,10 +15,8 @@ from switchkd.plain import check_type, json_object, shown
 from switchkd.storage import discard, set_aside
 
 MANIFEST = "manifest.json"
-STAMP, CARD = (
-    "student.json",
-    "README.md",
-)  # of a student; the card is written when its scores are known, behind the manifest
+STAMP = "student.json"  # of a student: which one it is
+CARD = "README.md"  # and what is said of it, written when its scores are known, behind the manifest
 _READ = (".safetensors", ".json", ".jinja")  # what a library would read beside the files that it is asked for
 
 
@@ -73,6 +71,7 @@ def verify(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Checksum of a file's bytes, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

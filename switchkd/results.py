@@ -191,12 +191,9 @@ def _read_texts(file: Path, record: Mapping[str, Any]) -> dict[str, list[Complet
     return texts
 
 
-def take_out(file: Path, models: Collection[str]) -> bool:
-    """Take the results of ``models`` out of an evaluation file; False, and nothing is done, if no others would be left.
-
-    Raises DataError as `read_results`.
-    """
-    results, record = read_results(file), json_object(file.read_bytes())
+def take_out(file: Path, results: Mapping[str, Evaluation], models: Collection[str]) -> bool:
+    """Take those of ``models`` out of the ``results`` in an evaluation file; False, and nothing is done, if none would be left."""
+    record = json_object(file.read_bytes())
     kept = {name: result for name, result in results.items() if name not in models}
     if kept and len(kept) < len(results):
         write_results(file, record["task"], record["data"], record.get("settings", {}), kept)

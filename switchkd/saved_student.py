@@ -6,7 +6,6 @@ both, so that those of a student that is gone, or was replaced, are never shown 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from switchkd.errors import CheckpointError
-from switchkd.manifest import MANIFEST, STAMP, read_manifest, read_record, verify
+from switchkd.manifest import MANIFEST, STAMP, file_sha256, read_manifest, read_record, verify
 
 STUDENT = "student"
 SCORED = ("student after", "student")  # a run's student in its own evaluation, and in one that was made later
@@ -51,7 +50,7 @@ class SavedStudent:
             file = folder / name
             if not file.is_file() or file.stat().st_size != entry["size"]:
                 raise CheckpointError(f"{file} is damaged: it is missing, or not as it was written; {way_out(run)}")
-        sha256 = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        sha256 = file_sha256(folder / MANIFEST)
         return SavedStudent(folder, stamp["step"], stamp["weights_of_step"], sha256)
 
     def mark(self) -> dict[str, str]:

@@ -10,7 +10,6 @@ from switchkd.report import settings_text
 from switchkd.tasks import TASKS
 
 SCORE = "eval/"
-TEACHERS = "forward_kl"  # in the name of a score that is a divergence to the teacher
 # Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.
 SCORED_BY = (
     "task", "eval_max_new_tokens", "eval_temperature", "eval_top_p", "eval_top_k", "eval_min_p", "eval_seeds", "eval_backend",
@@ -43,7 +42,7 @@ class Steps(list[dict[str, Any]]):
         """All that must be the same in two runs for their values of ``metric`` to be compared, by name."""
         if metric.startswith(SCORE):
             text = self._known("eval_file", TEXT_BY)
-            teacher = self._known("teacher_model_name_or_path", TEACHER_BY) if TEACHERS in metric else {}
+            teacher = self._known("teacher_model_name_or_path", TEACHER_BY) if is_to_teacher(metric) else {}
             return {name: self.settings.get(name) for name in SCORED_BY} | text | teacher
         if is_policys(metric):
             return {"unit": self.unit}
@@ -83,6 +82,11 @@ class Steps(list[dict[str, Any]]):
             return own.primary
         known = sorted({task.primary for task in TASKS.values()}, key=lambda score: (score == "rouge_l", score))
         return next((score for score in known if any(SCORE + score in line for line in self)), "")
+
+
+def is_to_teacher(score: str) -> bool:
+    """Whether a score is a divergence to the teacher, which is another number for another teacher."""
+    return "forward_kl" in score
 
 
 def is_policys(metric: str) -> bool:

@@ -31,7 +31,7 @@ from switchkd.config import load_recipe, to_dict
 from switchkd.errors import ConfigError, DataError, DiskError, InUseError
 from switchkd.lock import locked
 from switchkd.plain import read_yaml
-from switchkd.results import read_results
+from switchkd.results import EVALUATION, read_results
 from switchkd.storage import write_file, written
 from switchkd.study_plan import CELLS, LOGS, Cell, Size
 from switchkd.template_inputs import DATE, today
@@ -207,7 +207,7 @@ def _run_commands(commands: Sequence[Sequence[str]], log: Path, running: _Runnin
 def trained(run: Path) -> bool:
     """Whether a run has come to its end, with scores that can be read."""
     try:
-        return "student after" in read_results(run / "evaluation.json")
+        return "student after" in read_results(run / EVALUATION)
     except DataError:
         return False
 

@@ -21,6 +21,7 @@ from switchkd.precision import with_dtypes
 from switchkd.results import read_results
 from switchkd.run_record import CONFIG
 from switchkd.runs import heldout_file
+from switchkd.steps import is_to_teacher
 from switchkd.study import trained
 from switchkd.study_plan import CELLS, LOGS, REPORT, Cell, Plan, Scoring, Size, joined, results_of_group, scoring
 from switchkd.tasks import task_named
@@ -85,7 +86,7 @@ def _check_group(plan: Plan, cells: Sequence[Cell]) -> None:
 
 def _to_teacher(scores: Sequence[str]) -> bool:
     """Whether a divergence to the teacher is compared, as it is where no scores are named."""
-    return not scores or any("forward_kl" in score for score in scores)
+    return not scores or any(map(is_to_teacher, scores))
 
 
 def _place(value: object) -> object:

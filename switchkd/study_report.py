@@ -41,7 +41,7 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
             save_figure(draw(metric_panels(runs, plan.curves), plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
     write_file(output_dir / REPORT, "\n\n".join(parts) + "\n")
-    console.print(f"written: {output_dir / 'study.md'}", soft_wrap=True)
+    console.print(f"written: {output_dir / REPORT}", soft_wrap=True)
 
 
 def cost_table(runs: Mapping[str, Sequence[Metrics]]) -> str:

@@ -7,7 +7,6 @@ Letters in shapes: H hidden size, V vocabulary, n completion tokens of an exampl
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from switchkd.data import TokenizedExample, collate
 from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError, nearest
 from switchkd.lock import Check
 from switchkd.loss import Head, TeacherTopK, response_hidden, sizes_on
+from switchkd.manifest import file_sha256
 from switchkd.models import Pair
 from switchkd.precision import dtype_name
 from switchkd.storage import staged_file, tidy, write_file
@@ -214,7 +214,7 @@ def _open_manifest(folder: Path, header: Header, examples: Sequence[TokenizedExa
         raise CheckpointError(
             f"{file} is damaged: its shards and offsets are not those of these examples; delete {folder} and build the cache again"
         )
-    return layout, hashlib.sha256(file.read_bytes()).hexdigest()
+    return layout, file_sha256(file)
 
 
 class _Manifest(TypedDict):

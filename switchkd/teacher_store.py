@@ -25,6 +25,7 @@ from switchkd.data import TokenizedExample
 from switchkd.decoding import decode_examples
 from switchkd.errors import CheckpointError, DataError
 from switchkd.lock import LOCK, Check, locked
+from switchkd.manifest import file_sha256
 from switchkd.models import Pair
 from switchkd.plain import TokenId, check_type, json_object
 from switchkd.policies import TEACHER, TeacherOnly
@@ -346,5 +347,4 @@ def _append(folder: Path, header: Header, rows: Sequence[Header]) -> None:
 
 def _seal(folder: Path, lines: int) -> None:
     if not (folder / COMPLETE).exists():
-        digest = hashlib.sha256((folder / TEXTS).read_bytes()).hexdigest()
-        write_file(folder / COMPLETE, json.dumps({"lines": lines, "sha256": digest}))
+        write_file(folder / COMPLETE, json.dumps({"lines": lines, "sha256": file_sha256(folder / TEXTS)}))

@@ -94,19 +94,21 @@ class Encoder:
         if self._is_chat and not self.tokenizer.chat_template:
             raise ConfigError("template 'chat' needs a tokenizer with a chat template; use 'alpaca' or 'none'")
         if not self._is_chat and self._eos is None:
-            raise ConfigError(f"template {self._name!r} needs a tokenizer with an eos token to end completions with")
+            raise ConfigError(
+                f"template {self._told.name!r} needs a tokenizer with an eos token to end completions with"
+            )
 
-    @property
-    def _name(self) -> str:
-        return Template.of(self.template).name
+    @cached_property
+    def _told(self) -> Template:
+        return Template.of(self.template)
 
     @property
     def _is_chat(self) -> bool:
-        return self._name == "chat"
+        return self._told.name == "chat"
 
     @cached_property
     def _chat(self) -> Conversations:
-        return Conversations(self.tokenizer, Template.of(self.template), self._spelled)
+        return Conversations(self.tokenizer, self._told, self._spelled)
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of prompt and completion, one pair for each example in order.
@@ -169,11 +171,11 @@ class Encoder:
     def _plain_texts(self, example: Example) -> tuple[str, str]:
         if [message.role for message in example.messages] != ["user"]:
             roles = ", ".join(message.role for message in example.messages)
-            raise DataError(f"template {self._name!r} takes one user turn, not {roles}; use 'chat'")
+            raise DataError(f"template {self._told.name!r} takes one user turn, not {roles}; use 'chat'")
         more = [*example.messages[0].more, *(example.answer.more if example.answer else ())]
         if more := [*more, "tools"] if example.tools else more:
-            raise DataError(f"template {self._name!r} has no place for {', '.join(more)}; use 'chat'")
-        if self._name == "none":
+            raise DataError(f"template {self._told.name!r} has no place for {', '.join(more)}; use 'chat'")
+        if self._told.name == "none":
             return _plain_prompt(example.messages[0].content, example.input), example.completion
         instruction, context = self._as_text("user", [example.messages[0].content, example.input])
         return alpaca_prompt(instruction, context), self._as_text("assistant", example.completion)
