@@ -279,13 +279,13 @@ def tokenize(
         )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
     if not kept:
-        cut = (
-            f", {long_teacher_prompts} prompts of the teacher are longer than {limit} tokens" if teacher_prompt else ""
+        others = f", {long_teacher_prompts} prompts of the teacher are longer than {limit} tokens" * bool(
+            teacher_prompt
         )
         refused = f", {len(bad)} rows are bad: {'; '.join(bad.first())}" if len(bad) else ""
         raise DataError(
             f"none of {len(examples)} examples is left: {long_prompts} prompts are longer than max_prompt_length="
-            f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token{cut}{refused}"
+            f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token{others}{refused}"
         )
     return kept, counts
 

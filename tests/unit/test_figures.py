@@ -470,6 +470,13 @@ def test_every_axis_names_a_unit_that_there_is(unit, policy):
     assert panel.label.replace("\n", " ") == f"threshold ({unit})"
 
 
+def test_a_rule_from_elsewhere_is_named_in_the_place_of_its_unit():
+    run = of_run(rows(switch__threshold=[1.0], loss=[1.0]))
+    run.settings["policy"], run.settings["objective"] = {"name": "mine:Rule"}, {"name": "mine:Loss"}
+    labels = [panel.label.replace("\n", " ") for panel in metric_panels({"a": [run]}, ["switch/threshold", "loss"])]
+    assert labels == ["threshold (unit of mine:Rule)", "loss (unit of mine:Loss)"]
+
+
 def test_a_loss_has_the_unit_of_its_objective():
     [panel] = metric_panels({"a": [of_run(rows(loss=[1.0, 2.0]), objective=TVD())]}, ["loss"])
     assert panel.label == "loss\n(probability per token)"

@@ -145,8 +145,12 @@ def test_a_state_that_does_not_fit_together_is_refused(checkpoint, case):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"train_file": 3}', '{"train_file": {"examples": 3}}', '{"a": {"sha256": 1}}', "\0", '{"a"']
-)
+    "content",
+    [
+        "", "[]", '{"train_file": 3}', '{"train_file": {"examples": 3}}', '{"a": {"sha256": 1}}', "\0", '{"a"',
+        '{"conditions": 3}', '{"conditions": [3]}',
+    ],
+)  # fmt: skip
 def test_a_damaged_origin_is_named_with_a_way_to_go_on(tmp_path, content):
     config = TrainConfig(output_dir=str(tmp_path), resume=True)
     (tmp_path / "origin.json").write_text(content)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from switchkd import TeacherOnly, decode_reference, teacher_store
 from switchkd.data import TokenizedExample, collate
 from switchkd.divergences import log_probs
-from switchkd.errors import CheckpointError, ConfigError, DataError, ModelError, NonFiniteError
+from switchkd.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
 from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
 from switchkd.objectives import OBJECTIVES
 from switchkd.teacher_cache import TeacherCache
@@ -528,3 +528,20 @@ def test_the_teachers_mode_is_given_back(tmp_path):
     first = build(tmp_path / "c", "hidden", pair).hidden(1)
     assert pair.teacher.training
     torch.testing.assert_close(first, fresh(toy_pair("gpt2").teacher, ragged()[1]), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["texts", "cache"])
+def test_a_store_whose_folder_goes_is_not_made_anew(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "store"
+    monkeypatch.setattr("switchkd.teacher_cache.SHARD_BYTES", 1000)  # more than one is to be written
+
+    def gone(_):
+        if folder.exists():
+            folder.rename(tmp_path / "moved")
+
+    with pytest.raises(DiskError, match="is not the folder that the work began in"):
+        if kind == "texts":
+            texts(folder, progress=gone)
+        else:
+            build(folder, "hidden", progress=gone)
+    assert not folder.exists()

@@ -246,6 +246,16 @@ def test_thoughts_are_no_turn_even_where_a_template_writes_their_tokens_itself()
     assert rows(row, tokenizer=tokenizer)[0][1].endswith("<think>Hm.</think>It is four.<|im_end|>")
 
 
+def test_long_rows_are_encoded_few_at_a_time(monkeypatch):
+    """A tokenizer takes hundreds of times as much memory as its text."""
+    tokenizer, sizes = byte_level_tokenizer(), []
+    encode = Encoder._encode
+    monkeypatch.setattr("switchkd.templates._CHUNK_TEXT", 1000)
+    monkeypatch.setattr(Encoder, "_encode", lambda self, texts: (sizes.append(len(texts)), encode(self, texts))[1])
+    assert len(rows(*[example(completion="four " * 60)] * 12, tokenizer=tokenizer)) == 12
+    assert max(sizes) <= 3 and sum(sizes) == 24  # the prompt, and the prompt with its answer
+
+
 # --- bad rows ---
 
 REFUSED = CHATML.replace(
