@@ -175,7 +175,7 @@ class DataConfig(Settings):
             raise ConfigError(f"train_samples must be at least 1, or -1 for all, got {self.train_samples}")
         if self.teacher_prompt:
             check_teacher_prompt(self.teacher_prompt)
-        _ = self.prompts
+        _ = self.prompts  # which raises
 
     @property
     def prompts(self) -> Template:

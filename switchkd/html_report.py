@@ -212,7 +212,7 @@ def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estima
 
 
 def _alike(columns: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
-    """The columns that may stand side by side: of one task, data and settings, as far as these may not differ."""
+    """The columns that may stand side by side: of one task, data and settings, but for those that may differ."""
     groups: dict[str, dict[str, Evaluation]] = {}
     for name, result in columns.items():
         made_with = {key: value for key, value in result.made_with.items() if key not in MAY_DIFFER}

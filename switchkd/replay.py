@@ -85,8 +85,7 @@ def check_records(
     """Read texts again, at most ``most`` of each kind and student; ``pair`` is the run's, as it began, and changes.
 
     With the ``texts`` that the run is on, prompts, references and scores are looked at too, those of its own evaluation among them.
-    Raises CheckpointError for a checkpoint
-    that is damaged.
+    Raises CheckpointError for a checkpoint that is damaged.
     """
     policy = run.config.policy.bind(pair.tokenizer, run.config.max_new_tokens)
     done = {line["step"]: line.get("schedule", 0.0) for line in run.metrics}

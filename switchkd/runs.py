@@ -327,7 +327,7 @@ class Heldout:
     examples: list[TokenizedExample]
     teacher: PreTrainedModel
     on_some_day: list[TokenizedExample]
-    """The same with prompts that do not depend on the day, which is a setting of its own; this is how they are known again."""
+    """The same examples with the prompts of one fixed day. Their checksum is the same on every day; `examples` are what is read."""
 
     @cached_property
     def teacher_sha256(self) -> str:
