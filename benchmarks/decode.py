@@ -33,10 +33,11 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.naive import left_padded, naive_decode
-from switchkd.linear import packed
-from switchkd.models import Pair
-from switchkd.policies import SKD, AdaSwitch, Policy, StudentOnly, Switch, TeacherOnly
-from switchkd.rollouts import DecodeCost
+from switchkd.decoding.linear import packed
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.methods.policies import SKD, AdaSwitch, Switch
+from switchkd.methods.policy import Policy, StudentOnly, TeacherOnly
+from switchkd.models.pair import Pair
 
 POLICIES: dict[str, Policy] = {"SWITCH": Switch(), "AdaSwitch": AdaSwitch(), "SKD": SKD()}
 

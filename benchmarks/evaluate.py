@@ -12,11 +12,12 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from benchmarks.harness import Row, describe, parse, print_table, publish, random_examples, random_pair, side_by_side
-from switchkd.config import DataConfig
-from switchkd.data import TokenizedExample
-from switchkd.evaluation import EvalSettings, complete
-from switchkd.models import Pair, load_pair
-from switchkd.runs import load_task
+from switchkd.data.settings import DataConfig
+from switchkd.data.texts import TokenizedExample
+from switchkd.evaluation.evaluate import complete
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.models.pair import Pair, load_pair
+from switchkd.runs.opening import load_task
 
 BACKENDS = ("generate", "engine")
 

@@ -26,21 +26,22 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from switchkd.checkpoint import save_model
-from switchkd.config import DataConfig
-from switchkd.data import TokenizedExample
-from switchkd.decoding import decode
-from switchkd.demo import DemoConfig, demo_settings
-from switchkd.demo_pair import cache_folder
-from switchkd.divergences import log_probs
-from switchkd.models import Pair, load_pair, num_parameters
-from switchkd.policies import Policy
-from switchkd.report import bar, console, number
-from switchkd.rollouts import DecodeCost
-from switchkd.runs import load_task
-from switchkd.sampling import draw, gumbel_noise, noise_key
-from switchkd.storage import write_file
-from switchkd.trainer import Trainer
+from switchkd.base.storage import cache_folder, write_file
+from switchkd.base.terminal import bar, number
+from switchkd.cli.train import DemoConfig, demo_settings
+from switchkd.data.settings import DataConfig
+from switchkd.data.texts import TokenizedExample
+from switchkd.decoding.decode import decode
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.forward.architecture import num_parameters
+from switchkd.methods.divergences import log_probs
+from switchkd.methods.policy import Policy
+from switchkd.methods.sampling import draw, gumbel_noise, noise_key
+from switchkd.models.pair import Pair, load_pair
+from switchkd.reports.tables import console
+from switchkd.runs.opening import load_task
+from switchkd.training.checkpoint import save_model
+from switchkd.training.trainer import Trainer
 
 Contender = Callable[[], object]
 Workload = tuple[Pair, list[TokenizedExample]]

@@ -25,10 +25,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.harness import NOT_INSTALLED, Options, Row, installed, parse, print_table, publish, synchronize
-from switchkd import loss as chunked
-from switchkd.loss import Head, TeacherStates
-from switchkd.objectives import JSD, Tokens
-from switchkd.report import bar
+from switchkd.base.terminal import bar
+from switchkd.forward.head import Head
+from switchkd.methods.objective import Tokens
+from switchkd.methods.objectives import JSD
+from switchkd.teachers.said import TeacherStates
+from switchkd.training import loss as chunked
 
 HIDDEN = 576
 LIMIT = 12e9

@@ -23,10 +23,10 @@ from benchmarks.harness import (
     workload,
 )
 from benchmarks.naive import naive_decode
-from switchkd.config import load_recipe
-from switchkd.errors import ConfigError
-from switchkd.models import Pair
-from switchkd.policies import Policy
+from switchkd.base.errors import ConfigError
+from switchkd.methods.policy import Policy
+from switchkd.models.pair import Pair
+from switchkd.training.settings import load_recipe
 
 RECIPES = ("switch", "adaswitch", "switch_mix_in", "skd", "ssd", "hysteresis", "ca_opd", "trb", "relay")
 

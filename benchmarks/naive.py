@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.cache import CACHE
-from switchkd.policies import Policy
+from switchkd.forward.cache import CACHE
+from switchkd.methods.policy import Policy
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ from benchmarks.harness import (
     random_pair,
     side_by_side,
 )
-from switchkd.policies import AdaSwitch, Policy, Switch
-from switchkd.rollouts import DecodeCost
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.methods.policies import AdaSwitch, Switch
+from switchkd.methods.policy import Policy
 
 POLICIES: dict[str, Policy] = {"SWITCH": Switch(), "AdaSwitch": AdaSwitch()}
 DISTANCES = (0, DISTILLED_STEPS)

@@ -41,12 +41,12 @@ from benchmarks.harness import (
     timed,
     workload,
 )
-from switchkd.config import TrainConfig, load_recipe
-from switchkd.data import TokenizedExample
-from switchkd.mixes import Generated
-from switchkd.models import Pair
-from switchkd.objectives import JSD
-from switchkd.trainer import Trainer
+from switchkd.data.texts import TokenizedExample
+from switchkd.methods.mixes import Generated
+from switchkd.methods.objectives import JSD
+from switchkd.models.pair import Pair
+from switchkd.training.settings import TrainConfig, load_recipe
+from switchkd.training.trainer import Trainer
 
 BETA = 0.5
 # Which recipe, and what is changed in it.

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from switchkd import load_pair
-from switchkd.cache import CACHE  # what this version of transformers calls it
-from switchkd.data import load_examples
+from switchkd.data.examples import load_examples
+from switchkd.forward.cache import CACHE
 
 
 def jsd_in_bits(p: Tensor, q: Tensor) -> float:

@@ -4,12 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchkd import divergences
-    from switchkd.decoding import decode, decode_reference
-    from switchkd.models import Pair, load_pair
-    from switchkd.objectives import Objective
-    from switchkd.policies import AdaSwitch, Decision, Policy, StudentOnly, Switch, TeacherOnly
-    from switchkd.rollouts import Rollout
+    from switchkd.decoding.decode import decode, decode_reference
+    from switchkd.decoding.rollouts import Rollout
+    from switchkd.methods import divergences
+    from switchkd.methods.objective import Objective
+    from switchkd.methods.policies import AdaSwitch, Switch
+    from switchkd.methods.policy import Decision, Policy, StudentOnly, TeacherOnly
+    from switchkd.models.pair import Pair, load_pair
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "divergences":
-        return importlib.import_module("switchkd.divergences")
+        return importlib.import_module("switchkd.methods.divergences")
     if name in _HOME:
         return getattr(importlib.import_module(f"switchkd.{_HOME[name]}"), name)
     raise AttributeError(f"module 'switchkd' has no attribute {name!r}")

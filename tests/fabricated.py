@@ -6,10 +6,11 @@ import numpy as np
 import yaml
 from tiny import byte_level_tokenizer, save_llama
 
-from switchkd.config import TrainConfig, to_dict
-from switchkd.policies import Switch
-from switchkd.results import Evaluation, write_results
-from switchkd.statistics import Values
+from switchkd.base.settings import to_dict
+from switchkd.evaluation.results import Evaluation, write_results
+from switchkd.evaluation.statistics import Values
+from switchkd.methods.policies import Switch
+from switchkd.training.settings import TrainConfig
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--&amp;"
 TOKENIZER = byte_level_tokenizer()

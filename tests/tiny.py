@@ -34,27 +34,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from switchkd import divergences, proof
-from switchkd.data import TokenizedExample
-from switchkd.errors import ModelError
-from switchkd.models import Pair
-from switchkd.policies import (
-    CAOPD,
-    SKD,
-    SSD,
-    TRB,
-    AdaSwitch,
-    Decision,
-    Hysteresis,
-    MixIn,
-    Policy,
-    Relay,
-    State,
-    StudentOnly,
-    Switch,
-    TeacherOnly,
-)
-from switchkd.rollouts import Rollout
+from switchkd.base.errors import ModelError
+from switchkd.data.texts import TokenizedExample
+from switchkd.decoding.rollouts import Rollout
+from switchkd.forward import proof
+from switchkd.methods import divergences
+from switchkd.methods.policies import CAOPD, SKD, SSD, TRB, AdaSwitch, Hysteresis, MixIn, Switch
+from switchkd.methods.policy import Decision, Policy, State, StudentOnly, TeacherOnly
+from switchkd.methods.relay import Relay
+from switchkd.models.pair import Pair
 
 VOCAB = 23
 _ROPE = dict(

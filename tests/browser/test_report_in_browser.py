@@ -7,8 +7,8 @@ import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
 from tiny import pair_on_disk
 
-from switchkd.cli import main
-from switchkd.study import flags
+from switchkd.cli.main import main
+from switchkd.studies.study import flags
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

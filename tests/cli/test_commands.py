@@ -13,10 +13,12 @@ from tiny import pair_on_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import StudentOnly, TeacherOnly
-from switchkd.cli import main, parse
-from switchkd.commands import COMMANDS, EvaluateConfig, GenerateConfig, PlayConfig
-from switchkd.config import load_recipe
-from switchkd.demo import DemoConfig, demo_settings
+from switchkd.cli.commands import COMMANDS
+from switchkd.cli.evaluate import EvaluateConfig
+from switchkd.cli.generate import GenerateConfig, PlayConfig
+from switchkd.cli.main import main, parse
+from switchkd.cli.train import DemoConfig, demo_settings
+from switchkd.training.settings import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +134,7 @@ def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path
         f"error: {file} is damaged: it is not as it was written; there is checkpoint-2: give --resume-from, or --resume for the "
         "newest that is whole\n"
     )
-    again = [sys.executable, "-m", "switchkd.cli", "train", str(output), "--resume"]
+    again = [sys.executable, "-m", "switchkd.cli.main", "train", str(output), "--resume"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.splitlines() == [
         f"warning: {file} is damaged: it is not as it was written. The run goes on from {output / 'checkpoint-2'}",
@@ -343,7 +345,7 @@ def test_bad_input_is_explained_and_writes_nothing(place, tmp_path, capsys, name
 def test_usage(arguments, code, words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "switchkd.cli", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "switchkd.cli.main", *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == code
     assert words in done.stdout + done.stderr

@@ -14,15 +14,16 @@ from tiny import CHATML, save_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd import commands, demo_pair
-from switchkd.cli import main, parse
-from switchkd.commands import COMMANDS as CLI
-from switchkd.config import shipped
-from switchkd.data import load_examples
-from switchkd.demo import demo_settings
-from switchkd.mixes import MIXES
-from switchkd.objectives import OBJECTIVES
-from switchkd.study_plan import cells, load_plan
+from switchkd.base.settings import shipped
+from switchkd.cli import commands
+from switchkd.cli.commands import COMMANDS as CLI
+from switchkd.cli.main import main, parse
+from switchkd.cli.train import demo_settings
+from switchkd.data.examples import load_examples
+from switchkd.methods.mixes import MIXES
+from switchkd.methods.objectives import OBJECTIVES
+from switchkd.models import demo_pair
+from switchkd.studies.plan import cells, load_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

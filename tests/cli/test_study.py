@@ -13,15 +13,15 @@ import pytest
 import yaml
 from tiny import pair_on_disk
 
-from switchkd.checkpoint import checkpoints
-from switchkd.cli import main
-from switchkd.config import shipped
-from switchkd.curves import cost
-from switchkd.errors import ConfigError, InUseError
-from switchkd.lock import locked
-from switchkd.study import _Running, flags
-from switchkd.study_plan import Plan, Size, cells, load_plan, with_settings
-from switchkd.study_report import cost_table
+from switchkd.base.errors import ConfigError, InUseError
+from switchkd.base.lock import locked
+from switchkd.base.settings import shipped
+from switchkd.cli.main import main
+from switchkd.reports.curves import cost
+from switchkd.studies.plan import Plan, Size, cells, load_plan, with_settings
+from switchkd.studies.report import cost_table
+from switchkd.studies.study import _Running, flags
+from switchkd.training.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +98,7 @@ def test_a_study_passes_a_signal_on_and_goes_on_where_it_was_stopped(plan, tmp_p
     command = [
         sys.executable,
         "-m",
-        "switchkd.cli",
+        "switchkd.cli.main",
         *arguments,
         "--set",
         "max_steps=100000",
@@ -124,7 +124,7 @@ def test_a_study_passes_a_signal_on_and_goes_on_where_it_was_stopped(plan, tmp_p
 
 
 def test_a_run_that_is_ended_by_itself_is_not_called_failed(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("switchkd.study._Running.run", lambda *_: 143)
+    monkeypatch.setattr("switchkd.studies.study._Running.run", lambda *_: 143)
     assert main(["study", str(plan), "--output-dir", str(tmp_path / "study")]) == 1
     assert "2 of 2 runs are not done (sft-seed0 stopped, soft-seed0 stopped)" in capsys.readouterr().err
 

@@ -7,9 +7,9 @@ import torch
 from tiny import FAMILIES, POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 
 from switchkd import decode, decode_reference
-from switchkd.config import TrainConfig
-from switchkd.mixes import Generated
-from switchkd.trainer import Trainer
+from switchkd.methods.mixes import Generated
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]

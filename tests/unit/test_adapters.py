@@ -22,28 +22,38 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from switchkd import AdaSwitch, Switch, TeacherOnly, adapters, decode, decode_reference, rehearsal
-from switchkd.adapters import add_adapter, has_adapter, merged
-from switchkd.base_model import BaseModel
-from switchkd.cache import head_inputs
-from switchkd.checkpoint import checkpoints, save_model
-from switchkd.cli import main
-from switchkd.config import ModelConfig, TrainConfig, from_dict, to_dict
-from switchkd.data import collate
-from switchkd.errors import CheckpointError, ConfigError, ModelError
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.generate_backend import complete_by_generate
-from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
-from switchkd.masters import Masters
-from switchkd.mixes import Generated
-from switchkd.models import Pair, load_model, load_pair, load_tokenizer, num_parameters
-from switchkd.objectives import ForwardKL
-from switchkd.preflight import memory_estimate
-from switchkd.proof import prove
-from switchkd.tasks import TASKS
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import teacher_texts, weights_sha256
-from switchkd.trainer import Trainer
+from switchkd import AdaSwitch, Switch, TeacherOnly, decode, decode_reference
+from switchkd.base.errors import CheckpointError, ConfigError, ModelError
+from switchkd.base.settings import from_dict, to_dict
+from switchkd.cli.main import main
+from switchkd.data.texts import collate
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.generate_backend import complete_by_generate
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.forward.architecture import num_parameters
+from switchkd.forward.base_model import BaseModel
+from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.modes import head_inputs
+from switchkd.forward.proof import prove
+from switchkd.methods.mixes import Generated
+from switchkd.methods.objectives import ForwardKL
+from switchkd.models import adapters
+from switchkd.models.adapters import add_adapter, has_adapter, merged
+from switchkd.models.loading import load_model, load_tokenizer
+from switchkd.models.pair import Pair, load_pair
+from switchkd.models.settings import ModelConfig
+from switchkd.runs import finishing as rehearsal
+from switchkd.runs.preflight import memory_estimate
+from switchkd.teachers.said import TeacherStates
+from switchkd.teachers.states import TeacherCache
+from switchkd.teachers.store import weights_sha256
+from switchkd.training.checkpoint import checkpoints, save_model
+from switchkd.training.loss import response_tokens, total
+from switchkd.training.optimizer import Masters
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 LORA = ModelConfig(use_peft=True, lora_r=4, lora_alpha=8)
 SETTINGS = TrainConfig(

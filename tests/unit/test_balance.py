@@ -8,15 +8,15 @@ from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model,
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from switchkd import Switch, decode, decode_reference, load_pair
-from switchkd.balance import balance_coefficient
-from switchkd.config import TrainConfig
-from switchkd.data import collate
-from switchkd.errors import ConfigError, ModelError
-from switchkd.loss import response_hidden
-from switchkd.mixes import Generated
-from switchkd.models import Pair
-from switchkd.objectives import ForwardKL
-from switchkd.trainer import Trainer
+from switchkd.base.errors import ConfigError, ModelError
+from switchkd.data.texts import collate
+from switchkd.forward.head import response_hidden
+from switchkd.methods.mixes import Generated
+from switchkd.methods.objectives import ForwardKL
+from switchkd.models.pair import Pair
+from switchkd.training.loss import balance_coefficient
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

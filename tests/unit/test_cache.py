@@ -6,9 +6,9 @@ from tiny import FAMILIES, VOCAB, tiny_model
 from transformers import MambaConfig, MambaForCausalLM
 
 from switchkd import Switch, decode
-from switchkd.cache import CachedModel, attention_windows
-from switchkd.errors import ModelError
-from switchkd.proof import prove
+from switchkd.base.errors import ModelError
+from switchkd.forward.cache import CachedModel, attention_windows
+from switchkd.forward.proof import prove
 
 ROWS = [[3, 4, 5, 6, 7, 8, 9], [7, 2], [2, 9, 11, 4, 6]]
 

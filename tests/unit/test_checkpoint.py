@@ -5,9 +5,9 @@ import torch
 from tiny import byte_level_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from switchkd.checkpoint import checkpoints, save_model
-from switchkd.errors import CheckpointError
-from switchkd.storage import staged_folder, write_file
+from switchkd.base.errors import CheckpointError
+from switchkd.base.storage import staged_folder, write_file
+from switchkd.training.checkpoint import checkpoints, save_model
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
@@ -38,7 +38,7 @@ def test_write_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("switchkd.storage.sync", full)
+    monkeypatch.setattr("switchkd.base.storage.sync", full)
     with pytest.raises(OSError, match="no space"):
         write_file(file, "new")
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["scores.json"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from switchkd import compare_report
-from switchkd.cli import main
-from switchkd.compare import compare, load_result
-from switchkd.errors import ConfigError, DataError
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.cli.main import main
+from switchkd.reports import tables as compare_report
+from switchkd.reports.compare import compare, load_result
 
 N = 60
 RNG = np.random.default_rng(0)

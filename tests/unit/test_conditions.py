@@ -9,10 +9,11 @@ import torch
 import yaml
 from tiny import pair_on_disk
 
-from switchkd.cli import main
-from switchkd.conditions import conditions, own_code, with_now
-from switchkd.config import TrainConfig, from_dict
-from switchkd.errors import SwitchKDWarning
+from switchkd.base.errors import SwitchKDWarning
+from switchkd.base.settings import from_dict
+from switchkd.cli.main import main
+from switchkd.runs.continuation import conditions, own_code, with_now
+from switchkd.training.settings import TrainConfig
 
 RULE = """
 from dataclasses import dataclass

@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from switchkd import AdaSwitch, StudentOnly, Switch
-from switchkd.config import TrainConfig, from_dict, load_recipe, shipped, to_dict
-from switchkd.errors import ConfigError
-from switchkd.mixes import Generated
-from switchkd.objectives import ForwardKL, SkewReverseKL
-from switchkd.runs import eval_settings
+from switchkd.base.errors import ConfigError
+from switchkd.base.settings import from_dict, shipped, to_dict
+from switchkd.methods.mixes import Generated
+from switchkd.methods.objectives import ForwardKL, SkewReverseKL
+from switchkd.runs.heldout import eval_settings
+from switchkd.training.settings import TrainConfig, load_recipe
 
 
 @pytest.mark.parametrize("name", shipped("recipes"))

@@ -8,9 +8,10 @@ from tiny import CHATML, byte_level_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.data import Example, Message, batch_indices, collate, tokenize
-from switchkd.errors import ConfigError, DataError
-from switchkd.templates import alpaca_prompt
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import Example
+from switchkd.data.templates import alpaca_prompt
+from switchkd.data.texts import Message, batch_indices, collate, tokenize
 
 PAIR = {"prompt": "What is two and two?", "completion": "It is four."}
 

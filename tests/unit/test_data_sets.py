@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.data import load_examples
-from switchkd.errors import DataError
+from switchkd.base.errors import DataError
+from switchkd.data.examples import load_examples
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 TALK = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "<think>Hm.</think>Four."}]

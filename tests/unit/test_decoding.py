@@ -8,8 +8,8 @@ from tiny import FAMILIES, POLICIES, VOCAB, Forced, Quota, assert_same, tiny_mod
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode, decode_reference
-from switchkd.errors import ConfigError
-from switchkd.sampling import Sampling
+from switchkd.base.errors import ConfigError
+from switchkd.methods.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
 

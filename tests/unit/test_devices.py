@@ -6,14 +6,15 @@ from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from switchkd import decode, engine
-from switchkd.config import TrainConfig
-from switchkd.ends import Ends
-from switchkd.mixes import MIXES, Adaptive, Generated
-from switchkd.objectives import OBJECTIVES, MiniLLM
-from switchkd.policies import StudentOnly
-from switchkd.proof import prove
-from switchkd.trainer import Trainer
+from switchkd import decode
+from switchkd.decoding import engine
+from switchkd.forward.ends import Ends
+from switchkd.forward.proof import prove
+from switchkd.methods.mixes import MIXES, Adaptive, Generated
+from switchkd.methods.objectives import OBJECTIVES, MiniLLM
+from switchkd.methods.policy import StudentOnly
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 
 class WithoutFloat64(TorchDispatchMode):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from switchkd import divergences
-from switchkd.errors import ConfigError
+from switchkd.base.errors import ConfigError
+from switchkd.methods import divergences
 
 
 def kl(p, q):

@@ -22,25 +22,29 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from switchkd import StudentOnly, Switch, decode, decode_reference, load_pair, loss
-from switchkd.cli import main
-from switchkd.data import collate, tokenize
-from switchkd.decoding import decode_examples
-from switchkd.divergences import forward_kl, log_probs
-from switchkd.ends import Ends, declared_ends, pair_ends
-from switchkd.errors import CheckpointError, ConfigError, ModelError
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.generate_backend import complete_by_generate
-from switchkd.loss import Head, TeacherStates, TeacherTopK, response_hidden, response_tokens
-from switchkd.models import load_model
-from switchkd.objectives import OBJECTIVES
-from switchkd.replay import replayed
-from switchkd.results import read_results
-from switchkd.samples import Reader, trace
-from switchkd.study import flags
-from switchkd.tasks import TASKS
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import teacher_texts
+from switchkd import StudentOnly, Switch, decode, decode_reference, load_pair
+from switchkd.base.errors import CheckpointError, ConfigError, ModelError
+from switchkd.cli.main import main
+from switchkd.data.texts import collate, tokenize
+from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.generate_backend import complete_by_generate
+from switchkd.evaluation.results import read_results
+from switchkd.evaluation.samples import Reader, trace
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.forward.ends import Ends, declared_ends, pair_ends
+from switchkd.forward.head import Head, response_hidden
+from switchkd.methods.divergences import forward_kl, log_probs
+from switchkd.methods.objectives import OBJECTIVES
+from switchkd.models.loading import load_model
+from switchkd.runs.replay import replayed
+from switchkd.studies.study import flags
+from switchkd.teachers.said import TeacherStates, TeacherTopK
+from switchkd.teachers.states import TeacherCache
+from switchkd.training import loss
+from switchkd.training.loss import response_tokens
 
 START, CHAT_END, TEXT_END, BEGIN = 283, 284, 285, 286  # of byte_level_tokenizer
 HASH = 2  # "#" there, and the eos_token_id of a Llama's config that names none

@@ -10,12 +10,12 @@ import torch
 from tiny import VOCAB, toy_examples, toy_pair
 
 from switchkd import StudentOnly, TeacherOnly, decode
-from switchkd.config import EvalConfig
-from switchkd.errors import ConfigError, DataError
-from switchkd.evaluation import EvalSettings, evaluate, score_names, work
-from switchkd.results import completions_file, read_results, write_results
-from switchkd.statistics import spearman
-from switchkd.tasks import TASKS, Task
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.evaluation.evaluate import evaluate, score_names, work
+from switchkd.evaluation.results import completions_file, read_results, write_results
+from switchkd.evaluation.settings import EvalConfig, EvalSettings
+from switchkd.evaluation.statistics import spearman
+from switchkd.evaluation.tasks import TASKS, Task
 
 TASK = TASKS["references"]
 SETTINGS = EvalSettings(max_new_tokens=5, batch_size=4, score_batch_size=3)
@@ -218,7 +218,7 @@ def test_evaluating_changes_neither_mode_nor_weights_nor_random_state(pair):
 
 
 def test_a_reference_that_cannot_be_scored_is_named_before_anything_is_decoded(pair, monkeypatch):
-    monkeypatch.setattr("switchkd.evaluation.decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("switchkd.evaluation.evaluate.decode", lambda *_, **__: pytest.fail("decoded"))
     examples = [dataclasses.replace(e, references=("#### 3",)) for e in toy_examples(3)]
     examples[2] = dataclasses.replace(examples[2], references=("three",))
     with pytest.raises(DataError, match=rf"{examples[2].source}: task gsm8k: .*no '#### N'"):

@@ -7,9 +7,9 @@ from families import DOCS, FLOAT32, REASONS, TABLE, VERSION, docs, names, outcom
 from tiny import assert_same
 
 from switchkd import Switch, decode, decode_reference
-from switchkd.data import collate
-from switchkd.loss import Head, response_hidden
-from switchkd.models import cache_bytes_per_token, context_length
+from switchkd.data.texts import collate
+from switchkd.forward.architecture import cache_bytes_per_token, context_length
+from switchkd.forward.head import Head, response_hidden
 
 # Read at every test run; the others under `-m slow`.
 QUICK = (

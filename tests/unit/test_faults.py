@@ -16,20 +16,23 @@ from test_teacher_store import build, texts
 from test_trainer import trainer
 from tiny import pair_on_disk, toy_examples, toy_pair
 
-from switchkd import checkpoint, storage, teacher_store
-from switchkd import trainer as trainer_module
-from switchkd.checkpoint import MANIFEST, checkpoints, verify
-from switchkd.cli import main
-from switchkd.continuation import whole_checkpoint
-from switchkd.errors import DiskError, SwitchKDWarning
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.lock import locked
-from switchkd.mixes import Adaptive
-from switchkd.optimizer import adamw
-from switchkd.results import write_results
-from switchkd.storage import append_lines, staged_folder, tidy, write_file
-from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer
+from switchkd.base import storage
+from switchkd.base.errors import DiskError, SwitchKDWarning
+from switchkd.base.lock import locked
+from switchkd.base.storage import append_lines, staged_folder, tidy, write_file
+from switchkd.cli.main import main
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.results import write_results
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.methods.mixes import Adaptive
+from switchkd.teachers import store as teacher_store
+from switchkd.training import checkpoint
+from switchkd.training import trainer as trainer_module
+from switchkd.training.checkpoint import MANIFEST, checkpoints, verify
+from switchkd.training.optimizer import adamw
+from switchkd.training.restoring import whole_checkpoint
+from switchkd.training.trainer import Trainer
 
 # --- one save -----------------------------------------------------------------------------------------------------
 
@@ -130,12 +133,12 @@ def prune_first(run, state, *rest, save=checkpoint.save_checkpoint):
 
 
 MUTANTS = {
-    "a checkpoint is written where it belongs": ("switchkd.checkpoint.staged_folder", in_place),
-    "the oldest goes before the newest is there": ("switchkd.trainer.save_checkpoint", prune_first),
-    "a checkpoint is taken away under its name": ("switchkd.manifest.discard", shutil.rmtree),
-    "what fails is passed over": ("switchkd.checkpoint.save_file", passed_over),
-    "errors of libraries are not told apart": ("switchkd.storage.written", lambda *_: nullcontext()),
-    "what is half made stays": ("switchkd.storage.tidy", lambda _: None),
+    "a checkpoint is written where it belongs": ("switchkd.training.checkpoint.staged_folder", in_place),
+    "the oldest goes before the newest is there": ("switchkd.training.trainer.save_checkpoint", prune_first),
+    "a checkpoint is taken away under its name": ("switchkd.base.manifest.discard", shutil.rmtree),
+    "what fails is passed over": ("switchkd.training.checkpoint.save_file", passed_over),
+    "errors of libraries are not told apart": ("switchkd.base.storage.written", lambda *_: nullcontext()),
+    "what is half made stays": ("switchkd.base.storage.tidy", lambda _: None),
 }
 
 
@@ -266,7 +269,7 @@ def test_a_run_whose_disk_is_full_says_what_stands_and_goes_on_when_there_is_roo
             append(path, records)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("switchkd.trainer.append_lines", full)
+        patch.setattr("switchkd.training.trainer.append_lines", full)
         assert main(arguments) == 1
     said = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'run' / 'rollouts.jsonl'} cannot be written: [Errno 28] No space left on device" in said[-2]
@@ -347,7 +350,7 @@ def test_whatever_cannot_be_written_is_named_and_written_later(tmp_path, monkeyp
 
 def test_a_lock_that_cannot_be_written_is_named_and_let_go(tmp_path, monkeypatch):
     with monkeypatch.context() as full, pytest.raises(DiskError, match=r"run/lock.json cannot be written: .*No space"):
-        full.setattr("switchkd.lock.json.dump", lambda *_: Faults(1).hit(""))
+        full.setattr("switchkd.base.lock.json.dump", lambda *_: Faults(1).hit(""))
         with locked(tmp_path / "run"):
             pass
     with locked(tmp_path / "run"):

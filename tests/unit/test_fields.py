@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from switchkd.data import load_examples
-from switchkd.errors import DataError
+from switchkd.base.errors import DataError
+from switchkd.data.examples import load_examples
 
 PAIR = {"prompt": "a", "completion": "b"}
 

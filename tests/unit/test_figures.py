@@ -9,25 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
-from switchkd.config import TrainConfig, to_dict
-from switchkd.curves import (
-    COLOURS,
-    POINTS,
-    SMOOTH,
-    Line,
-    Panel,
-    draw,
-    metric_panels,
-    panel_notes,
-    run_curves,
-    thinned,
-)
-from switchkd.errors import ConfigError, DataError
-from switchkd.figures import FIGURES, load_methods
-from switchkd.objectives import TVD
-from switchkd.policies import SKD, AdaSwitch, StudentOnly, Switch
-from switchkd.steps import Steps
-from switchkd.svg import themed_svg
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.settings import to_dict
+from switchkd.methods.objectives import TVD
+from switchkd.methods.policies import SKD, AdaSwitch, Switch
+from switchkd.methods.policy import StudentOnly
+from switchkd.reports.curves import metric_panels, panel_notes, run_curves
+from switchkd.reports.figures import FIGURES, load_methods
+from switchkd.reports.page import themed_svg
+from switchkd.reports.panels import COLOURS, POINTS, SMOOTH, Line, Panel, draw, thinned
+from switchkd.reports.steps import Steps
+from switchkd.training.settings import TrainConfig
 
 NAN = math.nan
 

@@ -8,9 +8,9 @@ from tiny import FAMILIES, VOCAB, tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from switchkd import StudentOnly, decode
-from switchkd.errors import ConfigError, DataError
-from switchkd.generate_backend import complete_by_generate
-from switchkd.sampling import Sampling
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.evaluation.generate_backend import complete_by_generate
+from switchkd.methods.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8, 14, 21], [5, 5], [19, 3, 8, 8], [13]]
 EOS = (1, 6)

@@ -9,12 +9,14 @@ import torch
 from tiny import byte_level_tokenizer, save_llama
 from transformers import AutoTokenizer
 
-from switchkd.adapters import add_adapter
-from switchkd.checkpoint import save_model
-from switchkd.cli import main
-from switchkd.config import ModelConfig, TrainConfig, to_dict
-from switchkd.models import load_model
-from switchkd.run_record import CONFIG
+from switchkd.base.settings import to_dict
+from switchkd.cli.main import main
+from switchkd.models.adapters import add_adapter
+from switchkd.models.loading import load_model
+from switchkd.models.settings import ModelConfig
+from switchkd.training.checkpoint import save_model
+from switchkd.training.records import CONFIG
+from switchkd.training.settings import TrainConfig
 
 TASK = """task: sums
 dataset_path: json

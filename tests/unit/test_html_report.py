@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
 
-from switchkd.cli import main
-from switchkd.errors import ConfigError, DataError
-from switchkd.html_report import _score_sheets, page
-from switchkd.plain import spread
-from switchkd.policies import AdaSwitch, Switch
-from switchkd.run_record import RunRecord, read_metrics
-from switchkd.viewer import payload
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.plain import spread
+from switchkd.cli.main import main
+from switchkd.methods.policies import AdaSwitch, Switch
+from switchkd.reports.page import _score_sheets, page
+from switchkd.reports.record import RunRecord, read_metrics
+from switchkd.reports.viewer import payload
 
 
 class Elements(HTMLParser):

@@ -14,20 +14,22 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, tiny_model
 
-from switchkd import plain, rows
-from switchkd.cli import main
-from switchkd.compare import load_result
-from switchkd.config import TrainConfig, load_recipe, to_dict
-from switchkd.curves import cost, has
-from switchkd.data import load_examples, load_text
-from switchkd.decoding import decode
-from switchkd.errors import ConfigError, DataError
-from switchkd.policies import Switch
-from switchkd.run_record import RunRecord
-from switchkd.runs import prompt_examples
-from switchkd.study_plan import cells, load_plan
-from switchkd.templates import Encoder
-from switchkd.viewer import payload
+from switchkd.base import plain
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.settings import to_dict
+from switchkd.cli.main import main
+from switchkd.data.examples import load_examples, load_text
+from switchkd.data.templates import Encoder
+from switchkd.decoding import rows
+from switchkd.decoding.decode import decode
+from switchkd.methods.policies import Switch
+from switchkd.reports.compare import load_result
+from switchkd.reports.curves import cost, has
+from switchkd.reports.record import RunRecord
+from switchkd.reports.viewer import payload
+from switchkd.runs.opening import prompt_examples
+from switchkd.studies.plan import cells, load_plan
+from switchkd.training.settings import TrainConfig, load_recipe
 
 LAYOUTS = {
     "pair": {"prompt": "a", "completion": "b"},
@@ -111,7 +113,7 @@ def test_bad_rows_are_counted_and_the_others_keep_their_numbers(tmp_path, lines)
 
 def test_a_reader_that_lets_a_bad_row_through_would_be_found(tmp_path, monkeypatch):
     """The negative control: json.loads keeps the last of what is given twice."""
-    monkeypatch.setattr("switchkd.lines.json_object", json.loads)
+    monkeypatch.setattr("switchkd.data.lines.json_object", json.loads)
     with pytest.raises(AssertionError):
         check_counts(tmp_path / "a.jsonl", [GOOD[0], BAD[8]])
 

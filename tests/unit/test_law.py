@@ -12,10 +12,13 @@ import pytest
 import torch
 from tiny import POLICIES, Quota, Spell, TabularModel
 
-from switchkd import AdaSwitch, Switch, decode, decode_reference, decoding, engine
-from switchkd.ends import Ends
-from switchkd.policies import CAOPD, Hysteresis, Relay
-from switchkd.sampling import Sampling, speakers
+from switchkd import AdaSwitch, Switch, decode, decode_reference
+from switchkd.decoding import decode as decoding
+from switchkd.decoding import engine
+from switchkd.forward.ends import Ends
+from switchkd.methods.policies import CAOPD, Hysteresis
+from switchkd.methods.relay import Relay
+from switchkd.methods.sampling import Sampling, speakers
 
 QUARTERS, LENGTH, VOCAB = 4, 5, 3
 STUDENT = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]
@@ -47,7 +50,7 @@ def known_noise(monkeypatch, parts):
     def draw(log_probs, noise, temperature=1.0):
         return (noise > log_probs.exp().cumsum(-1)).sum(-1)
 
-    monkeypatch.setattr("switchkd.sampling.keyed_uniform", lambda *_: 0.5)
+    monkeypatch.setattr("switchkd.methods.sampling.keyed_uniform", lambda *_: 0.5)
     for module in (decoding, engine):
         monkeypatch.setattr(module, "noise_key", lambda seed, sample_id, position: (sample_id, position))
         monkeypatch.setattr(module, "gumbel_noise", gumbel_noise)

@@ -5,7 +5,7 @@ from tiny import tiny_model
 from torch import nn
 
 from switchkd import Switch, decode
-from switchkd.linear import packed
+from switchkd.decoding.linear import packed
 
 
 @torch.no_grad()

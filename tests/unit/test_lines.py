@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from switchkd import lines
-from switchkd.cli import parse
-from switchkd.commands import CompareConfig
-from switchkd.config import TrainConfig, load_recipe
-from switchkd.data import load_examples, load_text
-from switchkd.errors import DataError, ModelError
-from switchkd.models import load_pair
-from switchkd.paths import expanded
+from switchkd.base.errors import DataError, ModelError
+from switchkd.base.storage import expanded
+from switchkd.cli.compare import CompareConfig
+from switchkd.cli.main import parse
+from switchkd.data import lines
+from switchkd.data.examples import load_examples, load_text
+from switchkd.models.pair import load_pair
+from switchkd.training.settings import TrainConfig, load_recipe
 
 ROW = {"prompt": "a", "completion": "b"}
 TEXT = json.dumps(ROW)

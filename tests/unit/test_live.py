@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model, toy_examples, toy_pair
 
-from switchkd import Rollout, Switch, decode, decode_reference, live, report
-from switchkd.config import TrainConfig
-from switchkd.mixes import Generated
-from switchkd.rollouts import DecodeCost, Rollouts
-from switchkd.trainer import Trainer
+from switchkd import Rollout, Switch, decode, decode_reference
+from switchkd.decoding.rollouts import DecodeCost, Rollouts
+from switchkd.methods.mixes import Generated
+from switchkd.reports import live
+from switchkd.reports import tables as report
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 TOKENIZER = byte_level_tokenizer()
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9]]

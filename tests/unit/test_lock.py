@@ -16,14 +16,16 @@ import pytest
 import yaml
 from tiny import toy_examples
 
-from switchkd import continuation, lock
-from switchkd.config import TrainConfig, to_dict
-from switchkd.continuation import check_origin, check_run
-from switchkd.errors import ConfigError, DiskError, InUseError
-from switchkd.lock import LOCK, locked
-from switchkd.runs import distil
-from switchkd.study import run_cells
-from switchkd.study_plan import Size
+from switchkd.base import lock
+from switchkd.base.errors import ConfigError, DiskError, InUseError
+from switchkd.base.lock import LOCK, locked
+from switchkd.base.settings import to_dict
+from switchkd.runs import continuation
+from switchkd.runs.continuation import check_origin, check_run
+from switchkd.runs.distil import distil
+from switchkd.studies.plan import Size
+from switchkd.studies.study import run_cells
+from switchkd.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -106,7 +108,7 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("switchkd.lock.fcntl.flock", no_locks)
+    monkeypatch.setattr("switchkd.base.lock.fcntl.flock", no_locks)
     file = tmp_path / LOCK
     file.write_text(json.dumps(left) if isinstance(left, dict) else left)
     if refused:

@@ -14,12 +14,16 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from switchkd import decode, loss
-from switchkd.data import collate
-from switchkd.divergences import log_probs
-from switchkd.errors import ModelError
-from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens
-from switchkd.objectives import OBJECTIVES, ForwardKL, Tokens
+from switchkd import decode
+from switchkd.base.errors import ModelError
+from switchkd.data.texts import collate
+from switchkd.forward.head import Head, response_hidden
+from switchkd.methods.divergences import log_probs
+from switchkd.methods.objective import Tokens
+from switchkd.methods.objectives import OBJECTIVES, ForwardKL
+from switchkd.teachers.said import TeacherStates
+from switchkd.training import loss
+from switchkd.training.loss import response_tokens
 
 ROWS = [([3, 4, 5], [6, 7, 1]), ([8], [9, 9, 1, 9, 9]), ([4, 4], [])]
 SPEAKERS = [[0, 1, 0], [1, 0, 2, 2, 0], []]

@@ -11,11 +11,12 @@ import torch
 from tiny import FAMILIES, POLICIES, assert_same, tiny_model
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference, load_pair
-from switchkd.adapters import add_adapter
-from switchkd.config import ModelConfig
-from switchkd.divergences import LN2
-from switchkd.pace import Pace
-from switchkd.policies import SSD, STUDENT, TEACHER, Hysteresis
+from switchkd.decoding.pace import Pace
+from switchkd.methods.divergences import LN2
+from switchkd.methods.policies import SSD, Hysteresis
+from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.models.adapters import add_adapter
+from switchkd.models.settings import ModelConfig
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 BUDGET = 9

@@ -8,11 +8,11 @@ from test_restoring import GOOD, by, scored
 from test_trainer import trainer
 from tiny import toy_pair
 
-from switchkd.checkpoint import checkpoints, prune, save_model
-from switchkd.continuation import whole_checkpoint
-from switchkd.errors import SwitchKDWarning
-from switchkd.manifest import MANIFEST, foreign, take_away
-from switchkd.storage import staged_folder, tidy, write_file
+from switchkd.base.errors import SwitchKDWarning
+from switchkd.base.manifest import MANIFEST, foreign, take_away
+from switchkd.base.storage import staged_folder, tidy, write_file
+from switchkd.training.checkpoint import checkpoints, prune, save_model
+from switchkd.training.restoring import whole_checkpoint
 
 
 def saved(folder, *steps):
@@ -42,7 +42,7 @@ PLACES = {
 
 
 def take_back(run):
-    from switchkd import continuation
+    from switchkd.runs import continuation
 
     (run / "checkpoint-2" / "more.txt").write_text("more")
     continuation.take_back(run, 1, 1, ended=False)
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_a_link_is_pruned_and_gone_on_from_and_what_it_lead
 @pytest.mark.filterwarnings("ignore::switchkd.errors.SwitchKDWarning")
 @pytest.mark.parametrize("make", [lambda run: saved(run, 3), lambda run: (run / "checkpoint-3").symlink_to("gone")])
 def test_links_among_later_checkpoints_do_not_stop_a_run_that_goes_back(tmp_path, make):
-    from switchkd.continuation import take_back
+    from switchkd.training.restoring import take_back
 
     saved(tmp_path, 1)
     (tmp_path / "checkpoint-9").symlink_to(tmp_path / "checkpoint-1")

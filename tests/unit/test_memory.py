@@ -10,18 +10,20 @@ import torch
 from test_trainer import gradient_step, lines, trainer, weights
 from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 
-from switchkd import decode, decode_reference, evaluation
-from switchkd.cache import CachedModel
-from switchkd.checkpoint import checkpoints
-from switchkd.errors import NoMemoryError, SwitchKDWarning
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.memory import halving, out_of_memory
-from switchkd.mixes import Adaptive, Generated
-from switchkd.policies import Policy
-from switchkd.rows import Row
-from switchkd.runs import standing
-from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer
+from switchkd import decode, decode_reference
+from switchkd.base.errors import NoMemoryError, SwitchKDWarning
+from switchkd.base.memory import halving, out_of_memory
+from switchkd.decoding.rows import Row
+from switchkd.evaluation import evaluate as evaluation
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.forward.cache import CachedModel
+from switchkd.methods.mixes import Adaptive, Generated
+from switchkd.methods.policy import Policy
+from switchkd.runs.distil import standing
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.trainer import Trainer
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
 

@@ -13,13 +13,16 @@ import pytest
 import torch
 from tiny import VOCAB, toy_examples, toy_pair
 
-from switchkd.config import TrainConfig, load_recipe, shipped
-from switchkd.data import collate
-from switchkd.divergences import log_probs
-from switchkd.loss import Head, response_hidden, response_tokens
-from switchkd.policies import REFERENCE, STUDENT, TEACHER, Relay
-from switchkd.teacher_store import teacher_texts
-from switchkd.trainer import Trainer
+from switchkd.base.settings import shipped
+from switchkd.data.texts import collate
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.forward.head import Head, response_hidden
+from switchkd.methods.divergences import log_probs
+from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER
+from switchkd.methods.relay import Relay
+from switchkd.training.loss import response_tokens
+from switchkd.training.settings import TrainConfig, load_recipe
+from switchkd.training.trainer import Trainer
 
 TRAJECTORIES = Path(__file__).with_name("trajectories.json")
 S, T, R = {STUDENT}, {TEACHER}, {REFERENCE}

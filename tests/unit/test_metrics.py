@@ -7,13 +7,14 @@ import time
 import pytest
 from tiny import toy_examples, toy_pair
 
-from switchkd.config import TrainConfig
-from switchkd.decoding import decode
-from switchkd.metrics import divergence_bands, rollout_metrics
-from switchkd.mixes import Generated
-from switchkd.policies import StudentOnly, Switch, TeacherOnly
-from switchkd.rollouts import DecodeCost, Rollout, Rollouts
-from switchkd.trainer import Trainer
+from switchkd.decoding.decode import decode
+from switchkd.decoding.metrics import divergence_bands, rollout_metrics
+from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.methods.mixes import Generated
+from switchkd.methods.policies import Switch
+from switchkd.methods.policy import StudentOnly, TeacherOnly
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 NAN = math.nan
 

@@ -10,13 +10,15 @@ from test_trainer import lines, trainer, weights, without_times
 from tiny import VOCAB, byte_level_tokenizer, toy_examples, toy_pair
 
 from switchkd import StudentOnly, Switch
-from switchkd.data import load_text
-from switchkd.errors import ConfigError, DataError
-from switchkd.mixes import Adaptive, Generated, GroundTruth, Pairs, TeacherText
-from switchkd.objectives import TAID, CrossEntropy, DistiLLM2, ForwardKL
-from switchkd.policies import CAOPD, REFERENCE, STUDENT, TEACHER, TRB
-from switchkd.rollouts import Rollouts
-from switchkd.teacher_cache import TeacherCache
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import load_text
+from switchkd.decoding.rollouts import Rollouts
+from switchkd.methods.mixes import Adaptive, Generated, GroundTruth, Pairs, TeacherText
+from switchkd.methods.objective import CrossEntropy
+from switchkd.methods.objectives import TAID, DistiLLM2, ForwardKL
+from switchkd.methods.policies import CAOPD, TRB
+from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER
+from switchkd.teachers.states import TeacherCache
 
 ALWAYS = Adaptive(share=1.0, capacity=8, validation_steps=3)
 
@@ -214,7 +216,8 @@ def test_a_budget_grows_over_training(tmp_path):
 def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, policy, setting, expected):
     used = []
     monkeypatch.setattr(
-        "switchkd.trainer.decode_examples", lambda *arguments: used.append(arguments[2]["policy"]) or Rollouts()
+        "switchkd.training.trainer.decode_examples",
+        lambda *arguments: used.append(arguments[2]["policy"]) or Rollouts(),
     )
     t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=9, max_new_tokens_start=2)
     for t.step in (0, 4, 8):

@@ -12,17 +12,18 @@ from huggingface_hub import ModelCard, constants
 from tiny import pair_on_disk, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from switchkd import load_pair, runs
-from switchkd.config import TrainConfig, from_dict
-from switchkd.mixes import GroundTruth
-from switchkd.model_card import model_card
-from switchkd.precision import with_dtypes
-from switchkd.published import public_settings
-from switchkd.report import number
-from switchkd.results import Evaluation
-from switchkd.run_record import read_config
-from switchkd.statistics import Values
-from switchkd.trainer import Trainer
+from switchkd import load_pair
+from switchkd.base.settings import from_dict
+from switchkd.base.terminal import number
+from switchkd.evaluation.results import Evaluation
+from switchkd.evaluation.statistics import Values
+from switchkd.methods.mixes import GroundTruth
+from switchkd.models.settings import with_dtypes
+from switchkd.reports.record import read_config
+from switchkd.runs import distil as runs
+from switchkd.runs.model_card import model_card, public_settings
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,13 @@ from transformers import (
 )
 
 from switchkd import TeacherOnly, decode
-from switchkd.config import TrainConfig
-from switchkd.errors import ConfigError, DataError, ModelError, VocabularyError
-from switchkd.models import (
-    check_vocabulary,
-    load_model,
-    load_pair,
-    load_tokenizer,
-    num_parameters,
-    parameter_bytes,
-    refuse_recurrent,
-)
-from switchkd.runs import load_train, open_pair
-from switchkd.vocabulary import left_out_note
+from switchkd.base.errors import ConfigError, DataError, ModelError, VocabularyError
+from switchkd.forward.architecture import num_parameters, parameter_bytes, refuse_recurrent
+from switchkd.models.loading import check_vocabulary, load_model, load_tokenizer
+from switchkd.models.pair import load_pair
+from switchkd.models.vocabulary import left_out_note
+from switchkd.runs.opening import load_train, open_pair
+from switchkd.training.settings import TrainConfig
 
 
 @pytest.fixture

@@ -6,17 +6,18 @@ from test_trainer import trainer
 from tiny import VOCAB, new_model, toy_examples, toy_pair
 
 from switchkd import Switch, decode, decode_reference
-from switchkd.base_model import BaseModel
-from switchkd.cache import evaluating
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.generate_backend import complete_by_generate
-from switchkd.loss import Head
-from switchkd.mixes import Generated
-from switchkd.pruning import layer_influence
-from switchkd.samples import Reader
-from switchkd.tasks import TASKS
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teachers import Teachers
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.generate_backend import complete_by_generate
+from switchkd.evaluation.samples import Reader
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.forward.base_model import BaseModel
+from switchkd.forward.head import Head
+from switchkd.forward.modes import evaluating
+from switchkd.methods.mixes import Generated
+from switchkd.models.pruning import layer_influence
+from switchkd.teachers.asked import Teachers
+from switchkd.teachers.states import TeacherCache
 
 
 def modes(model):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny import POLICIES, VOCAB, assert_same, tiny_model
 
-from switchkd import Switch, TeacherOnly, decode_reference, decoding, engine
-from switchkd.ends import Ends
-from switchkd.policies import SKD
+from switchkd import Switch, TeacherOnly, decode_reference
+from switchkd.decoding import decode as decoding
+from switchkd.decoding import engine
+from switchkd.forward.ends import Ends
+from switchkd.methods.policies import SKD
 
 SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from test_trainer import lines, trainer, weights
 from tiny import toy_examples
 
-from switchkd.checkpoint import checkpoints
-from switchkd.errors import NonFiniteError
-from switchkd.mixes import Generated
-from switchkd.trainer import Trainer
+from switchkd.base.errors import NonFiniteError
+from switchkd.methods.mixes import Generated
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.trainer import Trainer
 
 TOKEN = 7  # some of the rows have it where a model reads it
 
@@ -132,7 +132,7 @@ def test_moments_that_overflow_are_not_saved(tmp_path):
 
 
 def test_mutant_that_saves_what_overflowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("switchkd.trainer.broken_weight", lambda *_: "")
+    monkeypatch.setattr("switchkd.training.trainer.broken_weight", lambda *_: "")
     with pytest.raises((AssertionError, pytest.fail.Exception)), suppress(KeyError):
         check_overflow(tmp_path)
 

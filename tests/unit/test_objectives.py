@@ -10,22 +10,21 @@ import math
 import pytest
 import torch
 
-from switchkd import objectives
-from switchkd.errors import ConfigError
-from switchkd.objectives import (
+from switchkd.base.errors import ConfigError
+from switchkd.methods import objectives
+from switchkd.methods.objective import CrossEntropy, Tokens
+from switchkd.methods.objectives import (
     AKL,
     JSD,
     OBJECTIVES,
     OPD,
     TAID,
-    CrossEntropy,
     DistiLLM2,
     ForwardKL,
     MiniLLM,
     ReplacedCE,
     ReverseKL,
     SkewKL,
-    Tokens,
     Veto,
 )
 

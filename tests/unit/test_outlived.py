@@ -7,18 +7,18 @@ import pytest
 from test_resume import bit_flipped
 from tiny import pair_on_disk
 
-from switchkd import runs
-from switchkd.cli import main
-from switchkd.compare import load_result
-from switchkd.errors import CheckpointError, DataError, SwitchKDWarning
-from switchkd.html_report import page
-from switchkd.manifest import MANIFEST
-from switchkd.models import load_pair
-from switchkd.results import read_results
-from switchkd.run_record import RunRecord
-from switchkd.saved_student import SavedStudent
-from switchkd.study import flags
-from switchkd.trainer import Trainer
+from switchkd.base.errors import CheckpointError, DataError, SwitchKDWarning
+from switchkd.base.manifest import MANIFEST
+from switchkd.cli.main import main
+from switchkd.evaluation.results import read_results
+from switchkd.models.pair import load_pair
+from switchkd.models.saved_student import SavedStudent
+from switchkd.reports.compare import load_result
+from switchkd.reports.page import page
+from switchkd.reports.record import RunRecord
+from switchkd.runs import distil as runs
+from switchkd.studies.study import flags
+from switchkd.training.trainer import Trainer
 
 
 def train(run, *more):
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_takes_back_its_student_and_scores_before_the_first_n
         raise RuntimeError("killed")
 
     scores = later(run).name
-    monkeypatch.setattr("switchkd.trainer.Trainer._train_step", killed)
+    monkeypatch.setattr("switchkd.training.trainer.Trainer._train_step", killed)
     with pytest.raises(RuntimeError), pytest.warns(SwitchKDWarning) as warned:
         train(run, *GOES_ON[way])
     assert [name for name in ("student", scores) if (run / name).exists()] == []

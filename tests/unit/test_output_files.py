@@ -10,14 +10,15 @@ import yaml
 from fabricated import metric, run
 from tiny import byte_level_tokenizer, pair_on_disk, save_llama
 
-from switchkd.cli import main, parse
-from switchkd.compare_report import save_figure
-from switchkd.config import TrainConfig, load_recipe
-from switchkd.errors import DiskError
-from switchkd.published import public_name, save_tokenizer
-from switchkd.results import write_results
-from switchkd.runs import distil
-from switchkd.storage import staged_file, staged_folder, write_file, write_output
+from switchkd.base.errors import DiskError
+from switchkd.base.storage import staged_file, staged_folder, write_file, write_output
+from switchkd.cli.main import main, parse
+from switchkd.evaluation.results import write_results
+from switchkd.models.loading import save_tokenizer
+from switchkd.reports.tables import save_figure
+from switchkd.runs.distil import distil
+from switchkd.runs.model_card import public_name
+from switchkd.training.settings import TrainConfig, load_recipe
 
 
 def mode(path):

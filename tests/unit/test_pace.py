@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 
-from switchkd import AdaSwitch, Switch, TeacherOnly, decode, decoding
-from switchkd.config import TrainConfig
-from switchkd.mixes import Generated
-from switchkd.pace import BLOCKS, Pace, Plan, Stopwatch
-from switchkd.policies import STUDENT, TEACHER
-from switchkd.trainer import Trainer
+from switchkd import AdaSwitch, Switch, TeacherOnly, decode
+from switchkd.decoding import decode as decoding
+from switchkd.decoding.pace import BLOCKS, Pace, Plan, Stopwatch
+from switchkd.methods.mixes import Generated
+from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 BOTH, ONLY_STUDENT, ONLY_TEACHER = (True, True), (True, False), (False, True)
@@ -259,7 +260,7 @@ def test_rounds_that_are_timed_wait_for_their_events(on_cuda, settings):
 def test_a_repeatable_round_makes_no_event_and_reads_no_clock(on_cuda, monkeypatch):
     pair = tiny_model("llama", 1), tiny_model("llama", 2)
     monkeypatch.setattr(Stopwatch, "take", lambda self: pytest.fail("a lap was read"))
-    monkeypatch.setattr("switchkd.pace.time", None)
+    monkeypatch.setattr("switchkd.decoding.pace.time", None)
     decode(*pair, [[3], [4, 5]], Switch(), 6, eos_token_ids=[], repeatable=True)
     assert Event.made == 0
 

@@ -7,10 +7,11 @@ import torch
 from tiny import byte_level_tokenizer
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly
-from switchkd.divergences import LN2, jsd
-from switchkd.errors import ConfigError
-from switchkd.policies import CAOPD, SKD, SSD, TRB, Hysteresis, MixIn, Relay
-from switchkd.sampling import noise_key, speakers
+from switchkd.base.errors import ConfigError
+from switchkd.methods.divergences import LN2, jsd
+from switchkd.methods.policies import CAOPD, SKD, SSD, TRB, Hysteresis, MixIn
+from switchkd.methods.relay import Relay
+from switchkd.methods.sampling import noise_key, speakers
 
 
 def logs(*rows):

@@ -12,26 +12,29 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, VOCAB, byte_level_tokenizer, pair_on_disk, save_llama, tiny_model, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM
 
-from switchkd import loss as loss_module
-from switchkd import masters as masters_module
-from switchkd import precision
-from switchkd import trainer as trainer_module
-from switchkd.adapters import add_adapter, has_adapter
-from switchkd.checkpoint import load_weights, save_model
-from switchkd.cli import main
-from switchkd.config import ModelConfig, TrainConfig, from_dict, to_dict
-from switchkd.data import collate
-from switchkd.decoding import decode
-from switchkd.divergences import log_probs
-from switchkd.errors import ConfigError
-from switchkd.masters import Masters, cast_weights
-from switchkd.mixes import Generated, GroundTruth
-from switchkd.models import load_pair
-from switchkd.objectives import CrossEntropy, ForwardKL
-from switchkd.optimizer import adamw
-from switchkd.policies import Switch
-from switchkd.results import read_results
-from switchkd.trainer import Trainer
+from switchkd.base.errors import ConfigError
+from switchkd.base.settings import from_dict, to_dict
+from switchkd.cli.main import main
+from switchkd.data.texts import collate
+from switchkd.decoding.decode import decode
+from switchkd.evaluation.results import read_results
+from switchkd.methods.divergences import log_probs
+from switchkd.methods.mixes import Generated, GroundTruth
+from switchkd.methods.objective import CrossEntropy
+from switchkd.methods.objectives import ForwardKL
+from switchkd.methods.policies import Switch
+from switchkd.models import precision
+from switchkd.models.adapters import add_adapter, has_adapter
+from switchkd.models.pair import load_pair
+from switchkd.models.precision import cast_weights
+from switchkd.models.settings import ModelConfig
+from switchkd.training import loss as loss_module
+from switchkd.training import optimizer as masters_module
+from switchkd.training import trainer as trainer_module
+from switchkd.training.checkpoint import load_weights, save_model
+from switchkd.training.optimizer import Masters, adamw
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 SETTINGS = TrainConfig(
     objective=ForwardKL(), mix=GroundTruth(), max_new_tokens=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,

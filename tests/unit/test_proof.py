@@ -16,12 +16,14 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from switchkd import Switch, decode, decode_reference, models, proof
-from switchkd.data import collate
-from switchkd.errors import ConfigError, ModelError, NoMemoryError
-from switchkd.loss import Head, response_hidden
-from switchkd.proof import prove
-from switchkd.twin import positions, small_config, twin
+from switchkd import Switch, decode, decode_reference
+from switchkd.base.errors import ConfigError, ModelError, NoMemoryError
+from switchkd.data.texts import collate
+from switchkd.forward import proof
+from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.proof import prove
+from switchkd.forward.twin import positions, small_config, twin
+from switchkd.models import loading as models
 
 SIZES = dict(vocab_size=VOCAB, hidden_size=16, pad_token_id=0, bos_token_id=None, eos_token_id=1)
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": [4.0, 8.0]}
@@ -144,8 +146,8 @@ def test_longrope_ends_where_a_longer_row_would_change_a_shorter_one():
 
 
 def test_a_run_says_why_a_context_is_short():
-    from switchkd.config import TrainConfig
-    from switchkd.runs import check_context
+    from switchkd.runs.opening import check_context
+    from switchkd.training.settings import TrainConfig
 
     pair = models.Pair(phi(), phi(), toy_pair().tokenizer, VOCAB, (1,), ())
     with pytest.raises(ConfigError, match=r"context of 64 \(beyond original_max_position_embeddings longrope"):
@@ -161,7 +163,7 @@ def test_the_twin_finds_what_a_short_probe_does_not(broken, monkeypatch):
     if broken == "window":
         model = tiny_mistral(4096)
         monkeypatch.setattr(
-            "switchkd.cache.attention_windows",
+            "switchkd.forward.cache.attention_windows",
             lambda model: [("full_attention", None)] * model.config.num_hidden_layers,
         )
     else:
@@ -194,7 +196,8 @@ class Unshrinkable(MistralForCausalLM):
 def test_a_class_without_a_twin_is_read_itself_across_its_window(monkeypatch):
     prove(tiny_mistral(100, Unshrinkable))
     monkeypatch.setattr(
-        "switchkd.cache.attention_windows", lambda model: [("full_attention", None)] * model.config.num_hidden_layers
+        "switchkd.forward.cache.attention_windows",
+        lambda model: [("full_attention", None)] * model.config.num_hidden_layers,
     )
     with pytest.raises(ModelError, match="exactly"):
         prove(tiny_mistral(100, Unshrinkable))

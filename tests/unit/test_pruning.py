@@ -8,11 +8,12 @@ import torch
 from tiny import FAMILIES, VOCAB, save, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from switchkd import data, pruning
-from switchkd.cache import CACHE
-from switchkd.errors import ConfigError, ModelError, NonFiniteError
-from switchkd.models import load_model, load_tokenizer
-from switchkd.pruning import choose_layers, decoder_layers, layer_influence, prune, prune_layers
+from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
+from switchkd.data import texts as data
+from switchkd.forward.cache import CACHE
+from switchkd.models import pruning
+from switchkd.models.loading import load_model, load_tokenizer
+from switchkd.models.pruning import choose_layers, decoder_layers, layer_influence, prune, prune_layers
 
 KEEP = [0, 2, 4]
 IDS = torch.tensor([[3, 7, 11, 2, 19, 5, 5, 8]])

@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 from tiny import byte_level_tokenizer
 
-from switchkd.data import load_examples, tokenize
-from switchkd.errors import ConfigError, DataError
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import load_examples
+from switchkd.data.texts import tokenize
 
 PAIR = {"prompt": "What is two and two?", "completion": "It is four."}
 
@@ -374,6 +375,6 @@ def test_without_datasets_or_with_one_that_runs_scripts(hub, monkeypatch):
     monkeypatch.setattr(hub, "__version__", "3.6.0")
     with pytest.raises(ConfigError, match=r"datasets 3.6.0 may run code .*pip install 'switchkd\[data\]'"):
         load_examples("hub:a/b:test")
-    monkeypatch.setattr("switchkd.hub.find_spec", lambda _: None)
+    monkeypatch.setattr("switchkd.data.lines.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[data\]'"):
         load_examples("hub:a/b:test")

@@ -8,11 +8,11 @@ import yaml
 from fabricated import metric, rollout, run, sample
 from huggingface_hub import constants
 
-from switchkd import plain
-from switchkd.cli import main
-from switchkd.html_report import page
-from switchkd.run_record import RunRecord
-from switchkd.viewer import MOST_TOKENS, payload
+from switchkd.base import plain
+from switchkd.cli.main import main
+from switchkd.reports.page import page
+from switchkd.reports.record import RunRecord
+from switchkd.reports.viewer import MOST_TOKENS, payload
 
 
 def changed(folder, **settings):
@@ -47,7 +47,7 @@ def test_no_hub_is_asked_for_a_tokenizer_and_no_pair_is_made(tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", asked)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
-    monkeypatch.setattr("switchkd.demo_pair.demo_pair_paths", asked)
+    monkeypatch.setattr("switchkd.models.demo_pair.demo_pair_paths", asked)
     shown = payload(RunRecord.read(folder), "a", 10**6)
     assert "Token ids stand in place of words" in shown["notes"][0] and not calls
 
@@ -58,7 +58,7 @@ def test_no_more_looks_are_held_than_can_be_shown(tmp_path, monkeypatch):
     folder = run(tmp_path / "run", [metric(1)], [sample(step, words) for step in range(90)], [rollout(1, "a")])
     record = RunRecord.read(folder)
     monkeypatch.setattr(plain, "json_object", lambda line, parse=plain.json_object: read.append(1) or parse(line))
-    monkeypatch.setattr("switchkd.viewer.MOST_TOKENS", 10 * record.looks[0][1])
+    monkeypatch.setattr("switchkd.reports.viewer.MOST_TOKENS", 10 * record.looks[0][1])
     shown = payload(record, "a", 10**7)
     assert len(shown["prompts"][0]["looks"]) == 10 and len(read) == 11
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample(1, words, sample_id=i)) + "\n" for i in range(15)))

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.config import load_recipe, shipped
-from switchkd.demo import DemoConfig, demo_settings
-from switchkd.objectives import JSD, DistiLLM2, ReplacedCE, ReverseKL, Veto
-from switchkd.optimizer import learning_rate
-from switchkd.policies import CAOPD, TRB
-from switchkd.study_plan import cells, load_plan
+from switchkd.base.settings import shipped
+from switchkd.cli.train import DemoConfig, demo_settings
+from switchkd.methods.objectives import JSD, DistiLLM2, ReplacedCE, ReverseKL, Veto
+from switchkd.methods.policies import CAOPD, TRB
+from switchkd.studies.plan import cells, load_plan
+from switchkd.training.optimizer import learning_rate
+from switchkd.training.settings import load_recipe
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d.]*(?:e[-+]?\d+)?(?![\w.])")
 SOURCE = re.compile(r"(paper|code|ours)\b")

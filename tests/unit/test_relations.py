@@ -9,12 +9,12 @@ from test_teacher_store import build, texts
 from test_trainer import trainer
 from tiny import toy_examples
 
-from switchkd.config import TrainConfig
-from switchkd.continuation import check_origin, check_run
-from switchkd.errors import CheckpointError, ConfigError, DataError
-from switchkd.mixes import Adaptive
-from switchkd.results import read_results
-from switchkd.run_record import RunRecord
+from switchkd.base.errors import CheckpointError, ConfigError, DataError
+from switchkd.evaluation.results import read_results
+from switchkd.methods.mixes import Adaptive
+from switchkd.reports.record import RunRecord
+from switchkd.runs.continuation import check_origin, check_run
+from switchkd.training.settings import TrainConfig
 
 LISTS = [("speakers",), ("divergences",), ("thresholds",), ("completion_ids",)]
 TRACED = [("jsd",), ("log_probs", 0), ("log_probs", 1), ("top", 0), ("top", 1)]
@@ -130,7 +130,7 @@ STATES = {
 
 @pytest.mark.parametrize("case", STATES)
 def test_a_state_that_does_not_fit_together_is_refused(checkpoint, case):
-    from switchkd.checkpoint import read_state
+    from switchkd.training.checkpoint import read_state
 
     folder, text = checkpoint
     path, value, words = STATES[case]

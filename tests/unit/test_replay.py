@@ -6,16 +6,17 @@ import shutil
 import pytest
 from tiny import Quota, byte_level_tokenizer, pair_on_disk, save_llama, toy_pair
 
-from switchkd.cli import main
-from switchkd.decoding import decode
-from switchkd.errors import DataError
-from switchkd.models import load_pair
-from switchkd.policies import AdaSwitch
-from switchkd.replay import Texts, _finding, check_records
-from switchkd.run_record import RunRecord
-from switchkd.runs import load_heldout, load_train
-from switchkd.samples import Reader
-from switchkd.study import flags
+from switchkd.base.errors import DataError
+from switchkd.cli.main import main
+from switchkd.decoding.decode import decode
+from switchkd.evaluation.samples import Reader
+from switchkd.methods.policies import AdaSwitch
+from switchkd.models.pair import load_pair
+from switchkd.reports.record import RunRecord
+from switchkd.runs.heldout import load_heldout
+from switchkd.runs.opening import load_train
+from switchkd.runs.replay import Texts, _finding, check_records
+from switchkd.studies.study import flags
 
 METHODS = ["switch", "adaswitch", "skd", "switch_mix_in", "trb", "hysteresis", "on_policy", "kd"]
 

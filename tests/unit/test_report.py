@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 from tiny import byte_level_tokenizer
 
-from switchkd import Rollout, report
-from switchkd.results import Evaluation
-from switchkd.rollouts import DecodeCost
-from switchkd.statistics import Estimate, Values
+from switchkd import Rollout
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.evaluation.results import Evaluation
+from switchkd.evaluation.statistics import Estimate, Values
+from switchkd.reports import tables as report
 
 
 def shown(monkeypatch, show, terminal=False, width=120):

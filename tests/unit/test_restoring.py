@@ -10,10 +10,10 @@ from test_trainer import lines, trainer
 from tiny import toy_examples
 
 from switchkd import StudentOnly
-from switchkd.errors import CheckpointError, ConfigError, SwitchKDWarning
-from switchkd.mixes import Adaptive, Generated
-from switchkd.objectives import TAID, DistiLLM2, ForwardKL, Veto
-from switchkd.restoring import rows_per_step
+from switchkd.base.errors import CheckpointError, ConfigError, SwitchKDWarning
+from switchkd.methods.mixes import Adaptive, Generated
+from switchkd.methods.objectives import TAID, DistiLLM2, ForwardKL, Veto
+from switchkd.training.restoring import rows_per_step
 
 SCORED = {"eval_steps": 1, "metric_for_best_model": "rouge_l", "save_steps": 2, "max_steps": 4, "save_total_limit": 9}
 

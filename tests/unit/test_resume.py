@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from test_trainer import lines, trainer, without_times
 from tiny import pair_on_disk, toy_pair
 
-from switchkd.checkpoint import MANIFEST, checkpoints, load_checkpoint, verify
-from switchkd.cli import main
-from switchkd.continuation import whole_checkpoint
-from switchkd.errors import CheckpointError, DataError, SwitchKDWarning
-from switchkd.mixes import Adaptive, Generated
+from switchkd.base.errors import CheckpointError, DataError, SwitchKDWarning
+from switchkd.cli.main import main
+from switchkd.methods.mixes import Adaptive, Generated
+from switchkd.training.checkpoint import MANIFEST, checkpoints, load_checkpoint, verify
+from switchkd.training.restoring import whole_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -125,11 +125,13 @@ MUTANTS = {
 def test_mutants_that_forget_something_end_in_other_bytes(straight, tmp_path, monkeypatch, mistake):
     run(tmp_path, (7, "told"))
     if mistake in MUTANTS:
-        monkeypatch.setattr("switchkd.trainer.load_checkpoint", lambda *args: MUTANTS[mistake](load_checkpoint(*args)))
+        monkeypatch.setattr(
+            "switchkd.training.trainer.load_checkpoint", lambda *args: MUTANTS[mistake](load_checkpoint(*args))
+        )
     elif mistake == "moments":
-        monkeypatch.setattr("switchkd.checkpoint._load_optimizer", lambda *_: None)
+        monkeypatch.setattr("switchkd.training.checkpoint._load_optimizer", lambda *_: None)
     else:
-        monkeypatch.setattr("switchkd.continuation.keep_until", lambda *_: None)
+        monkeypatch.setattr("switchkd.runs.continuation.keep_until", lambda *_: None)
     run(tmp_path, resume=True)
     assert contents(tmp_path) != straight
 
@@ -206,8 +208,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(stoppe
 def test_mutants_that_see_no_damage_or_fall_back_too_readily(stopped, straight, tmp_path, monkeypatch):
     for number, (name, mutant) in enumerate(
         {
-            "switchkd.continuation._verify_all": lambda *_: None,
-            "switchkd.continuation._named": lambda run, *_: whole_checkpoint(run),
+            "switchkd.training.restoring._verify_all": lambda *_: None,
+            "switchkd.training.restoring._named": lambda run, *_: whole_checkpoint(run),
         }.items()
     ):
         with (
@@ -302,7 +304,9 @@ def test_a_manifest_reaches_no_file_outside_its_folder(stopped, tmp_path):
 def test_records_are_on_the_disk_before_a_checkpoint_says_how_far_they_reach(tmp_path, monkeypatch):
     t = trainer(tmp_path, max_steps=1, mix=Generated(1.0))
     synced = []
-    monkeypatch.setattr("switchkd.run_record.sync", lambda file: synced.append((file.name, len(checkpoints(tmp_path)))))
+    monkeypatch.setattr(
+        "switchkd.reports.record.sync", lambda file: synced.append((file.name, len(checkpoints(tmp_path))))
+    )
     t.train()
     assert synced[-2:] == [("metrics.jsonl", 1), ("rollouts.jsonl", 1)] and len(checkpoints(tmp_path)) == 2
 

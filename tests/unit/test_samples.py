@@ -8,15 +8,16 @@ import pytest
 import torch
 from tiny import toy_pair
 
-from switchkd.config import TrainConfig
-from switchkd.data import TokenizedExample
-from switchkd.decoding import decode_reference
-from switchkd.divergences import LN2, jsd
-from switchkd.mixes import Generated, GroundTruth
-from switchkd.policies import STUDENT, TEACHER, StudentOnly, Switch
-from switchkd.samples import TOP, Reader, sample_policy, samples, trace
-from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer
+from switchkd.data.texts import TokenizedExample
+from switchkd.decoding.decode import decode_reference
+from switchkd.evaluation.samples import TOP, Reader, sample_policy, samples, trace
+from switchkd.evaluation.tasks import TASKS
+from switchkd.methods.divergences import LN2, jsd
+from switchkd.methods.mixes import Generated, GroundTruth
+from switchkd.methods.policies import Switch
+from switchkd.methods.policy import STUDENT, TEACHER, StudentOnly
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 EXAMPLES = [TokenizedExample(i, [3 + i, 4, 5], [6, 7, 1], ("2 0",), False, f"row {i}") for i in range(4)]
 

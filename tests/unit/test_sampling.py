@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchkd import sampling
-from switchkd.sampling import Use, draw, gumbel_noise, keyed_uniform, noise_key
+from switchkd.methods import sampling
+from switchkd.methods.sampling import Use, draw, gumbel_noise, keyed_uniform, noise_key
 
 
 def plain_python_noise(key, token):

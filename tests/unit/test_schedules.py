@@ -10,12 +10,12 @@ from tiny import toy_examples
 from transformers import get_scheduler
 
 from switchkd import StudentOnly
-from switchkd.errors import ConfigError
-from switchkd.mixes import Adaptive, Generated, GroundTruth
-from switchkd.objectives import TAID, DistiLLM2, Veto
-from switchkd.optimizer import learning_rate, schedule_progress
-from switchkd.policies import CAOPD, TRB
-from switchkd.rollouts import Rollouts
+from switchkd.base.errors import ConfigError
+from switchkd.decoding.rollouts import Rollouts
+from switchkd.methods.mixes import Adaptive, Generated, GroundTruth
+from switchkd.methods.objectives import TAID, DistiLLM2, Veto
+from switchkd.methods.policies import CAOPD, TRB
+from switchkd.training.optimizer import learning_rate, schedule_progress
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 471])
@@ -40,7 +40,7 @@ def policies_of(t, steps):
     """The rules that a run of so many steps decodes with, without one word decoded."""
     used = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("switchkd.trainer.decode_examples", lambda *given: used.append(given[2]) or Rollouts())
+        patch.setattr("switchkd.training.trainer.decode_examples", lambda *given: used.append(given[2]) or Rollouts())
         for t.step in range(steps):
             t._generate([], None)
     return [(settings["policy"], settings["max_new_tokens"]) for settings in used]

@@ -5,8 +5,8 @@ from shutil import which
 
 import pytest
 
-from switchkd.errors import ConfigError, DataError
-from switchkd.scores import (
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.evaluation.scores import (
     best_rouge,
     exact_match,
     gsm8k_flexible,
@@ -226,7 +226,7 @@ def test_any_thread_may_ask(math_verify):
 
 
 def test_an_answer_that_would_take_for_ever_is_wrong_and_the_next_is_not(math_verify, caplog):
-    from switchkd.math_answers import Checker
+    from switchkd.evaluation.math_answers import Checker
 
     checker = Checker(time_limit=1.0)
     assert not checker.equal("$9^{9^{9^{9}}}$", "5")
@@ -236,7 +236,7 @@ def test_an_answer_that_would_take_for_ever_is_wrong_and_the_next_is_not(math_ve
 
 
 def test_a_checker_that_cannot_start_is_an_error_not_a_zero(math_verify, monkeypatch):
-    from switchkd import math_answers
+    from switchkd.evaluation import math_answers
 
     monkeypatch.setattr(math_answers.sys, "executable", which("false"))
     with pytest.raises(ConfigError, match="cannot be started"):
@@ -244,7 +244,7 @@ def test_a_checker_that_cannot_start_is_an_error_not_a_zero(math_verify, monkeyp
 
 
 def test_without_math_verify(monkeypatch):
-    from switchkd import math_answers
+    from switchkd.evaluation import math_answers
 
     monkeypatch.setattr(math_answers, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[math\]'"):

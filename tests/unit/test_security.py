@@ -13,14 +13,15 @@ import pytest
 from tiny import byte_level_tokenizer, save, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from switchkd.adapters import add_adapter
-from switchkd.checkpoint import load_weights, save_model
-from switchkd.config import ModelConfig
-from switchkd.data import Example, load_examples
-from switchkd.errors import DataError, ModelError, SwitchKDError
-from switchkd.formats import Message
-from switchkd.models import load_model, load_pair, load_tokenizer
-from switchkd.templates import Encoder
+from switchkd.base.errors import DataError, ModelError, SwitchKDError
+from switchkd.data.examples import Example, load_examples
+from switchkd.data.formats import Message
+from switchkd.data.templates import Encoder
+from switchkd.models.adapters import add_adapter
+from switchkd.models.loading import load_model, load_tokenizer
+from switchkd.models.pair import load_pair
+from switchkd.models.settings import ModelConfig
+from switchkd.training.checkpoint import load_weights, save_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,7 +191,7 @@ SLOW = r"(\w+\.?)*!"  # goes back and forth for longer than the world will stand
     ],
 )
 def test_a_regular_expression_of_an_adapter_that_takes_for_ever(adapter, monkeypatch, changes):
-    monkeypatch.setattr("switchkd.limits.SECONDS", 1)
+    monkeypatch.setattr("switchkd.models.limits.SECONDS", 1)
     edit(adapter / "adapter_config.json", **changes)
     with pytest.raises(ModelError, match="adapter: its regular expressions took more than 1 s"):
         load_model(str(adapter), device="cpu")

@@ -10,10 +10,11 @@ import pytest
 from test_teacher_store import KINDS, build, silent, texts
 from tiny import toy_pair
 
-from switchkd import lock, signals, teacher_store
-from switchkd.errors import SwitchKDWarning
-from switchkd.lock import LOCK, locked
-from switchkd.signals import Stopped
+from switchkd.base import lock, signals
+from switchkd.base.errors import SwitchKDWarning
+from switchkd.base.lock import LOCK, locked
+from switchkd.base.signals import Stopped
+from switchkd.teachers import store as teacher_store
 
 ROOT = Path(__file__).parents[2]
 # A process that fills a store. With "hold" it stops within the work, after its first write, until it is told to go on.
@@ -86,7 +87,7 @@ def race(kind, folder, guard="locked"):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("switchkd.teacher_cache.SHARD_BYTES", 1000)
+    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)
 
 
 @pytest.mark.parametrize("kind", RACES)

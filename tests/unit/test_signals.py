@@ -14,17 +14,18 @@ import torch
 from test_trainer import lines, trainer, weights, without_times
 from tiny import pair_on_disk, toy_examples, toy_pair
 
-from switchkd import signals
-from switchkd.checkpoint import checkpoints
-from switchkd.cli import main
-from switchkd.config import TrainConfig
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.mixes import Adaptive
-from switchkd.runs import distil
-from switchkd.samples import sample_policy, samples
-from switchkd.signals import Interrupted, Stopped
-from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer
+from switchkd.base import signals
+from switchkd.base.signals import Interrupted, Stopped
+from switchkd.cli.main import main
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.samples import sample_policy, samples
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.methods.mixes import Adaptive
+from switchkd.runs.distil import distil
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SHORT = {
@@ -181,7 +182,7 @@ def test_another_thread_changes_no_handlers():
 
 @pytest.mark.parametrize(("error", "code"), [(Interrupted(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
 def test_exit_codes(monkeypatch, capsys, error, code):
-    monkeypatch.setattr("switchkd.cli._command", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("switchkd.cli.main._command", lambda _: (_ for _ in ()).throw(error))
     assert main(["train"]) == code
     assert capsys.readouterr().err in ("stopped by SIGTERM\n", "interrupted\n")
 
@@ -202,7 +203,7 @@ def started(settings, run, saving="pass"):
     """A training process that runs; ``saving`` is code that a save runs first, once a step was told of."""
     import yaml
 
-    from switchkd.config import to_dict
+    from switchkd.base.settings import to_dict
 
     recipe = run.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(to_dict(dataclasses.replace(settings, output_dir=str(run))), sort_keys=False))
@@ -264,12 +265,13 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written(settings, tmp_p
 
 
 @pytest.mark.parametrize(
-    "place", ["switchkd.models._load_config", "switchkd.runs.weights_sha256", "switchkd.runs.save_student"]
+    "place",
+    ["switchkd.models.loading._load_config", "switchkd.runs.weights_sha256", "switchkd.runs.distil.save_student"],
 )
 def test_a_run_stopped_before_or_after_training_says_what_stands(settings, tmp_path, monkeypatch, capsys, place):
     """While loading, scoring the untrained student, and saving the trained one."""
-    import switchkd.models
-    import switchkd.runs
+    import switchkd.models.loading
+    import switchkd.runs.distil
 
     config = dataclasses.replace(settings, output_dir=str(tmp_path / "run"), max_steps=2)
     module, name = (switchkd.models if ".models" in place else switchkd.runs), place.rsplit(".", 1)[1]

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from switchkd.errors import ConfigError, DataError
-from switchkd.small_data import PARTS, PAST, STEPS, STYLES, TASKS, arithmetic_row, small_data_file, text_row
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.small_data import PARTS, PAST, STEPS, STYLES, TASKS, arithmetic_row, small_data_file, text_row
 
 ROWS = 400
 

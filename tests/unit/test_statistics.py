@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from switchkd.errors import DataError
-from switchkd.statistics import (
+from switchkd.base.errors import DataError
+from switchkd.evaluation.statistics import (
     Estimate,
     Values,
     bootstrap,
@@ -178,7 +178,7 @@ def test_the_answer_is_the_same_each_time_and_the_order_of_examples_does_not_mat
 def test_resamples_in_chunks_are_the_resamples(monkeypatch):
     values = Values([keyed(16).normal(size=90)])
     whole = estimate("x", values)
-    monkeypatch.setattr("switchkd.statistics._CHUNK", 7 * 90)
+    monkeypatch.setattr("switchkd.evaluation.statistics._CHUNK", 7 * 90)
     assert estimate("x", values) == whole
 
 

@@ -14,11 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from tiny import pair_on_disk
 
-from switchkd.checkpoint import checkpoints
-from switchkd.config import TrainConfig, to_dict
-from switchkd.errors import SwitchKDWarning
-from switchkd.processes import PATIENCE
-from switchkd.runs import distil
+from switchkd.base.errors import SwitchKDWarning
+from switchkd.base.settings import to_dict
+from switchkd.runs.distil import distil
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.processes import PATIENCE
+from switchkd.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 # What each process runs. PLOT is what happens to it.

@@ -2,12 +2,13 @@
 
 import pytest
 
-from switchkd.data import Example, Message
-from switchkd.errors import ConfigError, DataError
-from switchkd.formats import FORMATS
-from switchkd.lines import BadRows
-from switchkd.scores import SCORES
-from switchkd.tasks import TASKS, eval_source, scorable, task_named
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import Example
+from switchkd.data.formats import FORMATS
+from switchkd.data.lines import BadRows
+from switchkd.data.texts import Message
+from switchkd.evaluation.scores import SCORES
+from switchkd.evaluation.tasks import TASKS, eval_source, scorable, task_named
 
 NAMES = {
     "rouge": {"rouge_1", "rouge_2", "rouge_l", "exact_match"},
@@ -92,7 +93,7 @@ def test_a_task_by_its_name():
 
 
 def test_a_missing_package_shows_when_the_task_is_chosen(monkeypatch):
-    from switchkd import math_answers
+    from switchkd.evaluation import math_answers
 
     monkeypatch.setattr(math_answers, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[math\]'"):

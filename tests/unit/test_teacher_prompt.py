@@ -21,25 +21,30 @@ from tiny import (
 )
 
 from switchkd import Rollout, StudentOnly, Switch, TeacherOnly, decode, decode_reference
-from switchkd.cli import main
-from switchkd.config import DataConfig, TrainConfig
-from switchkd.data import Example, Message, collate, teacher_prompt_limit, tokenize
-from switchkd.divergences import forward_kl, log_probs
-from switchkd.errors import CheckpointError, ConfigError, DataError
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.loss import response_hidden
-from switchkd.masters import Masters
-from switchkd.mixes import Adaptive, Generated, GroundTruth, Pairs
-from switchkd.models import cache_bytes_per_token, load_pair
-from switchkd.objectives import DistiLLM2, ForwardKL
-from switchkd.pace import BLOCKS, Pace
-from switchkd.policies import STUDENT, TEACHER
-from switchkd.preflight import memory_estimate
-from switchkd.runs import check_context, load_task
-from switchkd.tasks import TASKS
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import fingerprint, teacher_texts
-from switchkd.templates import alpaca_prompt
+from switchkd.base.errors import CheckpointError, ConfigError, DataError
+from switchkd.cli.main import main
+from switchkd.data.examples import Example
+from switchkd.data.settings import DataConfig
+from switchkd.data.templates import alpaca_prompt
+from switchkd.data.texts import Message, collate, teacher_prompt_limit, tokenize
+from switchkd.decoding.pace import BLOCKS, Pace
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.forward.architecture import cache_bytes_per_token
+from switchkd.forward.head import response_hidden
+from switchkd.methods.divergences import forward_kl, log_probs
+from switchkd.methods.mixes import Adaptive, Generated, GroundTruth, Pairs
+from switchkd.methods.objectives import DistiLLM2, ForwardKL
+from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.models.pair import load_pair
+from switchkd.runs.opening import check_context, load_task
+from switchkd.runs.preflight import memory_estimate
+from switchkd.teachers.states import TeacherCache
+from switchkd.teachers.store import fingerprint
+from switchkd.training.optimizer import Masters
+from switchkd.training.settings import TrainConfig
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 OWN = [[6, 2], [8, 9, 10, 2, 3, 7, 7, 4, 11, 12], [12], [5, 5], [9, 3, 4, 5, 6, 17, 2]]

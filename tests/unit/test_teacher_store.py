@@ -10,14 +10,18 @@ from tiny import VOCAB, tiny_model, toy_examples, toy_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from switchkd import TeacherOnly, decode_reference, teacher_store
-from switchkd.data import TokenizedExample, collate
-from switchkd.divergences import log_probs
-from switchkd.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
-from switchkd.loss import Head, TeacherStates, response_hidden, response_tokens, total
-from switchkd.objectives import OBJECTIVES
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import fingerprint, teacher_texts
+from switchkd import TeacherOnly, decode_reference
+from switchkd.base.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
+from switchkd.data.texts import TokenizedExample, collate
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.forward.head import Head, response_hidden
+from switchkd.methods.divergences import log_probs
+from switchkd.methods.objectives import OBJECTIVES
+from switchkd.teachers import store as teacher_store
+from switchkd.teachers.said import TeacherStates
+from switchkd.teachers.states import TeacherCache
+from switchkd.teachers.store import fingerprint
+from switchkd.training.loss import response_tokens, total
 
 SETTINGS = dict(max_new_tokens=6, temperature=1.0, seed=5, batch_size=2)
 
@@ -309,7 +313,7 @@ def reopen(folder, kind, pair=None, examples=None, **settings):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("switchkd.teacher_cache.SHARD_BYTES", 1000)
+    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)
 
 
 def fresh(model, example):
@@ -387,7 +391,7 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
             if where == "forward":
                 pair.teacher.model.register_forward_hook(die)
             if where == "write":  # the data is written and not yet in place
-                patch.setattr("switchkd.storage.sync", dying(2 * moment + 1))
+                patch.setattr("switchkd.base.storage.sync", dying(2 * moment + 1))
             build(folder, kind, pair, batch_size=2, progress=die if where == "between" else lambda _: None)
         there = {p.name: p.read_bytes() for p in folder.iterdir()}
         assert there.items() <= whole.items() and len(there) < len(whole)
@@ -514,7 +518,7 @@ def test_non_finite_output_is_named_and_not_kept(tmp_path, kind):
 
 @pytest.mark.parametrize(("batch_size", "tokens"), [(3, 10**6), (32, 20)])
 def test_forwards_are_capped_in_rows_and_tokens(tmp_path, monkeypatch, batch_size, tokens):
-    monkeypatch.setattr("switchkd.teacher_cache.BATCH_TOKENS", tokens)
+    monkeypatch.setattr("switchkd.teachers.states.BATCH_TOKENS", tokens)
     pair, shapes = toy_pair(), []
     pair.teacher.model.register_forward_pre_hook(lambda _, a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
     build(tmp_path / "c", "hidden", pair, batch_size=batch_size)
@@ -533,7 +537,7 @@ def test_the_teachers_mode_is_given_back(tmp_path):
 @pytest.mark.parametrize("kind", ["texts", "cache"])
 def test_a_store_whose_folder_goes_is_not_made_anew(tmp_path, monkeypatch, kind):
     folder = tmp_path / "store"
-    monkeypatch.setattr("switchkd.teacher_cache.SHARD_BYTES", 1000)  # more than one is to be written
+    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)  # more than one is to be written
 
     def gone(_):
         if folder.exists():

@@ -12,22 +12,27 @@ from tiny import _ROPE, byte_level_tokenizer, save, save_llama, tiny_model, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchkd import TeacherOnly, decode, decode_reference, load_pair
-from switchkd import loss as loss_module
-from switchkd.base_model import BaseModel
-from switchkd.cli import main, parse
-from switchkd.commands import EvaluateConfig, GenerateConfig
-from switchkd.config import ModelConfig, TrainConfig, from_dict, load_recipe, to_dict
-from switchkd.data import Example, Message, by_teacher, load_examples, tokenize
-from switchkd.decoding import decode_examples
-from switchkd.errors import CheckpointError, ConfigError, DataError, ModelError, VocabularyError
-from switchkd.masters import Masters
-from switchkd.mixes import Adaptive, Generated
-from switchkd.objectives import ForwardKL, MiniLLM, ReverseKL
-from switchkd.policies import MixIn
-from switchkd.preflight import memory_estimate
-from switchkd.rollouts import DecodeCost
-from switchkd.teacher_cache import TeacherCache
-from switchkd.teacher_store import fingerprint, teacher_texts
+from switchkd.base.errors import CheckpointError, ConfigError, DataError, ModelError, VocabularyError
+from switchkd.base.settings import from_dict, to_dict
+from switchkd.cli.evaluate import EvaluateConfig
+from switchkd.cli.generate import GenerateConfig
+from switchkd.cli.main import main, parse
+from switchkd.data.examples import Example, load_examples
+from switchkd.data.texts import Message, by_teacher, tokenize
+from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.forward.base_model import BaseModel
+from switchkd.methods.mixes import Adaptive, Generated
+from switchkd.methods.objectives import ForwardKL, MiniLLM, ReverseKL
+from switchkd.methods.policies import MixIn
+from switchkd.models.settings import ModelConfig
+from switchkd.runs.preflight import memory_estimate
+from switchkd.teachers.states import TeacherCache
+from switchkd.teachers.store import fingerprint
+from switchkd.training import loss as loss_module
+from switchkd.training.optimizer import Masters
+from switchkd.training.settings import TrainConfig, load_recipe
 
 NAMES = ("", "math", "code")
 

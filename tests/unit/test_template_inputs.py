@@ -9,18 +9,21 @@ import transformers.utils.chat_template_utils as library
 import yaml
 from tiny import CHATML, byte_level_tokenizer, pair_on_disk
 
-from switchkd import template_inputs
-from switchkd.cli import main
-from switchkd.compare import compare
-from switchkd.config import TrainConfig, from_dict
-from switchkd.data import Example, Message
-from switchkd.errors import ConfigError, DataError, SwitchKDWarning
-from switchkd.html_report import _score_sheets
-from switchkd.run_record import RunRecord
-from switchkd.runs import distil
-from switchkd.steps import differences
-from switchkd.template_inputs import Template, with_date
-from switchkd.templates import Encoder
+from switchkd.base.errors import ConfigError, DataError, SwitchKDWarning
+from switchkd.base.settings import from_dict
+from switchkd.cli.main import main
+from switchkd.data import template_inputs
+from switchkd.data.examples import Example
+from switchkd.data.settings import with_date
+from switchkd.data.template_inputs import Template
+from switchkd.data.templates import Encoder
+from switchkd.data.texts import Message
+from switchkd.reports.compare import compare
+from switchkd.reports.page import _score_sheets
+from switchkd.reports.record import RunRecord
+from switchkd.reports.steps import differences
+from switchkd.runs.distil import distil
+from switchkd.training.settings import TrainConfig
 
 # How templates of today ask for the day, each before plain ChatML. The first begins with a line break and white space.
 CLOCKS = {

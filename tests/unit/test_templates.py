@@ -7,10 +7,11 @@ import pytest
 from tiny import CHATML, byte_level_tokenizer
 from tokenizers import AddedToken
 
-from switchkd.data import Example, Message, load_examples, tokenize
-from switchkd.errors import ConfigError, DataError
-from switchkd.lines import BadRows
-from switchkd.templates import Encoder
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import Example, load_examples
+from switchkd.data.lines import BadRows
+from switchkd.data.templates import Encoder
+from switchkd.data.texts import Message, tokenize
 
 LENGTHS = {"max_prompt_length": 2000, "max_completion_length": 2000}
 # As the templates of reasoning models: thoughts of the last answer stand in a block before it, an empty one where there are none.
@@ -250,7 +251,7 @@ def test_long_rows_are_encoded_few_at_a_time(monkeypatch):
     """A tokenizer takes hundreds of times as much memory as its text."""
     tokenizer, sizes = byte_level_tokenizer(), []
     encode = Encoder._encode
-    monkeypatch.setattr("switchkd.templates._CHUNK_TEXT", 1000)
+    monkeypatch.setattr("switchkd.data.templates._CHUNK_TEXT", 1000)
     monkeypatch.setattr(Encoder, "_encode", lambda self, texts: (sizes.append(len(texts)), encode(self, texts))[1])
     assert len(rows(*[example(completion="four " * 60)] * 12, tokenizer=tokenizer)) == 12
     assert max(sizes) <= 3 and sum(sizes) == 24  # the prompt, and the prompt with its answer

@@ -18,11 +18,14 @@ from rich.table import Table
 from rich.text import Text
 from tiny import pair_on_disk
 
-from switchkd import cli, live, signals, terminal
-from switchkd.cli import main
-from switchkd.config import TrainConfig, to_dict
-from switchkd.runs import distil
-from switchkd.terminal import Terminal, harmless
+from switchkd.base import signals, terminal
+from switchkd.base.settings import to_dict
+from switchkd.base.terminal import Terminal, harmless
+from switchkd.cli import main as cli
+from switchkd.cli.main import main
+from switchkd.reports import live
+from switchkd.runs.distil import distil
+from switchkd.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "a\x1b[2J\x9b31m[red]\x07\rb\u202ec\u2066d"
@@ -212,7 +215,7 @@ def test_a_reader_that_leaves_hears_no_complaint_at_the_interpreters_end():
     """Python flushes once more when it ends, and would say that this failed."""
     read, write = os.pipe()
     os.close(read)
-    command, buffered = [sys.executable, "-m", "switchkd.cli", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
+    command, buffered = [sys.executable, "-m", "switchkd.cli.main", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import byte_level_tokenizer
 
-from switchkd.text import BROKEN, bars, pieces, visible
+from switchkd.base.terminal import visible
+from switchkd.reports.viewer import BROKEN, bars, pieces
 
 TOKENIZER = byte_level_tokenizer()
 

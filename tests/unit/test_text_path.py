@@ -8,12 +8,12 @@ from tiny import byte_level_tokenizer, save_llama, tiny_model
 from transformers import Gemma3ForConditionalGeneration
 
 from switchkd import load_pair
-from switchkd.config import ModelConfig
-from switchkd.errors import SwitchKDWarning
-from switchkd.mixes import Generated
-from switchkd.models import Pair
-from switchkd.text_path import beside_text, freeze_beside_text, frozen_note
-from switchkd.twin import small_config
+from switchkd.base.errors import SwitchKDWarning
+from switchkd.forward.text_path import beside_text, freeze_beside_text, frozen_note
+from switchkd.forward.twin import small_config
+from switchkd.methods.mixes import Generated
+from switchkd.models.pair import Pair
+from switchkd.models.settings import ModelConfig
 
 
 @pytest.fixture

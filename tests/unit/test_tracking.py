@@ -16,11 +16,13 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
 from tiny import pair_on_disk
 
-from switchkd import runs, tracking
-from switchkd.config import TrainConfig, to_dict
-from switchkd.errors import ConfigError
-from switchkd.results import read_results
-from switchkd.tracking import Trackers, check_trackers
+from switchkd.base.errors import ConfigError
+from switchkd.base.settings import to_dict
+from switchkd.evaluation.results import read_results
+from switchkd.runs import distil as runs
+from switchkd.runs import tracking
+from switchkd.runs.tracking import Trackers, check_trackers
+from switchkd.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,7 +215,7 @@ def stop_and_resume(settings, folder, tracker, **environment):
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(to_dict(dataclasses.replace(settings, output_dir=str(folder / "run")))))
     for code, arguments in ((130, []), (0, ["--resume"])):
-        start = ["-c", STOPPED] if code else ["-m", "switchkd.cli"]
+        start = ["-c", STOPPED] if code else ["-m", "switchkd.cli.main"]
         done = subprocess.run(
             [sys.executable, *start, "train", str(recipe), "--report-to", tracker, *arguments],
             env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -11,15 +11,17 @@ from tiny import VOCAB, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import AdaSwitch, StudentOnly, Switch
-from switchkd.checkpoint import checkpoints
-from switchkd.config import TrainConfig
-from switchkd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from switchkd.evaluation import EvalSettings, evaluate
-from switchkd.mixes import Adaptive, Generated, Pairs
-from switchkd.objectives import CrossEntropy, DistiLLM2, ForwardKL, MiniLLM
-from switchkd.optimizer import learning_rate
-from switchkd.tasks import TASKS
-from switchkd.trainer import Trainer, _Part
+from switchkd.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
+from switchkd.methods.mixes import Adaptive, Generated, Pairs
+from switchkd.methods.objective import CrossEntropy
+from switchkd.methods.objectives import DistiLLM2, ForwardKL, MiniLLM
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.optimizer import learning_rate
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer, _Part
 
 SETTINGS = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05),
@@ -89,7 +91,7 @@ def test_loss_is_normalised_by_the_tokens_in_it(tmp_path):
     _, metrics, rollouts = gradient_step(tmp_path, mix=Generated(1.0))
     assert metrics["num_tokens"] == sum(len(r.completion_ids) for r in rollouts)
     _, metrics, _ = gradient_step(tmp_path, mix=Generated(0.0))
-    from switchkd.data import batch_indices
+    from switchkd.data.texts import batch_indices
 
     examples = toy_examples()
     used = [examples[i] for i in batch_indices(len(examples), 4, 0, SETTINGS.seed)]

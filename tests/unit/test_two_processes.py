@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from test_trainer import lines
 from tiny import pair_on_disk, toy_examples, toy_pair
 
-from switchkd.checkpoint import checkpoints
-from switchkd.cli import main
-from switchkd.config import TrainConfig
-from switchkd.errors import ConfigError
-from switchkd.results import read_results
-from switchkd.trainer import Trainer
+from switchkd.base.errors import ConfigError
+from switchkd.cli.main import main
+from switchkd.evaluation.results import read_results
+from switchkd.training.checkpoint import checkpoints
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
@@ -217,7 +217,15 @@ def test_a_run_by_two_processes_with_half_a_student_each_is_scored_and_saved_who
         arguments += [f"--{name.replace('_', '-')}", value]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*arguments, "--per-device-train-batch-size", "4", "--output-dir", str(one)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "switchkd.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "switchkd.cli.main",
+    ]
     own = ["--per-device-train-batch-size", "2", "--output-dir", str(two)]
     done = subprocess.run([*launch, *arguments, *own], capture_output=True, text=True, timeout=240, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr[-3000:]

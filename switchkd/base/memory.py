@@ -1,0 +1,69 @@
+"""Work that is split when memory runs out: again with half the rows, down to one."""
+
+import errno
+import gc
+import re
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from switchkd.base.errors import NoMemoryError, SwitchKDWarning
+
+Result = TypeVar("Result")
+
+
+# How libraries say it that have no exception of its own for it. oneDNN, which multiplies on CPUs, names no reason: where it has
+# described a product and cannot make it, it found no memory for it.
+_WORDS = re.compile(
+    r"\bout of memory\b|\bnot enough memory\b|cannot allocate memory|could not (create|execute) a primitive(?! descriptor)"
+    r"|could not create a memory|_STATUS_ALLOC_FAILED|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or bool(_WORDS.search(str(error))))
+
+
+def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -> tuple[Result, int]:
+    """``work(rows)`` and the number of rows that it was done with: where memory runs out, it is called again with half of them.
+
+    A call that failed must leave nothing behind that the next one would count twice. One warning says how it went: ``what`` was
+    done, and ``setting`` would have it begin with fewer rows.
+
+    Raises:
+        NoMemoryError: one row is too many.
+    """
+    at_first = rows
+    while True:
+        try:
+            result = work(rows)
+            break
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if rows == 1:
+                raise NoMemoryError(
+                    f"memory runs out while {what} with a single row ({error}); shorten the text (max_new_tokens, "
+                    "max_prompt_length, max_completion_length), set gradient_checkpointing, or take smaller models"
+                ) from error
+        # Not in the except clause: the error holds what the failed call had made.
+        gc.collect()
+        clear_device_cache()
+        rows //= 2
+    if rows < at_first:
+        warnings.warn(
+            f"memory ran out while {what} with {at_first} rows at once: from here on {rows}; the result is the same but for "
+            f"rounding. {setting} {rows} would begin with that",
+            SwitchKDWarning,
+            stacklevel=2,
+        )
+    return result, rows

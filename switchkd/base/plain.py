@@ -1,0 +1,272 @@
+"""JSON and YAML that others wrote: plain values of the expected types, or an error that says where they are not.
+
+Nothing that a file says is run, and nothing in it is passed over: a name that is given twice is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, NamedTuple
+
+import yaml
+
+from switchkd.base.errors import ConfigError, DataError
+
+Lines = list[dict[str, Any]]
+TokenId = Annotated[int, range(2**31)]
+_NUMBER = range(-(2**63), 2**63)  # what numpy and torch take
+_MOST_VALUES = 100_000  # of a YAML file
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 8, 8
+
+
+def shown(value: Any) -> str:
+    """``repr`` for messages, of bounded length whatever a file holds."""
+    return _SHORT.repr(value)
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise DataError for text that no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} holds half of a surrogate pair, {text[error.start]!r}; it is not text") from error
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def json_object(text: bytes | str) -> dict[str, Any]:
+    """The one JSON object in ``text``. Raises DataError for anything else."""
+    value = json_value(text)
+    if not isinstance(value, dict):
+        raise DataError(f"it must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def json_value(text: bytes | str) -> Any:
+    """The JSON value in ``text``, in UTF-8 with or without a byte-order mark. Raises DataError for what is none."""
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded.rstrip("\r\n"), object_pairs_hook=_each_once)
+        if "\\ud" in decoded.lower():  # an escape may stand for what no file can hold
+            check_text(json.dumps(value, ensure_ascii=False), "it")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"broken JSON at {line}column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError("broken JSON: nested too deeply") from error
+    except DataError:
+        raise
+    except ValueError as error:  # a name given twice, or a number of thousands of digits, which Python refuses
+        raise DataError(f"broken JSON: {error}") from error
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} is given twice")
+    return found
+
+
+def check_type(value: Any, hint: Any, name: str = "") -> None:
+    """Raise DataError, naming the first part that differs, unless a JSON value is of the type ``hint``.
+
+    A hint is a plain type, one that may be None, list, dict[str, …], a tuple (a list of that length), Annotated[int, range(…)],
+    or a TypedDict (an object with at least these fields). Any number fits into 64 bits.
+    """
+    kind, parts, number, fields, required, relations = _shape(hint)
+    if kind is types.UnionType:  # with None
+        return None if value is None else check_type(value, parts[0], name)
+    fits = type(value) is (list if kind is tuple else kind) or (kind is float and type(value) is int)
+    if (
+        not (kind is Any or fits)
+        or (type(value) is int and value not in number)
+        or (kind is tuple and len(value) != len(parts))
+    ):
+        raise DataError(f"{name[:200] or 'it'} must be {_words(hint)}, got {shown(value)}")
+    if missing := [key for key in fields if key not in value and key in required]:
+        raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
+    inside = value.items() if kind is dict else enumerate(value) if kind in (list, tuple) else ()
+    for key, item in inside:
+        own = fields.get(str(key), Any) if fields else parts[key if kind is tuple else -1]
+        check_type(item, own, f"{name}.{key}" if kind is dict and name else f"{name}[{key}]" if name else str(key))
+    for relation in relations:
+        if words := relation(value):
+            raise DataError(f"{name[:200] or 'it'} does not fit together: {words}")
+    return None
+
+
+def _words(hint: Any) -> str:
+    """A type as messages call it."""
+    if typing.get_origin(hint) is Annotated:
+        number: range = hint.__metadata__[0]
+        return f"int from {number[0]} to {number[-1]}"
+    return str(getattr(hint, "__name__", hint))
+
+
+Relation = Callable[[dict[str, Any]], str]
+_RELATIONS: list[tuple[type, Relation]] = []
+
+
+def related(kind: type) -> Callable[[Relation], Relation]:
+    """Register what must hold between the fields of a TypedDict, and of those that have all of its fields.
+
+    The function says in words what does not, "" if all does; ``check_type`` asks it once the types are right.
+    """
+
+    def register(relation: Relation) -> Relation:
+        _RELATIONS.append((kind, relation))
+        return relation
+
+    return register
+
+
+def first(problems: Mapping[str, bool]) -> str:
+    """The first problem that there is; "" for none."""
+    return next((words for words, there in problems.items() if there), "")
+
+
+class _Shape(NamedTuple):
+    """A type hint taken apart: ``fields`` are those of a TypedDict, ``number`` the range of an int."""
+
+    kind: Any
+    parts: tuple[Any, ...]
+    number: range
+    fields: dict[str, Any]
+    required: Collection[str]
+    relations: Sequence[Relation] = ()
+
+
+@cache
+def _shape(hint: Any) -> _Shape:
+    # Asked for every value of a file, of which there are millions.
+    if typing.is_typeddict(hint):
+        fields = typing.get_type_hints(hint, include_extras=True)
+        relations = [each for kind, each in _RELATIONS if kind.__annotations__.keys() <= fields.keys()]
+        return _Shape(dict, (), _NUMBER, fields, hint.__required_keys__, relations)
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        return _Shape(parts[0], (), parts[1], {}, ())
+    return _Shape(kind, parts, _NUMBER, {}, ())
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------------------
+
+
+def read_lines(file: Path, kind: type, most: int | None = None) -> Lines:
+    """The records of a JSONL file that a run appends to, or ``most`` of them, evenly spread; none where there is no file."""
+    if most is None or not file.is_file():
+        return list(iter_lines(file, kind))
+    with file.open("rb") as lines:
+        count = sum(1 for _ in lines)
+    return list(iter_lines(file, kind, set(spread(count, most))))
+
+
+def iter_lines(file: Path, kind: type, wanted: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file that a run appends to, or those of the ``wanted`` lines from 0; none where there is no file.
+
+    ``kind`` says what each has. A last line that was cut short is left out. Raises DataError, naming the line, for any other that
+    is no such record, or whose step is before that of the line above it.
+    """
+    if not file.is_file():
+        return
+    step = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines):
+            if (wanted is not None and number not in wanted) or not line.endswith(b"\n"):
+                continue
+            with damaged_at(file, number + 1):
+                record = json_object(line)
+                check_type(record, kind)
+                if record.get("step", step) < step:
+                    raise DataError(f"its step is {record['step']}, and that of a line above it is {step}")
+            step = record.get("step", step)
+            yield record
+
+
+@contextmanager
+def damaged_at(file: Path, number: int) -> Iterator[None]:
+    """What is wrong with a line is said with its file and number, from 1."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{file}, line {number} is damaged: {error}; take the line out") from error
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 … count − 1, evenly spread, the first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anything that makes one value of another: each name is text and given once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                problem = f"a name must be text, not {shown(name)}"
+            elif name in names:
+                problem = f"the name {shown(name)} is given twice"
+            else:
+                names.add(name)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file; raises ConfigError if it holds none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    values = yaml_value(text, str(file))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold settings as `name: value` lines, not {type(values).__name__}")
+    return values
+
+
+def yaml_value(text: str, source: str) -> Any:
+    """The value that a YAML text stands for; ``source`` names it in messages. Raises ConfigError for what is no plain YAML."""
+    try:
+        value = yaml.load(text, _Loader)
+        _check_values(value)
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not valid YAML: nested too deeply") from error
+    # A date that there is not, a number of thousands of digits, a tag on another kind of value: Python says so, in many ways.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    return value
+
+
+def _check_values(value: Any) -> None:
+    """Raise DataError for what is no text, or for more values than settings have: a few aliases can stand for billions."""
+    waiting = [value]
+    for _ in range(_MOST_VALUES):
+        if not waiting:
+            return
+        one = waiting.pop()
+        if isinstance(one, str):
+            check_text(one, "a value")
+        waiting += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, (list, set)) else []
+    raise DataError(f"more than {_MOST_VALUES:,} values; write out what its aliases stand for")

@@ -1,0 +1,205 @@
+"""The one way to a terminal: nothing that a terminal obeys passes, and one that cannot be written ends no work.
+
+What is printed may be text that a model, a data file or another person's run directory holds. It is shown and never obeyed:
+control characters stand as pictures, and no markup is read. And a terminal that was closed, a pipe whose reader has left, a log on
+a full disk or an encoding without a character is no reason to lose a run: what cannot be shown is dropped, and that is said once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, ParamSpec
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+if TYPE_CHECKING:
+    pass
+
+
+pass
+
+
+pass
+
+
+Told = ParamSpec("Told")
+
+
+class Outlet(io.TextIOBase):
+    """A stream that takes every text and raises nothing. ``failed`` is told of each error."""
+
+    def __init__(self, stream: IO[str], failed: Callable[[Exception], None]):
+        self.stream, self._failed = stream, failed
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return not self.stream.closed and self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self._failed(error)
+
+
+class Terminal(Console):
+    """A console on stdout or stderr, whatever these are at the time; ``lost`` is why nothing more can be seen there, if so.
+
+    ``announce`` says whether that is told on stderr, once, when it happens.
+    """
+
+    def __init__(self, stderr: bool = False, **more: Any):
+        super().__init__(stderr=stderr, emoji=False, markup=False, highlight=False, **more)
+        self.lost: Exception | None = None
+        self.announce = not stderr
+
+    @property
+    def file(self) -> IO[str]:
+        return Outlet(super().file, self._lose)  # type: ignore[return-value]
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich renders it; the text in it commands nothing. What rich itself says to the terminal is marked as such."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def _lose(self, error: Exception) -> None:
+        first, self.lost = self.lost is None, error
+        if first and self.announce:
+            complain(
+                f"warning: stdout cannot be written ({error}): what does not fit is not shown, and the work goes on"
+            )
+
+
+console = Terminal()
+errors = Terminal(stderr=True)
+
+
+def complain(text: str) -> None:
+    """A line for a person on stderr."""
+    errors.print(text, soft_wrap=True)
+
+
+def harmless(what: str, show: Callable[Told, Any]) -> Callable[Told, None]:
+    """``show``, which only shows something: an error in it is told of once, after which nothing more is shown."""
+    working = True
+
+    def shown(*args: Told.args, **named: Told.kwargs) -> None:
+        nonlocal working
+        try:
+            if working:
+                show(*args, **named)
+        except Exception as error:  # of whatever kind: looking is never a reason to stop
+            working = False
+            complain(
+                f"warning: {what} failed ({type(error).__name__}: {error}) and is not shown any more; the work goes on"
+            )
+
+    return shown
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null where stdin, stdout or stderr is closed: else the next file gets its number, and what is printed."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
+
+
+def leave() -> None:
+    """Flush what was printed, or give it up: Python does so at its end, and has the process fail if that fails."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            console.lost = console.lost or error
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Bar:
+    """A progress bar with time left and a line of numbers that changes; plain lines where there is no terminal."""
+
+    def __init__(self, progress: Progress, title: str, total: int | None):
+        self._progress, self._task = progress, progress.add_task(title, total=total, numbers="")
+
+    def advance(self, amount: int = 1, numbers: str | None = None) -> None:
+        """Move on by ``amount``, and show ``numbers`` if given."""
+        self._progress.update(self._task, advance=amount)
+        if numbers is not None:
+            self._progress.update(self._task, numbers=numbers)
+
+    def line(self, text: str) -> None:
+        """A line that stays, for logs that are not a terminal."""
+        if not console.is_terminal:
+            console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Bar]:
+    """Show a progress bar while the block runs, or nothing if ``quiet``."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+    )  # fmt: skip
+    if not console.is_terminal and not quiet:
+        console.print(f"{title} …")
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        yield Bar(progress, title, total)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, or all before the point, without an exponent for everyday sizes; "-" for NaN, "0" for 0 alone."""
+    if math.isnan(value) or not value:
+        return "-" if value else "0"
+    rounded = float(f"{value:.{digits - 1}e}")  # first, as 9.996 has one digit more before the point than it seems
+    place = math.floor(math.log10(abs(rounded))) if math.isfinite(value) else 0
+    if not -7 < place < 15:
+        return f"{rounded:.{digits - 1}e}"
+    return f"{value:,.{max(digits - 1 - place, 0)}f}"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in whole percent, or in as many digits as it takes not to be taken for none or all."""
+    whole = f"{share:.0%}"
+    if whole in ("0%", "100%") and share not in (0, 1):
+        return f"{number(100 * share, 2)}%" if share < 0.5 else f"{100 - float(f'{100 - 100 * share:.1g}'):.9g}%"
+    return whole
+
+
+# C0 has pictures in Unicode; C1, which some terminals obey too, has none, and neither have the marks that turn the direction of
+# what follows, so that a line reads otherwise than it is. Newline and tab stay.
+_SHOWN: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SHOWN |= {0x7F: "␡"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+_SHOWN |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """``text`` with control characters as pictures (␛) and marks of direction spelt out, so that a terminal shows them and obeys
+    none; newline and tab stay."""
+    return text.translate(_SHOWN)

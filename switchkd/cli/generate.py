@@ -1,0 +1,135 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from switchkd.base.storage import write_output
+from switchkd.base.terminal import console, number, percent
+from switchkd.data.settings import DataConfig, with_date
+from switchkd.decoding.settings import DecodeConfig
+from switchkd.models.settings import ModelConfig
+from switchkd.reports.viewer import spoken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.decoding.rollouts import DecodeCost, Rollout
+if TYPE_CHECKING:
+    from switchkd.data.texts import TokenizedExample
+    from switchkd.models.pair import Pair
+
+
+def cost_line(cost: DecodeCost) -> str:
+    """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
+    s = cost.summary()
+    return (
+        f"{cost.kept_tokens} tokens ({percent(1 - s['teacher_share'])} student, {percent(s['teacher_share'])} teacher), "
+        f"{number(s['tokens_per_second'], 2)} tokens/s; forwards per kept token: "
+        f"student {number(s['student_forwards_per_token'])}, teacher {number(s['teacher_forwards_per_token'])}"
+    )
+
+
+def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The completion, the teacher's words in colour (in brackets where there is no terminal), or why there is none."""
+    text = Text()
+    text.append(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
+    if rollout.error:
+        text.append(rollout.error, style="red")
+    console.print(text + spoken(rollout, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ModelConfig, DataConfig, DecodeConfig):
+    """Complete prompts under a policy and say who wrote what; of a run, its student writes alone unless a policy is named."""
+
+    prompt: tuple[str, ...] = ()
+    """Prompts as text, sent through the template; without any, those of eval_file are completed."""
+    limit: int = 16
+    """Rows of eval_file to complete."""
+    output_file: str | None = None
+    """Write rollouts here as JSONL: token ids, text, speakers, divergences."""
+    seed: int = 0
+    """Key of the noise, with each prompt's index and each position."""
+
+
+@dataclass(frozen=True)
+class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
+    """Watch one completion being written, and the divergence that decides who writes it."""
+
+    prompt: str = ""
+    """A prompt as text, sent through the template; without one a terminal asks, and elsewhere it is the first of eval_file."""
+    seed: int = 0
+    """Key of the noise, with the number of the prompt and each position."""
+
+
+def generate(config: GenerateConfig) -> None:
+    from switchkd.base.terminal import bar
+    from switchkd.decoding.examples import decode_examples
+    from switchkd.reports.tables import console
+    from switchkd.runs.opening import open_pair
+
+    pair = open_pair(config)
+    config = with_date(config, pair.tokenizer)
+    examples, settings = _examples(config, pair, config.prompt, config.limit), _decoding(config, pair)
+    with bar("generate", len(examples) * config.max_new_tokens) as progress:
+        shown = 0
+
+        def on_round(cost: Any) -> None:
+            nonlocal shown
+            progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+            shown = cost.kept_tokens
+
+        rollouts = decode_examples(pair, examples, settings, range(len(examples)), on_round)
+    for rollout in rollouts:
+        print_rollout(rollout, pair.tokenizer)
+    console.print(cost_line(rollouts.cost), soft_wrap=True)
+    if config.output_file:
+        records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
+        write_output(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> list[TokenizedExample]:
+    """The prompts, or where there are none the first of eval_file."""
+    from switchkd.runs.heldout import DEFAULT_HELDOUT
+    from switchkd.runs.opening import load_task, prompt_examples
+
+    if prompts:
+        return prompt_examples(prompts, config.prompts, pair)
+    own = config.teacher_prompt, config.teacher_field
+    return load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, limit, False, *own)
+
+
+def _decoding(config: Any, pair: Pair) -> dict[str, Any]:
+    """What settings say to ``decode_examples``."""
+    policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
+    return config.decode_arguments() | {"policy": policy, "seed": config.seed}
+
+
+def play(config: PlayConfig) -> None:
+    from switchkd.reports.live import play as play_rollout
+    from switchkd.runs.opening import open_pair
+
+    pair = open_pair(config)
+    config = with_date(config, pair.tokenizer)
+    settings = _decoding(config, pair)
+    prompts = _asked() if sys.stdin.isatty() and not config.prompt else [config.prompt]
+    for number, prompt in enumerate(prompts):
+        [example] = _examples(config, pair, [prompt] if prompt else [], limit=1)
+        play_rollout(pair, example, settings, number)
+
+
+def _asked() -> Iterator[str]:
+    """Prompts that are typed, until an empty one or the end of the input."""
+    try:
+        while prompt := input("prompt (empty to end): ").strip():
+            yield prompt
+    except EOFError:
+        return

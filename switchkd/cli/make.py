@@ -1,0 +1,50 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from switchkd.base.settings import Settings
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class PruneConfig(Settings):
+    """Make a student by dropping the layers of least influence from a model."""
+
+    model_name_or_path: str = "demo"
+    """Hub name or local folder of the model."""
+    output_dir: str = "pruned"
+    """Where the smaller model goes; must be empty or absent."""
+    layers: int = 15
+    """Layers to keep."""
+    seed: int = 0
+    """Key of the choice of texts that influence is measured on."""
+
+
+@dataclass(frozen=True)
+class MakePairConfig(Settings):
+    """Make the small pair for studies on two CPU cores, with its data, from generated text."""
+
+    output_dir: str | None = None
+    """Where the pair goes; default in the user's cache, where the model name `small` finds it."""
+    seed: int = 0
+    """Key of all randomness."""
+    scale: Literal["full", "tiny"] = "full"
+    """`tiny` makes untrained models in seconds, to try the command."""
+
+
+def prune(config: PruneConfig) -> None:
+    from switchkd.models.pruning import prune as prune_model
+
+    prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
+
+
+def make_pair(config: MakePairConfig) -> None:
+    from switchkd.runs.small_pair import make_pair as make_small_pair
+
+    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)

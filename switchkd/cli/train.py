@@ -1,0 +1,117 @@
+"""The demonstration: a method's recipe with the sizes of two cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchkd.base.errors import DataError
+from switchkd.base.settings import Settings
+from switchkd.training.settings import TrainConfig, load_recipe
+
+if TYPE_CHECKING:
+    from switchkd.models.pair import Pair
+
+
+pass
+
+
+def train(config: TrainConfig) -> None:
+    from switchkd.runs.distil import distil
+
+    distil(config)
+
+
+def demo(config: DemoConfig) -> None:
+    from switchkd.reports.tables import console
+    from switchkd.runs.distil import distil
+
+    settings = demo_settings(config)
+    console.print(
+        f"{config.method}: SmolLM2-135M to 81M on GSM8K, {settings.max_steps} steps, into {settings.output_dir}"
+    )
+    distil(settings)
+
+
+def check(config: TrainConfig) -> None:
+    from switchkd.models.loading import default_device
+    from switchkd.models.settings import with_dtypes
+    from switchkd.reports.tables import console
+    from switchkd.runs.opening import open_pair
+    from switchkd.runs.preflight import check_run
+
+    config = with_dtypes(config, default_device())
+    pair = open_pair(config, seed=config.seed, train=True)
+    for line in check_run(config, pair):
+        console.print(line, soft_wrap=True)
+    if (Path(config.output_dir) / "metrics.jsonl").is_file():
+        _check_records(Path(config.output_dir), pair)
+
+
+def _check_records(path: Path, pair: Pair) -> None:
+    from switchkd.base.terminal import bar
+    from switchkd.reports.record import RunRecord
+    from switchkd.reports.tables import console
+    from switchkd.runs.heldout import load_heldout
+    from switchkd.runs.opening import load_train
+    from switchkd.runs.replay import Texts, check_records
+
+    run = RunRecord.read(path)
+    train, heldout = load_train(run.config, pair, quiet=True), load_heldout(run.config, pair, quiet=True)
+    texts = Texts(train, heldout.examples or train, heldout.task if heldout.examples else None)
+    with bar("read again", None) as progress:
+        findings = list(check_records(run, pair, progress=lambda what: progress.advance(1, what), texts=texts))
+    for finding in findings:
+        console.print(f"{path}, {finding}", soft_wrap=True)
+    dtypes = run.settings["dtype"], run.settings["teacher_dtype"]
+    if wrong := [finding.what for finding in findings if not finding.holds(*dtypes)]:
+        raise DataError(
+            f"{path}: the records of {', '.join(wrong)} are not what these models and settings give; models, settings or "
+            "files were changed since"
+        )
+
+
+@dataclass(frozen=True)
+class DemoConfig(Settings):
+    """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
+
+    method: str = "switch"
+    """A name that `switchkd methods` lists."""
+    max_steps: int = 24
+    """Optimizer steps."""
+    output_dir: str | None = None
+    """The run directory; default runs/demo-METHOD, numbered if there is one already."""
+    seed: int = 0
+    """Key of all randomness."""
+
+
+def demo_settings(config: DemoConfig) -> TrainConfig:
+    """The method's recipe with the sizes of a demonstration on two cores."""
+    recipe: TrainConfig = load_recipe(config.method)
+    return dataclasses.replace(
+        recipe,
+        template="chat",
+        max_prompt_length=160,
+        max_completion_length=128,
+        max_new_tokens=min(64, recipe.max_new_tokens),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        learning_rate=5e-4,
+        warmup_steps=4,
+        max_steps=config.max_steps,
+        eval_samples=32,
+        eval_max_new_tokens=64,
+        sample_steps=6,
+        save_steps=12,
+        seed=config.seed,
+        output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
+    )
+
+
+def _unused(folder: str) -> str:
+    """``folder``, or the first of folder-2, folder-3, … that is not there yet."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())

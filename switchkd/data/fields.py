@@ -1,0 +1,136 @@
+"""The fields of a row, and what becomes of those that nobody asks for."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import Any
+
+from switchkd.base.errors import DataError
+from switchkd.base.plain import json_value, shown
+
+_HISTORY = "write its turns into the messages"
+_TEXT_ONLY = "only text is read here; leave the field out if the text stands without it"
+# Fields that change the text and that nothing here reads, each with the way out.
+CHANGE_THE_TEXT = {
+    "history": _HISTORY,
+    "chat_template_kwargs": "give it for all rows, as the setting chat_template_kwargs",
+    "documents": "write the documents into the messages",
+    "functions": "write it as `tools`",
+    "function_call": "write it as `tool_calls`",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
+}
+
+
+class Fields(dict[str, Any]):
+    """The fields of a row, or of an object in it, that hold something, and the names of those that were read.
+
+    A field that is null is none, whether it stands in a file or a data set writes it for every row that lacks it.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__({name: value for name, value in values.items() if value is not None})
+        self._nulls = [name for name, value in values.items() if value is None]
+        self._read: set[str] = set()
+        self._inside: dict[str, list[Fields]] = {}
+        self.left: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def names(self) -> str:
+        """The names of all fields, for messages."""
+        names = [*self, *(f"{name} (null)" for name in self._nulls)]
+        return textwrap.shorten(", ".join(names), 300, placeholder=" …") or "(none)"
+
+    def says(self, name: str) -> bool:
+        """Whether a field is there and not empty."""
+        return dict.get(self, name) not in (None, "", [], {})
+
+    def text(self, *names: str) -> str:
+        """The text of the first of these fields that is not empty; "" if there is none. Raises DataError for anything but text."""
+        name = next((name for name in names if self.says(name)), next((name for name in names if name in self), ""))
+        return checked_text(self[name], name) if name else ""
+
+    def label(self, *names: str) -> str:
+        """The first of these fields that holds text; other data may use the name for something else."""
+        return next((self[name] for name in names if isinstance(dict.get(self, name), str)), "")
+
+    def objects(self, name: str) -> list[Fields]:
+        """The objects in a list. Raises DataError for anything else."""
+        value = self[name]
+        if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+            raise DataError(f"field {name!r} must be a list of one or more objects, not {shown(value)}")
+        return self._inside.setdefault(name, [Fields(one) for one in value])
+
+    def leave(self, what: str, turns: int) -> None:
+        """Note how many of the row's turns are left, and what becomes of them."""
+        if turns:
+            self.left[what] = turns
+
+    def unread(self) -> list[str]:
+        """The fields that say something and were not read; those of objects in a list as ``messages[].name``."""
+        own = [name for name in self if name not in self._read and self.says(name)]
+        inside = {
+            f"{name}[].{one}": None for name, parts in self._inside.items() for part in parts for one in part.unread()
+        }
+        return [*own, *inside]
+
+    def check_unread(self) -> None:
+        """Raise DataError for a field that was not read and would certainly change the text."""
+        for name in self.unread():
+            if way_out := CHANGE_THE_TEXT.get(name.rpartition(".")[2]):
+                raise DataError(f"field {name!r} would change the text and is not read: {way_out}")
+
+
+def checked_text(value: Any, name: str) -> str:
+    """``value``, if it is text; raises DataError, naming the field, if it is not."""
+    if not isinstance(value, str):
+        raise DataError(f"field {name!r} must be a string, not {type(value).__name__}")
+    return value
+
+
+def objects_in(value: Any, name: str) -> list[dict[str, Any]]:
+    """A list of objects that may be written as JSON text, as columns of some data sets are. Raises DataError for anything else."""
+    try:
+        found = json_value(value) if isinstance(value, str) else value
+    except DataError as error:
+        raise DataError(f"field {name!r} is neither a list of objects nor one as JSON text: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise DataError(f"field {name!r} must be a list of objects, not {shown(found)}")
+    return found
+
+
+class Unused:
+    """What the rows of a file say and no example does, counted."""
+
+    def __init__(self) -> None:
+        self._fields: Counter[str] = Counter()
+        self._turns: dict[str, list[int]] = {}
+
+    def add(self, row: Fields) -> None:
+        """Count one row's fields that were not read, and its turns that are left."""
+        self._fields.update(row.unread())
+        for what, turns in row.left.items():
+            self._turns.setdefault(what, []).append(turns)
+
+    def lines(self) -> list[str]:
+        """The same in sentences, none where everything was used."""
+        found = [
+            f"{what} ({_count(sum(counts), 'turn')} in {_count(len(counts), 'row')})"
+            for what, counts in self._turns.items()
+        ]
+        if self._fields:
+            found.append(f"fields that are not read: {counted(self._fields)}")
+        return found
+
+
+def counted(names: Counter[str]) -> str:
+    """The most frequent names with their numbers of rows."""
+    most = ", ".join(f"{shown(name)} ({_count(count, 'row')})" for name, count in names.most_common(20))
+    return most + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,281 @@
+"""Data files to examples, examples to token ids, token ids to batches.
+
+Text becomes ids once, in ``tokenize``; from there on only ids travel. Letters in shapes: B batch, T token position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.data.examples import Example, logger
+from switchkd.data.fields import counted
+from switchkd.data.lines import BadRows
+from switchkd.data.template_inputs import Template
+from switchkd.data.templates import Encoder, check_teacher_prompt, for_teacher, named
+from switchkd.methods.policy import REFERENCE
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.decoding.rollouts import Rollout
+    from switchkd.teachers.said import TeacherTopK
+
+
+_NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index
+
+
+# --- token ids ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """Token ids of one example. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``.
+
+    ``speaker`` wrote the completion: the data (REFERENCE), or the TEACHER where its text took the data's place.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    references: tuple[str, ...]
+    truncated: bool
+    source: str
+    speaker: int = REFERENCE
+    teacher_hidden: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """What enters the teacher's output layer before each completion token, ``[tokens, hidden size]``, where it is known."""
+    teacher_top_k: TeacherTopK | None = field(default=None, repr=False, compare=False)
+    """Or its largest log-probabilities there."""
+    teacher_prompt_ids: list[int] | None = None
+    """What the teacher reads in the prompt's place; None where it reads the prompt."""
+    teacher: str = ""
+    """The name of its teacher; "" is the default one."""
+    group: str = ""
+    """The part of its data set that it belongs to; "" for none."""
+
+    @property
+    def teacher_reads(self) -> list[int]:
+        """The prompt as the teacher reads it."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    @property
+    def speakers(self) -> list[int]:
+        """Who wrote each token, as a rollout says it."""
+        return [self.speaker] * len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class DropCounts:
+    """What ``tokenize`` left out or cut, in examples. ``truncated`` ones are kept."""
+
+    long_prompts: int
+    end_tokens_in_text: int
+    truncated: int
+    long_teacher_prompts: int = 0
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | Template,
+    max_prompt_length: int,
+    max_completion_length: int,
+    teacher_prompt: str = "",
+    eos_token_ids: Collection[int] = (),
+    bad: BadRows | None = None,
+) -> tuple[list[TokenizedExample], DropCounts]:
+    """Prompts and completions as token ids; lengths are in tokens, the end-of-turn token counts.
+
+    A prompt longer than ``max_prompt_length`` is dropped: a cut prompt is another question. A longer completion is cut
+    and gets no end token. ``eos_token_ids`` stop generation (a pair's; default: the tokenizer's eos token, and what the template
+    closes with). An example whose own text spells out one of them is dropped, since generation would have stopped there.
+    ``teacher_prompt`` is what the teacher reads in place of the last user turn, with the fields {prompt} and
+    {completion}; an example of which that is longer than ``teacher_prompt_limit`` is dropped too. A row that the template or
+    the tokenizer cannot express is a bad one, counted in ``bad``, beside those that reading found; by default none is tolerated.
+    Raises ConfigError for a template or tokenizer that cannot be used or an end at which nothing stops, DataError when nothing is
+    left or more rows are bad than may be.
+    """
+    if min(max_prompt_length, max_completion_length) < 1:
+        raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
+    kept: list[TokenizedExample] = []
+    long_prompts = long_teacher_prompts = end_tokens = 0
+    encode = Encoder(tokenizer, template, frozenset(eos_token_ids))
+    limit = teacher_prompt_limit(tokenizer, teacher_prompt, max_prompt_length, max_completion_length)
+    bad = BadRows("examples") if bad is None else bad  # one without rows counts as false
+    teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
+    for example, ids, teacher_ids in zip(examples, encode.each(examples), teacher_reads, strict=True):
+        if isinstance(ids, DataError):
+            bad.add(example.source, ids)
+            continue
+        if isinstance(teacher_ids, DataError):
+            bad.add(example.source, teacher_ids)
+            continue
+        prompt_ids, completion_ids = ids
+        if len(prompt_ids) > max_prompt_length:
+            long_prompts += 1
+        elif len(teacher_ids or ()) > limit:
+            long_teacher_prompts += 1
+        elif _spells_end(example.completion, completion_ids, eos_token_ids, tokenizer):
+            end_tokens += 1
+        elif eos_token_ids and completion_ids[-1] not in eos_token_ids:
+            raise ConfigError(_stops_nothing(example.source, completion_ids[-1], eos_token_ids, tokenizer))
+        else:
+            cut = completion_ids[:max_completion_length]
+            truncated = len(cut) < len(completion_ids)
+            kept.append(
+                TokenizedExample(
+                    example.id,
+                    prompt_ids,
+                    cut,
+                    example.references,
+                    truncated,
+                    example.source,
+                    teacher_prompt_ids=teacher_ids,
+                    teacher=example.teacher,
+                    group=example.group,
+                )
+            )
+    if encode.left_out:
+        logger.warning(
+            "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
+        )
+    counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
+    if not kept:
+        others = f", {long_teacher_prompts} prompts of the teacher are longer than {limit} tokens" * bool(
+            teacher_prompt
+        )
+        refused = f", {len(bad)} rows are bad: {'; '.join(bad.first())}" if len(bad) else ""
+        raise DataError(
+            f"none of {len(examples)} examples is left: {long_prompts} prompts are longer than max_prompt_length="
+            f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token{others}{refused}"
+        )
+    return kept, counts
+
+
+def _spells_end(
+    text: str, completion_ids: list[int], eos_token_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether a completion holds an end token that is its own, and not its end."""
+    ends = {*(eos_token_ids or (tokenizer.eos_token_id,)), completion_ids[-1]}
+    marks = (str(token) for index, token in tokenizer.added_tokens_decoder.items() if index in ends)
+    return not ends.isdisjoint(completion_ids[:-1]) or any(mark in text for mark in marks)
+
+
+def _stops_nothing(source: str, end: int, stops: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return (
+        f"{source}: the template closes the completion with {named([end], tokenizer)}, at which nothing stops: texts end at "
+        f"{named(stops, tokenizer)}. Load the pair for that template (load_pair's template), use 'alpaca' or 'none', or add the id "
+        "to eos_token_id in both models' generation_config.json"
+    )
+
+
+def teacher_prompt_limit(
+    tokenizer: PreTrainedTokenizerBase, teacher_prompt: str, max_prompt_length: int, max_completion_length: int
+) -> int:
+    """Tokens that the teacher's prompt may have: the longest prompt, the longest completion and ``teacher_prompt``'s own words.
+
+    Without a ``teacher_prompt`` the teacher reads the student's prompt.
+    """
+    if not teacher_prompt:
+        return max_prompt_length
+    words = len(tokenizer(teacher_prompt, add_special_tokens=False)["input_ids"])
+    return max_prompt_length + max_completion_length + words
+
+
+def _teacher_prompts(
+    examples: Sequence[Example], encode: Encoder, teacher_prompt: str
+) -> Iterator[list[int] | DataError | None]:
+    """What the teacher reads before each completion, if that is something else than the prompt, or why it cannot."""
+    if not teacher_prompt:
+        return repeat(None, len(examples))
+    check_teacher_prompt(teacher_prompt)
+    encoded = replace(encode).each(examples, lambda example: for_teacher(example, teacher_prompt))
+    return (ids if isinstance(ids, DataError) else ids[0] for ids in encoded)
+
+
+def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int]]:
+    """Places of each teacher's rows, ascending; teachers in the order of their first row."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.teacher, []).append(place)
+    return places
+
+
+# --- order and batches --------------------------------------------------------------------------------------------
+
+
+def batch_indices(n_examples: int, batch_size: int, first: int, seed: int) -> list[int]:
+    """Indices of the next examples, ``first`` having been read before; that number is the whole data cursor.
+
+    Epochs are permutations keyed by (seed, epoch) and laid end to end, so a batch may cross from one to the next and
+    every example occurs once an epoch. Raises ConfigError for numbers out of range.
+    """
+    if min(n_examples, batch_size) < 1 or first < 0 or not 0 <= seed < 2**64:
+        raise ConfigError(
+            f"no batch for {n_examples=}, {batch_size=}, {first=}, {seed=}: counts from 1, 0 <= seed < 2**64"
+        )
+    positions = range(first, first + batch_size)
+    epochs = range(positions[0] // n_examples, positions[-1] // n_examples + 1)
+    orders = {epoch: _permutation(n_examples, seed, epoch) for epoch in epochs}
+    return [int(orders[position // n_examples][position % n_examples]) for position in positions]
+
+
+def _permutation(n_examples: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorting the raw stream: NumPy keeps it the same in every release, which it does not promise for Generator methods.
+    key = np.array([seed, epoch], dtype=np.uint64)  # a list with a seed above 2**63 would become floats
+    return np.argsort(np.random.Philox(key=key).random_raw(n_examples), kind="stable")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. ``input_ids``, ``attention_mask``, ``position_ids``: [B, T] int64; ``loss_mask``: [B, T] bool.
+
+    ``loss_mask[b, t]`` says that ``input_ids[b, t]`` is a completion token. The logits at ``t - 1`` predict the token
+    at ``t``; shifting is the trainer's.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.loss_mask.to(device),
+        )
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int = 0) -> Batch:
+    """One batch of (prompt_ids, completion_ids) rows, padded to the longest; a completion may be empty.
+
+    Masks come from positions and lengths alone, so ``pad_id`` may be any token, also the end token. Raises DataError
+    for no rows or an empty prompt (nothing would predict the first completion token).
+    """
+    import torch
+
+    if not rows or not all(prompt for prompt, _ in rows):
+        raise DataError(f"a batch needs rows with a prompt; prompt lengths: {[len(prompt) for prompt, _ in rows]}")
+    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
+    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in rows])
+    width = int(ends.max())
+    padded = [
+        [*prompt, *completion] + [pad_id] * (width - len(prompt) - len(completion)) for prompt, completion in rows
+    ]
+    position_ids = torch.arange(width).repeat(len(rows), 1)
+    return Batch(
+        input_ids=torch.tensor(padded, dtype=torch.int64),
+        attention_mask=(position_ids < ends).long(),
+        position_ids=position_ids,
+        loss_mask=(position_ids >= starts) & (position_ids < ends),
+    )

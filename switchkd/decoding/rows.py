@@ -1,0 +1,169 @@
+"""What the reference loop and the block engine share: a checked job and its rows on their way to rollouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from switchkd.base.errors import ConfigError
+from switchkd.decoding.rollouts import Rollout
+from switchkd.forward.architecture import context_length, context_note
+from switchkd.forward.ends import Ends
+from switchkd.methods.policy import STUDENT, TEACHER, Policy
+from switchkd.methods.sampling import Sampling
+
+
+@dataclass
+class Row:
+    """One prompt on its way to a rollout; ``teacher_prompt`` where the teacher reads another one than the student."""
+
+    sample_id: int
+    prompt: list[int]
+    teacher_prompt: list[int] | None = None
+    completion: list[int] = field(default_factory=list)
+    speakers: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
+    stop_reason: str | None = None
+    error: str | None = None
+    hidden: list[Tensor] | None = field(default_factory=list)
+
+    def prompt_of(self, who: int) -> list[int]:
+        """What STUDENT or TEACHER reads before the completion."""
+        return self.prompt if who == STUDENT or self.teacher_prompt is None else self.teacher_prompt
+
+    def tokens_of(self, who: int) -> list[int]:
+        """The whole text as STUDENT or TEACHER reads it."""
+        return self.prompt_of(who) + self.completion
+
+    def append(self, token: int, speaker: int, divergence: float, threshold: float, ends: bool, job: "Job") -> None:
+        """Write a token down; ``ends``: whether the policy's text ends behind it."""
+        self.completion.append(token)
+        self.speakers.append(speaker)
+        self.divergences.append(divergence)
+        self.thresholds.append(threshold)
+        if token in job.ends.ids:
+            self.stop_reason = "eos"
+        elif ends:
+            self.stop_reason = "policy"
+        elif len(self.completion) == job.max_new_tokens:
+            self.stop_reason = "length"
+
+    def restart(self) -> None:
+        """Go back to the prompt."""
+        self.completion, self.speakers, self.divergences, self.thresholds, self.hidden = [], [], [], [], []
+        self.stop_reason = self.error = None
+
+    def fail(self, reason: str, error: str) -> None:
+        self.stop_reason, self.error = reason, error
+
+    def check_finite(self, logq: Tensor, logp: Tensor, reads: Sequence[bool]) -> bool:
+        """Stop the row if a model that is read has NaN log-probabilities (log-softmax spreads one NaN or +inf to all)."""
+        for name, logs, read in zip(("student", "teacher"), (logq, logp), reads, strict=True):
+            if self.stop_reason is None and read and logs.isnan().any():
+                self.fail_non_finite(name)
+        return self.stop_reason is None
+
+    def fail_non_finite(self, name: str) -> None:
+        where = f"sample {self.sample_id}, response position {len(self.completion)}"
+        self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
+
+    def keep_hidden(self, hidden: Tensor | None, count: int) -> None:
+        """Note what entered the teacher's output layer for the last ``count`` tokens; a gap makes the whole useless."""
+        if hidden is None or len(hidden) < count:
+            self.hidden = None
+        elif self.hidden is not None:
+            self.hidden.append(hidden)
+
+    def rollout(self) -> Rollout:
+        """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
+        return Rollout(
+            self.sample_id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
+            self.stop_reason or "", self.error, self.teacher_prompt,
+            teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
+        )  # fmt: skip
+
+
+@dataclass
+class Job:
+    """Checked arguments, shared by the two loops."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    policy: Policy
+    rows: list[Row]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    ends: Ends
+    vocab_size: int
+
+    def capacity(self, who: int) -> int:
+        """Tokens of the longest row that STUDENT or TEACHER has still to read, its budget included."""
+        return max(len(row.prompt_of(who)) for row in self.rows if row.stop_reason is None) + self.max_new_tokens
+
+    @staticmethod
+    def of(
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        policy: Policy,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        sample_ids: Sequence[int] | None,
+        eos_token_ids: Sequence[int] | Ends | None,
+        vocab_size: int | None,
+        teacher_prompt_ids: Sequence[Sequence[int]] | None,
+    ) -> "Job":
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
+        if len(ids) != len(prompt_ids):
+            raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
+        if teacher_prompt_ids is not None and len(teacher_prompt_ids) != len(prompt_ids):
+            raise ConfigError(
+                f"{len(teacher_prompt_ids)} teacher_prompt_ids for {len(prompt_ids)} prompts; give one list for each prompt"
+            )
+        shared = min(model.config.get_text_config().vocab_size for model in (student, teacher))
+        if vocab_size is not None and not 0 < vocab_size <= shared:
+            raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
+        ends = Ends.asked(eos_token_ids, vocab_size or shared, student, teacher)
+        own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
+        rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
+        job = Job(student, teacher, policy, rows, max_new_tokens, sampling, seed, ends, vocab_size or shared)
+        for row in rows:
+            _check_row(row, job)
+        return job
+
+
+def _check_row(row: Row, job: Job) -> None:
+    """Stop a row that cannot be decoded, and one that has no budget."""
+    student, teacher = context_length(job.student), context_length(job.teacher)
+    if row.teacher_prompt is None:
+        _check_prompt(row, STUDENT, "prompt", "models'", min(student, teacher), job)
+    else:
+        _check_prompt(row, STUDENT, "prompt", "student's", student, job)
+        if row.stop_reason is None:
+            _check_prompt(row, TEACHER, "teacher prompt", "teacher's", teacher, job)
+    if row.stop_reason is None and job.max_new_tokens == 0:
+        row.stop_reason = "length"
+
+
+def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job: Job) -> None:
+    prompt, models = row.prompt_of(who), (job.student, job.teacher)
+    if not prompt:
+        row.fail("empty_prompt", f"sample {row.sample_id} has an empty {name}; give it at least one token")
+    elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
+        row.fail(
+            "invalid_token",
+            f"sample {row.sample_id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
+        )
+    elif len(prompt) + job.max_new_tokens > context:
+        row.fail(
+            "prompt_too_long",
+            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.max_new_tokens} exceed the {whose} "
+            f"context of {context:g}{context_note(*models)}; shorten the prompt or lower max_new_tokens",
+        )

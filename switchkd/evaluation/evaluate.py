@@ -1,0 +1,297 @@
+"""Scores of a model on held-out examples: its own completions against references, and its distributions against the teacher's.
+
+Evaluation draws no random numbers of its own: generated text is keyed by (seed, example id, position), so neither the batch
+size nor the other examples can move a score, and training goes on as if nobody had looked.
+
+p is the teacher, q the scored model; N examples, S sampling seeds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from switchkd.base import signals
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.memory import halving
+from switchkd.data.texts import TokenizedExample, collate
+from switchkd.decoding.decode import decode
+from switchkd.decoding.rollouts import DecodeCost
+from switchkd.evaluation.generate_backend import complete_by_generate
+from switchkd.evaluation.results import Completion, Evaluation
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.statistics import Values
+from switchkd.evaluation.tasks import Task
+from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.modes import evaluating
+from switchkd.methods.divergences import forward_kl
+from switchkd.methods.policy import StudentOnly
+from switchkd.models.pair import Pair
+
+# Positions in the response, from 0, whose divergence is shown on its own: first and last of each band.
+POSITION_BANDS = {"0-10": (0, 10), "11-50": (11, 50), "51+": (51, 2**63)}
+# Response tokens whose two distributions over the vocabulary are held at a time.
+_TOKENS_AT_ONCE = 512
+
+Progress = Callable[[int, str | None], None]  # told of examples that are done, and what to show beside the bar
+Prompt = tuple[list[int], list[int]]  # token ids of a prompt and its response
+
+
+def evaluate(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    task: Task,
+    settings: EvalSettings,
+    progress: Progress = lambda *_: None,
+) -> Evaluation:
+    """Score ``model`` (the pair's student or its teacher) against the pair's teacher and the references.
+
+    Tells ``progress`` of ``work(examples, settings)`` examples in all.
+
+    Raises:
+        DataError: there is nothing to evaluate on, a reference cannot be scored against, or a prompt cannot be completed.
+        ConfigError: settings that contradict.
+    """
+    if not examples:
+        raise DataError("no held-out examples to evaluate on; give an eval_file with at least one usable row")
+    if settings.temperature and not settings.seeds:
+        raise ConfigError("sampled completions need at least one of eval_seeds")
+    _check_references(task, examples)
+    references = [(example.prompt_ids, example.completion_ids) for example in examples]
+    scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
+    completions, ids = complete(pair, model, examples, settings, progress)
+    scores |= _text_scores(task, examples, completions)
+    if settings.own_text:
+        own = [(e.prompt_ids, text) for row in ids for e, text in zip(examples, row, strict=True)]
+        kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
+        scores["own_forward_kl"] = Values((kl.sum(0) / tokens.sum(0)).reshape(len(ids), len(examples)))
+    groups = [example.group for example in examples]
+    return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row])
+
+
+def work(examples: Sequence[TokenizedExample], settings: EvalSettings) -> int:
+    """Examples that ``evaluate`` reports to its progress: read once, completed under each seed, perhaps read again."""
+    passes = len(settings.passes)
+    return len(examples) * (1 + passes + (passes if settings.own_text else 0))
+
+
+def score_names(task: Task, examples: Sequence[TokenizedExample]) -> list[str]:
+    """The names of the scores that ``evaluate`` gives on these examples."""
+    nothing = [[Completion(example.id, None, "", 0, "length") for example in examples[:1]]]
+    names = [*_text_scores(task, examples[:1], nothing), "forward_kl", "perplexity"]
+    return [*names, *(f"forward_kl@{band}" for band in POSITION_BANDS)]
+
+
+def _check_references(task: Task, examples: Sequence[TokenizedExample]) -> None:
+    """Raise DataError, naming the row, for a reference that the task cannot score against; before anything takes time."""
+    for example in examples:
+        try:
+            task.score("", example.references, example.group)
+        except DataError as error:
+            raise DataError(f"{example.source}: task {task.name}: {error}") from error
+
+
+def _text_scores(
+    task: Task, examples: Sequence[TokenizedExample], completions: Sequence[Sequence[Completion]]
+) -> dict[str, Values]:
+    """What the task says of each completion, and how long it is and whether it ended by itself."""
+    rows = [
+        [
+            {
+                **task.score(text.text, example.references, example.group),
+                "length": float(text.tokens),
+                "eos": 100.0 * (text.stop_reason == "eos"),
+            }
+            for text, example in zip(row, examples, strict=True)
+        ]
+        for row in completions
+    ]
+    scores = {name: Values(np.array([[scored[name] for scored in row] for row in rows])) for name in rows[0][0]}
+    for group in task.leave_out:
+        rest = np.array([example.group != group for example in examples])
+        if not rest.all():
+            scores[f"{task.primary}_without_{group.replace(' ', '_')}"] = scores[task.primary].only(rest)
+    return scores
+
+
+def scored_otherwise(result: Evaluation, examples: Sequence[TokenizedExample], task: Task) -> list[str]:
+    """The scores of an evaluation that are not those of its completions of ``examples``; what needs a model is not looked at."""
+    by_place = {(text.seed, text.example): text for text in result.completions}
+    seeds = dict.fromkeys(seed for seed, _ in by_place)
+    if by_place.keys() != {(seed, example.id) for seed in seeds for example in examples} or not by_place:
+        return ["completions"]
+    rows = [[by_place[seed, example.id] for example in examples] for seed in seeds]
+    found = _text_scores(task, examples, rows)
+    return [
+        name
+        for name, own in found.items()
+        if name not in result.scores or not np.array_equal(own.values, result.scores[name].values)
+    ]
+
+
+# --- completions --------------------------------------------------------------------------------------------------
+
+
+def complete(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: EvalSettings,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[list[Completion]], list[list[list[int]]]]:
+    """The model's own completions under each seed, ``[S][N]``, and their token ids."""
+    completions, ids = [], []
+    for seed in settings.passes:
+        write = _by_generate if settings.backend == "generate" else _by_engine
+        written = write(pair, model, examples, settings, seed or 0, progress)
+        texts = pair.tokenizer.batch_decode(
+            [pair.ends.answer(own, pair.tokenizer) for own, _ in written], skip_special_tokens=True
+        )
+        completions.append([
+            Completion(example.id, seed, text, len(own), reason)
+            for example, text, (own, reason) in zip(examples, texts, written, strict=True)
+        ])  # fmt: skip
+        ids.append([own for own, _ in written])
+    return completions, ids
+
+
+def _by_engine(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: EvalSettings,
+    seed: int,
+    progress: Progress,
+) -> Sequence[tuple[list[int], str]]:
+    told = 0
+
+    def on_round(cost: DecodeCost) -> None:
+        """A row takes at most max_new_tokens, so that so many are done at least."""
+        nonlocal told
+        done = cost.kept_tokens // settings.max_new_tokens
+        progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+        told = done
+
+    rollouts = decode(
+        model,
+        pair.teacher,
+        [example.prompt_ids for example in examples],
+        settings.policy,
+        settings.max_new_tokens,
+        settings.temperature,
+        seed,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        sample_ids=[example.id for example in examples],
+        eos_token_ids=pair.ends,
+        batch_size=settings.batch_size,
+        vocab_size=pair.vocab_size,
+        progress=on_round,
+    )
+    if failed := [rollout for rollout in rollouts if rollout.error]:
+        raise failed[0].failure(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed")
+    progress(len(examples) - told, None)
+    return [(rollout.completion_ids, rollout.stop_reason) for rollout in rollouts]
+
+
+def _by_generate(
+    pair: Pair,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: EvalSettings,
+    seed: int,
+    progress: Progress,
+) -> Sequence[tuple[list[int], str]]:
+    if settings.policy != StudentOnly():
+        raise ConfigError(f"the backend 'generate' knows no policies; {settings.policy} needs 'engine'")
+    return complete_by_generate(
+        model,
+        [example.prompt_ids for example in examples],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        seed=seed,
+        eos_token_ids=pair.ends,
+        vocab_size=pair.vocab_size,
+        batch_size=settings.batch_size,
+        progress=lambda count: progress(count, None),
+    )
+
+
+# --- distributions ------------------------------------------------------------------------------------------------
+
+
+def _likelihood_scores(
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+) -> dict[str, Values]:
+    """Divergence to the teacher, in all and by position, and perplexity, on the reference tokens."""
+    kl, nll, tokens = _token_sums(pair, model, rows, batch_size, progress)
+    whole = tokens.sum(0)
+    scores = {"forward_kl": _per_token(kl.sum(0), whole), "perplexity": _per_token(nll.sum(0), whole)}
+    bands = zip(POSITION_BANDS, kl, tokens, strict=True)
+    return scores | {f"forward_kl@{band}": _per_token(own, count) for band, own, count in bands}
+
+
+def _per_token(sums: np.ndarray, tokens: np.ndarray) -> Values:
+    return Values(sums[None] / np.maximum(tokens, 1), tokens)
+
+
+@torch.no_grad()
+def _token_sums(
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, and tokens there.
+
+    Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
+    """
+    sums = np.zeros((3, len(POSITION_BANDS), len(rows)))
+    heads = [Head.of(each, pair.vocab_size, pair.ends) for each in (pair.teacher, model)]
+    left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
+
+    def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The next ``size`` places, and what their tokens lose."""
+        signals.check()
+        return left[:size], *_token_losses(pair, model, heads, [rows[place] for place in left[:size]])
+
+    with evaluating(model, pair.teacher):
+        while left:
+            size = min(batch_size, len(left))
+            (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")
+            lengths = [len(rows[place][1]) for place in places]
+            positions = np.concatenate([np.arange(length) for length in lengths])
+            owners = np.repeat(places, lengths)
+            per_token = np.stack([kl, nll, np.ones(len(owners))])
+            for band, (low, high) in enumerate(POSITION_BANDS.values()):
+                inside = (low <= positions) & (positions <= high)
+                np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
+            left = left[len(places) :]
+            progress(len(places), None)
+    return sums[0], sums[1], sums[2]
+
+
+def _token_losses(
+    pair: Pair, model: PreTrainedModel, heads: Sequence[Head], rows: Sequence[Prompt]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
+    batch = collate(rows).to(model.device)
+    targets = pair.ends.events(batch.input_ids[batch.loss_mask])
+    head_p, head_q = heads
+    hidden_q = response_hidden(model, batch)
+    hidden_p = hidden_q if model is pair.teacher else response_hidden(pair.teacher, batch)
+    kl, nll = [], []
+    for part in _chunks(len(targets)):
+        logq = head_q.log_probs(head_q(hidden_q[part]))
+        logp = logq if model is pair.teacher else head_p.log_probs(head_p(hidden_p[part]))
+        kl.append(forward_kl(logp, logq))
+        nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
+    # Sums are float64, which not every device has: on the host.
+    return torch.cat(kl).cpu().double().numpy(), torch.cat(nll).cpu().double().numpy()
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    return (slice(start, start + _TOKENS_AT_ONCE) for start in range(0, max(tokens, 1), _TOKENS_AT_ONCE))

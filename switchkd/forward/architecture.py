@@ -1,0 +1,119 @@
+"""TODO."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from switchkd.base.errors import ModelError
+from switchkd.models.loading import _model_class
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from switchkd.data.texts import Batch
+
+
+ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
+
+
+def context_length(model: "PreTrainedModel") -> float:
+    """Tokens that fit into the model's context and are read exactly; infinite where its config sets no limit."""
+    config = model.config.get_text_config()
+    own = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+    return min([own if own > 0 else float("inf"), *exact_lengths(config).values()])
+
+
+def context_note(*models: "PreTrainedModel") -> str:
+    """Why a context of these models is shorter than their config says, to stand behind its number; "" if it is not."""
+    found = dict.fromkeys(why for model in models for why in exact_lengths(model.config.get_text_config()))
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def exact_lengths(config: "PretrainedConfig") -> dict[str, int]:
+    """Lengths of text up to which a row's logits depend on the row alone, by the reason; none for most models."""
+    found = {}
+    for rope in ropes(config):
+        if rope.get("rope_type") == "longrope" and (length := rope.get("original_max_position_embeddings")):
+            # One set of rotations serves a whole batch, and a text that grows beyond changes what was cached of it.
+            found["beyond original_max_position_embeddings longrope turns the positions of all rows otherwise"] = length
+    if length := getattr(config, "keep_window_size", None):  # Doge
+        found["beyond keep_window_size it leaves out tokens, and looks ahead to choose them"] = length
+    return found
+
+
+def batch_inputs(model: "PreTrainedModel", batch: "Batch") -> dict[str, Any]:
+    """What a model is called with to read a padded batch.
+
+    Padding stands at the right, where no row looks, so that it needs no mask. Under one, places that see nothing at all may
+    become NaN, and 0 · NaN then spoils the row. Balancing losses count the tokens by it.
+    """
+    mask = batch.attention_mask if has_router_logits(model) else None
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+
+
+def has_router_logits(model: "PreTrainedModel") -> bool:
+    """Whether the model is a mixture of experts whose forward may be asked for the logits of its routers."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "output_router_logits" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return takes and hasattr(model.config.get_text_config(), "output_router_logits")
+
+
+def ropes(config: "PretrainedConfig") -> "list[dict[str, Any]]":
+    """The settings of a config's rotary embeddings: one set, or one for each kind of layer."""
+    own = getattr(config, "rope_parameters", None) or {}
+    return [own] if "rope_type" in own else [part for part in own.values() if isinstance(part, dict)]
+
+
+def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:
+    """Raise ModelError for a model whose drafts cannot be rolled back by lowering a cache length.
+
+    Those are models with recurrent, linear, convolutional, chunked or compressed layers, and encoder-decoders.
+    """
+    from transformers import PretrainedConfig
+
+    given_config = isinstance(model_or_config, PretrainedConfig)
+    config = model_or_config if given_config else model_or_config.config
+    name = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model; switchkd decodes decoder-only models: choose one")
+    model_class = _model_class(config) if given_config else type(model_or_config)
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - set(ROLLBACK_LAYERS)
+    if kinds == {"chunked_attention"}:
+        raise ModelError(
+            f"{name} attends in chunks (chunked_attention), so a row's cache slots do not follow its token positions; "
+            "choose a model with full or sliding-window attention"
+        )
+    if kinds or model_class._is_stateful:
+        found = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "recurrent layers"
+        raise ModelError(
+            f"{name} has {found}: their state cannot be rolled back when a draft is rejected; "
+            "choose a model with full or sliding-window attention"
+        )
+
+
+def num_parameters(model: "torch.nn.Module") -> int:
+    """Parameters of ``model``; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameter_bytes(model: "torch.nn.Module") -> int:
+    """Bytes that the parameters of ``model`` take; tied ones count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def cache_bytes_per_token(model: "PreTrainedModel") -> int:
+    """Bytes that the keys and values of one token take."""
+    text = model.config.get_text_config()
+    # Of some models (Gemma 4) layers differ in their heads.
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    return sum(2 * _kv_numbers(layer) for layer in layers) * model.dtype.itemsize
+
+
+def _kv_numbers(layer: "PretrainedConfig") -> int:
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads) * head

@@ -1,0 +1,316 @@
+"""Load a teacher and a student, and refuse a pair that would train silently wrong.
+
+Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from switchkd.base import signals
+from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.base.plain import check_type, json_object, shown
+from switchkd.base.storage import expanded
+from switchkd.forward.architecture import refuse_recurrent
+from switchkd.models.adapters import ADAPTER_CONFIG
+from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
+from switchkd.models.precision import chosen_dtype, quantised
+from switchkd.models.settings import BASE
+from switchkd.runs.model_card import HOW_FOUND, _is_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MADE = ("demo", "small")  # pairs that the package makes in the user's cache
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def load_model(
+    name: str, dtype: str = "float32", device: str | None = None, load_in_4bit: bool = False
+) -> "PreTrainedModel":
+    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo, small: the teacher).
+
+    Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body.
+    Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
+    safetensors and JSON, or its architecture cannot be decoded with rollback.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    signals.check()
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    source, is_local = _locate(name)
+    if _is_adapter(source):
+        from switchkd.models.adapters import open_adapter
+
+        model = load_model(adapter_base(source), dtype, device, load_in_4bit)
+        open_adapter(model, Path(source))
+        _take_generation_config(model, Path(source))
+        return model
+    config = _load_config(source, is_local)
+    refuse_recurrent(config)
+    if load_in_4bit and (method := quantised(config)):
+        raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
+    in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
+    size = no_larger_than(_weight_bytes(Path(source)), source) if is_local else nullcontext()
+    with _as_model_error(source, is_local), size:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch_dtype,
+            local_files_only=is_local,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+            **in_4bit,
+        )
+    # transformers only warns here and goes on with random weights.
+    if unusable := sorted({str(key) for field in ("missing_keys", "mismatched_keys") for key in info[field]}):
+        raise ModelError(
+            f"{source}: {len(unusable)} weights of {type(model).__name__} are missing or have another shape, "
+            f"first {', '.join(unusable[:3])}; copy or download the model again"
+        )
+    if torch_dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products of experts have no float64
+    return model.eval().to(torch_device)
+
+
+def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
+    """What is saved beside an adapter says where its texts end; its base may end them otherwise."""
+    from transformers import GenerationConfig
+
+    file = adapter / "generation_config.json"
+    if file.is_file():
+        with _as_model_error(str(adapter), True):
+            model.generation_config = GenerationConfig.from_dict(json_object(file.read_bytes()))
+
+
+def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of ``name`` (as in `load_pair`); raises ModelError if there is none or it needs its own code.
+
+    ``on_disk`` takes what is there already: no hub is asked, and no pair is made.
+    """
+    from transformers import AutoTokenizer
+
+    if on_disk and name in MADE:
+        raise ModelError(f"the tokenizer of {name!r} would have to be made first")
+    source, is_local = _locate(name)
+    if on_disk and not is_local:  # transformers would ask the hub all the same
+        source, is_local = _in_cache(source), True
+    own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
+    if _is_adapter(source) and not own:
+        return load_tokenizer(adapter_base(source), on_disk)
+    if is_local and not own:
+        raise ModelError(
+            f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save one there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+    if is_local and (file := Path(source) / "tokenizer.json").is_file():
+        check_tokenizer(file)
+    with _as_model_error(source, is_local):
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+def _in_cache(name: str) -> str:
+    """The folder in which the hub's cache holds a tokenizer; raises ModelError if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = next((file for file in TOKENIZER_FILES if isinstance(try_to_load_from_cache(name, file), str)), None)
+    if found is None:
+        raise ModelError(f"the tokenizer of {name} is not on this machine, and no hub is asked for it")
+    return str(Path(str(try_to_load_from_cache(name, found))).parent)
+
+
+def adapter_base(name: str) -> str:
+    """The model that the adapter in folder ``name`` was trained on; ``name`` itself if it is no adapter.
+
+    Raises ModelError if the adapter names no base, or another adapter as its base.
+    """
+    if not _is_adapter(name):
+        return name
+    file = Path(expanded(name)) / ADAPTER_CONFIG
+    try:
+        base = json_object(file.read_bytes()).get("base_model_name_or_path")
+        check_type(base, str | None, "base_model_name_or_path")
+    except (OSError, DataError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; copy the adapter again") from error
+    if not base or _is_adapter(base):
+        what = f"the adapter {base} as its base; merge that one first" if base else "no base_model_name_or_path"
+        raise ModelError(f"{file} names {what}; write the name or folder of a whole model there")
+    return base
+
+
+def made(name: str, role: Literal["teacher", "student"]) -> str:
+    """The folder of that role if ``name`` is a pair that the package makes, else ``name``."""
+    if name not in MADE:
+        return name
+    from switchkd.models import demo_pair
+    from switchkd.runs import small_pair
+
+    teacher, student = demo_pair.demo_pair_paths() if name == "demo" else small_pair.small_pair_paths()
+    return str(teacher if role == "teacher" else student)
+
+
+def _is_adapter(name: str | Path) -> bool:
+    return (Path(expanded(name)) / ADAPTER_CONFIG).is_file()
+
+
+def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """QLoRA's base: 4-bit NormalFloat weights, products in ``dtype``."""
+    from transformers import BitsAndBytesConfig
+
+    from switchkd.models.adapters import require
+
+    require("bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def check_source(name: str) -> None:
+    """Raise ModelError unless ``name`` may be a model's: a folder that holds one, or a name on the hub, which is not asked."""
+    if name != BASE and name not in MADE:
+        _locate(name)
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """The name to load and whether it is a local folder; a local folder is checked here."""
+    name = made(name, "teacher")
+    folder = Path(expanded(name))
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder), True
+    if folder.exists() or not HUB_NAME.fullmatch(name):
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(f"{name} {what}; a model is a folder with config.json and *.safetensors, or a hub name")
+    return name, False
+
+
+def _check_folder(folder: Path) -> None:
+    if _is_adapter(folder):
+        return  # its base is checked when it is loaded
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; name the folder that model.save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        raise ModelError(
+            f"{folder} holds no *.safetensors{f' but {others[0]}' if others else ''}; only safetensors are read: load "
+            "the model with its own tools and write it again with model.save_pretrained(folder)"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _check_shards(index: Path) -> None:
+    """Raise ModelError unless a list of shards names files of its own folder. (A link there may lead elsewhere: a hub's cache
+    is made of them, and what is read is safetensors in any case.)"""
+    try:
+        record = json_object(index.read_bytes())
+        check_type(record, _Index)
+    except (OSError, DataError) as error:
+        raise ModelError(f"{index} cannot be read: {error}; copy the model again") from error
+    if outside := [name for name in record["weight_map"].values() if not SHARD.fullmatch(name)]:
+        raise ModelError(
+            f"{index} names the shard {shown(outside[0])}, which is no *.safetensors in its folder; copy the model again"
+        )
+
+
+def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
+    from transformers import AutoConfig, PretrainedConfig
+
+    with _as_model_error(source, is_local):
+        raw, _ = PretrainedConfig.get_config_dict(source, local_files_only=is_local)
+    if "auto_map" in raw:
+        raise ModelError(
+            f"{source} needs its own code (auto_map in config.json); switchkd runs no code from a model folder: "
+            "choose a model whose architecture is part of transformers"
+        )
+    check_counts(raw, source)
+    with _as_model_error(source, is_local):
+        return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
+
+
+@contextmanager
+def _as_model_error(source: str, is_local: bool) -> Iterator[None]:
+    """The many ways in which transformers refuse a file, or stumble over it, become one error."""
+    try:
+        yield
+    except Exception as error:
+        where = "" if is_local else f" (there is no local folder {source}, so the hub was asked)"
+        raise ModelError(f"cannot load {source}{where}: {error}; check the name, or copy the model again") from error
+
+
+def _model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{config.model_type} is not a causal language model; choose one that generates text")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _attention(config: "PretrainedConfig") -> str:
+    # sdpa has no place for a tanh on the attention logits, and leaves it out.
+    soft_capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    return "eager" if soft_capped or not _model_class(config)._supports_sdpa else "sdpa"
+
+
+def _dtype(name: str, device: "torch.device") -> "torch.dtype":
+    import torch
+
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
+    return getattr(torch, chosen_dtype(name, device))
+
+
+def default_device() -> "torch.device":
+    """Where models are loaded if nobody says where: the current CUDA device, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}, but PyTorch sees no CUDA device; use 'cpu', or leave device out")
+    return device
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer for ``from_pretrained``, without a word on where it was found."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if name not in HOW_FOUND and not _is_path(value)}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

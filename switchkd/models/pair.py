@@ -1,0 +1,258 @@
+"""TODO."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchkd.base.errors import ConfigError, SwitchKDError, nearest
+from switchkd.base.storage import expanded
+from switchkd.data.template_inputs import Template
+from switchkd.forward.ends import Ends, declared_ends, merged_by, pair_ends
+from switchkd.models.loading import (
+    MADE,
+    _device,
+    _is_adapter,
+    _load_config,
+    _locate,
+    adapter_base,
+    load_model,
+    load_tokenizer,
+    made,
+)
+from switchkd.models.precision import chosen_teacher_dtype, dtype_name
+from switchkd.models.saved_student import verify_saved
+from switchkd.models.settings import BASE
+from switchkd.models.vocabulary import (
+    check_logits_rows,
+    check_vocabulary,
+    left_out_note,
+    other_prompts,
+    prompt_warnings,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from switchkd.models.settings import ModelConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from switchkd.data.texts import TokenizedExample
+
+    pass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher (frozen) and a student (trainable) over one tokenizer, both in eval mode.
+
+    ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
+    are padding. ``eos_token_ids`` stop a text; where ``merged_eos_token_id`` is one of them, all are one event (``ends``).
+    ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
+    more teachers by name, for data rows that name one; all others have ``teacher``. ``folder_dtype`` is what the student's folder
+    says that its weights are in, in which a distilled student is saved by default.
+    """
+
+    teacher: "PreTrainedModel"
+    student: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    warnings: tuple[str, ...]
+    teachers: "Mapping[str, PreTrainedModel]" = field(default_factory=dict)
+    folder_dtype: str = "float32"
+    merged_eos_token_id: int | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """What stops a text, and the law of that."""
+        return Ends(tuple(self.eos_token_ids), self.merged_eos_token_id)
+
+    @property
+    def named_teachers(self) -> "dict[str, PreTrainedModel]":
+        """All teachers by name; "" is the default one."""
+        return {"": self.teacher, **self.teachers}
+
+    def teacher_named(self, name: str) -> "PreTrainedModel":
+        """The teacher of that name; raises ConfigError if there is none."""
+        if name not in self.named_teachers:
+            raise ConfigError(f"no teacher {name!r}{nearest(name, self.teachers)}; give it in teachers")
+        return self.named_teachers[name]
+
+
+def load_pair(
+    teacher: str,
+    student: str | None = None,
+    *,
+    dtype: str = "float32",
+    teacher_dtype: str = "auto",
+    device: str | None = None,
+    lora: "ModelConfig | None" = None,
+    seed: int = 0,
+    teachers: Mapping[str, str] | None = None,
+    template: str | Template | None = None,
+) -> Pair:
+    """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
+
+    A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
+    settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
+    The teacher ``"base"`` is the student's own base, on the same weights. ``teachers`` are more of them by name; each is checked
+    as the first one is, and equal folders are loaded once.
+    ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
+    good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
+    ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
+    template, else none.
+    ``device`` None is the current CUDA device if there is one, else the CPU.
+    Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
+    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows.
+    """
+    teacher_name, student_name = _pair_names(teacher, student)
+    sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
+    for source in dict.fromkeys([student_name, *sources.values()]):
+        verify_saved(Path(expanded(source)))
+    if BASE in sources.values() and lora is None and not _is_adapter(student_name):
+        raise ConfigError(
+            f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
+            f"teacher (a folder of that name is './{BASE}')"
+        )
+    student_tokenizer = load_tokenizer(student_name)
+    tokenizers, sizes = {}, []
+    for name, source in sources.items():  # before any weights are read
+        with _naming(name):
+            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
+            sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
+    vocab_size = min(sizes)
+    student_model, notes = _load_student(student_name, dtype, device, lora, seed)
+    models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
+    for name, model in models.items():
+        with _naming(name):
+            vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
+            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
+    left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
+    ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
+    tokenizer = tokenizers.pop("")
+    warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    warnings += told
+    if teacher_name == BASE and not _is_adapter(student_name):
+        warnings += (
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
+            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
+            "adapter already",
+        )
+    source_dtype = _folder_dtype(student_name)
+    default = models.pop("")
+    return Pair(
+        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into
+    )
+
+
+def student_base(name: str) -> str:
+    """The model that the teacher ``"base"`` of student ``name`` is."""
+    return adapter_base(_pair_names(BASE, name)[1])
+
+
+def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
+    if student is None and teacher not in MADE:
+        raise ConfigError(
+            f"teacher {teacher!r} has no student; name one, or make one with `switchkd prune {teacher} FOLDER`"
+        )
+    return made(teacher, "teacher"), made(teacher if student is None else student, "student")
+
+
+def _same_model(one: str, other: str) -> bool:
+    folders = [Path(expanded(name)) for name in (one, other)]
+    return one == other or (
+        BASE not in (one, other) and all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])
+    )
+
+
+@contextmanager
+def _naming(teacher: str) -> Iterator[None]:
+    """What is wrong with a named teacher is said with its name."""
+    try:
+        yield
+    except SwitchKDError as error:
+        if not teacher:
+            raise
+        raise type(error)(f"teacher {teacher!r}: {error}") from error
+
+
+def _ends(
+    teachers: "Mapping[str, PreTrainedModel]",
+    student: "PreTrainedModel",
+    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+    student_tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    template: str | Template | None,
+) -> tuple[Ends, tuple[str, ...]]:
+    """The ends of a pair, which all of its models then declare, and what there is to say of them."""
+    found = {}
+    for name, model in teachers.items():
+        with _naming(name):
+            found[f"teacher {name!r}" if name else "teacher"] = declared_ends(model, tokenizers[name], vocab_size)
+    found["student"] = declared_ends(student, student_tokenizer, vocab_size)
+    models = [*teachers.values(), student]
+    merged = any(merged_by(model) is not None for model in models)
+    ends, told = pair_ends({role: ids for role, (ids, _) in found.items()}, tokenizers[""], template, merged)
+    for model in models:
+        ends.declare(model)
+    return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)
+
+
+def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTrainedModel") -> "PreTrainedModel":
+    if name != BASE:
+        return load_model(name, dtype, device).requires_grad_(False)
+    from switchkd.forward.base_model import BaseModel
+
+    return BaseModel(student)
+
+
+def _load_teachers(
+    sources: Mapping[str, str], dtype: str, device: str | None, student: "PreTrainedModel"
+) -> "dict[str, PreTrainedModel]":
+    """The teachers by name, one model for equal sources."""
+    models: dict[str, PreTrainedModel] = {}
+    for name, source in sources.items():
+        same = next((other for other in models if _same_model(sources[other], source)), None)
+        with _naming(name):
+            models[name] = _load_teacher(source, dtype, device, student) if same is None else models[same]
+    return models
+
+
+def _load_student(
+    name: str, dtype: str, device: str | None, lora: "ModelConfig | None", seed: int
+) -> "tuple[PreTrainedModel, tuple[str, ...]]":
+    """The student, and what there is to say of it."""
+    from switchkd.forward.text_path import freeze_beside_text, frozen_note
+
+    if lora is None:
+        model = load_model(name, dtype, device)
+        beside = freeze_beside_text(model)
+    else:
+        from switchkd.models.adapters import add_adapter, open_adapter
+
+        model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
+        beside = freeze_beside_text(model)
+        if _is_adapter(name):
+            open_adapter(model, Path(name), asked=lora)
+            freeze_beside_text(model)  # what another hand has adapted there
+        else:
+            add_adapter(model, lora, seed, beside)
+    return model, (frozen_note(beside),) if beside else ()
+
+
+def _folder_dtype(name: str) -> str:
+    """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
+    source, is_local = _locate(adapter_base(name))
+    dtype = _load_config(source, is_local).dtype
+    return "float32" if dtype is None else dtype_name(dtype)
+
+
+def within(examples: "Sequence[TokenizedExample]", pair: "Pair") -> "list[TokenizedExample]":
+    """The examples whose every token is in the vocabulary that a pair shares; all, where its tokenizer has no other token."""
+    if pair.vocab_size > max(pair.tokenizer.get_vocab().values()):
+        return list(examples)
+    return [e for e in examples if max(chain(e.prompt_ids, e.teacher_reads, e.completion_ids)) < pair.vocab_size]

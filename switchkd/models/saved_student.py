@@ -1,0 +1,91 @@
+"""The student that a run ended with, as it lies on the disk, and whether what is said of a student is said of that one.
+
+student.json, in the run's ``student/``, says of which step it is; its manifest has the checksums of all of its files. Scores name
+both, so that those of a student that is gone, or was replaced, are never shown as another's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from switchkd.base.errors import CheckpointError
+from switchkd.base.manifest import MANIFEST, STAMP, file_sha256, read_manifest, read_record, verify
+
+STUDENT = "student"
+SCORED = ("student after", "student")  # a run's student in its own evaluation, and in one that was made later
+_NUMBERED = re.compile(r"(checkpoint|best)-\d+")
+
+
+class Stamp(TypedDict):
+    """What student.json holds: the steps that the run had had, and the step that the weights are of, perhaps an earlier one."""
+
+    step: int
+    weights_of_step: int
+
+
+@dataclass(frozen=True)
+class SavedStudent:
+    """A student on the disk; ``sha256`` is the checksum of its manifest, and with that of every file."""
+
+    folder: Path
+    step: int
+    weights_of_step: int
+    sha256: str
+
+    @staticmethod
+    def of(run: Path) -> SavedStudent | None:
+        """The student of a run directory; None where there is none, or one of a version that did not stamp it.
+
+        Raises CheckpointError for one that is not whole, as far as names and sizes tell.
+        """
+        folder = run / STUDENT
+        if not (folder / STAMP).is_file():
+            return None
+        stamp, manifest = read_record(folder / STAMP, Stamp), read_manifest(folder)
+        for name, entry in manifest.items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != entry["size"]:
+                raise CheckpointError(f"{file} is damaged: it is missing, or not as it was written; {way_out(run)}")
+        sha256 = file_sha256(folder / MANIFEST)
+        return SavedStudent(folder, stamp["step"], stamp["weights_of_step"], sha256)
+
+    def mark(self) -> dict[str, str]:
+        """What scores say of the student that they are of."""
+        return {"student_sha256": self.sha256, "step": str(self.step)}
+
+
+def way_out(run: Path) -> str:
+    return f"write it again with `switchkd train {run} --resume`"
+
+
+def scored_another(run: Path, models: Mapping[str, Mapping[str, str]]) -> str:
+    """Why scores of these ``models``, by name, are not of the run's student; "" if they are, or if that cannot be told.
+
+    It cannot where the student was taken out, or where a version without stamps wrote both. Raises CheckpointError as
+    ``SavedStudent.of``.
+    """
+    student, folder = SavedStudent.of(run), run / STUDENT
+    for model in (models[name] for name in SCORED if name in models):
+        step, sha256 = model.get("step", "unknown"), model.get("student_sha256")
+        if student is None and sha256 and folder.is_dir():
+            return f"its scores are of the student of step {step}, and {folder} does not say of which step it is"
+        if student is not None and sha256 != student.sha256:
+            return f"its scores are of the student of step {step}, and {folder} is another one, of step {student.step}"
+    return ""
+
+
+def verify_saved(folder: Path) -> None:
+    """Raise CheckpointError if a folder that a run wrote, a student or checkpoint, is not as it was written."""
+    marked = (folder / STAMP).is_file() or (_NUMBERED.fullmatch(folder.name) and (folder / MANIFEST).is_file())
+    if not marked:
+        return
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. If somebody changed it on purpose, delete {STAMP} and {MANIFEST} in {folder}, and it is opened as it is"
+        ) from error

@@ -1,0 +1,292 @@
+"""Curves over training: what ``metrics.jsonl`` says, as lines, for a report of runs and for figures of methods.
+
+A value that is missing or not finite is a gap in its line, and a point alone is a marker. A step that has not the metric at all
+(it read data and generated nothing) is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.base.plain import Lines
+from switchkd.base.terminal import number, percent
+from switchkd.decoding.metrics import BANDS
+from switchkd.decoding.rollouts import mean
+from switchkd.reports.panels import (
+    COLOURS,
+    SMOOTH,
+    Line,
+    Panel,
+    _dress,
+    _is_smoothed,
+    axis_label,
+    draw,
+    legend,
+    smoothed,
+    unit_in,
+)
+from switchkd.reports.steps import SCORE, Steps, alike, differences
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Metrics = Lines
+Array = NDArray[np.float64]
+STAIRS = 60
+
+SHARE = "%"
+# In the place of a unit that depends on the run: that of its policy, and that of its objective.
+OWN, LOSS = "policy's", "objective's"
+# What a metric is and its unit. Shares are from 0 to 1 and shown in percent.
+QUANTITIES = {
+    "loss": ("loss", LOSS),
+    "lm_loss": ("language-modelling loss", "nats per token"),
+    "switch/divergence_mean": ("mean divergence", OWN),
+    **{
+        f"switch/divergence_{start}+": (
+            f"divergence at positions {f'from {start}' if math.isinf(end) else f'{start} to {end - 1}'}",
+            OWN,
+        )
+        for start, end in BANDS
+    },
+    "switch/threshold": ("threshold", OWN),
+    "switch/teacher_share": ("teacher's share of tokens", SHARE),
+    "switch/switched_share": ("responses with a switch", SHARE),
+    "switch/first_switch": ("first switch", "token position"),
+    "decode/agreement": ("agreement", SHARE),
+    "decode/block_length": ("block length", "tokens"),
+    "decode/kept_per_block": ("kept of a block", "tokens"),
+    "tokens_per_second": ("training speed", "tokens/s"),
+    "decode/tokens_per_second": ("decoding speed", "tokens/s"),
+    "memory_gib": ("memory", "GiB"),
+    "step": ("optimizer step", ""),
+    "num_tokens": ("response tokens trained on", ""),
+}
+SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
+# What an axis of several such metrics is called.
+SHARED_LABELS = {SHARE: "percent", OWN: "divergence"}
+# The curves of a report: name, title, metrics.
+CURVES = (
+    ("loss", "Loss", ("loss", "lm_loss")),
+    (
+        "divergence",
+        "Divergence of student and teacher, by position in the response",
+        (*(f"switch/divergence_{start}+" for start, _ in BANDS), "switch/threshold"),
+    ),
+    ("teacher_share", "Who wrote", ("switch/teacher_share", "switch/switched_share")),
+    ("first_switch", "Where the teacher first took over", ("switch/first_switch",)),
+    (
+        "agreement",
+        "How often the two models agree, and the blocks that are verified",
+        ("decode/agreement", "decode/block_length", "decode/kept_per_block"),
+    ),
+    ("speed", "Speed", ("tokens_per_second", "decode/tokens_per_second")),
+    ("memory", "Memory", ("memory_gib",)),
+)
+# What a step's time is spent on, and how strong each is drawn, so that they differ in grey too.
+PARTS = {"generate": 0.95, "teacher": 0.7, "update": 0.45}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure of a report, and what it shows in words, for those who cannot see it."""
+
+    name: str
+    title: str
+    figure: Figure
+    summary: str
+
+
+def cost(metrics: Metrics) -> dict[str, float]:
+    """What a run took: optimizer steps, response tokens trained on, seconds without evaluation, and the shares of the tokens
+    written by the teacher and of the responses it had a part in, over the steps that generated text."""
+    return {
+        "steps": len(metrics),
+        "tokens": metrics[-1]["num_tokens"],
+        "seconds": sum(m["seconds"] for m in metrics),
+        "teacher share": mean(m["switch/teacher_share"] for m in metrics if "switch/teacher_share" in m),
+        "switched responses": mean(m["switch/switched_share"] for m in metrics if "switch/switched_share" in m),
+    }
+
+
+def quantity(name: str) -> tuple[str, str]:
+    """What a metric is, in words, and its unit; "" where it has none, OWN or LOSS where it depends on the run."""
+    if name.startswith(SCORE):
+        score = name.removeprefix(SCORE)
+        return score, SCORE_UNITS.get(score.split("@")[0], SHARE)
+    return QUANTITIES.get(name, (name, ""))
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def series(metrics: Metrics, name: str) -> tuple[Array, Array]:
+    """The steps that have a metric, and its values; NaN where one is missing or not finite."""
+    own = [m for m in metrics if name in m]
+    values = np.array([math.nan if m[name] is None else m[name] for m in own], dtype=np.float64)
+    return np.array([m["step"] for m in own], dtype=np.float64), np.where(np.isfinite(values), values, math.nan)
+
+
+def has(metrics: Metrics, name: str) -> bool:
+    """Whether there is a value to draw."""
+    return bool(np.isfinite(series(metrics, name)[1]).any())
+
+
+def metric_panels(runs: Mapping[str, Sequence[Steps]], names: Sequence[str], x: str = "step") -> list[Panel]:
+    """A panel for each metric with a line for each method, or several where it is not measured alike in all runs."""
+    panels = []
+    for name in names:
+        for group in alike(runs, name) or [{}]:
+            unit = next((unit_in(run, name) for own in group.values() for run in own), "")
+            lines = [Line(label, own, name) for label, own in group.items()]
+            panels.append(Panel(axis_label(quantity(name)[0], unit), lines, x))
+    return panels
+
+
+def panel_notes(panels: Sequence[Panel]) -> str:
+    """What has to be known of lines: over how many steps they are averaged, what bands are, and why some stand apart."""
+    lines = [line for panel in panels for line in panel.lines]
+    means = {_is_smoothed(run, line.name) for line in lines for run in line.runs if has(run, line.name)}
+    which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} steps and more"
+    notes = [f"{which}: means of {SMOOTH} steps."] if True in means else []
+    if any(len(line.runs) > 1 for line in lines):
+        notes.append("Bands: range of a method's runs.")
+    by_metric: dict[tuple[str, str], list[dict[str, Sequence[Steps]]]] = {}
+    for panel in panels:
+        for name in dict.fromkeys(line.name for line in panel.lines):
+            own = {line.label: line.runs for line in panel.lines if line.name == name}
+            by_metric.setdefault((name, panel.x), []).append(own)
+    apart = {(name, _apart(groups[0], other, name)) for (name, _), groups in by_metric.items() for other in groups[1:]}
+    notes += [
+        f"{quantity(name)[0]} has panels of its own where it is not measured alike: {why}."
+        for name, why in sorted(apart)
+    ]
+    return " ".join(notes)
+
+
+def _apart(group: Mapping[str, Sequence[Steps]], other: Mapping[str, Sequence[Steps]], name: str) -> str:
+    """Why a metric of two groups of runs cannot be compared."""
+    (first, *_), (second, *_) = next(iter(group.values())), next(iter(other.values()))
+    return f"in {second.name}, {'; '.join(differences(first, second, name))} as in {first.name}"
+
+
+# --- a report's curves ----------------------------------------------------------------------------------------------
+
+
+def run_curves(runs: Mapping[str, Steps]) -> list[Curve]:
+    """The curves of a report on runs by label, those for which there is data.
+
+    Of one run, the metrics of one unit are lines of one panel; of several, each metric is a panel with a line a run.
+    """
+    seen = dict.fromkeys(name for metrics in runs.values() for m in metrics for name in m)
+    main = dict.fromkeys(SCORE + metrics.primary for metrics in runs.values())
+    scores = [name for name in (main | seen) if name in seen and name.startswith(SCORE) and "@" not in name]
+    if len(runs) > 1:  # the main one, and the first of each other unit: a panel for each would be many
+        first_of_unit = {quantity(name)[1]: name for name in reversed(scores)}
+        scores = [name for name in scores if name in first_of_unit.values()]
+    specs = (CURVES[0], ("scores", "Scores of held-out examples", tuple(scores)), *CURVES[1:])
+    made = [_curve(runs, *spec) for spec in specs]
+    return [curve for curve in (*made, _time_curve(runs)) if curve]
+
+
+def _curve(runs: Mapping[str, Steps], name: str, title: str, metrics: Sequence[str]) -> Curve | None:
+    drawn = [metric for metric in metrics if any(has(own, metric) for own in runs.values())]
+    if not drawn:
+        return None
+    if len(runs) == 1:
+        panels = _unit_panels(next(iter(runs.values())), drawn)
+    else:
+        panels = metric_panels({label: [own] for label, own in runs.items()}, drawn)
+    told = [
+        (f"{label}: " if len(runs) > 1 else "")
+        + f"{', '.join(_told(own, metric) for metric in drawn)} over {len(own)} step{'s' * (len(own) != 1)}."
+        for label, own in runs.items()
+    ]
+    notes = panel_notes(panels)
+    return Curve(name, title, draw(panels, title), " ".join([*told, *([notes] if notes else [])]))
+
+
+def _unit_panels(metrics: Steps, names: Sequence[str]) -> list[Panel]:
+    """A panel for each unit with a line for each metric; the axis alone names an only one."""
+    by_unit: dict[str, list[str]] = {}
+    for name in names:
+        unit = quantity(name)[1]
+        by_unit.setdefault(unit or name, []).append(name)  # what has no unit shares no axis
+    return [
+        Panel(
+            _shared_label(unit, metrics, own),
+            [Line(quantity(name)[0] if len(names) > 1 else "", [metrics], name) for name in own],
+        )
+        for unit, own in by_unit.items()
+    ]
+
+
+def _shared_label(unit: str, run: Steps, names: Sequence[str]) -> str:
+    """The label of an axis on which metrics of one unit stand."""
+    if len(names) == 1:
+        return axis_label(quantity(names[0])[0], unit_in(run, names[0]))
+    return axis_label(SHARED_LABELS[unit], run.unit if unit == OWN else "") if unit in SHARED_LABELS else unit
+
+
+def _told(metrics: Metrics, name: str) -> str:
+    """How a metric moved, in words; from and to what in the mean, where the line is one."""
+    what, unit = quantity(name)
+    steps, values = series(metrics, name)
+    broken = {line["step"] for line in metrics if line.get(name) is not None and not math.isfinite(line[name])}
+    gaps = set(steps[np.isnan(values)].tolist()) - broken
+    if np.isnan(values).all():
+        return f"{what} is never finite" if broken else f"{what} has no value"
+    shown = smoothed(metrics, name)[1]
+    kept = next(each[np.isfinite(each)] for each in (shown, values) if np.isfinite(each).any())
+    share = unit == SHARE and not name.startswith(SCORE)
+    first, last = (percent(value) if share else number(value) for value in (kept[0], kept[-1]))
+    way = "falls" if kept[-1] < kept[0] else "rises"
+    words = f"{what} is {first}" if first == last else f"{what} {way} from {first} to {last}"
+    for why, which in (("no value", gaps), ("not finite", broken)):
+        if which:
+            where = ", ".join(f"{step:.0f}" for step in sorted(which)[:5]) + (" …" if len(which) > 5 else "")
+            words += f" ({why} at step{'s' * (len(which) > 1)} {where})"
+    return words
+
+
+def _time_curve(runs: Mapping[str, Steps]) -> Curve | None:
+    """Seconds of a step by what they are spent on, stacked, in a panel for each run."""
+    from matplotlib.figure import Figure
+
+    timed = {label: own for label, own in runs.items() if all(has(own, f"seconds/{part}") for part in PARTS)}
+    if not timed:
+        return None
+    title = "Time of a step"
+    figure = Figure(figsize=(7, 1.1 + 2.1 * len(timed)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    told = []
+    for axes, (label, metrics) in zip(figure.subplots(len(timed), squeeze=False).flat, timed.items(), strict=True):
+        sums = _stack(axes, metrics)
+        _dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
+        shares = ", ".join(f"{percent(share)} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
+        told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
+    told += [f"{label}: time has no value." for label in runs if label not in timed]
+    legend(figure)
+    return Curve("time", title, figure, " ".join(told))
+
+
+def _stack(axes: Axes, metrics: Metrics) -> Array:
+    """Draw each part on those below it, a stair a step or, of many steps, their mean; returns the seconds of each part."""
+    own = [m for m in metrics if all(f"seconds/{part}" in m for part in PARTS)]
+    parts = np.stack([series(own, f"seconds/{part}")[1] for part in PARTS])
+    groups = np.array_split(np.arange(len(own)), min(len(own), STAIRS))
+    edges = [own[group[0]]["step"] - 0.5 for group in groups] + [own[-1]["step"] + 0.5]
+    below = np.zeros(len(groups))
+    for colour, (part, alpha), values in zip(COLOURS, PARTS.items(), parts, strict=False):
+        top = below + np.array([values[group].mean() for group in groups])
+        axes.stairs(top, edges, baseline=below, fill=True, label=part, color=colour, alpha=alpha, linewidth=0)
+        below = top
+    return np.nansum(parts, axis=1)

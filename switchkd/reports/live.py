@@ -1,0 +1,279 @@
+"""What a person sees while models work: a training run that moves on, and one rollout being written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from switchkd.base.terminal import harmless, number, percent, visible
+from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
+from switchkd.reports import tables as report
+from switchkd.reports.viewer import SPEAKERS, bars, pieces, spoken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.data.texts import TokenizedExample
+    from switchkd.models.pair import Pair
+    from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
+
+
+UNKNOWN = "–"
+HISTORY = 40  # steps that a sparkline shows
+SAMPLE_LINES = 4  # of the newest text
+NEWLINE = "↵"
+
+# What a run shows of its steps: name, metric, how a value is written, and the ends of the sparkline, by default the least
+# and the most.
+CURVES: tuple[tuple[str, str, Callable[[float], str], float | None, float | None], ...] = (
+    ("loss", "loss", partial(number, digits=4), None, None),
+    ("teacher share", "switch/teacher_share", percent, 0.0, 1.0),
+    ("divergence", "switch/divergence_mean", partial(number, digits=2), 0.0, None),
+    ("tokens/s", "tokens_per_second", partial(number, digits=2), 0.0, None),
+)
+
+
+def train(trainer: Trainer, primary: str, run: Callable[[OnStep, OnRound | None], None]) -> None:
+    """A training run, shown: a view that moves on a terminal, a line a step elsewhere, and in the end what decoding cost.
+
+    ``run`` trains, as ``trainer.train`` does, and tells of each step and round; ``primary`` names the score that is shown first.
+    """
+    cost = DecodeCost()
+
+    def told(show: OnStep, on_round: OnRound | None = None) -> None:
+        def on_step(metrics: Metrics, rollouts: Rollouts) -> None:
+            nonlocal cost
+            cost += rollouts.cost
+            show(metrics, rollouts)
+
+        run(on_step, on_round)
+
+    if report.console.is_terminal:
+        with Live(console=report.console) as live:
+            view = TrainView(trainer, primary, live.update)
+            told(harmless("the view", view.on_step), harmless("the view", view.on_round))
+    else:
+        report.console.print("train …")
+        told(harmless("the line of a step", lambda m, _: _print_step(_of(m["step"], trainer), m, primary)))
+    if cost.kept_tokens:
+        report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
+
+
+def _print_step(step: str, metrics: Metrics, primary: str) -> None:
+    report.console.print(f"step {step}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)", soft_wrap=True)
+    if scores := report.scores_line(metrics, primary):
+        report.console.print(f"step {metrics['step']}: {scores}", soft_wrap=True)
+
+
+def _of(step: int, trainer: Trainer) -> str:
+    """A step's number, and that of the last one if a number of steps ends the run."""
+    return f"{step}" if math.isinf(trainer.total_steps) else f"{step}/{int(trainer.total_steps)}"
+
+
+class TrainView:
+    """How a run goes. ``show`` gets a new picture after every step and round; the picture is safe to draw in another thread."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        primary: str,
+        show: Callable[[RenderableType], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.trainer, self.primary, self.show = trainer, primary, show
+        self.steps: deque[Metrics] = deque(maxlen=HISTORY)
+        self.scores, self.sample, self.doing = UNKNOWN, Text(UNKNOWN), ""
+        columns = (
+            TextColumn("train"), BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("step {task.fields[step]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        # A run may end by steps, tokens or time: its share that is done tells the time left in any case.
+        self.bar = Progress(*columns, get_time=clock, speed_estimate_period=3600)
+        self.task = self.bar.add_task("", total=1.0)
+        self._draw()
+
+    def on_step(self, metrics: Metrics, rollouts: Rollouts) -> None:
+        """A step is done."""
+        self.steps.append(metrics)
+        if scores := report.scores_line(metrics, self.primary):
+            self.scores = f"step {metrics['step']}: {scores}"
+        if rollouts:
+            newest = rollouts[-1]
+            head = f"#{newest.sample_id} ({newest.stop_reason}) ", "dim"
+            self.sample = Text.assemble(head, spoken(newest, self.trainer.pair.tokenizer))
+        self.doing = ""
+        self._draw()
+
+    def on_round(self, cost: DecodeCost) -> None:
+        """The step's text has grown."""
+        self.doing = f"writing: {cost.kept_tokens} tokens, {cost.kept_tokens / cost.seconds:.0f} tok/s"
+        self._draw()
+
+    def _draw(self) -> None:
+        self.bar.update(self.task, completed=self.trainer.progress, step=_of(self.trainer.step, self.trainer))
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim")
+        for name, metric, form, low, high in CURVES:
+            values = [math.nan if step.get(metric) is None else step[metric] for step in self.steps]
+            rows.add_row(name, _curve(values, form, low, high))
+        rows.add_row("seconds", self._seconds())
+        rows.add_row("scores", self.scores)
+        rows.add_row("sample", _Head(self.sample, SAMPLE_LINES))
+        rows.add_row("", self.doing)
+        self.show(Group(self.bar, rows))
+
+    def _seconds(self) -> str:
+        """Of a step, on average, and of its parts."""
+        if not self.steps:
+            return UNKNOWN
+        whole, *parts = (
+            mean(step[name] for step in self.steps)
+            for name in ("seconds", "seconds/generate", "seconds/teacher", "seconds/update")
+        )
+        shares = zip(("generate", "teacher", "update"), parts, strict=True)
+        return f"{number(whole)} a step: " + " · ".join(f"{name} {number(part)}" for name, part in shares)
+
+
+def _curve(values: Sequence[float], form: Callable[[float], str], low: float | None, high: float | None) -> str:
+    """The newest number that is known, and all of them as a sparkline."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return UNKNOWN
+    ends = min(known) if low is None else low, max(known) if high is None else high
+    return f"{form(known[-1]):>7}  {bars(values, *ends)}"
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first ``lines`` lines of a text."""
+
+    text: Text
+    lines: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wrapped = self.text.wrap(console, options.max_width)
+        yield from wrapped[: self.lines]
+        if len(wrapped) > self.lines:
+            yield Text("…", style="dim")
+
+
+def play(pair: Pair, example: TokenizedExample, settings: Mapping[str, Any], sample_id: int) -> Rollout:
+    """Show one rollout being written and return it; where there is no terminal, print it and its bars when it is done.
+
+    ``settings`` are those of ``decode_examples``, and so are the tokens.
+    """
+    console, tokenizer = report.console, pair.tokenizer
+    decoded = _watched if console.is_terminal else decode_examples
+    rollouts = decoded(pair, [example], settings, [sample_id])
+    [rollout] = rollouts
+    if console.is_terminal and not rollout.error:
+        console.print(*written(rollout, tokenizer, console.width), f"({rollout.stop_reason})", sep="\n")
+    else:
+        report.print_rollout(rollout, tokenizer)
+        for line in mark_lines(rollout):
+            console.print(line, soft_wrap=True)
+    console.print(report.cost_line(rollouts.cost), soft_wrap=True)
+    return rollout
+
+
+def _watched(
+    pair: Pair, examples: Sequence[TokenizedExample], settings: Mapping[str, Any], sample_ids: Sequence[int]
+) -> Rollouts:
+    """``decode_examples`` of one example, drawn after every round until it is done."""
+    console, tokenizer = report.console, pair.tokenizer
+    console.print(visible(tokenizer.decode(examples[0].prompt_ids)), style="dim", soft_wrap=True)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def watch(rows: Rollouts) -> None:
+            lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings["max_new_tokens"])]
+            live.update(Group(*lines[-console.height + 1 :]), refresh=True)
+
+        return decode_examples(pair, examples, {**settings, "watch": watch}, sample_ids)
+
+
+def state_line(rows: Rollouts, budget: int) -> Text:
+    """The newest divergence and its threshold, who has spoken so far, and how fast."""
+    row, cost = rows[0], rows.cost
+    if not row.completion_ids:
+        return Text(UNKNOWN)
+    return Text.assemble(
+        "divergence ",
+        (_compared(row), SPEAKERS[row.speakers[-1]]),
+        f" · teacher {percent(row.teacher_share)} · {len(row.completion_ids)} of {budget} tokens"
+        f" · {cost.kept_tokens / cost.seconds:.0f} tok/s",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+
+
+def _compared(row: Rollout) -> str:
+    """What the policy saw at the newest token, and what it compared that with."""
+    divergence, threshold = row.divergences[-1], row.thresholds[-1]
+    if math.isnan(divergence):
+        return UNKNOWN
+    if math.isnan(threshold):
+        return number(divergence, 2)
+    return f"{number(divergence, 2)} {'>' if divergence > threshold else '≤'} {number(threshold, 2)}"
+
+
+def _marks(rollout: Rollout) -> tuple[dict[str, str], float]:
+    """Divergences and thresholds, where there are any, as bars, one a token; and what the highest bar stands for."""
+    seen = {"divergence": rollout.divergences, "threshold": rollout.thresholds}
+    known = [value for values in seen.values() for value in values if math.isfinite(value)]
+    top = max([1.0, *known])  # most divergences never pass 1: the bars of a text that grows then keep their heights
+    return {name: bars(values, 0.0, top) for name, values in seen.items() if not all(map(math.isnan, values))}, top
+
+
+def mark_lines(rollout: Rollout) -> list[str]:
+    """The bars as plain lines, one character a token."""
+    marks, top = _marks(rollout)
+    return [f"{name:<10} {line}  █ is {number(top)}" for name, line in marks.items()]
+
+
+def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int) -> list[Text]:
+    """The completion in lines of at most ``width`` cells; under each the divergences of its tokens, and then their thresholds."""
+    marks, _ = _marks(rollout)
+    page = _Page(width, list(marks))
+    for t, (piece, speaker) in enumerate(zip(pieces(tokenizer, rollout.completion_ids), rollout.speakers, strict=True)):
+        for words in visible(piece).expandtabs(4).replace("\n", f"{NEWLINE}\n").split("\n"):
+            page.put(words, SPEAKERS[speaker], [line[t] for line in marks.values()])
+    return page.lines
+
+
+class _Page:
+    """Lines of text as wide as ``width`` cells, each with lines of marks under it."""
+
+    def __init__(self, width: int, marks: Sequence[str]):
+        self.width, self.marks = width, marks
+        self.lines: list[Text] = []
+        self._end_line()
+
+    def _end_line(self) -> None:
+        self.lines += [Text(), *(Text(style="dim" if mark == "threshold" else "") for mark in self.marks)]
+
+    def put(self, words: str, style: str, marks: Sequence[str]) -> None:
+        """Add words, and a character under each of their cells in every line of marks."""
+        rows = 1 + len(self.marks)
+        for part in chop_cells(words, self.width):
+            text = self.lines[-rows]
+            # Newlines that follow each other stay on one line, which saves three.
+            ended = text.plain.endswith(NEWLINE) and not part.startswith(NEWLINE)
+            if ended or text.cell_len + cell_len(part) > self.width:
+                self._end_line()
+            text, *below = self.lines[-rows:]
+            text.append(part, style)
+            for line, mark in zip(below, marks, strict=True):
+                line.append(mark * cell_len(part), line.style or style)

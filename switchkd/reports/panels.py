@@ -1,0 +1,220 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.base.errors import DataError
+from switchkd.reports.curves import LOSS, OWN, SHARE, Array, Metrics, _apart, has, panel_notes, quantity, series
+from switchkd.reports.steps import SCORE, Steps, alike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+pass
+
+
+# Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
+
+
+# Steps that a curve of step metrics is averaged over; evaluations are drawn as they are.
+SMOOTH = 9
+POINTS = 400  # that a line has at most: more are not seen, and make a page heavy
+# With compare_report's, those of Okabe and Ito that can be read on white and on black; five colours and four styles
+# make twenty looks.
+COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", GREY)
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^v"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric of some runs: their mean, and the range that they span. Lines of one ``label`` look alike."""
+
+    label: str
+    runs: Sequence[Steps]
+    name: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one axis, all in one unit; ``x`` is the metric that they are drawn by.
+
+    Raises DataError for lines of a metric that is not measured alike in their runs: there is no panel of those.
+    """
+
+    label: str
+    lines: Sequence[Line]
+    x: str = "step"
+
+    def __post_init__(self) -> None:
+        for name in dict.fromkeys(line.name for line in self.lines):
+            first, *others = alike({line.label: line.runs for line in self.lines if line.name == name}, name) or [{}]
+            if others:
+                raise DataError(f"{name} cannot stand on one axis: {_apart(first, others[0], name)}")
+
+
+def unit_in(run: Steps, name: str) -> str:
+    """The unit of a metric of this run."""
+    unit = quantity(name)[1]
+    return run.unit if unit == OWN else run.loss_unit if unit == LOSS else unit
+
+
+def axis_label(what: str, unit: str) -> str:
+    """What is drawn, with its unit, in lines that fit beside a panel."""
+    kept_together = " (" + unit.replace(" ", "\xa0") + ")" if unit else ""
+    return textwrap.fill(what + kept_together, 22, break_long_words=False).replace("\xa0", " ")
+
+
+def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
+    """``series`` averaged over SMOOTH steps, gaps kept and left out of the means; evaluations and short runs as they are."""
+    steps, values = series(metrics, name)
+    if not _is_smoothed(metrics, name):
+        return steps, values
+    kept, middle = np.isfinite(values), slice(SMOOTH // 2, len(steps) - SMOOTH // 2)
+    sums, counts = (np.convolve(each, np.ones(SMOOTH), "valid") for each in (np.where(kept, values, 0.0), kept))
+    return steps[middle], np.where(kept[middle], sums / np.maximum(counts, 1), math.nan)
+
+
+def _is_smoothed(metrics: Metrics, name: str) -> bool:
+    return not name.startswith(SCORE) and sum(name in line for line in metrics) >= 3 * SMOOTH
+
+
+def together(runs: Sequence[Metrics], name: str) -> tuple[Array, Array]:
+    """Steps, and the values there ``[runs, steps]`` of runs that all have the metric.
+
+    Evaluations are taken at the steps that all have. Runs read data and generate at different steps, so that other curves are
+    read, once smoothed, at all steps of any, from where the last begins to where the first ends.
+    """
+    found = [smoothed(metrics, name) for metrics in runs]
+    if not found:
+        return np.empty(0), np.empty((0, 0))
+    common = set.intersection if name.startswith(SCORE) else set.union
+    first, last = max(steps[0] for steps, _ in found), min(steps[-1] for steps, _ in found)
+    at = np.array([step for step in sorted(common(*(set(steps) for steps, _ in found))) if first <= step <= last])
+    return at, np.stack([np.interp(at, *own) for own in found])
+
+
+def thinned(values: Array) -> NDArray[np.intp]:
+    """Which of many points to draw: of each of as many bins the lowest, the highest and a gap, so that nothing seen is lost."""
+    if len(values) <= POINTS:
+        return np.arange(len(values))
+    kept: set[int] = set()
+    for places in np.array_split(np.arange(len(values)), POINTS // 3):
+        own, gaps = values[places], places[np.isnan(values[places])]
+        kept |= set(gaps[:1].tolist())
+        if len(gaps) < len(places):
+            kept |= {int(places[np.nanargmin(own)]), int(places[np.nanargmax(own)])}
+    return np.array(sorted(kept))
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def look(place: int) -> dict[str, Any]:
+    """Colour and line style of a figure's line of that number."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place % len(STYLES)]}
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no formula between dollars, and not left out for a leading underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") -> Figure:
+    """The panels, row by row, in one figure with one legend, over which their notes and ``note`` stand."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(7, 1.1 + 2.1 * rows), layout="constrained")
+    figure.suptitle(plain(title), fontsize=11)
+    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
+    looks = {label: look(place) for place, label in enumerate(labels)}  # the same in every panel
+    grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        for line in panel.lines:
+            _draw_line(axes, line, panel.x, looks[line.label])
+        _dress(axes, panel)
+    for axes in grid.flat:
+        axes.label_outer()
+    legend(figure, " ".join(part for part in (panel_notes(panels), note) if part))
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line, x: str, own: Mapping[str, Any]) -> None:
+    """The mean of the line's runs with their range; of one run the values themselves, faint, if the line is smoothed."""
+    runs = [metrics for metrics in line.runs if has(metrics, line.name)]
+    steps, values = together(runs, line.name)
+    if not len(steps):
+        return
+    centre = values.mean(0)
+    picked = thinned(centre)
+    alone = _alone(centre[picked]) | line.name.startswith(SCORE)
+    marker = "o" if alone.any() else ""
+    by = _by(runs, x, steps)
+    axes.plot(by[picked], centre[picked], label=plain(line.label), marker=marker, ms=3, markevery=alone, **own)
+    if len(runs) > 1:
+        low, high = values.min(0)[picked], values.max(0)[picked]
+        axes.fill_between(by[picked], low, high, color=own["color"], alpha=0.15, linewidth=0)
+        return
+    steps, raw = series(runs[0], line.name)
+    if len(raw) > len(centre):
+        picked = thinned(raw)
+        axes.plot(_by(runs, x, steps)[picked], raw[picked], color=own["color"], alpha=0.45, linewidth=0.7, zorder=1)
+
+
+def _by(runs: Sequence[Metrics], x: str, steps: Array) -> Array:
+    """Where steps lie on the axis of the metric ``x``: at its mean over the runs."""
+    return np.mean([np.interp(steps, *series(metrics, x)) for metrics in runs], axis=0)
+
+
+def _alone(values: Array) -> NDArray[np.bool_]:
+    """Which values have a gap or an end on both sides, so that no line goes through them."""
+    there = np.isfinite(np.concatenate([[math.nan], values, [math.nan]]))
+    return there[1:-1] & ~there[:-2] & ~there[2:]
+
+
+def _dress(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axes.set_ylabel(plain(panel.label))
+    axes.set_xlabel(quantity(panel.x)[0])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if panel.x == "step" else 4, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    # Scores are percentages as they are, shares from 0 to 1.
+    if any(quantity(line.name)[1] == SHARE and not line.name.startswith(SCORE) for line in panel.lines):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=max(low, -0.03 * high))
+    plain_axes(axes)
+
+
+def plain_axes(axes: Axes) -> None:
+    """A grid that does not shout, and no frame."""
+    axes.grid(color="black", alpha=0.12, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure: Figure, note: str = "") -> None:
+    """Under the figure a note, and one legend for all labels in it."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found or note:
+        columns = max(1, min(len(found), 3 if max(map(len, found), default=0) < 30 else 2))
+        figure.legend(
+            found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+            handlelength=3, title=textwrap.fill(plain(note), 100), title_fontsize=8,
+        )  # fmt: skip

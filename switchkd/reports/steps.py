@@ -1,0 +1,141 @@
+"""The step metrics of a run, with what each is measured on: only what is measured alike may stand on one axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from switchkd.base.settings import plain_values
+from switchkd.evaluation.tasks import TASKS
+from switchkd.methods.rules import NOUNS
+
+if TYPE_CHECKING:
+    pass
+
+
+pass
+
+
+SCORE = "eval/"
+# Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.
+SCORED_BY = (
+    "task", "eval_max_new_tokens", "eval_temperature", "eval_top_p", "eval_top_k", "eval_min_p", "eval_seeds", "eval_backend",
+    "dtype",
+)  # fmt: skip
+TEXT_BY = ("eval_file", "eval_samples", "template", "max_prompt_length", "max_completion_length")
+TEACHER_BY = ("teacher_model_name_or_path", "teacher_dtype")
+
+
+class Steps(list[dict[str, Any]]):
+    """The lines of metrics.jsonl of the run ``name``, with its plain ``settings``.
+
+    ``sha256`` are the checksums of text and models by the setting that names them, as far as they are known, and ``primary`` is
+    the main score.
+    """
+
+    def __init__(
+        self,
+        lines: Iterable[dict[str, Any]],
+        settings: Mapping[str, Any],
+        name: str = "",
+        sha256: Mapping[str, str] | None = None,
+        primary: str = "",
+    ):
+        super().__init__(lines)
+        self.settings, self.name, self.sha256 = settings, name, sha256 or {}
+        self.primary = primary or self._likely_primary()
+
+    def measured_on(self, metric: str) -> dict[str, Any]:
+        """All that must be the same in two runs for their values of ``metric`` to be compared, by name."""
+        if metric.startswith(SCORE):
+            text = self._known("eval_file", TEXT_BY)
+            teacher = self._known("teacher_model_name_or_path", TEACHER_BY) if is_to_teacher(metric) else {}
+            return {name: self.settings.get(name) for name in SCORED_BY} | text | teacher
+        if is_policys(metric):
+            return {"unit": self.unit}
+        if metric == "loss":
+            return {"objective": settings_text(self.settings, "objective"), "loss_over": self.settings.get("loss_over")}
+        return {}
+
+    def _known(self, name: str, by: Iterable[str]) -> dict[str, Any]:
+        """What a setting's file or model is: its checksum, which stands for the first of ``by`` and the text that all make."""
+        if name not in self.sha256:
+            return {each: self.settings.get(each) for each in by}
+        return {f"{name} sha256": self.sha256[name][:12]} | {
+            each: self.settings.get(each) for each in by if "dtype" in each
+        }
+
+    @property
+    def unit(self) -> str:
+        """The unit of the policy's divergences and thresholds; a rule from elsewhere is named in its place."""
+        given = self.settings["policy"]
+        if given.get("divergence") == "tvd":
+            return "probability"
+        policy = shipped_rule(self.settings, "policy")
+        return policy.unit if policy else f"unit of {given['name']}"
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the loss."""
+        name = self.settings["objective"]["name"]
+        if shipped_rule(self.settings, "objective") is None:
+            return f"unit of {name}"
+        return "probability per token" if name == "tvd" else "nats per token"
+
+    def _likely_primary(self) -> str:
+        """The main score of the task, or of the task that has such scores: ROUGE-L stands in the results of most."""
+        own = TASKS.get(self.settings.get("task", ""))
+        if own:
+            return own.primary
+        known = sorted({task.primary for task in TASKS.values()}, key=lambda score: (score == "rouge_l", score))
+        return next((score for score in known if any(SCORE + score in line for line in self)), "")
+
+
+def is_to_teacher(score: str) -> bool:
+    """Whether a score is a divergence to the teacher, which is another number for another teacher."""
+    return "forward_kl" in score
+
+
+def is_policys(metric: str) -> bool:
+    """Whether a metric is a divergence or threshold, in the unit of the policy that measured it."""
+    return metric.startswith("switch/divergence") or metric == "switch/threshold"
+
+
+def shipped_rule(settings: Mapping[str, Any], noun: str) -> Any:
+    """The policy, objective or mix of plain settings with its defaults; None for one that does not ship with the package."""
+    known = NOUNS[noun][1].get(settings[noun]["name"])
+    return known and known()
+
+
+def differences(a: Steps, b: Steps, metric: str) -> list[str]:
+    """What stands in the way of comparing a metric of ``b`` with that of ``a``, in words."""
+    ours, theirs = a.measured_on(metric), b.measured_on(metric)
+    return [
+        f"{name} is {theirs.get(name, 'not known')}, not {ours.get(name, 'not known')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def alike(runs: Mapping[str, Iterable[Steps]], metric: str) -> list[dict[str, list[Steps]]]:
+    """The runs by label, apart where a metric is not measured alike. Runs in which it never stands have no part."""
+    groups: list[dict[str, list[Steps]]] = []
+    for label, own in runs.items():
+        for run in (run for run in own if any(metric in line for line in run)):
+            same = (g for g in groups if not differences(next(iter(g.values()))[0], run, metric))
+            group = next(same, None)
+            if group is None:
+                groups.append(group := {})
+            group.setdefault(label, []).append(run)
+    return groups
+
+
+def settings_text(settings: Mapping[str, Any], noun: str) -> str:
+    """The name of the policy, objective or mix in plain settings, with what is set otherwise than by default; of one that does
+    not ship with the package, which is not imported, with all that is set."""
+    known = NOUNS[noun][1].get(settings[noun]["name"])
+    default = plain_values(dataclasses.asdict(known())) if known else {}
+    own = {name: value for name, value in settings[noun].items() if name != "name"}
+    given = ", ".join(f"{name}={value}" for name, value in own.items() if name not in default or value != default[name])
+    return settings[noun]["name"] + (f" ({given})" if given else "")

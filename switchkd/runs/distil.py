@@ -1,0 +1,245 @@
+"""A run from settings to a distilled student: the run directory and everything in it.
+
+config.yaml       the settings, every one, usable as a recipe
+origin.json       checksums of the text and models that the run is on; the machine and versions that it ran under
+lock.json         the process that works here, while it does
+metrics.jsonl     a line for every optimizer step
+rollouts.jsonl    the generated text: token ids, speakers, divergences, thresholds
+samples.jsonl     the same few prompts completed every ``sample_steps``, with what both models say of each token
+checkpoint-N/     whole checkpoints, the newest ones; 0 is of the untrained student
+evaluation.json   scores of teacher, student before and student after, of every example (and the text that was scored)
+best-N/           the best student so far, where the run looks for one
+trackers/         what trackers write, where a run reports to any
+student/          the result, for ``from_pretrained``: a model, or the adapter alone; with a model card
+"""
+
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+import yaml
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+from switchkd.reports import live, tables as report
+from switchkd.base import signals
+from switchkd.models.adapters import check_trainable
+from switchkd.training.checkpoint import Weights, checkpoints
+from switchkd.runs.continuation import conditions, own_code
+from switchkd.data.settings import DataConfig
+from switchkd.evaluation.settings import EvalConfig
+from switchkd.models.settings import ModelConfig
+from switchkd.training.settings import TrainConfig
+from switchkd.base.settings import to_dict
+from switchkd.runs.continuation import begun, check_origin, check_run, on_recorded_day
+from switchkd.data.examples import Example, load_examples, load_text
+from switchkd.data.texts import Message, TokenizedExample, by_teacher, teacher_prompt_limit, tokenize
+from switchkd.base.storage import cache_folder
+from switchkd.base.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, SwitchKDWarning, nearest
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.evaluate import evaluate, score_names, work
+from switchkd.data.lines import SAMPLE, BadRows
+from switchkd.base.lock import Check, locked
+from switchkd.base.manifest import CARD
+from switchkd.runs.model_card import model_card
+from switchkd.models.pair import Pair, load_pair
+from switchkd.forward.architecture import context_length, context_note
+from switchkd.base.plain import check_text
+from switchkd.methods.policy import Policy, StudentOnly
+from switchkd.models.settings import with_dtypes
+from switchkd.training.processes import from_main, new_accelerator, with_launchers_settings
+from switchkd.forward.proof import prove
+from switchkd.runs.model_card import public_name
+from switchkd.runs.finishing import rehearse, save_student
+from switchkd.evaluation.results import EVALUATION, Evaluation, read_results, write_results
+from switchkd.decoding.rollouts import Rollouts
+from switchkd.training.records import CONFIG
+from switchkd.evaluation.samples import sample_policy, samples
+from switchkd.methods.sampling import Sampling
+from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
+from switchkd.forward.sharding import whole
+from switchkd.base.storage import tidy, write_file
+from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
+from switchkd.teachers.states import TeacherCache
+from switchkd.base.manifest import json_sha256
+from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.teachers.store import weights_sha256
+from switchkd.data.template_inputs import SOME_DAY, Template, today
+from switchkd.data.settings import template_settings, with_date
+from switchkd.data.templates import Encoder
+from switchkd.runs.tracking import Trackers, check_trackers
+from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
+from switchkd.models.pair import within
+from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
+from switchkd.runs.heldout import Heldout, _check_metric, all_settings, eval_settings, load_heldout, score, write_scores
+
+
+
+
+def distil(config: TrainConfig) -> dict[str, Evaluation]:
+    """Train as ``config`` says and write the run directory; returns the scores of before and after.
+
+    SIGTERM and Ctrl-C end it at the next whole point, with a checkpoint of the last finished step; a second one, a second later or
+    more, ends it at once. Called outside the main thread, it is ended as any other code.
+
+    Raises:
+        ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
+        InUseError: another process works in the directory.
+        NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
+    """
+    accelerator, run = new_accelerator(), Path(config.output_dir)
+    mine = locked(run) if accelerator.is_main_process else nullcontext(lambda: None)
+    with signals.deferred(polled=accelerator.num_processes == 1):
+        try:
+            with mine as check_place:
+                return _distil(config, accelerator, check_place)
+        except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
+            error.add_note(standing(run))
+            raise
+
+
+def standing(run: Path) -> str:
+    """What there is of a run that ended early, and the command that goes on."""
+    if saved := checkpoints(run):
+        return f"{saved[-1]} stands; go on with: switchkd train {shlex.quote(str(run))} --resume"
+    return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
+
+
+def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -> dict[str, Evaluation]:
+    main, run = accelerator.is_main_process, Path(config.output_dir)
+    quiet = config.quiet or not main
+    config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
+    config = on_recorded_day(run, config)
+    check_run(run, config)
+    check_trackers(config.report_to)
+    pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
+    config = with_date(config, pair.tokenizer, from_main(accelerator, today))
+    check_context(config, pair)
+    with accelerator.main_process_first():  # the others then find it done
+        train, teacher_cache = load_training_text(config, pair, quiet=quiet)
+    heldout = load_heldout(config, pair, quiet=quiet)
+    validation = load_validation(config, pair, heldout.examples, quiet=quiet)
+    corpus = load_corpus(config, pair, quiet=quiet)
+    checksums = _model_checksums(pair, heldout) | own_code(config) if main else {}
+    trainer = Trainer(
+        pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
+        check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
+    )  # fmt: skip
+    _check_metric(config, heldout)
+    accelerator.wait_for_everyone()  # every rank has found the run directory free
+    results, settings = {}, eval_settings(config, StudentOnly())
+    texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
+    weights: Weights = trainer.masters.whole() if config.merge else {}  # for the rehearsal: all ranks gather them
+    with whole(trainer.student):
+        if main:
+            check_place()
+            tidy(run)
+            rehearse(trainer, weights)
+            check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
+            write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
+            results = _before(run / EVALUATION, config, pair, heldout, settings)
+    del weights  # of a student in shards, a whole copy
+    if config.resumes:
+        trainer.resume()
+    trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
+    _train(trainer, heldout, settings, trackers, quiet)
+    trainer.load_best()
+    weights = trainer.final_weights()
+    with whole(trainer.student):
+        if main:
+            _finish(trainer, weights, heldout, settings, trackers, results, quiet)
+        accelerator.wait_for_everyone()
+    trackers.finish()  # may take as long as a network does
+    return results
+
+
+def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
+    """Checksums of the models as they were loaded, by the settings that name them."""
+    tokenizer = json_sha256(pair.tokenizer.get_vocab())
+    found = {
+        "teacher_model_name_or_path": heldout.teacher_sha256,
+        "student_model_name_or_path": json_sha256([weights_sha256(pair.student), tokenizer]),
+    }
+    if pair.teachers:
+        found["teachers"] = json_sha256({name: weights_sha256(model) for name, model in pair.teachers.items()})
+    return found
+
+
+def _before(
+    file: Path, config: TrainConfig, pair: Pair, heldout: Heldout, settings: EvalSettings
+) -> dict[str, Evaluation]:
+    """Teacher's and untrained student's scores, read back where a resumed run has them and nothing about it may differ."""
+    if not (heldout.examples and config.eval_on_start):
+        return {}
+    if config.resumes and file.is_file() and not config.allow_change:
+        try:
+            return {name: result for name, result in read_results(file).items() if name not in SCORED}
+        except DataError as error:
+            warnings.warn(f"{error}. The run does that now", SwitchKDWarning, stacklevel=2)
+    models = {"teacher": pair.teacher, "student before": pair.student}
+    results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
+    write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
+    return results
+
+
+def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, quiet: bool) -> None:
+    watched = (heldout.examples or trainer.examples)[: trainer.config.sample_prompts]
+
+    def scores(student: PreTrainedModel) -> dict[str, float]:
+        return evaluate(trainer.pair, student, heldout.examples, heldout.task, settings).means()
+
+    def sample(progress: float) -> list[dict[str, Any]]:
+        policy = sample_policy(trainer.config, trainer.policy, progress, trainer.step)
+        return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
+
+    def run(show: OnStep = lambda *_: None, on_round: OnRound | None = None) -> None:
+        def on_step(metrics: Metrics, rollouts: Rollouts) -> None:
+            trackers.log(metrics, metrics["step"])
+            show(metrics, rollouts)
+
+        trainer.train(on_step, on_round, scores if heldout.examples else None, sample)
+
+    if quiet:
+        run()
+    else:
+        live.train(trainer, heldout.task.primary, run)
+
+
+def _finish(
+    trainer: Trainer,
+    weights: Weights,
+    heldout: Heldout,
+    settings: EvalSettings,
+    trackers: Trackers,
+    results: dict[str, Evaluation],
+    quiet: bool,
+) -> None:
+    """Save the student, which has these ``weights``, score it into ``results``, and say where all that lies."""
+    config, pair, run = trainer.config, trainer.pair, trainer.run
+    if trainer.best and not quiet:
+        report.console.print(
+            f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
+            f"{report.number(trainer.best['score'])}",
+            soft_wrap=True,
+        )
+    trainer.check_place()
+    student = save_student(trainer, STUDENT, weights, trainer.save_dtype)
+    saved = SavedStudent.of(run)
+    known: dict[str, Any] = {}
+    if heldout.examples:
+        results["student after"] = after = score(pair, student, heldout, settings, "student after", quiet, saved)
+        known = all_settings(config, pair, heldout, settings)
+        trainer.check_place()
+        trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
+        write_scores(run / EVALUATION, heldout, known, results)
+        if not quiet:
+            report.print_results(results, heldout.shown() | known)
+    write_file(
+        run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known, saved.sha256 if saved else "")
+    )
+    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
+    if not quiet:
+        report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)

@@ -1,0 +1,296 @@
+"""The card beside a student: what it is, how it was made, what it scores, and the licences that it comes under.
+
+``README.md`` as the Hugging Face Hub reads it. Nothing is asked of a network, and what is not known is said to be unknown.
+Names and paths stand in code spans, where no character is markup; no text of a model or of the data stands in a card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from switchkd.base import __version__
+from switchkd.reports import tables as report
+from switchkd.models.adapters import has_adapter
+from switchkd.runs.continuation import conditions
+from switchkd.training.settings import TrainConfig
+from switchkd.methods.rules import name_of
+from switchkd.base.settings import to_dict
+from switchkd.data.lines import PREFIX
+from switchkd.data.lines import SAMPLE
+from switchkd.base.manifest import CARD, MANIFEST
+from switchkd.models.adapters import ADAPTER_CONFIG
+from switchkd.models.loading import BASE, MADE, adapter_base
+from switchkd.forward.architecture import num_parameters
+from switchkd.base.storage import expanded
+from switchkd.models.precision import dtype_name, quantised
+pass
+from switchkd.evaluation.statistics import FEW_EXAMPLES
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from switchkd.evaluation.results import Evaluation
+    from switchkd.training.trainer import Trainer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from switchkd.training.settings import TrainConfig
+
+
+# What comes with the package or is made by it: id on the hub, licence, and where it is from.
+OWN = {
+    "demo": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+        "SmolLM2-135M-Instruct (as a student, 15 of its 30 layers)",
+    ),
+    "small": ("", "", "made by `switchkd make-pair` from generated text, so nothing is inherited"),
+    SAMPLE: ("openai/gsm8k", "mit", "a part of GSM8K"),
+}
+LIMITATIONS = """\
+The scores above, if there are any, are automatic: nobody has read the answers. An interval says how far a score may move with
+other examples of the same kind, and nothing about other tasks, languages or prompts. Nothing else was evaluated: not safety, not
+bias, not truth beyond what the task checks. A student learns its teacher's faults too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or data file that the student comes from.
+
+    ``hub`` is its id on the hub and ``license`` its licence, each "" where there is none known; ``terms`` says so in Markdown.
+    """
+
+    role: str
+    name: str
+    hub: str
+    license: str
+    terms: str
+
+
+def model_card(
+    trainer: Trainer, results: Mapping[str, Evaluation], evaluated: Mapping[str, Any], sha256: str = ""
+) -> str:
+    """The card of the student that ``trainer`` made, as Markdown with the hub's metadata.
+
+    ``sha256`` is the checksum of the manifest of all files that the card is of, where they are saved with one. ``results``
+    are evaluations by the name of their model, perhaps none, and ``evaluated`` is all that they depend on.
+    """
+    config = trainer.config.anew()
+    models, data = _models(config), _data(config)
+    manifest = f"\n- the files that this card is of are those of a `{MANIFEST}` with the SHA-256 {_code(sha256)}"
+    parts = {
+        "": _pair(trainer) + (manifest if sha256 else ""),
+        "## Method\n\n": _method(config),
+        "## Data and cost\n\n": _cost(trainer, data),
+        "## Scores\n\n": _scores(results, evaluated),
+        "## Licences\n\n": "\n".join(
+            f"- {source.role} {_code(source.name)}: {source.terms}" for source in models + data
+        ),
+        "## Limitations\n\n": LIMITATIONS,
+        "## Made with\n\n": _recipe(config),
+    }
+    title = f"# {_code(Path(config.output_dir).resolve().name)}"
+    text = "\n\n".join([title, *(heading + part for heading, part in parts.items())])
+    metadata = _metadata(trainer, models, data)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _metadata(trainer: Trainer, models: Sequence[Source], data: Sequence[Source]) -> ModelCardData:
+    licenses = {source.license for source in models}
+    shared = licenses.pop() if len(licenses) == 1 else ""
+    inherited = shared if shared not in ("", "other") else None
+    return ModelCardData(
+        license=inherited or "other",
+        license_name=None if inherited else "see-licences-in-the-card",
+        base_model=models[-1].hub or None,
+        datasets=[source.hub for source in data if source.hub] or None,
+        library_name="peft" if _is_adapter(trainer) else "transformers",
+        pipeline_tag="text-generation",
+        tags=["switchkd", "knowledge-distillation"],
+    )
+
+
+# --- what it comes from -------------------------------------------------------------------------------------------
+
+
+def _models(config: TrainConfig) -> list[Source]:
+    """Teachers and student, each followed by its base if it is an adapter; the last is what the student's weights come from."""
+    named = {"teacher": config.teacher_model_name_or_path}
+    named |= {f"teacher {_code(name)}": source for name, source in config.teachers.items()}
+    named["student base"] = config.student_model_name_or_path
+    found = []
+    for role, name in named.items():
+        source = config.student_model_name_or_path if name == BASE else name
+        whole = source if source in MADE else adapter_base(source)
+        if name not in (BASE, whole):
+            found.append(_source(f"{role}, an adapter", name, "model"))
+        found.append(_source(role, whole, "model"))
+    return found
+
+
+def _data(config: TrainConfig) -> list[Source]:
+    files = {"training data": config.train_file, "text of the language-modelling loss": config.lm_file}
+    return [_source(role, file, "dataset") for role, file in files.items() if file]
+
+
+def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
+    if own := OWN.get(name.split(":")[0]):
+        hub, license, origin = own
+        return Source(role, public_name(name), hub, license, f"{_code(license)}, {origin}" if license else origin)
+    folder = Path(expanded(name))
+    if kind == "dataset":
+        repository = re.match(rf"{PREFIX}([^/]+/[^/:]+)", name)
+        hub = repository[1] if repository else ""
+    else:
+        hub = "" if folder.is_dir() else name
+    license = _license(try_to_load_from_cache(hub, CARD, repo_type=kind) if hub else folder / CARD)
+    place = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{hub}" if hub else "where it came from"
+    terms = f"{_code(license)}, by its {CARD}" if license else f"unknown: check {place}"
+    return Source(role, public_name(name), hub, license, terms)
+
+
+def _license(readme: Any) -> str:
+    """The licence that a README's metadata names; "" where there is none to be read."""
+    try:
+        text = Path(readme).read_text(encoding="utf-8")
+        license = ModelCard(text).data.to_dict().get("license") if text.startswith("---") else None
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # absent, or no metadata that can be read
+        return ""
+    return license.lower() if isinstance(license, str) else ""
+
+
+# --- what it says -------------------------------------------------------------------------------------------------
+
+
+def _is_adapter(trainer: Trainer) -> bool:
+    return has_adapter(trainer.pair.student) and not trainer.config.merge
+
+
+def _pair(trainer: Trainer) -> str:
+    config, pair = public_settings(trainer.config), trainer.pair
+    trained = sum(parameter.numel() for parameter in pair.student.parameters() if parameter.requires_grad)
+    sources, method = {"": config.teacher_model_name_or_path, **config.teachers}, quantised(pair.student.config)
+    lines = ["A student language model that switchkd distilled from its teacher.", ""]
+    for name, model in pair.named_teachers.items():
+        role = f"teacher {_code(name)}" if name else "teacher"
+        lines.append(f"- {role}: {_code(sources[name])}, {num_parameters(model):,} parameters")
+    lines.append(
+        f"- student: {_code(config.student_model_name_or_path)}, {num_parameters(pair.student):,} parameters, {trained:,} trained"
+    )
+    lines.append(
+        f"- the student was trained in {dtype_name(trainer.masters.dtype)}, and multiplied in {config.dtype}"
+        f"{f', its frozen weights quantised ({method})' if method else ''}; the teacher was in {config.teacher_dtype}"
+    )
+    if has_adapter(pair.student):
+        where = "lies here alone: load it on its base" if _is_adapter(trainer) else "is merged into the weights here"
+        lines.append(f"- what was trained is a LoRA adapter, which {where}")
+    if _is_adapter(trainer) and Path(trainer.pair.student.name_or_path).is_dir():
+        lines.append(
+            f"- `{ADAPTER_CONFIG}` names that base by its folder on the machine of the training, as `from_pretrained` needs it "
+            "there; write a name that others can open in its place before you share the adapter"
+        )
+    if trainer.best:
+        score = f"{_code(config.metric_for_best_model)} {report.number(trainer.best['score'])}"
+        lines.append(f"- the weights are those of step {trainer.best['step']}, the best of the run by {score}")
+    return "\n".join(lines)
+
+
+def _method(config: TrainConfig) -> str:
+    rules = {"What is lowered": config.objective, "On which text": config.mix}
+    if config.mix.generates:
+        rules = {"Who writes the next token": config.policy} | rules
+    lines = [_plain(config.method), ""] if config.method else []
+    for question, rule in rules.items():
+        what = (type(rule).__doc__ or "").strip().split("\n")[0]
+        lines.append(f"- {question}: {_code(name_of(rule))}. {what}")
+    return "\n".join(
+        [*lines, "", "p is the teacher's distribution, q the student's, m the one that a token is drawn from."]
+    )
+
+
+def _cost(trainer: Trainer, data: Sequence[Source]) -> str:
+    lines = [f"- {source.role}: {_code(source.name)}" for source in data]
+    lines[0] += f", {len(trainer.examples):,} examples"
+    now = conditions(trainer.accelerator.device, trainer.accelerator.num_processes)
+    lines.append(
+        f"- {trainer.step} optimizer steps on {trainer.num_tokens:,} response tokens in {report.number(trainer.seconds)} s, "
+        f"evaluation not counted, on {_code(now['device'])} (processes: {now['processes']}, threads of each: {now['threads']})"
+    )
+    return "\n".join(lines)
+
+
+def _scores(results: Mapping[str, Evaluation], evaluated: Mapping[str, Any]) -> str:
+    if not results:
+        return "None: the run was not evaluated."
+    some = next(iter(results.values()))
+    names = [some.primary, *(name for name in some.scores if name != some.primary)]
+    rows = [["score", *results, "examples"], ["---", *("---:" for _ in results), "---:"]]
+    for name in names:
+        found = [result.summary[name] for result in results.values()]
+        rows.append([_code(name), *map(report.estimate_text, found), str(max(each.examples for each in found))])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    settings = "\n".join(f"- {name}: {_code(value)}" for name, value in evaluated.items())
+    return (
+        f"Mean over the examples [95 % interval]; {report.FEW} over fewer than {FEW_EXAMPLES} examples, - over none.\n\n{table}\n\n"
+        f"All that they depend on:\n\n{settings}"
+    )
+
+
+def _recipe(config: TrainConfig) -> str:
+    packages = ["torch", "transformers", *(["peft"] if config.use_peft else [])]
+    versions = ", ".join([f"switchkd {__version__}", *(f"{package} {version(package)}" for package in packages)])
+    settings = yaml.safe_dump(to_dict(public_settings(config)), sort_keys=False)
+    fence = _fence(settings, 3)
+    return (
+        f"{versions}. To make it again, write the settings into `config.yaml`. Models and files that lay on a disk are "
+        "named there by the last part of their path: put in where yours lie.\n\n"
+        "```bash\nswitchkd train config.yaml --output-dir runs/again\n```\n\n"
+        f"<details><summary>config.yaml</summary>\n\n{fence}yaml\n{settings}{fence}\n\n</details>"
+    )
+
+
+def _plain(text: str) -> str:
+    """A line in which no character is Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|~&#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: Any) -> str:
+    """A code span, in which no character is Markdown."""
+    line = " ".join(str(text).split()) or "-"
+    fence, space = _fence(line, 1), " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than ``text`` has in a row."""
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+
+
+# How transformers found a tokenizer here, which it writes down with it.
+HOW_FOUND = ("name_or_path", "is_local", "local_files_only", "cache_dir")
+
+
+def public_name(name: str) -> str:
+    """A model's or file's name as others may read it: of a path on this machine the last part alone."""
+    path = Path(name)
+    local = name.startswith(("/", "~", ".")) or ("/" in name and path.exists())
+    return path.name or name if local else name
+
+
+def public_settings(config: "TrainConfig") -> "TrainConfig":
+    """The settings of a run with `public_name` in the place of every model, file and folder."""
+    fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_dir"))]
+    changed: dict[str, Any] = {name: public_name(getattr(config, name)) for name in fields}
+    changed["teachers"] = {name: public_name(source) for name, source in config.teachers.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("/") and "\n" not in value and len(Path(value).parts) > 2

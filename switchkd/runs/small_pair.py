@@ -1,0 +1,279 @@
+"""A small pair for studies on two CPU cores, made by one command from generated text: ``switchkd make-pair``.
+
+A teacher of 1.9 million parameters is trained until it is good at the tasks of `small_data`, and a student of a tenth of its
+size until it knows their form. A folder holds both, their data, and in ``pair.json`` how they were made and what they can do.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal
+from switchkd.base.errors import ConfigError, ModelError, nearest
+from switchkd.models.loading import save_tokenizer
+from switchkd.data.small_data import NOT_MADE, PARTS, TASKS, Row, small_pair_folder
+from switchkd.base.storage import staged_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from switchkd.training.settings import TrainConfig
+    from switchkd.data.texts import TokenizedExample
+
+
+VOCAB_SIZE = 1024  # at most; the words of the two tasks need fewer
+MAX_PROMPT, MAX_COMPLETION = 96, 128  # tokens; every row is shorter
+CONTEXT = 1024
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama, and how long and how fast it is trained.
+
+    A student's learning rate stays: one whose rate had fallen to 0 would first lose in a short run what that had gained it.
+    """
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    steps: int
+    learning_rate: float
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Rows of each task to train on and to hold out, the models, and rows of a training step."""
+
+    rows: int
+    heldout: int
+    batch_size: int
+    teacher: Shape
+    student: Shape
+
+
+SCALES = {
+    "full": Scale(16_000, 256, 16, Shape(192, 512, 4, 6, 1500, 2e-3), Shape(64, 160, 3, 2, 1600, 3e-3, "constant")),
+    "tiny": Scale(
+        48, 4, 4, Shape(32, 64, 2, 2, 3, 2e-3), Shape(16, 32, 1, 2, 2, 4e-3, "constant")
+    ),  # seconds, for tests
+}
+
+
+def small_pair_paths() -> tuple[Path, Path]:
+    """Folders of the small pair's teacher and student in the cache; raises ModelError if it was not made yet."""
+    folder = small_pair_folder()
+    if not folder.is_dir():
+        raise ModelError(NOT_MADE.format(folder))
+    return folder / "teacher", folder / "student"
+
+
+def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full") -> dict[str, Any]:
+    """Make the pair in ``folder`` (default: where ``small`` is looked for), whole or not at all; returns ``pair.json``.
+
+    Every choice is keyed by ``seed``. Raises ConfigError for an unknown ``scale`` or a folder that is taken.
+    """
+    from switchkd.reports.tables import console
+
+    folder = folder or small_pair_folder()
+    if scale not in SCALES:
+        raise ConfigError(f"unknown scale {scale!r}{nearest(scale, SCALES)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} already exists; remove it, or choose another --output-dir")
+    with staged_folder(folder) as staging:
+        record = _make(staging, seed, scale)
+        (staging / "pair.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    console.print(f"pair saved in {folder}", soft_wrap=True)
+    return record
+
+
+def _make(folder: Path, seed: int, scale: str) -> dict[str, Any]:
+    sizes = SCALES[scale]
+    _write_data(folder, seed, sizes)
+    tokenizer = train_tokenizer(_texts(folder / "train.jsonl"))
+    train = _examples(folder / "train.jsonl", tokenizer)
+    record: dict[str, Any] = {"scale": scale, "seed": seed, **asdict(sizes), "vocab_size": len(tokenizer)}
+    for role, shape in (("teacher", sizes.teacher), ("student", sizes.student)):
+        model = new_model(shape, tokenizer, seed, role)
+        seconds = _train(model, tokenizer, train, _settings(shape, sizes.batch_size, seed), f"train the {role}")
+        model.save_pretrained(folder / role)
+        save_tokenizer(tokenizer, folder / role)
+        record[role] |= {"training_seconds": round(seconds, 1)} | _measure(folder, model, tokenizer, role)
+    return record
+
+
+def _write_data(folder: Path, seed: int, sizes: Scale) -> None:
+    """A file for each task and part, and ``train.jsonl`` with both tasks in turn, as prompt and completion."""
+    counts = {"train": sizes.rows, "heldout": sizes.heldout}
+    rows = {(task, part): [TASKS[task](seed, i, part) for i in range(counts[part])] for task in TASKS for part in PARTS}
+    for (task, part), own in rows.items():
+        _write_rows(folder / f"{task}-{part}.jsonl", own)
+    turns = zip(*(rows[task, "train"] for task in TASKS), strict=True)
+    _write_rows(folder / "train.jsonl", [_as_pair(row) for turn in turns for row in turn])
+
+
+def _write_rows(file: Path, rows: Sequence[Row]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _as_pair(row: Row) -> Row:
+    if "question" in row:
+        return {"prompt": row["question"], "completion": row["answer"]}
+    return {"prompt": f"{row['instruction']}\n\n{row['input']}", "completion": row["output"]}
+
+
+def _texts(file: Path) -> Iterator[str]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        yield from json.loads(line).values()
+
+
+def train_tokenizer(texts: Iterator[str]) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE of at most `VOCAB_SIZE` ids, digits one by one, with a chat template of three short tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, role: str) -> "PreTrainedModel":
+    """An untrained Llama; its weights are keyed by ``seed`` and ``role``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from switchkd.methods.sampling import Use, noise_key
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(
+            noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63
+        )
+        return LlamaForCausalLM(config).eval()
+
+
+def _examples(file: Path, tokenizer: "PreTrainedTokenizerBase") -> "list[TokenizedExample]":
+    from switchkd.data.examples import load_examples
+    from switchkd.data.texts import tokenize
+
+    found, _ = tokenize(
+        load_examples(str(file)),
+        tokenizer,
+        template="chat",
+        max_prompt_length=MAX_PROMPT,
+        max_completion_length=MAX_COMPLETION,
+    )
+    return found
+
+
+def _settings(shape: Shape, batch_size: int, seed: int) -> "TrainConfig":
+    from switchkd.training.settings import TrainConfig
+    from switchkd.methods.mixes import GroundTruth
+    from switchkd.methods.objective import CrossEntropy
+
+    return TrainConfig(
+        objective=CrossEntropy(),
+        mix=GroundTruth(),
+        max_steps=shape.steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=shape.learning_rate,
+        lr_scheduler_type=shape.schedule,
+        warmup_steps=shape.steps // 20,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        seed=seed,
+    )
+
+
+def _train(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: "list[TokenizedExample]",
+    config: "TrainConfig",
+    title: str,
+) -> float:
+    """Train with cross-entropy on the data; returns the seconds."""
+    from switchkd.base.terminal import bar
+    from switchkd.reports.tables import step_line
+    from switchkd.training.trainer import Trainer
+
+    start = monotonic()
+    trainer = Trainer(_alone(model, tokenizer), examples, config)
+    with bar(title, config.max_steps) as progress:
+        while trainer.step < config.max_steps:
+            metrics, _ = trainer.train_step()
+            progress.advance(1, step_line(metrics))
+            if trainer.step % 100 == 0:
+                progress.line(f"step {trainer.step}: {step_line(metrics)}")
+    return monotonic() - start
+
+
+def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """A model as its own teacher, whom nobody asks."""
+    from switchkd.models.pair import Pair
+
+    return Pair(model, model, tokenizer, len(tokenizer), (tokenizer.eos_token_id,), ())
+
+
+def _measure(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", role: str) -> dict[str, Any]:
+    """Parameters, and per task the share of held-out rows whose greedy answer is right, and ROUGE-L."""
+    from switchkd.evaluation.settings import EvalSettings
+    from switchkd.evaluation.evaluate import evaluate, work
+    from switchkd.forward.architecture import num_parameters
+    from switchkd.base.terminal import bar
+    from switchkd.reports.tables import console
+    from switchkd.evaluation.tasks import TASKS as EVALUATED
+
+    found: dict[str, Any] = {"parameters": num_parameters(model)}
+    settings = EvalSettings(MAX_COMPLETION)
+    for task, (own, right) in SCORED.items():
+        examples = _examples(folder / f"{task}-heldout.jsonl", tokenizer)
+        with bar(f"score the {role}: {task}", work(examples, settings)) as progress:
+            result = evaluate(_alone(model, tokenizer), model, examples, EVALUATED[own], settings, progress.advance)
+        found[task] = {name: result.means()[name] for name in (right, "rouge_l", "length", "perplexity")}
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in found[task].items())
+        console.print(f"{role}, {task}: {shown} ({len(examples)} held-out rows)")
+    return found
+
+
+# By task of the pair: how `evaluate` scores it, and the score that says whether an answer is right.
+SCORED = {"arithmetic": ("gsm8k", "strict"), "text": ("references", "exact_match")}

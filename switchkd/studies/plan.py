@@ -1,0 +1,194 @@
+"""A study's plan: methods, pairs, budgets and seeds in a YAML file, and the grid of runs that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from switchkd.base.errors import ConfigError, nearest
+from switchkd.base.plain import read_yaml, shown, yaml_value
+from switchkd.base.settings import from_dict, named_file, to_dict
+from switchkd.data.settings import DataConfig
+from switchkd.evaluation.settings import EvalConfig
+from switchkd.evaluation.tasks import TASKS
+from switchkd.training.settings import TrainConfig, load_recipe
+
+CELLS, LOGS, REPORT = "cells", "logs", "study.md"  # names in the folder of a study
+_FILE_NAME = re.compile(r"\w[\w.-]*")
+# What a study gives each of its runs, and no plan.
+_OWN = ("seed", "output_dir", "eval_on_start", "resume", "resume_from", "allow_change")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a plan: what all runs share, and what they are crossed with."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of every run, over its recipe's."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings by the name of a pair; without any, those above name the only one."""
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings by the name of a budget, such as max_train_tokens or max_train_seconds."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further evaluations of each student, by task: settings of `switchkd evaluate`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and what to compare."""
+
+    title: str = ""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """By name: a recipe, or its settings under `recipe` with others over it."""
+    sizes: dict[str, Size] = field(default_factory=dict)
+    baseline: str = ""
+    """The method that the others are compared with; default the first."""
+    scores: tuple[str, ...] = ()
+    """Scores to compare; default the task's own."""
+    curves: tuple[str, ...] = ()
+    """Metrics of the training steps to draw, a panel each."""
+
+    def sized(self, name: str) -> Size:
+        """The size of that name; raises ConfigError if the plan has none."""
+        if name not in self.sizes:
+            raise ConfigError(f"the plan has no size {name!r}{nearest(name, self.sizes)}")
+        return self.sizes[name]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    name: str
+    method: str
+    group: str
+    """The pair and budget that it is compared in; "" if there is one of each."""
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Scoring(DataConfig, EvalConfig):
+    """Settings that a plan may give a further evaluation of each student."""
+
+    eval_samples: int = -1
+
+
+def load_plan(path: str) -> Plan:
+    """Read a plan: a YAML file, or the name of one that ships with the package.
+
+    Raises:
+        ConfigError: no such file or plan, no YAML, an unknown name in it, or nothing to run.
+    """
+    file = named_file(path, "plans")
+    values = read_yaml(file)
+    if not all(isinstance(values.get(name), dict) for name in ("methods", "sizes")):
+        raise ConfigError(f"{file} is no plan: it needs `title`, `methods` by name and `sizes` by name")
+    sizes = {name: from_dict(Size, size or {}, f"{file}: size {name}") for name, size in values["sizes"].items()}
+    plan = from_dict(Plan, values | {"sizes": sizes}, str(file))
+    if not plan.methods or not all(size.seeds for size in sizes.values()):
+        raise ConfigError(f"{file} has nothing to run: it needs a method, and each size a seed")
+    for name in [
+        *plan.methods,
+        *(name for size in sizes.values() for name in [*size.pairs, *size.budgets, *size.evaluations]),
+    ]:
+        if not _FILE_NAME.fullmatch(name):
+            raise ConfigError(f"{file}: {shown(name)} names files of the study; use letters, digits and . _ - inside")
+    if plan.baseline and plan.baseline not in plan.methods:
+        raise ConfigError(f"{file}: baseline {plan.baseline!r} is no method{nearest(plan.baseline, plan.methods)}")
+    return plan
+
+
+def with_settings(size: Size, given: Sequence[str]) -> Size:
+    """The size with settings of every run over its own, each given as NAME=VALUE.
+
+    Raises:
+        ConfigError: one is not of that form. An unknown name is found where the runs are made.
+    """
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"a setting is given as NAME=VALUE, such as max_train_tokens=20000, not {text!r}")
+        settings[name] = yaml_value(value, f"--set {name}")
+    return dataclasses.replace(size, settings=size.settings | settings)
+
+
+def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
+    """Every run of a study, seed by seed, so that a study that is stopped has seen every method as often as it can.
+
+    Raises:
+        ConfigError: a setting or task is unknown or out of range, or two results would have one name.
+    """
+    pairs, budgets = size.pairs or {"": {}}, size.budgets or {"": {}}
+    made = []
+    for seed, pair, budget, method in itertools.product(size.seeds, pairs, budgets, plan.methods):
+        group = joined(pair if len(pairs) > 1 else "", budget if len(budgets) > 1 else "")
+        name = joined(group, method, f"seed{seed}")
+        # The pair's own scores are the same in each of its runs.
+        first = seed == size.seeds[0] and method == next(iter(plan.methods))
+        own = {"seed": seed, "output_dir": str(output_dir / name), "eval_on_start": first}
+        shared = size.settings | pairs[pair] | budgets[budget]
+        made.append(Cell(name, method, group, _config(method, plan.methods[method], shared, own)))
+    groups = dict.fromkeys(cell.group for cell in made)
+    _check_names(cell.name for cell in made)
+    _check_names(joined(kind, group, task) for group in groups for kind, task in results_of_group(size))
+    for task in size.evaluations:
+        if task not in TASKS:
+            raise ConfigError(f"evaluations of the plan: there is no task {task!r}{nearest(task, TASKS)}")
+        for cell in made:
+            scoring(cell.config, task, size)
+    return made
+
+
+def results_of_group(size: Size) -> list[tuple[str, str]]:
+    """What a study writes of each pair and budget: the kind of a file or folder, and the task that it is of."""
+    return [("curves", ""), *(("compare", task) for task in ("", *size.evaluations))]
+
+
+def scoring(config: TrainConfig, task: str, size: Size) -> Scoring:
+    """How a run's student is evaluated on a further task: as the run says, with the plan's settings over that."""
+    names = [f.name for f in dataclasses.fields(Scoring) if f.name != "eval_samples"]
+    given = size.evaluations[task]
+    source = f"evaluation {task} of the plan"
+    if "task" in given:
+        raise ConfigError(f"{source}: its name is its task; leave `task` out")
+    return from_dict(Scoring, {name: getattr(config, name) for name in names} | {"task": task} | given, source)
+
+
+def joined(*parts: str) -> str:
+    """A name of those parts that are not empty."""
+    return "-".join(part for part in parts if part)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that two runs, or two results, of a study would have."""
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(
+            f"the plan gives {count} runs or results the name {name!r}, which is made of the names of pair, budget and method, "
+            "the task and the seed; rename one of them, or give each seed once"
+        )
+
+
+def _config(method: str, given: Any, shared: dict[str, Any], own: dict[str, Any]) -> TrainConfig:
+    """A method's settings: its recipe's, those that all runs share, those that the plan gives the method, and the run's own."""
+    settings = {"recipe": given} if isinstance(given, str) else given
+    if not isinstance(settings, dict) or not isinstance(settings.get("recipe"), str):
+        raise ConfigError(f"method {method!r} of the plan names no recipe: {shown(given)}")
+    recipe: TrainConfig = load_recipe(settings["recipe"])
+    changes = shared | {name: value for name, value in settings.items() if name != "recipe"}
+    if taken := [name for name in _OWN if name in changes]:
+        raise ConfigError(
+            f"method {method!r} of the plan: {taken[0]} is the study's to set; leave it out"
+            + (", and list the training seeds as `seeds` of the size" if taken[0] == "seed" else "")
+        )
+    # A rule in the plan replaces the recipe's whole rule.
+    return from_dict(TrainConfig, to_dict(recipe) | changes | own, f"method {method!r} of the plan")

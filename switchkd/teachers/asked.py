@@ -1,0 +1,51 @@
+"""What the teachers of a step's rows say of them, in the form that it is known in."""
+
+from collections.abc import Sequence
+
+import torch
+
+from switchkd.data.texts import TokenizedExample, by_teacher, collate
+from switchkd.decoding.rollouts import Rollout
+from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.modes import evaluating
+from switchkd.models.pair import Pair
+from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
+
+Rows = Sequence[Rollout | TokenizedExample]
+
+
+class Teachers:
+    """The teachers of a pair, on ``device``."""
+
+    def __init__(self, pair: Pair, device: torch.device):
+        self.pair, self.device = pair, device
+        self._heads = {
+            name: Head.of(teacher.to(device), pair.vocab_size, pair.ends)
+            for name, teacher in pair.named_teachers.items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, rows: Rows) -> Teacher:
+        """What each row's teacher says at the row's response tokens."""
+        if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
+            ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
+            return TeacherTopK(torch.cat(ids).to(self.device), torch.cat(logs).to(self.device))
+        groups = by_teacher(rows)
+        parts = [self._states(name, [rows[place] for place in places]) for name, places in groups.items()]
+        if len(parts) == 1:
+            return parts[0]
+        tokens = torch.arange(sum(len(row.completion_ids) for row in rows), device=self.device)
+        own = tokens.split([len(row.completion_ids) for row in rows])
+        return SeveralTeachers(parts, [torch.cat([own[place] for place in places]) for places in groups.values()])
+
+    def _states(self, name: str, rows: Rows) -> TeacherStates:
+        """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
+        known = [row.teacher_hidden for row in rows if row.teacher_hidden is not None]
+        if len(known) == len(rows):
+            hidden = torch.cat([states.to(self.device) for states in known])
+        else:
+            batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
+            teacher = self.pair.teacher_named(name)
+            with evaluating(teacher):  # whoever made the pair may have left it training
+                hidden = response_hidden(teacher, batch.to(self.device))
+        return TeacherStates(self._heads[name], hidden)
