@@ -299,7 +299,7 @@ def random_examples(pair: Pair, count: int) -> list[TokenizedExample]:
     def ids(length: int) -> list[int]:
         return torch.randint(2, pair.vocab_size, (length,), generator=generator).tolist()
 
-    return [TokenizedExample(i, ids(48 + 29 * i % 64), ids(16), ("",), False, "random") for i in range(count)]
+    return [TokenizedExample(i, ids(48 + 29 * i % 64), ids(16), [2] * 16, ("",), False, "random") for i in range(count)]
 
 
 def decode_cost(

@@ -1,6 +1,7 @@
 """Tiny random models and tabular toys that the tests share."""
 
 import copy
+import dataclasses
 import json
 import math
 from contextlib import suppress
@@ -40,7 +41,7 @@ from switchkd.decoding.rollouts import Rollout
 from switchkd.forward import proof
 from switchkd.methods import divergences
 from switchkd.methods.policies import CAOPD, SKD, SSD, TRB, AdaSwitch, Hysteresis, MixIn, Switch
-from switchkd.methods.policy import Decision, Policy, State, StudentOnly, TeacherOnly
+from switchkd.methods.policy import REFERENCE, Decision, Policy, State, StudentOnly, TeacherOnly
 from switchkd.methods.relay import Relay
 from switchkd.models.pair import Pair
 
@@ -160,13 +161,20 @@ def toy_pair(
     return Pair(teacher, student, byte_level_tokenizer(), VOCAB, (1,), ())
 
 
+def retold(example: TokenizedExample, **changes: Any) -> TokenizedExample:
+    """An example with another completion, of the data."""
+    return dataclasses.replace(example, speakers=[REFERENCE] * len(changes["completion_ids"]), **changes)
+
+
 def toy_examples(count: int = 12) -> list[TokenizedExample]:
     """Ragged examples over the tiny vocabulary that end with the EOS id 1."""
     rows = []
     for i in range(count):
         prompt = [2 + (i * 5 + j) % 20 for j in range(1 + i % 4)]
         completion = [2 + (i * 3 + j * 7) % 20 for j in range(1 + (i * 5) % 6)] + [1]
-        rows.append(TokenizedExample(i, prompt, completion, ("text",), False, f"toy:{i + 1}"))
+        rows.append(
+            TokenizedExample(i, prompt, completion, [REFERENCE] * len(completion), ("text",), False, f"toy:{i + 1}")
+        )
     return rows
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,9 +14,15 @@ from typing import Any, Literal, TypeVar
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.plain import shown
 from switchkd.base.storage import expand_settings, expanded
-from switchkd.methods.rules import NOUNS, name_of, rule
 
+# Kinds of settings that are objects, how they are read from plain values (with the setting's name), and how they are written.
+_KINDS: dict[type, tuple[Callable[[Any, str], Any], Callable[[Any], dict[str, Any]]]] = {}
 INPUT_ONLY = ("bf16",)  # another name for a setting, under which nothing is recorded
+
+
+def settings_kind(kind: type, read: Callable[[Any, str], Any], write: Callable[[Any], dict[str, Any]]) -> None:
+    """Let settings of this type be read and written as plain values."""
+    _KINDS[kind] = read, write
 
 
 def check_at_least(config: Any, least: dict[str, float]) -> None:
@@ -79,11 +86,13 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a settings dataclass, such that ``from_dict`` gives it back."""
-    plain = {name: value for name, value in dataclasses.asdict(config).items() if name not in INPUT_ONLY}
-    for noun in NOUNS:
-        if hasattr(config, noun):
-            plain[noun] = {"name": name_of(getattr(config, noun)), **plain_values(plain[noun])}
-    return plain_values(plain)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in INPUT_ONLY}
+    return plain_values({name: _written(value) for name, value in values.items()})
+
+
+def _written(value: Any) -> Any:
+    write = next((write for kind, (_, write) in _KINDS.items() if isinstance(value, kind)), None)
+    return write(value) if write else dict(value) if isinstance(value, dict) else value
 
 
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +103,8 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
 def _typed(value: Any, hint: Any, source: str) -> Any:
     """``value`` as the type that the field wants; YAML reads ``1e-4`` as text and ``1`` as an int."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for noun, (base, _) in NOUNS.items():
-        if hint is base:
-            return rule(noun, value, source)
+    if hint in _KINDS:
+        return _KINDS[hint][0](value, source)
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(_typed(item, typing.get_args(option)[0], f"{source}[{i}]") for i, item in enumerate(value))

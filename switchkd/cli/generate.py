@@ -9,41 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from switchkd.base.storage import write_output
-from switchkd.base.terminal import console, number, percent
 from switchkd.data.settings import DataConfig, with_date
 from switchkd.decoding.settings import DecodeConfig
 from switchkd.models.settings import ModelConfig
-from switchkd.reports.viewer import spoken
+from switchkd.reports.live import cost_line, print_rollout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from switchkd.decoding.rollouts import DecodeCost, Rollout
+    from switchkd.decoding.settings import DecodeSettings
 if TYPE_CHECKING:
     from switchkd.data.texts import TokenizedExample
     from switchkd.models.pair import Pair
-
-
-def cost_line(cost: DecodeCost) -> str:
-    """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
-    s = cost.summary()
-    return (
-        f"{cost.kept_tokens} tokens ({percent(1 - s['teacher_share'])} student, {percent(s['teacher_share'])} teacher), "
-        f"{number(s['tokens_per_second'], 2)} tokens/s; forwards per kept token: "
-        f"student {number(s['student_forwards_per_token'])}, teacher {number(s['teacher_forwards_per_token'])}"
-    )
-
-
-def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The completion, the teacher's words in colour (in brackets where there is no terminal), or why there is none."""
-    text = Text()
-    text.append(f"#{rollout.sample_id} ({rollout.stop_reason}) ", style="dim")
-    if rollout.error:
-        text.append(rollout.error, style="red")
-    console.print(text + spoken(rollout, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -107,10 +83,9 @@ def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> li
     return load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, limit, False, *own)
 
 
-def _decoding(config: Any, pair: Pair) -> dict[str, Any]:
-    """What settings say to ``decode_examples``."""
+def _decoding(config: Any, pair: Pair) -> DecodeSettings:
     policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
-    return config.decode_arguments() | {"policy": policy, "seed": config.seed}
+    return config.decoding(policy=policy, seed=config.seed)
 
 
 def play(config: PlayConfig) -> None:

@@ -11,10 +11,9 @@ from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.fields import Fields, Unused
 from switchkd.data.formats import Format, Message, Record, examples_of, format_of
 from switchkd.data.lines import BadRows, rows_of
-from switchkd.data.texts import _NEXT_INSTANCE, TokenizedExample
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 logger = logging.getLogger(__name__)
@@ -85,10 +84,10 @@ def load_examples(
         teacher = _teacher_name(row, teacher_field, teachers)
         return _examples(examples_of(row, layout), layout, index, source, teacher)
 
-    return _read_rows(path, limit, skip_bad, read)
+    return read_rows(path, limit, skip_bad, read)
 
 
-def _read_rows(
+def read_rows(
     path: str, limit: int | None, skip_bad: int | BadRows, read: Callable[[Fields, int, str], list[AnyExample]]
 ) -> list[AnyExample]:
     """What ``read`` makes of each row, its index and ``file:line``, up to ``limit``; bad rows are counted, and told or refused.
@@ -149,18 +148,4 @@ def _teacher_name(row: Fields, field: str, known: Collection[str]) -> str:
     return name
 
 
-def load_text(
-    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_bad: int | BadRows = 0
-) -> list[TokenizedExample]:
-    """The ``text`` fields of a JSONL file for language modelling: all tokens but the first are a completion.
-
-    Texts are cut at ``max_length`` tokens; those of fewer than two have nothing to predict and are left out. Bad rows and errors
-    are those of `load_examples`.
-    """
-
-    def read(row: Fields, index: int, source: str) -> list[TokenizedExample]:
-        ids = tokenizer(row.text("text"))["input_ids"]
-        text = TokenizedExample(index, ids[:1], ids[1:max_length], (), len(ids) > max_length, source)
-        return [text] if len(ids) > 1 else []
-
-    return _read_rows(path, None, skip_bad, read)
+_NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index

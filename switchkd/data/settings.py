@@ -13,12 +13,11 @@ from switchkd.data.templates import check_teacher_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    pass
 
-    Settings = TypeVar("Settings", bound=DataConfig)
+Dated = TypeVar("Dated", bound="DataConfig")
 
 
-def with_date(config: Settings, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> Settings:
+def with_date(config: Dated, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> Dated:
     """``config`` with the day that its prompts are of (default: today), if they depend on one and it names none."""
     if config.template_date or not config.prompts.reads_date(tokenizer):
         return config

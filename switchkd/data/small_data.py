@@ -16,15 +16,23 @@ or notes, in any order or wording) says to which part it belongs.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from switchkd.base.errors import ConfigError, ModelError, nearest
+
+if TYPE_CHECKING:
+    pass
+
+import itertools
+from collections.abc import Callable
+from typing import TypeVar
 from zlib import crc32
 
 import numpy as np
 
-from switchkd.base.errors import ConfigError, DataError, nearest
+from switchkd.base.errors import DataError
 from switchkd.base.storage import cache_folder
 
 Item = TypeVar("Item")
@@ -206,3 +214,11 @@ def small_data_file(name: str) -> Path:
     if not small_pair_folder().is_dir():
         raise DataError(NOT_MADE.format(small_pair_folder()))
     return small_pair_folder() / f"{name}.jsonl"
+
+
+def small_pair_paths() -> tuple[Path, Path]:
+    """Folders of the small pair's teacher and student in the cache; raises ModelError if it was not made yet."""
+    folder = small_pair_folder()
+    if not folder.is_dir():
+        raise ModelError(NOT_MADE.format(folder))
+    return folder / "teacher", folder / "student"

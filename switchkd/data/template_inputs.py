@@ -12,16 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from switchkd.data.settings import DataConfig
-
-    Settings = TypeVar("Settings", bound=DataConfig)
 
 
 TEMPLATES = ("chat", "alpaca", "none")

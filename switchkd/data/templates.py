@@ -14,7 +14,6 @@ from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.conversations import PROBE, Conversations, Marks, one_of
 from switchkd.data.formats import Message
 from switchkd.data.template_inputs import Template
-from switchkd.forward.ends import _token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -333,3 +332,7 @@ class Encoder:
 def named(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Token ids with their tokens."""
     return " and ".join(f"{i} {token!r}" for i, token in ((i, _token(i, tokenizer)) for i in sorted(ids)))
+
+
+def _token(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode([token_id]) if 0 <= token_id < len(tokenizer) else "(no token)"

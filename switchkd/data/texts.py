@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from switchkd.base.errors import ConfigError, DataError
-from switchkd.data.examples import Example, logger
-from switchkd.data.fields import counted
+from switchkd.data.examples import Example, logger, read_rows
+from switchkd.data.fields import Fields, counted
 from switchkd.data.lines import BadRows
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder, check_teacher_prompt, for_teacher, named
@@ -22,42 +22,40 @@ from switchkd.methods.policy import REFERENCE
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from switchkd.decoding.rollouts import Rollout
-    from switchkd.teachers.said import TeacherTopK
 
-
-_NEXT_INSTANCE = 2**32  # ids of a row's further examples lie above every row index
+# What a teacher says at T tokens, as it is kept with a text: what entered its output layer before each, ``[T, H]``; or the ids
+# of its k likeliest tokens there and their log-probabilities, ``[T, k]`` each.
+Said: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 # --- token ids ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TokenizedExample:
-    """Token ids of one example. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``.
+class Text:
+    """A prompt and its completion as token ids, T of them, and the teacher that is asked about it: of the data, or decoded.
 
-    ``speaker`` wrote the completion: the data (REFERENCE), or the TEACHER where its text took the data's place.
+    ``speakers[t]`` wrote ``completion_ids[t]``: STUDENT, TEACHER, or the data (REFERENCE). ``id`` is the row of the data file, or
+    what keys the noise that the text was drawn with.
     """
 
     id: int
     prompt_ids: list[int]
     completion_ids: list[int]
-    references: tuple[str, ...]
-    truncated: bool
-    source: str
-    speaker: int = REFERENCE
-    teacher_hidden: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """What enters the teacher's output layer before each completion token, ``[tokens, hidden size]``, where it is known."""
-    teacher_top_k: TeacherTopK | None = field(default=None, repr=False, compare=False)
-    """Or its largest log-probabilities there."""
-    teacher_prompt_ids: list[int] | None = None
+    speakers: list[int]
+    teacher_prompt_ids: list[int] | None = field(default=None, kw_only=True)
     """What the teacher reads in the prompt's place; None where it reads the prompt."""
-    teacher: str = ""
+    teacher: str = field(default="", kw_only=True)
     """The name of its teacher; "" is the default one."""
-    group: str = ""
-    """The part of its data set that it belongs to; "" for none."""
+    said: Said | None = field(default=None, repr=False, compare=False, kw_only=True)
+    """What the teacher says of the completion, where that is known already."""
+
+    def __post_init__(self) -> None:
+        if len(self.speakers) != len(self.completion_ids):
+            raise DataError(f"{self.name}: {len(self.speakers)} speakers for {len(self.completion_ids)} tokens")
 
     @property
     def teacher_reads(self) -> list[int]:
@@ -65,9 +63,28 @@ class TokenizedExample:
         return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
     @property
-    def speakers(self) -> list[int]:
-        """Who wrote each token, as a rollout says it."""
-        return [self.speaker] * len(self.completion_ids)
+    def name(self) -> str:
+        """What messages call it."""
+        return f"sample {self.id}"
+
+
+@dataclass(frozen=True)
+class TokenizedExample(Text):
+    """A text of the data. ``completion_ids`` ends with the end-of-turn token unless it is ``truncated``.
+
+    Its speaker is the data, or the teacher where its text took the data's place.
+    """
+
+    references: tuple[str, ...]
+    truncated: bool
+    source: str
+    """Where it stands: file and row."""
+    group: str = ""
+    """The part of its data set that it belongs to; "" for none."""
+
+    @property
+    def name(self) -> str:
+        return self.source
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,7 @@ def tokenize(
                     example.id,
                     prompt_ids,
                     cut,
+                    [REFERENCE] * len(cut),
                     example.references,
                     truncated,
                     example.source,
@@ -200,7 +218,7 @@ def _teacher_prompts(
     return (ids if isinstance(ids, DataError) else ids[0] for ids in encoded)
 
 
-def by_teacher(rows: Sequence[TokenizedExample | Rollout]) -> dict[str, list[int]]:
+def by_teacher(rows: Sequence[Text]) -> dict[str, list[int]]:
     """Places of each teacher's rows, ascending; teachers in the order of their first row."""
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
@@ -279,3 +297,21 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int = 0) -> Bat
         position_ids=position_ids,
         loss_mask=(position_ids >= starts) & (position_ids < ends),
     )
+
+
+def load_text(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_bad: int | BadRows = 0
+) -> list[TokenizedExample]:
+    """The ``text`` fields of a JSONL file for language modelling: all tokens but the first are a completion.
+
+    Texts are cut at ``max_length`` tokens; those of fewer than two have nothing to predict and are left out. Bad rows and errors
+    are those of `load_examples`.
+    """
+
+    def read(row: Fields, index: int, source: str) -> list[TokenizedExample]:
+        ids = tokenizer(row.text("text"))["input_ids"]
+        cut = ids[1:max_length]
+        text = TokenizedExample(index, ids[:1], cut, [REFERENCE] * len(cut), (), len(ids) > max_length, source)
+        return [text] if len(ids) > 1 else []
+
+    return read_rows(path, None, skip_bad, read)

@@ -11,7 +11,7 @@ Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the st
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +22,16 @@ from switchkd.base.errors import ConfigError
 from switchkd.base.memory import halving
 from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.linear import packed
-from switchkd.decoding.pace import BLOCKS, Drafter, Pace
+from switchkd.decoding.pace import BLOCKS, Pace
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.decoding.rows import Job
+from switchkd.decoding.settings import DecodeSettings, Drafter
 from switchkd.forward.architecture import cache_bytes_per_token, num_parameters
 from switchkd.forward.ends import Ends
 from switchkd.forward.modes import evaluating
 from switchkd.forward.proof import prove
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
-from switchkd.methods.sampling import Sampling, draw, gumbel_noise, noise_key, speakers
+from switchkd.methods.sampling import draw, gumbel_noise, noise_key, speakers
 
 if TYPE_CHECKING:
     pass
@@ -61,11 +62,8 @@ def decode_reference(
 
     Slow on purpose: it defines what ``decode`` must return, token by token. Arguments and result are ``decode``'s.
     """
-    sampling = Sampling(temperature, top_p, top_k, min_p)
-    job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, sampling, seed, sample_ids, eos_token_ids, vocab_size,
-        teacher_prompt_ids,
-    )  # fmt: skip
+    settings = DecodeSettings(policy, max_new_tokens, temperature, seed, top_p, top_k, min_p)
+    job = Job.of(student, teacher, prompt_ids, settings, sample_ids, eos_token_ids, vocab_size, teacher_prompt_ids)
     for row in job.rows:
         state = policy.init(1)
         while row.stop_reason is None:
@@ -77,7 +75,7 @@ def decode_reference(
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
             key = noise_key(seed, row.sample_id, t)
-            token = draw(sampling.shape(decision.log_probs), gumbel_noise([key], job.vocab_size), temperature)
+            token = draw(settings.sampling.shape(decision.log_probs), gumbel_noise([key], job.vocab_size), temperature)
             speaker = speakers(decision, token, [key])
             state = policy.spoke(policy.observe(decision.state, token), speaker)
             seen = float(decision.divergence), float(decision.thresholds)
@@ -139,7 +137,7 @@ def decode(
         drafter: which model proposes the block. It moves time, never tokens.
         repeatable: take the models' sizes for their costs and do not look at the clock: rounding too is then the same each time.
         memory_gib: GiB that key/value caches and block buffers may take; fewer rows are then decoded together.
-        keep_hidden: whether rollouts carry ``teacher_hidden``.
+        keep_hidden: whether rollouts carry what the teacher ``said``: its hidden states.
         static_step: run the student's one-token steps on buffers that never move, on CUDA as one graph. Worth a try where
             the student is small; each change in the number of rows records the graph anew.
         vocab_size: ids that may be drawn (default: the rows that both models' logits have). Padding rows lie beyond.
@@ -156,16 +154,22 @@ def decode(
         ConfigError: for settings out of range. ModelError: for a model that is not decoded exactly (`switchkd.proof`).
         NoMemoryError: one row is too much for the memory. Stopped: a signal came between two rounds.
     """
-    if block_size != "auto" and block_size < 1:
-        raise ConfigError(f"block_size must be 'auto' or at least 1, got {block_size}")
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    if drafter not in get_args(Drafter):
-        raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {drafter!r}")
-    job = Job.of(
-        student, teacher, prompt_ids, policy, max_new_tokens, Sampling(temperature, top_p, top_k, min_p), seed, sample_ids,
-        eos_token_ids, vocab_size, teacher_prompt_ids,
+    settings = DecodeSettings(
+        policy, max_new_tokens, temperature, seed, top_p, top_k, min_p, block_size, batch_size, drafter, repeatable, memory_gib,
+        keep_hidden, static_step,
     )  # fmt: skip
+    job = Job.of(student, teacher, prompt_ids, settings, sample_ids, eos_token_ids, vocab_size, teacher_prompt_ids)
+    return decode_job(job, progress, watch)
+
+
+@torch.no_grad()
+def decode_job(
+    job: Job,
+    progress: Callable[[DecodeCost], None] | None = None,
+    watch: Callable[[Rollouts], None] | None = None,
+) -> Rollouts:
+    """``decode`` of arguments that are checked."""
+    student, teacher, settings = job.student, job.teacher, job.settings
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)
@@ -178,8 +182,15 @@ def decode(
             prove(model)
         for row in decodable:
             row.restart()
-        pace = Pace(sizes, job.vocab_size, next(student.parameters()).device, block_size, drafter, not repeatable)
-        engine = BlockEngine(job, deque(decodable), rows, pace, keep_hidden, static_step)
+        pace = Pace(
+            sizes,
+            job.vocab_size,
+            next(student.parameters()).device,
+            settings.block_size,
+            settings.drafter,
+            not settings.repeatable,
+        )
+        engine = BlockEngine(job, deque(decodable), rows, pace)
         with evaluating(student, teacher), packed(student, teacher):
             while engine.rows:
                 signals.check()
@@ -191,17 +202,18 @@ def decode(
                     watch(Rollouts([row.rollout() for row in job.rows], cost))
         return cost
 
-    most = min(batch_size or DEFAULT_BATCH, _rows_within(memory_gib, job), len(decodable))
+    most = min(settings.batch_size or DEFAULT_BATCH, _rows_within(job), len(decodable))
     cost, rows = halving(work, most, "decoding", "generation_batch_size")
     return Rollouts([row.rollout() for row in job.rows], cost, rows if rows < most else None)
 
 
-def _rows_within(memory_gib: float | None, job: Job) -> int:
+def _rows_within(job: Job) -> int:
     """Rows whose key/value caches and block buffers fit into ``memory_gib``.
 
     Raises:
         ConfigError: not even one does.
     """
+    memory_gib = job.settings.memory_gib
     if memory_gib is None:
         return len(job.rows)
     tokens = [job.capacity(who) for who in (STUDENT, TEACHER)]

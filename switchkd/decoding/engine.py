@@ -44,22 +44,22 @@ class BlockEngine:
         queue: deque[Row],
         batch_size: int,
         pace: Pace,
-        keep_hidden: bool = False,
-        static_step: bool = False,
     ):
-        self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, keep_hidden
+        self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, job.settings.keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
         self.models = [  # indexed by STUDENT, TEACHER
-            CachedModel(job.student, len(self.rows), job.capacity(STUDENT), job.vocab_size, static=static_step),
-            CachedModel(job.teacher, len(self.rows), job.capacity(TEACHER), job.vocab_size, keep_hidden),
+            CachedModel(
+                job.student, len(self.rows), job.capacity(STUDENT), job.vocab_size, static=job.settings.static_step
+            ),
+            CachedModel(job.teacher, len(self.rows), job.capacity(TEACHER), job.vocab_size, self.keep_hidden),
         ]
         self.device = self.models[STUDENT].device
         self.watches = [Stopwatch(model.device, pace.timed) for model in self.models]
         width = job.teacher.config.get_text_config().hidden_size * job.teacher.dtype.itemsize
-        fits = len(job.rows) * job.max_new_tokens * width <= HIDDEN_BYTES
+        fits = len(job.rows) * job.settings.max_new_tokens * width <= HIDDEN_BYTES
         self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
-        self.state: State = job.policy.init(len(self.rows), self.device)
+        self.state: State = job.settings.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
         # Whether a row was broken in a forward that read drafts too; without them it will show whether they did it.
         self.in_doubt = False
@@ -70,7 +70,7 @@ class BlockEngine:
         watch = Stopwatch(self.device, self.pace.timed)
         start = watch.now()
         reads = torch.stack(self.reads, 1).tolist()
-        left = max(self.job.max_new_tokens - len(row.completion) for row in self.rows)
+        left = max(self.job.settings.max_new_tokens - len(row.completion) for row in self.rows)
         plan = self.pace.plan(reads, 1 if self.in_doubt else left)
         self.in_doubt = False
         keys = [self._keys(k) for k in range(plan.block)]
@@ -97,7 +97,7 @@ class BlockEngine:
 
     def _reads(self) -> list[Tensor]:
         """Which model the policy looks at next, for each row: two ``[B]`` bool tensors."""
-        return [self._spread(read) for read in self.job.policy.reads(self.state)]
+        return [self._spread(read) for read in self.job.settings.policy.reads(self.state)]
 
     def _spread(self, answer: Tensor | bool) -> Tensor:
         """A policy's answer for all rows or for each, ``[B]``."""
@@ -105,7 +105,7 @@ class BlockEngine:
 
     def _keys(self, offset: int) -> list[int]:
         """The keys of every row's draw ``offset`` positions from here."""
-        return [noise_key(self.job.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
+        return [noise_key(self.job.settings.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
 
     def _draft(self, block: _Block) -> None:
         """Draws of one model, each read by it before the next."""
@@ -123,11 +123,11 @@ class BlockEngine:
 
     def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
         """The token ``[B]`` that a model alone would write."""
-        return self._draw(self.job.policy.proposal(who, logs), noise)
+        return self._draw(self.job.settings.policy.proposal(who, logs), noise)
 
     def _draw(self, log_probs: Tensor, noise: Tensor) -> Tensor:
         """A token of each row ``[B]`` from the target distributions ``[B, V]``."""
-        return draw(self.job.sampling.shape(log_probs), noise, self.job.sampling.temperature)
+        return draw(self.job.settings.sampling.shape(log_probs), noise, self.job.settings.sampling.temperature)
 
     def _verify(self, block: _Block) -> None:
         """What the other model says about all positions, in one forward over the rows that read it.
@@ -164,7 +164,7 @@ class BlockEngine:
         """Logits ``[b, T, V]`` after the rest of the rows' texts, if told to read them, and after each draft."""
         model, watch = self.models[who], self.watches[who]
         whole = [self.rows[row].tokens_of(who) for row in rows] if texts else None
-        limits = [len(self.rows[row].prompt_of(who)) + self.job.max_new_tokens for row in rows]
+        limits = [len(self.rows[row].prompt_of(who)) + self.job.settings.max_new_tokens for row in rows]
         if whole is not None:
             start = watch.now()
             model.catch_up(rows, whole)
@@ -190,16 +190,18 @@ class BlockEngine:
             # Log-softmax spreads one NaN or +inf over its whole row.
             broken = [reads[s] & block.logs[s][k][:, 0].isnan() for s in (STUDENT, TEACHER)]
             sound = alive & ~(broken[STUDENT] | broken[TEACHER])
-            decision = self.job.policy.step(self.state, logq, logp, start + k)
+            decision = self.job.settings.policy.step(self.state, logq, logp, start + k)
             token = self._draw(decision.log_probs, g)
             speaker = speakers(decision, token, block.keys[k])
-            self._keep_state(sound, self.job.policy.spoke(self.job.policy.observe(decision.state, token), speaker))
-            told = self._spread(self.job.policy.ends(self.state))
+            self._keep_state(
+                sound, self.job.settings.policy.spoke(self.job.settings.policy.observe(decision.state, token), speaker)
+            )
+            told = self._spread(self.job.settings.policy.ends(self.state))
             evidence = self._evidence(block, k, token, sound, reads)
             seen = decision.divergence, decision.thresholds
             numbers = (alive, token, speaker, *seen, told, *broken, *spoilt, *evidence)
             columns.append(torch.stack([n.to(wide) for n in numbers], 1))  # ids and counts are exact in fp32 up to 2^24
-            ends = told | torch.isin(token, self.eos) | (start + k + 1 == self.job.max_new_tokens)
+            ends = told | torch.isin(token, self.eos) | (start + k + 1 == self.job.settings.max_new_tokens)
             if k + 1 == block.plan.block:
                 break
             reads = self._reads()
@@ -283,7 +285,7 @@ class BlockEngine:
                 self.rows[place] = self.queue.popleft()
                 for model in self.models:
                     model.reset(place)
-                fresh = self.job.policy.init(1, self.device)
+                fresh = self.job.settings.policy.init(1, self.device)
                 for whole, first in zip(self.state, fresh, strict=True):
                     whole[place] = first[0]
         left = [place for place, row in enumerate(self.rows) if row.stop_reason is None]

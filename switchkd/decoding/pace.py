@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from switchkd.decoding.settings import Drafter
 from switchkd.methods.policy import STUDENT, TEACHER
-
-Drafter = Literal["auto", "student", "teacher"]
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 # Rows times positions of a round, each of which holds noise and two log-distributions over the vocabulary.

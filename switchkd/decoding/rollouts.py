@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypedDict, cast
 
 from switchkd.base.errors import DataError, NonFiniteError, SwitchKDError
 from switchkd.base.plain import TokenId, first, related, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from switchkd.data.texts import Text
 
 
 class RolloutRecord(TypedDict):
@@ -46,36 +44,21 @@ def _by_token(record: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One decoded row.
+class Rollout(Text):
+    """A decoded text, with what was decided at each of its tokens.
 
-    ``speakers[t]`` is 0 where the student and 1 where the teacher wrote ``completion_ids[t]``; ``divergences[t]`` is what
-    the policy saw there, in the policy's own divergence and unit, NaN where it did not look; ``thresholds[t]`` what it compared
-    that with, NaN where with nothing. ``stop_reason`` is ``eos`` (the last token is an end-of-sequence id), ``policy`` (the rule
-    ended the text behind the last token), ``length`` (the budget ran out), or, with the words in ``error``, ``empty_prompt``,
-    ``prompt_too_long``, ``invalid_token`` or ``non_finite``. ``teacher_prompt_ids`` are what the teacher read before the
-    completion, None where it read the student's prompt; ``teacher`` is the name of the teacher, "" the default one.
+    ``divergences[t]`` is what the policy saw there, in the policy's own divergence and unit, NaN where it did not look;
+    ``thresholds[t]`` what it compared that with, NaN where with nothing. ``stop_reason`` is ``eos`` (the last token is an
+    end-of-sequence id), ``policy`` (the rule ended the text behind the last token), ``length`` (the budget ran out), or, with the
+    words in ``error``, ``empty_prompt``, ``prompt_too_long``, ``invalid_token`` or ``non_finite``.
 
-    ``teacher_hidden``, if it was asked for and the teacher read every token: what entered the teacher's output layer at the
-    positions that predict the completion, ``[tokens, hidden size]``. The loss then needs no second forward of the teacher.
+    ``said``, if it was asked for and the teacher read every token, are the states from which the loss needs no second forward.
     """
 
-    sample_id: int
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    speakers: list[int]
     divergences: list[float]
     thresholds: list[float]
     stop_reason: str
     error: str | None = None
-    teacher_prompt_ids: list[int] | None = None
-    teacher: str = ""
-    teacher_hidden: "Tensor | None" = field(default=None, repr=False, compare=False)
-
-    @property
-    def teacher_reads(self) -> list[int]:
-        """The prompt as the teacher read it."""
-        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
     def failure(self, where: str) -> SwitchKDError:
         """The error to raise for a row that could not be decoded; ``where`` says what it was for."""
@@ -88,8 +71,8 @@ class Rollout:
         return mean(self.speakers)
 
     def to_json(self) -> RolloutRecord:
-        """A JSON-ready dictionary of everything but the hidden states; NaN becomes null."""
-        record = {name: getattr(self, name) for name in RolloutRecord.__annotations__}
+        """A JSON-ready dictionary of everything but what the teacher said; NaN becomes null."""
+        record = {name: getattr(self, "id" if name == "sample_id" else name) for name in RolloutRecord.__annotations__}
         record |= {name: [None if math.isnan(v) else v for v in record[name]] for name in _WITH_NAN}
         return cast(RolloutRecord, record)
 
@@ -97,6 +80,7 @@ class Rollout:
     def from_json(record: Mapping[str, Any]) -> "Rollout":
         """The rollout that ``to_json`` described; what else stands beside it is passed over."""
         own = {name: record[name] for name in RolloutRecord.__annotations__ if name in record}
+        own["id"] = own.pop("sample_id")
         return Rollout(**own | {name: [math.nan if v is None else v for v in own[name]] for name in _WITH_NAN})
 
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError
 from switchkd.decoding.rollouts import Rollout
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.architecture import context_length, context_note
 from switchkd.forward.ends import Ends
-from switchkd.methods.policy import STUDENT, TEACHER, Policy
-from switchkd.methods.sampling import Sampling
+from switchkd.methods.policy import STUDENT, TEACHER
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Row:
             self.stop_reason = "eos"
         elif ends:
             self.stop_reason = "policy"
-        elif len(self.completion) == job.max_new_tokens:
+        elif len(self.completion) == job.settings.max_new_tokens:
             self.stop_reason = "length"
 
     def restart(self) -> None:
@@ -81,8 +81,8 @@ class Row:
         """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
         return Rollout(
             self.sample_id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
-            self.stop_reason or "", self.error, self.teacher_prompt,
-            teacher_hidden=torch.cat(self.hidden) if self.hidden else None,
+            self.stop_reason or "", self.error, teacher_prompt_ids=self.teacher_prompt,
+            said=torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
 
 
@@ -92,34 +92,29 @@ class Job:
 
     student: PreTrainedModel
     teacher: PreTrainedModel
-    policy: Policy
     rows: list[Row]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
+    settings: DecodeSettings
     ends: Ends
     vocab_size: int
 
     def capacity(self, who: int) -> int:
         """Tokens of the longest row that STUDENT or TEACHER has still to read, its budget included."""
-        return max(len(row.prompt_of(who)) for row in self.rows if row.stop_reason is None) + self.max_new_tokens
+        return (
+            max(len(row.prompt_of(who)) for row in self.rows if row.stop_reason is None) + self.settings.max_new_tokens
+        )
 
     @staticmethod
     def of(
         student: PreTrainedModel,
         teacher: PreTrainedModel,
         prompt_ids: Sequence[Sequence[int]],
-        policy: Policy,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        sample_ids: Sequence[int] | None,
-        eos_token_ids: Sequence[int] | Ends | None,
-        vocab_size: int | None,
-        teacher_prompt_ids: Sequence[Sequence[int]] | None,
+        settings: DecodeSettings,
+        sample_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | Ends | None = None,
+        vocab_size: int | None = None,
+        teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> "Job":
-        if max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        """Raises ConfigError for arguments that do not go together; a row that cannot be decoded says so itself."""
         ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
         if len(ids) != len(prompt_ids):
             raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
@@ -133,7 +128,7 @@ class Job:
         ends = Ends.asked(eos_token_ids, vocab_size or shared, student, teacher)
         own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
         rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
-        job = Job(student, teacher, policy, rows, max_new_tokens, sampling, seed, ends, vocab_size or shared)
+        job = Job(student, teacher, rows, settings, ends, vocab_size or shared)
         for row in rows:
             _check_row(row, job)
         return job
@@ -148,7 +143,7 @@ def _check_row(row: Row, job: Job) -> None:
         _check_prompt(row, STUDENT, "prompt", "student's", student, job)
         if row.stop_reason is None:
             _check_prompt(row, TEACHER, "teacher prompt", "teacher's", teacher, job)
-    if row.stop_reason is None and job.max_new_tokens == 0:
+    if row.stop_reason is None and job.settings.max_new_tokens == 0:
         row.stop_reason = "length"
 
 
@@ -161,9 +156,9 @@ def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job
             "invalid_token",
             f"sample {row.sample_id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
         )
-    elif len(prompt) + job.max_new_tokens > context:
+    elif len(prompt) + job.settings.max_new_tokens > context:
         row.fail(
             "prompt_too_long",
-            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.max_new_tokens} exceed the {whose} "
-            f"context of {context:g}{context_note(*models)}; shorten the prompt or lower max_new_tokens",
+            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.settings.max_new_tokens} exceed the "
+            f"{whose} context of {context:g}{context_note(*models)}; shorten the prompt or lower max_new_tokens",
         )

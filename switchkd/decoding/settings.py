@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+from switchkd.base.errors import ConfigError
 from switchkd.base.settings import Settings
 from switchkd.methods.policies import Switch
 from switchkd.methods.policy import Policy
 from switchkd.methods.sampling import Sampling
+
+Drafter = Literal["auto", "student", "teacher"]
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How text is decoded, beside models and prompts: what decides its tokens, and what moves time alone.
+
+    The former are ``policy``, ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``min_p`` and ``seed``; ``decode`` says
+    what each of them means.
+
+    Raises:
+        ConfigError: for one that is out of range.
+    """
+
+    policy: Policy
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    block_size: int | Literal["auto"] = "auto"
+    batch_size: int | None = None
+    drafter: Drafter = "auto"
+    repeatable: bool = False
+    memory_gib: float | None = None
+    keep_hidden: bool = False
+    static_step: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.sampling  # which raises
+        if self.max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        if self.block_size != "auto" and self.block_size < 1:
+            raise ConfigError(f"block_size must be 'auto' or at least 1, got {self.block_size}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.drafter not in get_args(Drafter):
+            raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {self.drafter!r}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is drawn from the target distribution."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p)
 
 
 @dataclass(frozen=True)
@@ -42,18 +88,12 @@ class DecodeConfig(Settings):
         super().__post_init__()
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p)
 
-    def decode_arguments(self) -> dict[str, Any]:
-        """What these settings say to ``decode``."""
-        return {
-            "policy": self.policy,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
+    def decoding(self, **more: Any) -> DecodeSettings:
+        """What these settings say to ``decode``; ``more`` of its settings win."""
+        same = ("policy", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "static_step", "repeatable")
+        own = {name: getattr(self, name) for name in same} | {
             "block_size": self.block_size or "auto",
             "batch_size": self.generation_batch_size,
             "memory_gib": self.generation_memory_gib or None,
-            "static_step": self.static_step,
-            "repeatable": self.repeatable,
         }
+        return DecodeSettings(**own | more)

@@ -5,11 +5,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from itertools import chain, takewhile
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypedDict
-
-import numpy as np
+from typing import TypedDict
 
 from switchkd.base.errors import CheckpointError, DataError
 from switchkd.base.lock import Check
@@ -17,10 +15,11 @@ from switchkd.base.manifest import file_sha256
 from switchkd.base.plain import TokenId, check_type, json_object
 from switchkd.base.storage import append_lines, write_file, written
 from switchkd.data.texts import TokenizedExample
+from switchkd.decoding.decode import DEFAULT_BATCH
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import Rollout
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policy import TEACHER, TeacherOnly
-from switchkd.methods.sampling import Sampling
 from switchkd.models.pair import Pair
 from switchkd.teachers.store import (
     _CHUNK_BATCHES,
@@ -38,18 +37,6 @@ from switchkd.teachers.store import (
 HEADER, TEXTS, COMPLETE = "header.json", "texts.jsonl", "complete.json"
 
 
-def _examples_sha256(examples: Sequence[TokenizedExample], completions: bool) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        parts = [example.prompt_ids, example.completion_ids if completions else []]
-        mark = []  # no id is below 0, so that a teacher's prompt cannot be taken for anything else
-        if example.teacher_prompt_ids is not None:
-            mark, parts = [-1], [*parts, example.teacher_prompt_ids]
-        numbers = [*mark, example.id, *map(len, parts), *chain.from_iterable(parts)]
-        digest.update(np.array(numbers, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
 # --- the teacher's own text ---------------------------------------------------------------------------------------
 
 
@@ -57,32 +44,20 @@ def teacher_texts(
     pair: Pair,
     examples: Sequence[TokenizedExample],
     folder: Path,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 32,
-    block_size: int | Literal["auto"] = "auto",
-    memory_gib: float | None = None,
-    static_step: bool = False,
-    repeatable: bool = True,
+    settings: DecodeSettings,
     progress: Progress = lambda _: None,
 ) -> list[TokenizedExample]:
     """The examples with the teacher's own completion of each prompt in place of the reference (SeqKD, arXiv 1606.07947).
 
-    A token's noise is keyed by (``seed``, example id, position), so the text depends on no batch. It is stored in
+    A token's noise is keyed by (seed, example id, position), so the text depends on no batch. It is stored in
     ``folder`` as it is made; a call after a kill goes on behind the last whole line, and where all is there, the teacher is
     not called. One process at a time writes a folder: a second waits for it, and then finds the text.
 
     Args:
         pair: the teacher writes; the student drafts for it, which moves time and never tokens.
         examples: prompts, ids and references; their completions are not read.
-        max_new_tokens, temperature, top_p, top_k, min_p, seed: what the text depends on; stored, and compared when a folder is
+        settings: how it is decoded, whatever policy they name. What the text depends on is stored, and compared when a folder is
             opened again.
-        batch_size, block_size, memory_gib, static_step, repeatable: as in ``decode``.
 
     Returns:
         One example each, in order; ``truncated`` where the budget ran out before the end token.
@@ -96,17 +71,17 @@ def teacher_texts(
     if not examples:
         raise DataError("no examples for the teacher to complete; give a train_file with at least one usable row")
     folder = Path(folder)
-    sampling = Sampling(temperature, top_p, top_k, min_p)
-    header = _texts_header(pair, examples, max_new_tokens, sampling, seed)
-    settings = {
-        "policy": TeacherOnly(), "max_new_tokens": max_new_tokens, **dataclasses.asdict(sampling), "seed": seed,
-        "block_size": block_size, "batch_size": batch_size, "memory_gib": memory_gib, "static_step": static_step,
-        "repeatable": repeatable,
-    }  # fmt: skip
+    settings = dataclasses.replace(settings, policy=TeacherOnly())
+    header = _texts_header(pair, examples, settings)
     with alone(folder, whole=(folder / COMPLETE).exists()) as check:
         rows = _fill_texts(pair, examples, folder, header, settings, progress, check)
     return [
-        dataclasses.replace(e, completion_ids=row["completion_ids"], truncated=row["truncated"], speaker=TEACHER)
+        dataclasses.replace(
+            e,
+            completion_ids=row["completion_ids"],
+            speakers=[TEACHER] * len(row["completion_ids"]),
+            truncated=row["truncated"],
+        )
         for e, row in zip(examples, rows, strict=True)
     ]
 
@@ -116,19 +91,19 @@ def _fill_texts(
     examples: Sequence[TokenizedExample],
     folder: Path,
     header: Header,
-    settings: dict[str, Any],
+    settings: DecodeSettings,
     progress: Progress,
     check: Check,
 ) -> list[Header]:
     """All rows; those that are missing are made, and stored chunk by chunk."""
     rows = _open_texts(folder, header, examples)
     progress(len(rows))
-    chunk = _CHUNK_BATCHES * max(settings["batch_size"], 1)
+    chunk = _CHUNK_BATCHES * (settings.batch_size or DEFAULT_BATCH)
     while len(rows) < len(examples):
         # Chunks end where they would without a kill, so that the batches behind it are the same ones.
         part = examples[len(rows) : (len(rows) // chunk + 1) * chunk]
         rollouts = decode_examples(pair, part, settings, [example.id for example in part])
-        settings["batch_size"] = rollouts.rows_that_fit or settings["batch_size"]
+        settings = dataclasses.replace(settings, batch_size=rollouts.rows_that_fit or settings.batch_size)
         made = _sound_rows(rollouts)
         check()
         _append(folder, header, made)
@@ -141,9 +116,7 @@ def _fill_texts(
     return rows
 
 
-def _texts_header(
-    pair: Pair, examples: Sequence[TokenizedExample], max_new_tokens: int, sampling: Sampling, seed: int
-) -> Header:
+def _texts_header(pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings) -> Header:
     merged = pair.ends.merged_into
     return {
         "format": _FORMAT,
@@ -151,17 +124,17 @@ def _texts_header(
         "vocab_size": pair.vocab_size,
         "eos_token_ids": list(pair.eos_token_ids),
         **({} if merged is None else {"merged_eos_token_id": merged}),
-        "max_new_tokens": max_new_tokens,
-        "temperature": float(sampling.temperature),
-        **sampling.cuts,
-        "seed": seed,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": float(settings.temperature),
+        **settings.sampling.cuts,
+        "seed": settings.seed,
     }
 
 
 def _sound_rows(rollouts: Sequence[Rollout]) -> list[Header]:
     """What is stored of the rollouts before the first that failed."""
     return [
-        {"id": r.sample_id, "completion_ids": r.completion_ids, "truncated": r.stop_reason == "length"}
+        {"id": r.id, "completion_ids": r.completion_ids, "truncated": r.stop_reason == "length"}
         for r in takewhile(lambda rollout: rollout.error is None, rollouts)
     ]
 

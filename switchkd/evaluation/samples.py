@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from switchkd.data.texts import TokenizedExample, collate
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import Rollout
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
 from switchkd.forward.head import Head, response_hidden
 from switchkd.forward.modes import evaluating
 from switchkd.methods.divergences import LN2, jsd
-from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.models.pair import Pair
-from switchkd.training.settings import TrainConfig
 
 TOP = 5
 
@@ -82,20 +81,14 @@ def trace(read: Reader, rollout: Rollout) -> Trace:
     )
 
 
-def sample_policy(config: TrainConfig, bound: Policy, progress: float, step: int = 0) -> Policy:
-    """The rule that a run's samples are written under: its own, or, where it generates no text, the student alone."""
-    return bound.at(progress, step) if config.mix.generates else StudentOnly()
-
-
 def samples(
-    pair: Pair, examples: Sequence[TokenizedExample], policy: Policy, config: TrainConfig, task: Task | None
+    pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings, task: Task | None
 ) -> list[dict[str, Any]]:
     """Complete ``examples`` with the student as it is; a JSON-ready record for each: the rollout, its `Trace`, its scores.
 
     ``sample_id`` is the place of the prompt. ``scores`` are the task's, in percent, where the examples are held out and have
     references; ``reference`` is the first of these.
     """
-    settings = config.decode_arguments() | {"policy": policy, "seed": config.seed}
     records, read = [], Reader(pair)
     for example, rollout in zip(examples, decode_examples(pair, examples, settings, range(len(examples))), strict=True):
         found = trace(read, rollout)

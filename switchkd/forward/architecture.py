@@ -4,7 +4,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ModelError
-from switchkd.models.loading import _model_class
 
 if TYPE_CHECKING:
     import torch
@@ -81,14 +80,14 @@ def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> N
     name = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder model; switchkd decodes decoder-only models: choose one")
-    model_class = _model_class(config) if given_config else type(model_or_config)
+    kind = model_class(config) if given_config else type(model_or_config)
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - set(ROLLBACK_LAYERS)
     if kinds == {"chunked_attention"}:
         raise ModelError(
             f"{name} attends in chunks (chunked_attention), so a row's cache slots do not follow its token positions; "
             "choose a model with full or sliding-window attention"
         )
-    if kinds or model_class._is_stateful:
+    if kinds or kind._is_stateful:
         found = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "recurrent layers"
         raise ModelError(
             f"{name} has {found}: their state cannot be rolled back when a draft is rejected; "
@@ -117,3 +116,11 @@ def cache_bytes_per_token(model: "PreTrainedModel") -> int:
 def _kv_numbers(layer: "PretrainedConfig") -> int:
     head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     return (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads) * head
+
+
+def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{config.model_type} is not a causal language model; choose one that generates text")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -190,10 +190,6 @@ def merged_by(model: PreTrainedModel) -> int | None:
     return getattr(model.generation_config, MERGED, None)
 
 
-def _token(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode([token_id]) if 0 <= token_id < len(tokenizer) else "(no token)"
-
-
 def _closing(
     tokenizer: PreTrainedTokenizerBase, template: Template, stops: frozenset[int]
 ) -> tuple[int | None, list[str]]:

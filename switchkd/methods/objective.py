@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from switchkd.base.errors import ConfigError
-from switchkd.methods.objectives import _of_text, _without
 from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
@@ -103,7 +102,7 @@ class Objective:
         p, q, own = logp, logq, tokens
         for speaker, weight in weights.items():
             if weight == 0:
-                p, q = _without(tokens.speakers == speaker, p, q)
+                p, q = without(tokens.speakers == speaker, p, q)
                 own = own.without_returns(tokens.speakers == speaker)
         value = self.per_token(self.soften(p), self.soften(q), own)
         for speaker, weight in weights.items():
@@ -142,4 +141,17 @@ class PlainText(CrossEntropy):
 
 
 def _cross_entropy(logq: Tensor, tokens: Tokens) -> Tensor:
-    return -_of_text(logq, tokens)
+    return -of_text(logq, tokens)
+
+
+def without(left_out: Tensor, *logs: Tensor) -> list[Tensor]:
+    """Log-distributions ``[N, V]``, uniform at those of the N tokens that do not count.
+
+    An infinite loss there would be NaN in the gradient of what does: 0 times infinity.
+    """
+    return [each.masked_fill(left_out.unsqueeze(-1), -math.log(each.shape[-1])) for each in logs]
+
+
+def of_text(logs: Tensor, tokens: Tokens) -> Tensor:
+    """Log-probabilities ``[N]`` of the tokens written."""
+    return logs.gather(-1, tokens.ids.unsqueeze(-1)).squeeze(-1)

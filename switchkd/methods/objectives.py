@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from switchkd.base.errors import ConfigError
 from switchkd.methods import divergences
-from switchkd.methods.objective import CrossEntropy, Memory, Objective, Tokens, _cross_entropy
+from switchkd.methods.objective import CrossEntropy, Memory, Objective, Tokens, _cross_entropy, of_text, without
 from switchkd.methods.policy import STUDENT, TEACHER
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
@@ -275,7 +275,7 @@ class ReplacedCE(Objective):
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         replaced = tokens.speakers == TEACHER
-        p, q = _without(replaced, logp, logq)
+        p, q = without(replaced, logp, logq)
         return self._kept(p, q).where(~replaced, _cross_entropy(logq, tokens))
 
     def _kept(self, logp: Tensor, logq: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class OPD(Objective):
     """
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
-        p, q = _of_text(logp, tokens), _of_text(logq, tokens)
+        p, q = of_text(logp, tokens), of_text(logq, tokens)
         return (q.detach() - p) * (q - q.detach()).exp()
 
 
@@ -331,7 +331,7 @@ class MiniLLM(Objective):
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         assert tokens.returns is not None
-        p, q = _of_text(logp, tokens), _of_text(logq, tokens)
+        p, q = of_text(logp, tokens), of_text(logq, tokens)
         written = q.detach()
         if self.alpha > 0:
             written = (p + math.log(self.alpha)).logaddexp(written + math.log1p(-self.alpha))
@@ -356,25 +356,12 @@ def _times(factor: Tensor, value: Tensor) -> Tensor:
 
 def _weighed(weight: Tensor, divergence: divergences.Divergence, logp: Tensor, logq: Tensor) -> Tensor:
     """The product, with 0 times anything 0, also in the gradient; the weight is a constant."""
-    return weight * divergence(*_without(weight == 0, logp, logq))
-
-
-def _without(left_out: Tensor, *logs: Tensor) -> list[Tensor]:
-    """Log-distributions ``[N, V]``, uniform at those of the N tokens that do not count.
-
-    An infinite loss there would be NaN in the gradient of what does: 0 times infinity.
-    """
-    return [each.masked_fill(left_out.unsqueeze(-1), -math.log(each.shape[-1])) for each in logs]
+    return weight * divergence(*without(weight == 0, logp, logq))
 
 
 def _check_top_k(top_k: int) -> None:
     if top_k < 0:
         raise ConfigError(f"top_k of an objective is a number of tokens, or 0 for all, got {top_k}")
-
-
-def _of_text(logs: Tensor, tokens: Tokens) -> Tensor:
-    """Log-probabilities ``[N]`` of the tokens written."""
-    return logs.gather(-1, tokens.ids.unsqueeze(-1)).squeeze(-1)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

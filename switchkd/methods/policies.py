@@ -27,8 +27,10 @@ from switchkd.methods.policy import (
     State,
     StudentOnly,
     TeacherOnly,
-    _spoken_by,
-    _spoken_where,
+    blended,
+    spoken_by,
+    spoken_where,
+    unseen,
 )
 from switchkd.methods.relay import Relay
 
@@ -94,7 +96,7 @@ class Switch(Policy):
         # Rounding may leave [0, 1] by an ulp, and the first token (tau = 1) must be the student's.
         bits = (divergences.jsd(logp_teacher, logp_student) / divergences.LN2).clamp(0.0, 1.0)
         tau = self.threshold(position.to(bits.dtype))
-        return _spoken_where(bits > tau, logp_student, logp_teacher, bits, state, tau)
+        return spoken_where(bits > tau, logp_student, logp_teacher, bits, state, tau)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class AdaSwitch(Policy):
         recorded = d.float().masked_fill(switched, 0.0).unsqueeze(1)
         new_state = (window.scatter(1, oldest, recorded), seen + 1, switched | jump)
         d, limit = d.masked_fill(switched, math.nan), limit.masked_fill(~compared, math.nan)
-        return _spoken_where(teacher, logp_student, logp_teacher, d, new_state, limit)
+        return spoken_where(teacher, logp_student, logp_teacher, d, new_state, limit)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class MixIn(Policy):
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         teacher = logp_teacher + math.log(self.alpha)
         target = (logp_student + math.log1p(-self.alpha)).logaddexp(teacher)
-        return _blend(target, teacher, _unseen(target), state)
+        return blended(target, teacher, unseen(target), state)
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class SSD(Policy):
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
-        return _spoken_where(d > self.tau, logp_student, logp_teacher, d, state, d.new_full(d.shape, self.tau))
+        return spoken_where(d > self.tau, logp_student, logp_teacher, d, state, d.new_full(d.shape, self.tau))
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Hysteresis(Policy):
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
         teacher = (d >= self.give).where(holds, d > self.take)
         limit = d.new_full(d.shape, self.take).masked_fill(holds, self.give)
-        return _spoken_where(teacher, logp_student, logp_teacher, d, (teacher,), limit)
+        return spoken_where(teacher, logp_student, logp_teacher, d, (teacher,), limit)
 
 
 @dataclass(frozen=True)
@@ -324,14 +326,10 @@ class TRB(Policy):
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
         if self.budget == 0:
-            return _spoken_by(STUDENT, logp_student, state)
+            return spoken_by(STUDENT, logp_student, state)
         target, kl = divergences.largest_blend(logp_student, logp_teacher, self.budget)
         above = (target.exp() - logp_student.exp()).clamp(min=0)
-        return _blend(target, above.log(), kl, state)
-
-
-def _blend(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:
-    return Decision(target, d.new_zeros(d.shape).long(), d, state, teacher_part)
+        return blended(target, above.log(), kl, state)
 
 
 def _replacing(proposal: Tensor, kept: Tensor, instead: Tensor, state: State) -> Decision:
@@ -339,11 +337,7 @@ def _replacing(proposal: Tensor, kept: Tensor, instead: Tensor, state: State) ->
     lost = proposal.exp().masked_fill(kept, 0.0).sum(1)
     teacher = instead + lost.log().unsqueeze(1)
     target = proposal.masked_fill(~kept, -math.inf).logaddexp(teacher)
-    return _blend(target, teacher, lost, state)
-
-
-def _unseen(log_probs: Tensor) -> Tensor:
-    return log_probs.new_full(log_probs.shape[:1], math.nan)
+    return blended(target, teacher, lost, state)
 
 
 POLICIES: dict[str, type[Policy]] = {

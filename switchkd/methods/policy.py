@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
-
-from switchkd.methods.policies import _unseen
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
     import torch
@@ -34,7 +33,7 @@ class Decision(NamedTuple):
     @property
     def thresholds(self) -> Tensor:
         """``threshold``, spelt out ``[B]``."""
-        return _unseen(self.log_probs) if self.threshold is None else self.threshold
+        return unseen(self.log_probs) if self.threshold is None else self.threshold
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class StudentOnly(Policy):
         return True, False
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
-        return _spoken_by(STUDENT, logp_student, state)
+        return spoken_by(STUDENT, logp_student, state)
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,15 @@ class TeacherOnly(Policy):
         return False, True
 
     def step(self, state: State, logp_student: Tensor, logp_teacher: Tensor, position: Tensor) -> Decision:
-        return _spoken_by(TEACHER, logp_teacher, state)
+        return spoken_by(TEACHER, logp_teacher, state)
 
 
-def _spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:
+def spoken_by(speaker: int, log_probs: Tensor, state: State) -> Decision:
     who = log_probs.new_full(log_probs.shape[:1], speaker).long()
-    return Decision(log_probs, who, _unseen(log_probs), state)
+    return Decision(log_probs, who, unseen(log_probs), state)
 
 
-def _spoken_where(
+def spoken_where(
     teacher: Tensor,
     logp_student: Tensor,
     logp_teacher: Tensor,
@@ -135,6 +134,14 @@ def _spoken_where(
     return Decision(target, teacher.long(), d, state, threshold=threshold)
 
 
-def _one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+def one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     """``[B]`` bool: which of ``tokens`` ``[B]`` are among ``ids``."""
     return (tokens.unsqueeze(1) == tokens.new_tensor(ids)).any(1)
+
+
+def blended(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:
+    return Decision(target, d.new_zeros(d.shape).long(), d, state, teacher_part)
+
+
+def unseen(log_probs: Tensor) -> Tensor:
+    return log_probs.new_full(log_probs.shape[:1], math.nan)

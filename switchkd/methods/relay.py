@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from switchkd.base.errors import ConfigError
-from switchkd.methods.policies import _blend, _unseen
-from switchkd.methods.policy import TEACHER, Decision, Policy, State, _one_of
+from switchkd.methods.policy import TEACHER, Decision, Policy, State, blended, one_of, unseen
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
     import torch
@@ -85,7 +84,7 @@ class Relay(Policy):
         left, tokens, taken, ended, _ = state
         best = logp_teacher.argmax(1, keepdim=True)
         favoured = (logp_student.topk(min(self.student_top, logp_student.shape[1])).indices == best).any(1)
-        trigger = (left == 0) & (taken < self.legs) & _one_of(best[:, 0], self.trigger_ids) & ~favoured
+        trigger = (left == 0) & (taken < self.legs) & one_of(best[:, 0], self.trigger_ids) & ~favoured
         nothing = logp_teacher.new_full(logp_teacher.shape, -math.inf)
         target = logp_teacher.where((left > 0).unsqueeze(1), logp_student)
         target = nothing.scatter(1, best, 0.0).where(trigger.unsqueeze(1), target)
@@ -93,14 +92,14 @@ class Relay(Policy):
         others = (-logp_student.gather(1, best).exp()).log1p()
         part = target.where((left > 0).unsqueeze(1), nothing)
         part = nothing.scatter(1, best, others).where(trigger.unsqueeze(1), part)
-        return _blend(target, part, _unseen(target), (left, tokens, taken, ended, trigger))
+        return blended(target, part, unseen(target), (left, tokens, taken, ended, trigger))
 
     def observe(self, state: State, token: Tensor) -> State:
         left, tokens, taken, ended, trigger = state
-        over = _one_of(token, self.blank_ids) | (ended & _one_of(token, self.line_start_ids))
+        over = one_of(token, self.blank_ids) | (ended & one_of(token, self.line_start_ids))
         tokens = (tokens - 1).clamp(min=0)
         left = (left - over.long()).clamp(min=0).masked_fill(tokens == 0, 0)
-        return left, tokens, taken, _one_of(token, self.line_end_ids) & ~over, trigger
+        return left, tokens, taken, one_of(token, self.line_end_ids) & ~over, trigger
 
     def spoke(self, state: State, speaker: Tensor) -> State:
         left, tokens, taken, ended, trigger = state

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.plain import shown
-from switchkd.base.settings import from_dict
+from switchkd.base.settings import from_dict, plain_values, settings_kind
 from switchkd.methods.mixes import MIXES, Mix
 from switchkd.methods.objective import Objective
 from switchkd.methods.objectives import OBJECTIVES
@@ -62,3 +63,11 @@ def _imported(noun: str, path: str, source: str) -> type:
     if not (isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{source}: {path} is not a frozen dataclass that inherits from switchkd.{base.__name__}")
     return cls
+
+
+def _plain(rule: Any) -> dict[str, Any]:
+    return {"name": name_of(rule), **plain_values(dataclasses.asdict(rule))}
+
+
+for _noun, (_kind, _) in NOUNS.items():
+    settings_kind(_kind, partial(rule, _noun), _plain)

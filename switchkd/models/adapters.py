@@ -24,8 +24,7 @@ from switchkd.base.plain import check_type, json_object, shown
 from switchkd.forward.base_model import adapter_layers
 from switchkd.methods.sampling import Use, noise_key
 from switchkd.models.limits import check_patterns
-from switchkd.models.precision import cast_weights, quantised
-from switchkd.training.optimizer import Masters
+from switchkd.models.settings import cast_weights, quantised
 
 if TYPE_CHECKING:
     import torch
@@ -150,13 +149,13 @@ def save_adapter(
 
 
 @torch.no_grad()
-def load_adapter(model: PreTrainedModel, folder: Path, masters: Masters | None = None) -> None:
-    """Read saved adapter weights into the adapter of ``model``, or its masters, in place.
+def load_adapter(model: PreTrainedModel, folder: Path, into: Mapping[str, Tensor] | None = None) -> None:
+    """Read saved adapter weights into the adapter of ``model``, or into these tensors by the names of its weights, in place.
 
     Raises ModelError unless names and shapes agree.
     """
     try:
-        saved, own = load_file(folder / WEIGHTS), _tensors(model, masters.named if masters else {})
+        saved, own = load_file(folder / WEIGHTS), _tensors(model, into or {})
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} cannot be read: {error}; copy the adapter again") from error
     shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, own)]
@@ -169,8 +168,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, masters: Masters | None =
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
-    if masters:
-        masters.publish()
 
 
 def merged(

@@ -17,7 +17,8 @@ from switchkd.base.errors import ModelError
 from switchkd.base.manifest import file_sha256
 from switchkd.base.storage import cache_folder, staged_folder
 from switchkd.base.terminal import Terminal
-from switchkd.models.loading import save_tokenizer
+from switchkd.models.layers import prune_layers
+from switchkd.models.vocabulary import save_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -227,7 +228,7 @@ def _tensor_name(name: str) -> str:
 
 
 def _write_student(teacher: Path, student: Path) -> None:
-    from switchkd.models.loading import load_model
-    from switchkd.models.pruning import prune_layers
+    from transformers import LlamaForCausalLM
 
-    prune_layers(load_model(str(teacher), device="cpu"), STUDENT_LAYERS).save_pretrained(student)
+    whole = LlamaForCausalLM.from_pretrained(teacher, local_files_only=True, dtype="float32")
+    prune_layers(whole.eval(), STUDENT_LAYERS).save_pretrained(student)

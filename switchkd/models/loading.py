@@ -3,23 +3,24 @@
 Only safetensors and JSON are read, no code from a model folder runs, and a local folder never asks a hub.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from huggingface_hub import try_to_load_from_cache
+
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
-from switchkd.forward.architecture import refuse_recurrent
+from switchkd.data.small_data import small_pair_paths
+from switchkd.forward.architecture import model_class, refuse_recurrent
+from switchkd.models import demo_pair
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
-from switchkd.models.precision import chosen_dtype, quantised
-from switchkd.models.settings import BASE
-from switchkd.runs.model_card import HOW_FOUND, _is_path
+from switchkd.models.settings import BASE, chosen_dtype, quantised
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,6 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
 
 def _in_cache(name: str) -> str:
     """The folder in which the hub's cache holds a tokenizer; raises ModelError if it holds none."""
-    from huggingface_hub import try_to_load_from_cache
 
     found = next((file for file in TOKENIZER_FILES if isinstance(try_to_load_from_cache(name, file), str)), None)
     if found is None:
@@ -163,10 +163,7 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
     """The folder of that role if ``name`` is a pair that the package makes, else ``name``."""
     if name not in MADE:
         return name
-    from switchkd.models import demo_pair
-    from switchkd.runs import small_pair
-
-    teacher, student = demo_pair.demo_pair_paths() if name == "demo" else small_pair.small_pair_paths()
+    teacher, student = demo_pair.demo_pair_paths() if name == "demo" else small_pair_paths()
     return str(teacher if role == "teacher" else student)
 
 
@@ -261,18 +258,10 @@ def _as_model_error(source: str, is_local: bool) -> Iterator[None]:
         raise ModelError(f"cannot load {source}{where}: {error}; check the name, or copy the model again") from error
 
 
-def _model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{config.model_type} is not a causal language model; choose one that generates text")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
 def _attention(config: "PretrainedConfig") -> str:
     # sdpa has no place for a tanh on the attention logits, and leaves it out.
     soft_capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
-    return "eager" if soft_capped or not _model_class(config)._supports_sdpa else "sdpa"
+    return "eager" if soft_capped or not model_class(config)._supports_sdpa else "sdpa"
 
 
 def _dtype(name: str, device: "torch.device") -> "torch.dtype":
@@ -302,15 +291,3 @@ def _device(name: str | None) -> "torch.device":
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}, but PyTorch sees no CUDA device; use 'cpu', or leave device out")
     return device
-
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
-
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save a tokenizer for ``from_pretrained``, without a word on where it was found."""
-    tokenizer.save_pretrained(folder)
-    file = folder / TOKENIZER_CONFIG
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in settings.items() if name not in HOW_FOUND and not _is_path(value)}
-    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

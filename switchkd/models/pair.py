@@ -22,9 +22,8 @@ from switchkd.models.loading import (
     load_tokenizer,
     made,
 )
-from switchkd.models.precision import chosen_teacher_dtype, dtype_name
 from switchkd.models.saved_student import verify_saved
-from switchkd.models.settings import BASE
+from switchkd.models.settings import BASE, chosen_teacher_dtype, dtype_name
 from switchkd.models.vocabulary import (
     check_logits_rows,
     check_vocabulary,

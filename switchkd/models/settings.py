@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from switchkd.base.errors import ConfigError
 from switchkd.base.settings import Settings
-from switchkd.models.precision import Settings, chosen_dtype, chosen_teacher_dtype
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PretrainedConfig
 
 
-pass
+Chosen = TypeVar("Chosen", bound="ModelConfig")
 
 
-def with_dtypes(config: Settings, device: torch.device) -> Settings:
+def with_dtypes(config: Chosen, device: torch.device) -> Chosen:
     """The same settings with ``auto`` replaced by what it means on this device. A teacher on the student's base has its dtype."""
     dtype = chosen_dtype(config.dtype, device)
     teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, device)
@@ -101,3 +103,50 @@ class ModelConfig(Settings):
             )
         if self.load_in_4bit and self.dtype == "float64":
             raise ConfigError("load_in_4bit has no products in float64; set dtype to bfloat16 or float32")
+
+
+AUTO = "auto"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype by the name that settings have for it, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def good_at_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are made by the device itself. On a CPU they are mostly slower than those in float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu"
+
+
+def quantised(config: PretrainedConfig) -> str:
+    """How the weights of a model are quantised, such as ``bitsandbytes``, whoever did it; "" if they are not."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return "" if not found else str(getattr(method, "value", method))
+
+
+def chosen_dtype(name: str, device: torch.device) -> str:
+    """``name``, or what ``auto`` means on this device: bfloat16 where it is good at it, else float32."""
+    return name if name != AUTO else "bfloat16" if good_at_bfloat16(device) else "float32"
+
+
+def chosen_teacher_dtype(name: str, student: str, device: torch.device) -> str:
+    """``name``, or what ``auto`` means: float64 beside a student in float64, whose run is to be exact, else by device."""
+    return "float64" if name == AUTO and student == "float64" else chosen_dtype(name, device)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the weights of ``model`` into ``dtype`` as ``from_pretrained`` would. Buffers stay, such as the angles of positions."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_in(dtype, model, name, parameter))
+
+
+def dtype_in(compute: torch.dtype | None, model: nn.Module, name: str, parameter: nn.Parameter) -> torch.dtype:
+    """What a model that computes in ``compute`` keeps a weight in: those in 4 bits stay, and some that never leave float32."""
+    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = any(re.search(rf"(^|\.){re.escape(module)}($|\.)", name) for module in wide)
+    return parameter.dtype if compute is None or kept or not parameter.is_floating_point() else compute

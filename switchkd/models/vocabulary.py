@@ -1,7 +1,9 @@
 """Whether models can share text: one tokenizer id by id, logits for every id; and what differs in prompts."""
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import VocabularyError
 
@@ -124,3 +126,23 @@ def _differing_cut(tokenizer: "PreTrainedTokenizerBase", teacher_ids: list[int],
         f"text the teacher writes {teacher_part}, the student {student_part}; copy the teacher's tokenizer files "
         "into the student's folder if the student was trained with them, else choose another pair"
     )
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer for ``from_pretrained``, without a word on where it was found."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if name not in HOW_FOUND and not is_path(value)}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# How transformers found a tokenizer here, which it writes down with it.
+HOW_FOUND = ("name_or_path", "is_local", "local_files_only", "cache_dir")
+
+
+def is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("/") and "\n" not in value and len(Path(value).parts) > 2

@@ -28,8 +28,20 @@ from switchkd.reports.compare import (
     references,
     training_settings,
 )
-from switchkd.reports.curves import cost, has, metric_panels, panel_notes, quantity
-from switchkd.reports.panels import GREY, MARKERS, axis_label, draw, legend, look, plain, plain_axes
+from switchkd.reports.curves import cost, metric_panels
+from switchkd.reports.panels import (
+    GREY,
+    MARKERS,
+    axis_label,
+    draw,
+    has,
+    legend,
+    look,
+    panel_notes,
+    plain,
+    plain_axes,
+    quantity,
+)
 from switchkd.reports.record import read_settings, read_steps
 from switchkd.reports.steps import SCORE, Steps
 from switchkd.reports.tables import direction

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -17,16 +17,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.base.terminal import harmless, number, percent, visible
+from switchkd.base.terminal import console, harmless, number, percent, visible
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
-from switchkd.reports import tables as report
+from switchkd.decoding.settings import DecodeSettings
+from switchkd.reports.tables import scores_line, step_line
 from switchkd.reports.viewer import SPEAKERS, bars, pieces, spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.data.texts import TokenizedExample
+    from switchkd.decoding.rollouts import DecodeCost, Rollout
+    from switchkd.decoding.settings import DecodeSettings
     from switchkd.models.pair import Pair
     from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
 
@@ -61,21 +64,21 @@ def train(trainer: Trainer, primary: str, run: Callable[[OnStep, OnRound | None]
 
         run(on_step, on_round)
 
-    if report.console.is_terminal:
-        with Live(console=report.console) as live:
+    if console.is_terminal:
+        with Live(console=console) as live:
             view = TrainView(trainer, primary, live.update)
             told(harmless("the view", view.on_step), harmless("the view", view.on_round))
     else:
-        report.console.print("train …")
+        console.print("train …")
         told(harmless("the line of a step", lambda m, _: _print_step(_of(m["step"], trainer), m, primary)))
     if cost.kept_tokens:
-        report.console.print(f"generated {report.cost_line(cost)}", soft_wrap=True)
+        console.print(f"generated {cost_line(cost)}", soft_wrap=True)
 
 
 def _print_step(step: str, metrics: Metrics, primary: str) -> None:
-    report.console.print(f"step {step}: {report.step_line(metrics)} ({metrics['seconds']:.1f} s)", soft_wrap=True)
-    if scores := report.scores_line(metrics, primary):
-        report.console.print(f"step {metrics['step']}: {scores}", soft_wrap=True)
+    console.print(f"step {step}: {step_line(metrics)} ({metrics['seconds']:.1f} s)", soft_wrap=True)
+    if scores := scores_line(metrics, primary):
+        console.print(f"step {metrics['step']}: {scores}", soft_wrap=True)
 
 
 def _of(step: int, trainer: Trainer) -> str:
@@ -108,11 +111,11 @@ class TrainView:
     def on_step(self, metrics: Metrics, rollouts: Rollouts) -> None:
         """A step is done."""
         self.steps.append(metrics)
-        if scores := report.scores_line(metrics, self.primary):
+        if scores := scores_line(metrics, self.primary):
             self.scores = f"step {metrics['step']}: {scores}"
         if rollouts:
             newest = rollouts[-1]
-            head = f"#{newest.sample_id} ({newest.stop_reason}) ", "dim"
+            head = f"#{newest.id} ({newest.stop_reason}) ", "dim"
             self.sample = Text.assemble(head, spoken(newest, self.trainer.pair.tokenizer))
         self.doing = ""
         self._draw()
@@ -170,38 +173,38 @@ class _Head:
             yield Text("…", style="dim")
 
 
-def play(pair: Pair, example: TokenizedExample, settings: Mapping[str, Any], sample_id: int) -> Rollout:
+def play(pair: Pair, example: TokenizedExample, settings: DecodeSettings, sample_id: int) -> Rollout:
     """Show one rollout being written and return it; where there is no terminal, print it and its bars when it is done.
 
     ``settings`` are those of ``decode_examples``, and so are the tokens.
     """
-    console, tokenizer = report.console, pair.tokenizer
+    tokenizer = pair.tokenizer
     decoded = _watched if console.is_terminal else decode_examples
     rollouts = decoded(pair, [example], settings, [sample_id])
     [rollout] = rollouts
     if console.is_terminal and not rollout.error:
         console.print(*written(rollout, tokenizer, console.width), f"({rollout.stop_reason})", sep="\n")
     else:
-        report.print_rollout(rollout, tokenizer)
+        print_rollout(rollout, tokenizer)
         for line in mark_lines(rollout):
             console.print(line, soft_wrap=True)
-    console.print(report.cost_line(rollouts.cost), soft_wrap=True)
+    console.print(cost_line(rollouts.cost), soft_wrap=True)
     return rollout
 
 
 def _watched(
-    pair: Pair, examples: Sequence[TokenizedExample], settings: Mapping[str, Any], sample_ids: Sequence[int]
+    pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings, sample_ids: Sequence[int]
 ) -> Rollouts:
     """``decode_examples`` of one example, drawn after every round until it is done."""
-    console, tokenizer = report.console, pair.tokenizer
+    tokenizer = pair.tokenizer
     console.print(visible(tokenizer.decode(examples[0].prompt_ids)), style="dim", soft_wrap=True)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(rows: Rollouts) -> None:
-            lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings["max_new_tokens"])]
+            lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings.max_new_tokens)]
             live.update(Group(*lines[-console.height + 1 :]), refresh=True)
 
-        return decode_examples(pair, examples, {**settings, "watch": watch}, sample_ids)
+        return decode_examples(pair, examples, settings, sample_ids, watch=watch)
 
 
 def state_line(rows: Rollouts, budget: int) -> Text:
@@ -277,3 +280,22 @@ class _Page:
             text.append(part, style)
             for line, mark in zip(below, marks, strict=True):
                 line.append(mark * cell_len(part), line.style or style)
+
+
+def cost_line(cost: DecodeCost) -> str:
+    """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
+    s = cost.summary()
+    return (
+        f"{cost.kept_tokens} tokens ({percent(1 - s['teacher_share'])} student, {percent(s['teacher_share'])} teacher), "
+        f"{number(s['tokens_per_second'], 2)} tokens/s; forwards per kept token: "
+        f"student {number(s['student_forwards_per_token'])}, teacher {number(s['teacher_forwards_per_token'])}"
+    )
+
+
+def print_rollout(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The completion, the teacher's words in colour (in brackets where there is no terminal), or why there is none."""
+    text = Text()
+    text.append(f"#{rollout.id} ({rollout.stop_reason}) ", style="dim")
+    if rollout.error:
+        text.append(rollout.error, style="red")
+    console.print(text + spoken(rollout, tokenizer, brackets=not console.is_terminal), soft_wrap=True)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.base.errors import DataError
-from switchkd.reports.curves import LOSS, OWN, SHARE, Array, Metrics, _apart, has, panel_notes, quantity, series
-from switchkd.reports.steps import SCORE, Steps, alike
+from switchkd.base.plain import Lines
+from switchkd.decoding.metrics import BANDS
+from switchkd.reports.steps import SCORE, Steps, alike, differences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,3 +219,93 @@ def legend(figure: Figure, note: str = "") -> None:
             found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
             handlelength=3, title=textwrap.fill(plain(note), 100), title_fontsize=8,
         )  # fmt: skip
+
+
+Metrics = Lines
+
+
+Array = NDArray[np.float64]
+
+
+SHARE = "%"
+
+
+# In the place of a unit that depends on the run: that of its policy, and that of its objective.
+OWN, LOSS = "policy's", "objective's"
+
+
+# What a metric is and its unit. Shares are from 0 to 1 and shown in percent.
+QUANTITIES = {
+    "loss": ("loss", LOSS),
+    "lm_loss": ("language-modelling loss", "nats per token"),
+    "switch/divergence_mean": ("mean divergence", OWN),
+    **{
+        f"switch/divergence_{start}+": (
+            f"divergence at positions {f'from {start}' if math.isinf(end) else f'{start} to {end - 1}'}",
+            OWN,
+        )
+        for start, end in BANDS
+    },
+    "switch/threshold": ("threshold", OWN),
+    "switch/teacher_share": ("teacher's share of tokens", SHARE),
+    "switch/switched_share": ("responses with a switch", SHARE),
+    "switch/first_switch": ("first switch", "token position"),
+    "decode/agreement": ("agreement", SHARE),
+    "decode/block_length": ("block length", "tokens"),
+    "decode/kept_per_block": ("kept of a block", "tokens"),
+    "tokens_per_second": ("training speed", "tokens/s"),
+    "decode/tokens_per_second": ("decoding speed", "tokens/s"),
+    "memory_gib": ("memory", "GiB"),
+    "step": ("optimizer step", ""),
+    "num_tokens": ("response tokens trained on", ""),
+}
+
+
+SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
+
+
+def quantity(name: str) -> tuple[str, str]:
+    """What a metric is, in words, and its unit; "" where it has none, OWN or LOSS where it depends on the run."""
+    if name.startswith(SCORE):
+        score = name.removeprefix(SCORE)
+        return score, SCORE_UNITS.get(score.split("@")[0], SHARE)
+    return QUANTITIES.get(name, (name, ""))
+
+
+def series(metrics: Metrics, name: str) -> tuple[Array, Array]:
+    """The steps that have a metric, and its values; NaN where one is missing or not finite."""
+    own = [m for m in metrics if name in m]
+    values = np.array([math.nan if m[name] is None else m[name] for m in own], dtype=np.float64)
+    return np.array([m["step"] for m in own], dtype=np.float64), np.where(np.isfinite(values), values, math.nan)
+
+
+def has(metrics: Metrics, name: str) -> bool:
+    """Whether there is a value to draw."""
+    return bool(np.isfinite(series(metrics, name)[1]).any())
+
+
+def panel_notes(panels: Sequence[Panel]) -> str:
+    """What has to be known of lines: over how many steps they are averaged, what bands are, and why some stand apart."""
+    lines = [line for panel in panels for line in panel.lines]
+    means = {_is_smoothed(run, line.name) for line in lines for run in line.runs if has(run, line.name)}
+    which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} steps and more"
+    notes = [f"{which}: means of {SMOOTH} steps."] if True in means else []
+    if any(len(line.runs) > 1 for line in lines):
+        notes.append("Bands: range of a method's runs.")
+    by_metric: dict[tuple[str, str], list[dict[str, Sequence[Steps]]]] = {}
+    for panel in panels:
+        for name in dict.fromkeys(line.name for line in panel.lines):
+            own = {line.label: line.runs for line in panel.lines if line.name == name}
+            by_metric.setdefault((name, panel.x), []).append(own)
+    apart = {(name, _apart(groups[0], other, name)) for (name, _), groups in by_metric.items() for other in groups[1:]}
+    notes += [
+        f"{quantity(name)[0]} has panels of its own where it is not measured alike: {why}."
+        for name, why in sorted(apart)
+    ]
+    return " ".join(notes)
+
+
+def _apart(group: Mapping[str, Sequence[Steps]], other: Mapping[str, Sequence[Steps]], name: str) -> str:
+    """Why a metric of two groups of runs cannot be compared."""
+    (first, *_), (second, *_) = next(iter(group.values())), next(iter(other.values()))
+    return f"in {second.name}, {'; '.join(differences(first, second, name))} as in {first.name}"

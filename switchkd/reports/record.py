@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from switchkd.base.errors import CheckpointError, ConfigError, DataError
 from switchkd.base.manifest import STAMP
@@ -29,14 +29,11 @@ from switchkd.evaluation.results import Evaluation, read_results
 from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent, scored_another
 from switchkd.reports.steps import Steps
 from switchkd.training.checkpoint import checkpoints, step_of
-from switchkd.training.records import CONFIG, METRICS, ORIGIN, ROLLOUTS, SAMPLES
+from switchkd.training.records import CONFIG, METRICS, ORIGIN, ROLLOUTS, SAMPLES, Count, StepRecord
 from switchkd.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Count = Annotated[int, range(2**63)]
 
 
 class _Rule(TypedDict):
@@ -58,13 +55,7 @@ class _Settings(TypedDict):
     max_steps: int
 
 
-class _Step(TypedDict):
-    """What every line of every record has."""
-
-    step: Count
-
-
-class StepLine(_Step):
+class StepLine(StepRecord):
     """What every line of metrics.jsonl has; its other metrics are numbers too, or null."""
 
     num_tokens: Count

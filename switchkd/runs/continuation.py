@@ -7,38 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
-from switchkd.training.checkpoint import BEST, PREFIX, bests, checkpoints, numbered, read_state, step_of
+
 pass
-from switchkd.training.settings import FREE_ON_RESUME, TrainConfig
-from switchkd.base.settings import to_dict
-from switchkd.data.texts import TokenizedExample
-from switchkd.base.errors import CheckpointError, ConfigError, DataError, SwitchKDWarning
-from switchkd.base.lock import LOCK
-from switchkd.base.manifest import STAMP, put_aside, read_record, take_away, verify
-from switchkd.models.loading import default_device
-from switchkd.base.plain import check_type
-from switchkd.models.settings import with_dtypes
-from switchkd.evaluation.results import EVALUATION, completions_file, read_results, take_out
-from switchkd.training.records import CONFIG, METRICS, ORIGIN, ROLLOUTS, SAMPLES, keep_until
-from switchkd.reports.record import read_config
-from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
-from switchkd.base.storage import is_leftover, write_file
-from switchkd.base.manifest import json_sha256
 import hashlib
 import inspect
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+
 import torch
+
 from switchkd.base import __version__
+from switchkd.base.errors import CheckpointError, ConfigError, DataError, SwitchKDWarning
+from switchkd.base.lock import LOCK
+from switchkd.base.manifest import file_sha256, json_sha256, read_record
+from switchkd.base.plain import check_type
+from switchkd.base.settings import to_dict
+from switchkd.base.storage import is_leftover, write_file
+from switchkd.data.texts import TokenizedExample
+from switchkd.evaluation.results import EVALUATION, completions_file
 from switchkd.methods.rules import NOUNS, name_of
-from switchkd.training.settings import TrainConfig
-from switchkd.base.errors import SwitchKDWarning
-from switchkd.base.manifest import file_sha256
-
-
-
+from switchkd.models.loading import default_device
+from switchkd.models.settings import with_dtypes
+from switchkd.reports.record import read_config
+from switchkd.training.records import CONFIG, ORIGIN
+from switchkd.training.settings import FREE_ON_RESUME, TrainConfig
 
 CONDITIONS = "conditions"
 # What a run writes before its first checkpoint. It makes them anew.

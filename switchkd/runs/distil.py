@@ -15,68 +15,53 @@ student/          the result, for ``from_pretrained``: a model, or the adapter a
 
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
 import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel
-from switchkd.reports import live, tables as report
+
 from switchkd.base import signals
-from switchkd.models.adapters import check_trainable
-from switchkd.training.checkpoint import Weights, checkpoints
-from switchkd.runs.continuation import conditions, own_code
-from switchkd.data.settings import DataConfig
-from switchkd.evaluation.settings import EvalConfig
-from switchkd.models.settings import ModelConfig
-from switchkd.training.settings import TrainConfig
-from switchkd.base.settings import to_dict
-from switchkd.runs.continuation import begun, check_origin, check_run, on_recorded_day
-from switchkd.data.examples import Example, load_examples, load_text
-from switchkd.data.texts import Message, TokenizedExample, by_teacher, teacher_prompt_limit, tokenize
-from switchkd.base.storage import cache_folder
-from switchkd.base.errors import ConfigError, DataError, DiskError, NoMemoryError, NonFiniteError, SwitchKDWarning, nearest
-from switchkd.evaluation.settings import EvalSettings
-from switchkd.evaluation.evaluate import evaluate, score_names, work
-from switchkd.data.lines import SAMPLE, BadRows
+from switchkd.base.errors import (
+    DataError,
+    DiskError,
+    NoMemoryError,
+    NonFiniteError,
+    SwitchKDWarning,
+)
 from switchkd.base.lock import Check, locked
-from switchkd.base.manifest import CARD
-from switchkd.runs.model_card import model_card
-from switchkd.models.pair import Pair, load_pair
-from switchkd.forward.architecture import context_length, context_note
-from switchkd.base.plain import check_text
-from switchkd.methods.policy import Policy, StudentOnly
-from switchkd.models.settings import with_dtypes
-from switchkd.training.processes import from_main, new_accelerator, with_launchers_settings
-from switchkd.forward.proof import prove
-from switchkd.runs.model_card import public_name
-from switchkd.runs.finishing import rehearse, save_student
-from switchkd.evaluation.results import EVALUATION, Evaluation, read_results, write_results
-from switchkd.decoding.rollouts import Rollouts
-from switchkd.training.records import CONFIG
-from switchkd.evaluation.samples import sample_policy, samples
-from switchkd.methods.sampling import Sampling
-from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
-from switchkd.forward.sharding import whole
+from switchkd.base.manifest import CARD, json_sha256
+from switchkd.base.settings import to_dict
 from switchkd.base.storage import tidy, write_file
-from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
-from switchkd.teachers.states import TeacherCache
-from switchkd.base.manifest import json_sha256
-from switchkd.decoding.teacher_texts import teacher_texts
-from switchkd.teachers.store import weights_sha256
-from switchkd.data.template_inputs import SOME_DAY, Template, today
-from switchkd.data.settings import template_settings, with_date
-from switchkd.data.templates import Encoder
-from switchkd.runs.tracking import Trackers, check_trackers
-from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
-from switchkd.models.pair import within
-from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
+from switchkd.data.settings import with_date
+from switchkd.data.template_inputs import today
+from switchkd.decoding.rollouts import Rollouts
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
+from switchkd.evaluation.samples import samples
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.forward.sharding import whole
+from switchkd.methods.policy import Policy, StudentOnly
+from switchkd.models.pair import Pair
+from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
+from switchkd.models.settings import with_dtypes
+from switchkd.reports import live
+from switchkd.base.terminal import console, number
+from switchkd.reports.tables import print_results
+from switchkd.runs.continuation import begun, check_origin, check_run, conditions, on_recorded_day, own_code
+from switchkd.runs.finishing import rehearse, save_student
 from switchkd.runs.heldout import Heldout, _check_metric, all_settings, eval_settings, load_heldout, score, write_scores
-
-
+from switchkd.runs.model_card import model_card
+from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
+from switchkd.runs.tracking import Trackers, check_trackers
+from switchkd.teachers.store import weights_sha256
+from switchkd.training.checkpoint import Weights, checkpoints
+from switchkd.training.processes import from_main, new_accelerator, with_launchers_settings
+from switchkd.training.records import CONFIG
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
 
 
 def distil(config: TrainConfig) -> dict[str, Evaluation]:
@@ -193,7 +178,8 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
 
     def sample(progress: float) -> list[dict[str, Any]]:
         policy = sample_policy(trainer.config, trainer.policy, progress, trainer.step)
-        return samples(trainer.pair, watched, policy, trainer.config, heldout.task if heldout.examples else None)
+        how = trainer.config.decoding(policy=policy, seed=trainer.config.seed)
+        return samples(trainer.pair, watched, how, heldout.task if heldout.examples else None)
 
     def run(show: OnStep = lambda *_: None, on_round: OnRound | None = None) -> None:
         def on_step(metrics: Metrics, rollouts: Rollouts) -> None:
@@ -220,9 +206,9 @@ def _finish(
     """Save the student, which has these ``weights``, score it into ``results``, and say where all that lies."""
     config, pair, run = trainer.config, trainer.pair, trainer.run
     if trainer.best and not quiet:
-        report.console.print(
+        console.print(
             f"the best student is that of step {trainer.best['step']}: {config.metric_for_best_model} "
-            f"{report.number(trainer.best['score'])}",
+            f"{number(trainer.best['score'])}",
             soft_wrap=True,
         )
     trainer.check_place()
@@ -236,10 +222,15 @@ def _finish(
         trackers.log({f"final/{name}": mean for name, mean in after.means().items()}, trainer.step)
         write_scores(run / EVALUATION, heldout, known, results)
         if not quiet:
-            report.print_results(results, heldout.shown() | known)
+            print_results(results, heldout.shown() | known)
     write_file(
         run / STUDENT / CARD, model_card(trainer, results, heldout.shown() | known, saved.sha256 if saved else "")
     )
-    report.console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
+    console.print(f"student saved in {run / STUDENT}", soft_wrap=True)
     if not quiet:
-        report.console.print(f"look at the run: switchkd report {run}", soft_wrap=True)
+        console.print(f"look at the run: switchkd report {run}", soft_wrap=True)
+
+
+def sample_policy(config: TrainConfig, bound: Policy, progress: float, step: int = 0) -> Policy:
+    """The rule that a run's samples are written under: its own, or, where it generates no text, the student alone."""
+    return bound.at(progress, step) if config.mix.generates else StudentOnly()

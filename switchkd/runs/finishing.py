@@ -1,21 +1,20 @@
 """What the end of a run does with its student, and the same tried before the first step, so that nothing fails there at last."""
 
 import gc
+
 import torch
 from transformers import PreTrainedModel
-from switchkd.models.adapters import merged
-from switchkd.training.checkpoint import Weights, save_model
+
 from switchkd.base.errors import ModelError, NoMemoryError, SwitchKDError
-from switchkd.models.precision import cast_weights
 from switchkd.base.memory import out_of_memory
-from switchkd.runs.model_card import model_card
-from switchkd.models.loading import load_model
-from switchkd.models.precision import dtype_name
-from switchkd.models.saved_student import STUDENT, Stamp
 from switchkd.base.storage import scratch_folder
+from switchkd.models.adapters import merged
+from switchkd.models.loading import load_model
+from switchkd.models.saved_student import STUDENT, Stamp
+from switchkd.models.settings import cast_weights, dtype_name
+from switchkd.runs.model_card import model_card
+from switchkd.training.checkpoint import Weights, save_model
 from switchkd.training.trainer import Trainer
-
-
 
 
 def save_student(trainer: Trainer, folder: str, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,34 +12,34 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
 from switchkd.base import __version__
-from switchkd.reports import tables as report
-from switchkd.models.adapters import has_adapter
+from switchkd.base.manifest import CARD, MANIFEST
+from switchkd.base.settings import to_dict
+from switchkd.base.storage import expanded
+from switchkd.data.lines import PREFIX, SAMPLE
+from switchkd.forward.architecture import num_parameters
+from switchkd.methods.rules import name_of
+from switchkd.models.adapters import ADAPTER_CONFIG, has_adapter
+from switchkd.models.loading import BASE, MADE, adapter_base
+from switchkd.models.settings import dtype_name, quantised
+from switchkd.base.terminal import number
+from switchkd.reports.tables import FEW, estimate_text
 from switchkd.runs.continuation import conditions
 from switchkd.training.settings import TrainConfig
-from switchkd.methods.rules import name_of
-from switchkd.base.settings import to_dict
-from switchkd.data.lines import PREFIX
-from switchkd.data.lines import SAMPLE
-from switchkd.base.manifest import CARD, MANIFEST
-from switchkd.models.adapters import ADAPTER_CONFIG
-from switchkd.models.loading import BASE, MADE, adapter_base
-from switchkd.forward.architecture import num_parameters
-from switchkd.base.storage import expanded
-from switchkd.models.precision import dtype_name, quantised
+
 pass
-from switchkd.evaluation.statistics import FEW_EXAMPLES
 import dataclasses
-import json
-from typing import TYPE_CHECKING, Any
+
+from switchkd.evaluation.statistics import FEW_EXAMPLES
 
 if TYPE_CHECKING:
     from switchkd.evaluation.results import Evaluation
     from switchkd.training.trainer import Trainer
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
     from switchkd.training.settings import TrainConfig
 
@@ -197,7 +197,7 @@ def _pair(trainer: Trainer) -> str:
             "there; write a name that others can open in its place before you share the adapter"
         )
     if trainer.best:
-        score = f"{_code(config.metric_for_best_model)} {report.number(trainer.best['score'])}"
+        score = f"{_code(config.metric_for_best_model)} {number(trainer.best['score'])}"
         lines.append(f"- the weights are those of step {trainer.best['step']}, the best of the run by {score}")
     return "\n".join(lines)
 
@@ -220,7 +220,7 @@ def _cost(trainer: Trainer, data: Sequence[Source]) -> str:
     lines[0] += f", {len(trainer.examples):,} examples"
     now = conditions(trainer.accelerator.device, trainer.accelerator.num_processes)
     lines.append(
-        f"- {trainer.step} optimizer steps on {trainer.num_tokens:,} response tokens in {report.number(trainer.seconds)} s, "
+        f"- {trainer.step} optimizer steps on {trainer.num_tokens:,} response tokens in {number(trainer.seconds)} s, "
         f"evaluation not counted, on {_code(now['device'])} (processes: {now['processes']}, threads of each: {now['threads']})"
     )
     return "\n".join(lines)
@@ -234,11 +234,11 @@ def _scores(results: Mapping[str, Evaluation], evaluated: Mapping[str, Any]) -> 
     rows = [["score", *results, "examples"], ["---", *("---:" for _ in results), "---:"]]
     for name in names:
         found = [result.summary[name] for result in results.values()]
-        rows.append([_code(name), *map(report.estimate_text, found), str(max(each.examples for each in found))])
+        rows.append([_code(name), *map(estimate_text, found), str(max(each.examples for each in found))])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     settings = "\n".join(f"- {name}: {_code(value)}" for name, value in evaluated.items())
     return (
-        f"Mean over the examples [95 % interval]; {report.FEW} over fewer than {FEW_EXAMPLES} examples, - over none.\n\n{table}\n\n"
+        f"Mean over the examples [95 % interval]; {FEW} over fewer than {FEW_EXAMPLES} examples, - over none.\n\n{table}\n\n"
         f"All that they depend on:\n\n{settings}"
     )
 
@@ -273,8 +273,6 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
-# How transformers found a tokenizer here, which it writes down with it.
-HOW_FOUND = ("name_or_path", "is_local", "local_files_only", "cache_dir")
 
 
 def public_name(name: str) -> str:
@@ -292,5 +290,3 @@ def public_settings(config: "TrainConfig") -> "TrainConfig":
     return dataclasses.replace(config, **changed)
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("/") and "\n" not in value and len(Path(value).parts) > 2

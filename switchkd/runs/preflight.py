@@ -1,24 +1,29 @@
 """``switchkd check``: what a run would do and need, before it does anything."""
 
 import yaml
-from switchkd.forward.base_model import BaseModel
-from switchkd.training.settings import TrainConfig
-from switchkd.methods.rules import name_of
+
 from switchkd.base.settings import to_dict
-from switchkd.data.templates import named
-from switchkd.forward.head import sizes_on
-from switchkd.training.optimizer import Masters
-from switchkd.models.pair import Pair
-from switchkd.forward.architecture import cache_bytes_per_token, num_parameters, parameter_bytes
-from switchkd.models.precision import dtype_name
-from switchkd.runs.opening import check_context, load_corpus, load_train, load_validation, longest_teacher_prompt, role_of
-from switchkd.runs.heldout import load_heldout
 from switchkd.data.settings import with_date
-from switchkd.data.templates import Encoder
+from switchkd.data.templates import Encoder, named
+from switchkd.forward.architecture import cache_bytes_per_token, num_parameters, parameter_bytes
+from switchkd.forward.base_model import BaseModel
+from switchkd.forward.head import sizes_on
+from switchkd.methods.rules import name_of
+from switchkd.models.pair import Pair
+from switchkd.models.settings import dtype_name
+from switchkd.runs.heldout import load_heldout
+from switchkd.runs.opening import (
+    check_context,
+    load_corpus,
+    load_train,
+    load_validation,
+    longest_teacher_prompt,
+    role_of,
+)
 from switchkd.runs.tracking import check_trackers
+from switchkd.training.optimizer import Masters
+from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
-
-
 
 
 def check_run(config: TrainConfig, pair: Pair) -> list[str]:

@@ -11,32 +11,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
 import torch
 from torch import Tensor
+
+from switchkd.base.manifest import verify
+from switchkd.data.texts import TokenizedExample, batch_indices
+from switchkd.evaluation.evaluate import scored_otherwise
+from switchkd.methods.divergences import LN2, jsd
+from switchkd.methods.policy import STUDENT, TEACHER, Policy
+from switchkd.models.pair import Pair
 from switchkd.training.checkpoint import checkpoints, load_weights, step_of
 from switchkd.training.settings import TrainConfig
-from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.methods.divergences import LN2, jsd
-from switchkd.evaluation.evaluate import scored_otherwise
-from switchkd.base.manifest import verify
-from switchkd.models.pair import Pair
-from switchkd.methods.policy import STUDENT, TEACHER, Policy
+
 pass
-from switchkd.decoding.rollouts import Rollout
-from switchkd.reports.record import Lines, RunRecord
-from switchkd.evaluation.samples import TOP, Reader, judged, sample_policy
-from switchkd.training.settings import token_budget
-from switchkd.methods.sampling import noise_key, speakers
-from switchkd.evaluation.tasks import Task
-from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from switchkd.training.checkpoint import State, read_state
+
 from switchkd.base.plain import iter_lines
+from switchkd.decoding.rollouts import Rollout
+from switchkd.evaluation.samples import TOP, Reader, judged
+from switchkd.evaluation.tasks import Task
+from switchkd.methods.sampling import noise_key, speakers
+from switchkd.reports.record import Lines, RunRecord, TextLine
+from switchkd.runs.distil import sample_policy
+from switchkd.training.checkpoint import State, read_state
 from switchkd.training.records import ROLLOUTS
-from switchkd.reports.record import RunRecord, TextLine
-
-
-
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
@@ -119,7 +118,7 @@ def check_records(
                 sample_policy(run.config, policy, now, step),
                 run.config.max_new_tokens,
             ),
-            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now, step), token_budget(run.config, now)),
+            f"rollouts of step {step + 1}": (rollouts[step + 1], policy.at(now, step), run.config.token_budget(now)),
         }
         for what, (records, rule, budget) in kinds.items():
             if records:
@@ -217,7 +216,7 @@ def replayed(logs: Sequence[Tensor], policy: Policy, rollout: Rollout, seed: int
     }
     for t, token in enumerate(torch.tensor(rollout.completion_ids).unsqueeze(1)):
         decision = policy.step(state, logq[t : t + 1], logp[t : t + 1], torch.tensor([t]))
-        speaker = speakers(decision, token, [noise_key(seed, rollout.sample_id, t)])
+        speaker = speakers(decision, token, [noise_key(seed, rollout.id, t)])
         found["speakers"] += speaker.tolist()
         found["divergences"] += decision.divergence.tolist()
         found["thresholds"] += decision.thresholds.tolist()

@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
-from switchkd.base.errors import ConfigError, ModelError, nearest
-from switchkd.models.loading import save_tokenizer
-from switchkd.data.small_data import NOT_MADE, PARTS, TASKS, Row, small_pair_folder
+
+from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.storage import staged_folder
+from switchkd.data.small_data import PARTS, TASKS, Row, small_pair_folder
+from switchkd.models.vocabulary import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from switchkd.training.settings import TrainConfig
     from switchkd.data.texts import TokenizedExample
+    from switchkd.training.settings import TrainConfig
 
 
 VOCAB_SIZE = 1024  # at most; the words of the two tasks need fewer
@@ -69,12 +70,6 @@ SCALES = {
 }
 
 
-def small_pair_paths() -> tuple[Path, Path]:
-    """Folders of the small pair's teacher and student in the cache; raises ModelError if it was not made yet."""
-    folder = small_pair_folder()
-    if not folder.is_dir():
-        raise ModelError(NOT_MADE.format(folder))
-    return folder / "teacher", folder / "student"
 
 
 def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full") -> dict[str, Any]:
@@ -206,9 +201,9 @@ def _examples(file: Path, tokenizer: "PreTrainedTokenizerBase") -> "list[Tokeniz
 
 
 def _settings(shape: Shape, batch_size: int, seed: int) -> "TrainConfig":
-    from switchkd.training.settings import TrainConfig
     from switchkd.methods.mixes import GroundTruth
     from switchkd.methods.objective import CrossEntropy
+    from switchkd.training.settings import TrainConfig
 
     return TrainConfig(
         objective=CrossEntropy(),
@@ -256,12 +251,12 @@ def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> An
 
 def _measure(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", role: str) -> dict[str, Any]:
     """Parameters, and per task the share of held-out rows whose greedy answer is right, and ROUGE-L."""
-    from switchkd.evaluation.settings import EvalSettings
-    from switchkd.evaluation.evaluate import evaluate, work
-    from switchkd.forward.architecture import num_parameters
     from switchkd.base.terminal import bar
-    from switchkd.reports.tables import console
+    from switchkd.evaluation.evaluate import evaluate, work
+    from switchkd.evaluation.settings import EvalSettings
     from switchkd.evaluation.tasks import TASKS as EVALUATED
+    from switchkd.forward.architecture import num_parameters
+    from switchkd.reports.tables import console
 
     found: dict[str, Any] = {"parameters": num_parameters(model)}
     settings = EvalSettings(MAX_COMPLETION)

@@ -10,13 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from switchkd.reports import tables as report
+
 from switchkd.base.errors import ConfigError
 from switchkd.base.storage import write_file
-
-
-
+from switchkd.base.terminal import console
 
 PROJECT, FOLDER = "switchkd", "trackers"
 
@@ -66,7 +65,7 @@ class Trackers:
             yield
         except Exception as error:  # each has errors of its own: a network, a full disk, a missing login
             self._running.pop(name, None)
-            report.console.print(
+            console.print(
                 f"warning: {name} failed at {moment} ({type(error).__name__}: {error}) and is told nothing more; "
                 "the run goes on, and metrics.jsonl has everything",
                 style="yellow",

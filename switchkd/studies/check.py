@@ -130,7 +130,7 @@ class _Inputs:
             raise ConfigError("a study compares scores, and eval_samples is 0; give -1 for all held-out examples")
         if not (first := self._first(heldout_file(config), config)):
             return []
-        example = TokenizedExample(first.id, [], [], first.references, False, first.source, group=first.group)
+        example = TokenizedExample(first.id, [], [], [], first.references, False, first.source, group=first.group)
         names = score_names(task_named(config.task, first.format), [example])
         return [*names, *(["own_forward_kl"] if config.eval_own_text else [])]
 

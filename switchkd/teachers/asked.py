@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from switchkd.data.texts import TokenizedExample, by_teacher, collate
-from switchkd.decoding.rollouts import Rollout
+from switchkd.data.texts import Text, by_teacher, collate
 from switchkd.forward.head import Head, response_hidden
 from switchkd.forward.modes import evaluating
 from switchkd.models.pair import Pair
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
-Rows = Sequence[Rollout | TokenizedExample]
+Rows = Sequence[Text]
 
 
 class Teachers:
@@ -27,8 +27,8 @@ class Teachers:
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Teacher:
         """What each row's teacher says at the row's response tokens."""
-        if top := [row.teacher_top_k for row in rows if isinstance(row, TokenizedExample) and row.teacher_top_k]:
-            ids, logs = zip(*((kept.ids, kept.log_probs) for kept in top), strict=True)
+        if top := [row.said for row in rows if isinstance(row.said, tuple)]:
+            ids, logs = zip(*top, strict=True)
             return TeacherTopK(torch.cat(ids).to(self.device), torch.cat(logs).to(self.device))
         groups = by_teacher(rows)
         parts = [self._states(name, [rows[place] for place in places]) for name, places in groups.items()]
@@ -40,7 +40,7 @@ class Teachers:
 
     def _states(self, name: str, rows: Rows) -> TeacherStates:
         """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
-        known = [row.teacher_hidden for row in rows if row.teacher_hidden is not None]
+        known = [row.said for row in rows if isinstance(row.said, Tensor)]
         if len(known) == len(rows):
             hidden = torch.cat([states.to(self.device) for states in known])
         else:

@@ -30,8 +30,7 @@ from switchkd.data.texts import TokenizedExample, collate
 from switchkd.forward.head import Head, response_hidden, sizes_on
 from switchkd.forward.modes import evaluating
 from switchkd.models.pair import Pair
-from switchkd.models.precision import dtype_name
-from switchkd.teachers.said import TeacherTopK
+from switchkd.models.settings import dtype_name
 from switchkd.teachers.store import (
     Header,
     Progress,
@@ -126,15 +125,14 @@ class TeacherCache:
         """What entered the teacher's output layer for the completion of example ``index``: ``[n, H]`` on the host."""
         return self._read(index, "hidden")
 
-    def top_k(self, index: int) -> TeacherTopK:
-        """The teacher's likeliest tokens for the completion of example ``index``, on the host, the likeliest first."""
-        return TeacherTopK(self._read(index, "ids"), self._read(index, "log_probs"))
+    def top_k(self, index: int) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities of the teacher's likeliest tokens for the completion of example ``index``, ``[n, k]`` each on
+        the host, the likeliest first."""
+        return self._read(index, "ids"), self._read(index, "log_probs")
 
     def attached(self, example: TokenizedExample, index: int) -> TokenizedExample:
         """Example ``index`` with what is kept of it."""
-        if self.kind == "hidden":
-            return dataclasses.replace(example, teacher_hidden=self.hidden(index))
-        return dataclasses.replace(example, teacher_top_k=self.top_k(index))
+        return dataclasses.replace(example, said=self.hidden(index) if self.kind == "hidden" else self.top_k(index))
 
     def _read(self, index: int, name: str) -> Tensor:
         start, length = self.offsets[index], self.lengths[index]

@@ -10,9 +10,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +23,6 @@ from switchkd.base.lock import LOCK, Check, locked
 from switchkd.base.manifest import json_sha256
 from switchkd.base.plain import check_type, json_object
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.teacher_texts import _examples_sha256
 from switchkd.forward.sharding import full, state_of
 from switchkd.models.pair import Pair
 
@@ -49,7 +50,7 @@ def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions
         "teacher_weights": weights_sha256(pair.teacher),
         "teacher_config": _config_sha256(pair.teacher),
         "tokenizer": json_sha256(pair.tokenizer.get_vocab()),
-        "examples": _examples_sha256(examples, completions),
+        "examples": examples_sha256(examples, completions),
     }
     if pair.teachers:
         named = {name: [weights_sha256(model), _config_sha256(model)] for name, model in pair.teachers.items()}
@@ -137,3 +138,15 @@ def _bytes_sha256(tensor: Tensor) -> str:
     # A numpy view would do as well, but for ever keep the memory from being freed, as weights that were gathered are.
     raw = (ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr()) if flat.numel() else b""
     return hashlib.sha256(raw).hexdigest()
+
+
+def examples_sha256(examples: Sequence[TokenizedExample], completions: bool) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = [example.prompt_ids, example.completion_ids if completions else []]
+        mark = []  # no id is below 0, so that a teacher's prompt cannot be taken for anything else
+        if example.teacher_prompt_ids is not None:
+            mark, parts = [-1], [*parts, example.teacher_prompt_ids]
+        numbers = [*mark, example.id, *map(len, parts), *chain.from_iterable(parts)]
+        digest.update(np.array(numbers, dtype="<i8").tobytes())
+    return digest.hexdigest()

@@ -36,8 +36,8 @@ from switchkd.base.storage import free_bytes, staged_folder
 from switchkd.decoding.rollouts import RolloutRecord
 from switchkd.forward.sharding import full, shard_like, state_of
 from switchkd.models.adapters import has_adapter, load_adapter, save_adapter
-from switchkd.models.loading import save_tokenizer
 from switchkd.models.saved_student import Stamp
+from switchkd.models.vocabulary import save_tokenizer
 from switchkd.training.optimizer import Masters
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -261,7 +261,9 @@ def _state_to_save(model: nn.Module, weights: Weights, dtype: torch.dtype | None
 def load_weights(folder: Path, model: PreTrainedModel, masters: Masters | None = None) -> None:
     """Put the weights that ``save_model`` wrote, or the adapter's, into a model of that kind, and unrounded into its masters."""
     if has_adapter(model):
-        load_adapter(model, folder, masters)
+        load_adapter(model, folder, masters.named if masters else None)
+        if masters is not None:
+            masters.publish()
         return
     # Loading through the model's class undoes whatever its save_pretrained does to names and tied weights.
     dtype = model.dtype if masters is None else masters.dtype

@@ -8,37 +8,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchkd.data.texts import TokenizedExample
+from switchkd.data.texts import Text
 from switchkd.forward.modes import evaluating
 from switchkd.forward.sharding import local
 from switchkd.training.optimizer import Masters
 
 if TYPE_CHECKING:
-    from switchkd.decoding.rollouts import Rollout
     from switchkd.methods.objective import Objective
     from switchkd.training.trainer import Trainer
 
-    Row = Rollout | TokenizedExample
-
 
 @torch.no_grad()
-def blame(trainer: Trainer, parts: Sequence[tuple[Sequence[Row], Objective]]) -> str:
+def blame(trainer: Trainer, parts: Sequence[tuple[Sequence[Text], Objective]]) -> str:
     """What is not finite in a step and on which samples, found by reading its rows one by one; ``parts``: rows, objective."""
     found: dict[str, list[str]] = defaultdict(list)
     every = []
     with evaluating(trainer.student):
         for rows, objective in parts:
             for row in rows:
-                name = row.source if isinstance(row, TokenizedExample) else f"sample {row.sample_id}"
-                found[_broken(trainer, row, objective)].append(name)
-                every.append(name)
+                found[_broken(trainer, row, objective)].append(row.name)
+                every.append(row.name)
     found.pop("", None)
     if not found:
         return f"the student's gradient is not finite on {', '.join(every)}"
     return "; ".join(f"{what} on {', '.join(samples)}" for what, samples in found.items())
 
 
-def _broken(trainer: Trainer, row: Row, objective: Objective) -> str:
+def _broken(trainer: Trainer, row: Text, objective: Objective) -> str:
     if not row.completion_ids:
         return ""
     hidden, _, teacher = trainer.read([row], objective)

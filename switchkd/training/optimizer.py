@@ -1,7 +1,6 @@
 """AdamW, its learning rate at every step, and how many steps there are."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from switchkd.base.errors import ConfigError
 from switchkd.forward.sharding import full, is_sharded
+from switchkd.models.settings import dtype_in
 from switchkd.training.settings import TrainConfig
 
 
@@ -99,7 +99,7 @@ class Masters:
         self.named: dict[str, nn.Parameter] = {}
         self._copies: dict[str, nn.Parameter] = {}  # the model's own, where they are not the masters
         for name, parameter in model.named_parameters():
-            dtype = parameter.dtype if is_sharded(model) else _dtype_in(compute, model, name, parameter)
+            dtype = parameter.dtype if is_sharded(model) else dtype_in(compute, model, name, parameter)
             if parameter.requires_grad:
                 self.named[name] = self._master(name, parameter, dtype)
             elif dtype != parameter.dtype:
@@ -163,13 +163,6 @@ class Masters:
             if ranks:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 distributed.all_reduce(weight.grad)
-
-
-def _dtype_in(compute: torch.dtype | None, model: nn.Module, name: str, parameter: nn.Parameter) -> torch.dtype:
-    """What a model that computes in ``compute`` keeps a weight in: those in 4 bits stay, and some that never leave float32."""
-    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    kept = any(re.search(rf"(^|\.){re.escape(module)}($|\.)", name) for module in wide)
-    return parameter.dtype if compute is None or kept or not parameter.is_floating_point() else compute
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def slowest(accelerator: Accelerator, seconds: float) -> float:
 
 def all_rollouts(rollouts: Rollouts) -> Rollouts:
     """What all ranks generated, as one process would have, without the teacher's states."""
-    light = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
+    light = [dataclasses.replace(rollout, said=None) for rollout in rollouts]
     parts = gather_object([(light, rollouts.cost)])
     cost = sum((own for _, own in parts), DecodeCost())
     cost.seconds = max(own.seconds for _, own in parts)  # they ran side by side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from switchkd.base.plain import (
     check_type,
@@ -12,7 +12,6 @@ from switchkd.base.plain import (
     json_object,
 )
 from switchkd.base.storage import sync, written
-from switchkd.reports.record import _Step
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +32,7 @@ def keep_until(file: Path, step: int) -> None:
                 break
             with damaged_at(file, number):
                 record = json_object(line)
-                check_type(record, _Step)
+                check_type(record, StepRecord)
             if record["step"] > step:
                 break
             end += len(line)
@@ -47,3 +46,12 @@ def sync_records(run: Path) -> None:
         if (run / name).is_file():
             with written(run / name):
                 sync(run / name)
+
+
+class StepRecord(TypedDict):
+    """What every line of every record has."""
+
+    step: Count
+
+
+Count = Annotated[int, range(2**63)]

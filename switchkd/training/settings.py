@@ -24,15 +24,6 @@ from switchkd.methods.policy import StudentOnly
 from switchkd.methods.rules import name_of
 from switchkd.models.settings import ModelConfig
 
-pass
-
-
-def token_budget(config: TrainConfig, progress: float) -> int:
-    """Tokens that a completion of training may have at this ``progress``; a sample may always have the most."""
-    start, end = config.max_new_tokens_start, config.max_new_tokens
-    return round(start + (end - start) * progress) if start else end
-
-
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
@@ -191,6 +182,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint."""
         return self.resume or bool(self.resume_from)
+
+    def token_budget(self, progress: float) -> int:
+        """Tokens that a completion of training may have at this ``progress``; a sample may always have the most."""
+        start, end = self.max_new_tokens_start, self.max_new_tokens
+        return round(start + (end - start) * progress) if start else end
 
     def anew(self) -> TrainConfig:
         """The same settings for a run that begins, and that somebody looks at."""

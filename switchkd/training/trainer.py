@@ -39,7 +39,7 @@ from switchkd.methods.objective import Objective, PlainText
 from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.adapters import check_trainable, has_adapter
 from switchkd.models.pair import Pair
-from switchkd.models.precision import dtype_name
+from switchkd.models.settings import dtype_name
 from switchkd.teachers.asked import Rows, Teachers
 from switchkd.teachers.said import Teacher
 from switchkd.teachers.states import TeacherCache
@@ -68,7 +68,7 @@ from switchkd.training.processes import (
 )
 from switchkd.training.records import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.training.restoring import take_back, whole_checkpoint
-from switchkd.training.settings import TrainConfig, token_budget
+from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
@@ -481,13 +481,13 @@ class Trainer:
     def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.rows_read + self.accelerator.process_index * self.rows_per_rank
-        settings = self.config.decode_arguments() | {
-            "policy": self.policy.at(self.schedule, self.step),
-            "max_new_tokens": token_budget(self.config, self.schedule),
-            "seed": self.config.seed,
-            "keep_hidden": self.config.objective.reads_teacher,
-            "batch_size": self.generation_rows,
-        }
+        settings = self.config.decoding(
+            policy=self.policy.at(self.schedule, self.step),
+            max_new_tokens=self.config.token_budget(self.schedule),
+            seed=self.config.seed,
+            keep_hidden=self.config.objective.reads_teacher,
+            batch_size=self.generation_rows,
+        )
         rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
         self.generation_rows = rollouts.rows_that_fit or self.generation_rows
         for rollout, example in zip(rollouts, examples, strict=True):

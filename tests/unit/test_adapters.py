@@ -13,6 +13,7 @@ from tiny import (
     VOCAB,
     assert_same,
     byte_level_tokenizer,
+    retold,
     save,
     save_llama,
     tiny_model,
@@ -268,7 +269,7 @@ def test_hidden_states_kept_while_decoding_are_the_bases():
         with head_inputs(base) as entered:
             base(torch.tensor([rollout.prompt_ids + rollout.completion_ids]))
         expected = entered[0][0, len(rollout.prompt_ids) - 1 : -1]
-        torch.testing.assert_close(rollout.teacher_hidden, expected, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(rollout.said, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_single_precision_pairs_decode_through_packed_layers(monkeypatch):
@@ -733,7 +734,7 @@ def test_a_four_bit_student_trains_and_its_teacher_is_the_four_bit_base(base, tm
     assert torch.equal(logits(pair.student), before)
     prove(pair.student)
     stir(pair.student)
-    examples = [dataclasses.replace(e, prompt_ids=[2, 3], completion_ids=[4, 5, 1]) for e in toy_examples(4)]
+    examples = [retold(e, prompt_ids=[2, 3], completion_ids=[4, 5, 1]) for e in toy_examples(4)]
     t = trainer(tmp_path / "run", pair, examples, mix=Generated(1.0), max_steps=2, save_steps=1)
     t.train()
     assert torch.equal(logits(pair.teacher), before) and not torch.equal(logits(pair.student), before)

@@ -190,11 +190,11 @@ def test_a_text_that_the_policy_ends_says_so(llamas):
                 and sum(row.speakers) == 2 == 1 + sum(row.speakers[:-1])
             )
             again = call(
-                *llamas, [row.prompt_ids], policy, len(row.completion_ids), eos_token_ids=[], sample_ids=[row.sample_id]
+                *llamas, [row.prompt_ids], policy, len(row.completion_ids), eos_token_ids=[], sample_ids=[row.id]
             )
             assert again[0].stop_reason == "policy" and again[0].completion_ids == row.completion_ids
             last = call(
-                *llamas, [row.prompt_ids], policy, 20, eos_token_ids=row.completion_ids[-1:], sample_ids=[row.sample_id]
+                *llamas, [row.prompt_ids], policy, 20, eos_token_ids=row.completion_ids[-1:], sample_ids=[row.id]
             )
             assert last[0].stop_reason == "eos"
 

@@ -14,6 +14,7 @@ from tiny import (
     VOCAB,
     assert_same,
     byte_level_tokenizer,
+    retold,
     save_llama,
     tiny_model,
     tiny_tokenizer,
@@ -360,7 +361,7 @@ def merged_pair(**settings):
 
 def examples_of(count=8):
     """Ragged examples that close with the one end."""
-    return [dataclasses.replace(e, completion_ids=[*e.completion_ids[:-1], 6]) for e in toy_examples(count)]
+    return [retold(e, completion_ids=[*e.completion_ids[:-1], 6]) for e in toy_examples(count)]
 
 
 KEPT = [i for i in range(VOCAB) if i not in (1, 9)]  # what can be written where the ends are merged
@@ -429,7 +430,7 @@ def test_the_cache_of_the_largest_probabilities_is_of_the_merged_law(tmp_path):
     hidden = response_hidden(pair.student, collate([row]))
     tokens = response_tokens(collate([row]), [[0] * len(row[1])])
     live = TeacherStates(Head.of(pair.teacher, VOCAB, MERGED), response_hidden(pair.teacher, collate([row])).detach())
-    stored = TeacherTopK(every.ids, every.log_probs)
+    stored = TeacherTopK(*every)
     both = [loss.total(OBJECTIVES["forward_kl"](), says, head, hidden, tokens) for says in (live, stored)]
     torch.testing.assert_close(*both, atol=1e-9, rtol=1e-9)
 
@@ -447,7 +448,7 @@ def test_the_teachers_text_closes_with_the_one_end(tmp_path):
 
 def test_scores_samples_and_replay_are_of_the_merged_law():
     pair = merged_pair()
-    examples = [*examples_of(5), dataclasses.replace(examples_of(1)[0], id=9, completion_ids=[5, 9])]
+    examples = [*examples_of(5), retold(examples_of(1)[0], id=9, completion_ids=[5, 9])]
     rows = [(e.prompt_ids, e.completion_ids) for e in examples]
     batch = collate(rows)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, toy_examples, toy_pair
+from tiny import VOCAB, retold, toy_examples, toy_pair
 
 from switchkd import StudentOnly, TeacherOnly, decode
 from switchkd.base.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def kl_and_nll(pair, model, prompt, completion):
 
 def long_example(id, length, rng):
     prompt, completion = rng.integers(2, VOCAB, 4).tolist(), rng.integers(2, VOCAB, length).tolist()
-    return dataclasses.replace(toy_examples(1)[0], id=id, prompt_ids=prompt, completion_ids=completion)
+    return retold(toy_examples(1)[0], id=id, prompt_ids=prompt, completion_ids=completion)
 
 
 def test_divergence_by_position_and_perplexity_are_per_reference_token(pair):
@@ -232,7 +232,7 @@ def test_nothing_to_evaluate_on(pair):
 
 @pytest.mark.parametrize("backend", ["engine", "generate"])
 def test_a_prompt_that_cannot_be_completed_is_an_error_not_a_zero(pair, backend):
-    long = dataclasses.replace(toy_examples(1)[0], prompt_ids=[2] * 61, completion_ids=[1])
+    long = retold(toy_examples(1)[0], prompt_ids=[2] * 61, completion_ids=[1])
     with pytest.raises(DataError, match=r"61 (prompt )?tokens \+ max_new_tokens 5 exceed"):
         evaluate(pair, pair.student, [long], TASK, dataclasses.replace(SETTINGS, backend=backend))
 

@@ -14,10 +14,10 @@ from switchkd.base.settings import to_dict
 from switchkd.methods.objectives import TVD
 from switchkd.methods.policies import SKD, AdaSwitch, Switch
 from switchkd.methods.policy import StudentOnly
-from switchkd.reports.curves import metric_panels, panel_notes, run_curves
+from switchkd.reports.curves import metric_panels, run_curves
 from switchkd.reports.figures import FIGURES, load_methods
 from switchkd.reports.page import themed_svg
-from switchkd.reports.panels import COLOURS, POINTS, SMOOTH, Line, Panel, draw, thinned
+from switchkd.reports.panels import COLOURS, POINTS, SMOOTH, Line, Panel, draw, panel_notes, thinned
 from switchkd.reports.steps import Steps
 from switchkd.training.settings import TrainConfig
 

@@ -18,13 +18,15 @@ from switchkd.base import plain
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.settings import to_dict
 from switchkd.cli.main import main
-from switchkd.data.examples import load_examples, load_text
+from switchkd.data.examples import load_examples
 from switchkd.data.templates import Encoder
+from switchkd.data.texts import load_text
 from switchkd.decoding import rows
 from switchkd.decoding.decode import decode
 from switchkd.methods.policies import Switch
 from switchkd.reports.compare import load_result
-from switchkd.reports.curves import cost, has
+from switchkd.reports.curves import cost
+from switchkd.reports.panels import has
 from switchkd.reports.record import RunRecord
 from switchkd.reports.viewer import payload
 from switchkd.runs.opening import prompt_examples

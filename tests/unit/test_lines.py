@@ -14,7 +14,8 @@ from switchkd.base.storage import expanded
 from switchkd.cli.compare import CompareConfig
 from switchkd.cli.main import parse
 from switchkd.data import lines
-from switchkd.data.examples import load_examples, load_text
+from switchkd.data.examples import load_examples
+from switchkd.data.texts import load_text
 from switchkd.models.pair import load_pair
 from switchkd.training.settings import TrainConfig, load_recipe
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import toy_examples
+from tiny import retold, toy_examples
 
 from switchkd.base import lock
 from switchkd.base.errors import ConfigError, DiskError, InUseError
@@ -230,7 +230,7 @@ def check_contents(run):
     first, *rest = same["train_file"]
     for other in (
         dataclasses.replace(first, prompt_ids=[9, 9]),
-        dataclasses.replace(first, completion_ids=[9, 1]),
+        retold(first, completion_ids=[9, 1]),
         dataclasses.replace(first, teacher="math"),
         dataclasses.replace(first, teacher_prompt_ids=[3]),
     ):

@@ -231,7 +231,7 @@ def test_hidden_states_of_decoding_are_those_of_a_fresh_forward(policy, settings
     prompts = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 6]]
     rollouts = decode(student, teacher, prompts, POLICIES[policy], 9, batch_size=2, keep_hidden=True, **settings)
     batch = collate([(r.prompt_ids, r.completion_ids) for r in rollouts])
-    kept = torch.cat([r.teacher_hidden for r in rollouts])
+    kept = torch.cat([r.said for r in rollouts])
     with torch.no_grad():
         fresh = response_hidden(teacher, batch)
     torch.testing.assert_close(kept, fresh, atol=1e-10, rtol=1e-10)
@@ -246,11 +246,11 @@ def test_hidden_states_of_decoding_are_those_of_a_fresh_forward(policy, settings
 
 def test_hidden_states_are_kept_only_if_asked_for_and_only_whole():
     pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    assert decode(*pair, [[3, 4]], POLICIES["spell"], 6)[0].teacher_hidden is None
-    assert decode(*pair, [[3, 4]], POLICIES["student_only"], 6, keep_hidden=True)[0].teacher_hidden is None
+    assert decode(*pair, [[3, 4]], POLICIES["spell"], 6)[0].said is None
+    assert decode(*pair, [[3, 4]], POLICIES["student_only"], 6, keep_hidden=True)[0].said is None
     [row] = decode(*pair, [[3, 4]], POLICIES["spell"], 6, keep_hidden=True, eos_token_ids=[])
-    assert row.teacher_hidden.shape == (6, 16)
-    assert "teacher_hidden" not in row.to_json()
+    assert row.said.shape == (6, 16)
+    assert "said" not in row.to_json()
 
 
 def test_prompt_and_padding_are_never_scored():

@@ -93,9 +93,9 @@ def check_tokens(monkeypatch):
         assert made.cost.kept_tokens == sum(len(row.completion_ids) for row in expected)
         hidden = decode(*models, PROMPTS, policy, 10, eos_token_ids=[], block_size=3, keep_hidden=True)
         for row, other in zip(made, hidden, strict=True):
-            assert (row.teacher_hidden is None) == (other.teacher_hidden is None)
-            if row.teacher_hidden is not None:
-                torch.testing.assert_close(row.teacher_hidden, other.teacher_hidden, atol=1e-12, rtol=1e-9)
+            assert (row.said is None) == (other.said is None)
+            if row.said is not None:
+                torch.testing.assert_close(row.said, other.said, atol=1e-12, rtol=1e-9)
 
 
 def test_decoding_with_fewer_rows_gives_the_same_tokens_and_one_warning(monkeypatch):

@@ -11,7 +11,7 @@ from tiny import VOCAB, byte_level_tokenizer, toy_examples, toy_pair
 
 from switchkd import StudentOnly, Switch
 from switchkd.base.errors import ConfigError, DataError
-from switchkd.data.examples import load_text
+from switchkd.data.texts import load_text
 from switchkd.decoding.rollouts import Rollouts
 from switchkd.methods.mixes import Adaptive, Generated, GroundTruth, Pairs, TeacherText
 from switchkd.methods.objective import CrossEntropy
@@ -81,7 +81,7 @@ def test_replayed_rows_are_rows_that_were_generated(tmp_path):
     t._look_at_validation = lambda: None  # its rows are not rows of a step
     seen, sources = rows_of(t, 12)
     assert sources[:2] == ["policy", "policy"] and {"policy", "replay"} == set(sources[2:])
-    assert len(t.replay) == 8 and all(rollout.teacher_hidden is None for rollout in t.replay)
+    assert len(t.replay) == 8 and all(rollout.said is None for rollout in t.replay)
     generated = []
     for rows, source in zip(seen, sources, strict=True):
         if source == "policy":
@@ -117,7 +117,9 @@ def test_adaptive_needs_validation_examples(tmp_path):
 
 
 def test_pairs_are_the_stored_text_and_a_fresh_one_of_the_same_prompts(tmp_path):
-    stored = [dataclasses.replace(example, speaker=TEACHER) for example in toy_examples()]
+    stored = [
+        dataclasses.replace(example, speakers=[TEACHER] * len(example.completion_ids)) for example in toy_examples()
+    ]
     t = trainer(tmp_path, examples=stored, mix=Pairs(), policy=StudentOnly(), objective=DistiLLM2())
     [rows], _ = rows_of(t)
     assert len(rows) == 8

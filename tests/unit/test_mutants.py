@@ -96,7 +96,7 @@ MUTANTS = {
     "drafts of the plain model where the policy sharpens it": [
         ("return self._draw(self.job.policy.proposal(who, logs), noise)", "return self._draw(logs, noise)")
     ],
-    "noise shared between rows": [("noise_key(self.job.seed, row.sample_id,", "noise_key(self.job.seed, 0,")],
+    "noise shared between rows": [("noise_key(self.job.seed, row.id,", "noise_key(self.job.seed, 0,")],
     "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
     "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
     "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],

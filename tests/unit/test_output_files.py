@@ -14,7 +14,7 @@ from switchkd.base.errors import DiskError
 from switchkd.base.storage import staged_file, staged_folder, write_file, write_output
 from switchkd.cli.main import main, parse
 from switchkd.evaluation.results import write_results
-from switchkd.models.loading import save_tokenizer
+from switchkd.models.vocabulary import save_tokenizer
 from switchkd.reports.tables import save_figure
 from switchkd.runs.distil import distil
 from switchkd.runs.model_card import public_name

@@ -26,8 +26,7 @@ from switchkd.methods.policies import Switch
 from switchkd.models import precision
 from switchkd.models.adapters import add_adapter, has_adapter
 from switchkd.models.pair import load_pair
-from switchkd.models.precision import cast_weights
-from switchkd.models.settings import ModelConfig
+from switchkd.models.settings import ModelConfig, cast_weights
 from switchkd.training import loss as loss_module
 from switchkd.training import optimizer as masters_module
 from switchkd.training import trainer as trainer_module

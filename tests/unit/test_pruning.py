@@ -12,8 +12,9 @@ from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.data import texts as data
 from switchkd.forward.cache import CACHE
 from switchkd.models import pruning
+from switchkd.models.layers import decoder_layers, prune_layers
 from switchkd.models.loading import load_model, load_tokenizer
-from switchkd.models.pruning import choose_layers, decoder_layers, layer_influence, prune, prune_layers
+from switchkd.models.pruning import choose_layers, layer_influence, prune
 
 KEEP = [0, 2, 4]
 IDS = torch.tensor([[3, 7, 11, 2, 19, 5, 5, 8]])

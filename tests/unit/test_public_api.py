@@ -31,7 +31,7 @@ def test_decode_signature():
 def test_rollout_fields():
     assert list(switchkd.Rollout.__dataclass_fields__) == [
         "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "thresholds", "stop_reason", "error",
-        "teacher_prompt_ids", "teacher", "teacher_hidden",
+        "teacher_prompt_ids", "teacher", "said",
     ]  # fmt: skip
 
 

@@ -10,16 +10,17 @@ from tiny import toy_pair
 
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode_reference
-from switchkd.evaluation.samples import TOP, Reader, sample_policy, samples, trace
+from switchkd.evaluation.samples import TOP, Reader, samples, trace
 from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.methods.mixes import Generated, GroundTruth
 from switchkd.methods.policies import Switch
 from switchkd.methods.policy import STUDENT, TEACHER, StudentOnly
+from switchkd.runs.distil import sample_policy
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
 
-EXAMPLES = [TokenizedExample(i, [3 + i, 4, 5], [6, 7, 1], ("2 0",), False, f"row {i}") for i in range(4)]
+EXAMPLES = [TokenizedExample(i, [3 + i, 4, 5], [6, 7, 1], [2] * 3, ("2 0",), False, f"row {i}") for i in range(4)]
 
 
 def config(folder, **changes):

@@ -18,11 +18,11 @@ from switchkd.base import signals
 from switchkd.base.signals import Interrupted, Stopped
 from switchkd.cli.main import main
 from switchkd.evaluation.evaluate import evaluate
-from switchkd.evaluation.samples import sample_policy, samples
+from switchkd.evaluation.samples import samples
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.mixes import Adaptive
-from switchkd.runs.distil import distil
+from switchkd.runs.distil import distil, sample_policy
 from switchkd.training.checkpoint import checkpoints
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer

@@ -114,7 +114,7 @@ def test_kept_states_are_those_of_a_fresh_forward_on_the_teachers_prompt(block, 
     )  # fmt: skip
     for rollout, own in zip(rollouts, OWN, strict=True):
         fresh = response_hidden(teacher, collate([(own, rollout.completion_ids)]))
-        torch.testing.assert_close(rollout.teacher_hidden, fresh, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(rollout.said, fresh, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("engine", [decode, decode_reference])
@@ -318,7 +318,7 @@ def test_the_cache_is_of_the_teachers_prompt(tmp_path, kind):
     )
     t.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     rows = t._next(t.examples)
-    expected, _ = dense(toy_pair(), [dataclasses.replace(row, teacher_hidden=None, teacher_top_k=None) for row in rows])
+    expected, _ = dense(toy_pair(), [dataclasses.replace(row, said=None, teacher_top_k=None) for row in rows])
     assert t._loss(rows, ForwardKL()).item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(CheckpointError, match="examples differs"):
         TeacherCache.open(toy_pair(), toy_examples(), tmp_path / "cache", kind, top_k=VOCAB)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_model, toy_examples, toy_pair
+from tiny import VOCAB, retold, tiny_model, toy_examples, toy_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -150,7 +150,7 @@ def test_texts_are_the_teachers_own(tmp_path, batch_size):
 
 def test_texts_never_depend_on_the_reference_completions(tmp_path):
     """SeqKD that reads the ground truth is not SeqKD."""
-    blind = [dataclasses.replace(e, completion_ids=[]) for e in toy_examples(6)]
+    blind = [retold(e, completion_ids=[]) for e in toy_examples(6)]
     assert texts(tmp_path / "a", examples=blind) == texts(tmp_path / "b", examples=toy_examples(6))
     assert texts(tmp_path / "a", silent(toy_pair()), toy_examples(6)) == texts(tmp_path / "b", examples=blind)
 
@@ -300,7 +300,7 @@ KINDS = {"hidden": {}, "top_k": {"top_k": 5}}
 def ragged():
     """Also empty completions: at the start, in the middle and at the end."""
     examples = toy_examples(14)
-    return [dataclasses.replace(e, completion_ids=[]) if e.id in (0, 6, 13) else e for e in examples]
+    return [retold(e, completion_ids=[]) if e.id in (0, 6, 13) else e for e in examples]
 
 
 def build(folder, kind, pair=None, examples=None, **settings):
@@ -368,7 +368,7 @@ def test_the_loss_from_the_cache_is_the_loss_of_the_live_teacher(tmp_path, name)
         tokens = response_tokens(collate([(example.prompt_ids, example.completion_ids)]), [example.speakers])
         hidden_p, hidden_q = fresh(pair.teacher, example), fresh(pair.student, example)
         live = total(objective, TeacherStates(head_p, hidden_p), head_q, hidden_q, tokens)
-        kept = hidden_cache.attached(example, index).teacher_hidden
+        kept = hidden_cache.attached(example, index).said
         assert torch.equal(total(objective, TeacherStates(head_p, kept), head_q, hidden_q, tokens), live)
         if not objective.compares:
             continue
@@ -494,7 +494,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, small_shards, damage):
 
 
 def test_examples_without_any_completion(tmp_path):
-    examples = [dataclasses.replace(e, completion_ids=[]) for e in toy_examples(3)]
+    examples = [retold(e, completion_ids=[]) for e in toy_examples(3)]
     for kind, shape in (("hidden", (0, 16)), ("top_k", (0, 5))):
         build(tmp_path / kind, kind, examples=examples)
         cache = reopen(tmp_path / kind, kind, examples=examples)
@@ -507,8 +507,8 @@ def test_non_finite_output_is_named_and_not_kept(tmp_path, kind):
     pair = toy_pair()
     pair.teacher.model.embed_tokens.weight.data[8] = math.nan
     examples = [
-        TokenizedExample(0, [3], [4, 1], (), False, "a:1"),
-        TokenizedExample(1, [3, 4], [8, 1], (), False, "a:2"),
+        TokenizedExample(0, [3], [4, 1], [2, 2], (), False, "a:1"),
+        TokenizedExample(1, [3, 4], [8, 1], [2, 2], (), False, "a:2"),
     ]
     pair.teacher.lm_head.weight = torch.nn.Parameter(pair.teacher.lm_head.weight.detach().clone())
     with pytest.raises(NonFiniteError, match="a:2: what the teacher computes for it is not finite"):

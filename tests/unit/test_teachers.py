@@ -85,11 +85,11 @@ def test_each_row_is_written_by_its_own_teacher_in_the_order_of_the_examples(tmp
     assert [r.teacher for r in rollouts] == [e.teacher for e in examples] and {r.teacher for r in rollouts} == set(
         NAMES
     )
-    assert [r.sample_id for r in rollouts] == list(range(6))
+    assert [r.id for r in rollouts] == list(range(6))
     for example, rollout in zip(examples, rollouts, strict=True):
         [alone] = decode_reference(
             t.pair.student, t.pair.teacher_named(example.teacher), [example.teacher_reads], TeacherOnly(), 6,
-            seed=t.config.seed, sample_ids=[rollout.sample_id], eos_token_ids=[1],
+            seed=t.config.seed, sample_ids=[rollout.id], eos_token_ids=[1],
         )  # fmt: skip
         assert rollout.completion_ids == alone.completion_ids
         assert (rollout.prompt_ids, rollout.teacher_reads) == (example.prompt_ids, example.teacher_reads)
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeyp
         for name, parameter in t.pair.student.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-7, rtol=1e-5)
     read, student = reading(t.pair)
-    t._loss([dataclasses.replace(row, teacher_hidden=None) for row in rows], ForwardKL())
+    t._loss([dataclasses.replace(row, said=None) for row in rows], ForwardKL())
     assert len(student) == 1
     for name in NAMES:
         mine = [row.teacher_reads + row.completion_ids for row in rows if row.teacher == name]
@@ -149,7 +149,7 @@ def test_objectives_that_look_ahead_or_back_see_each_rows_teacher(tmp_path, obje
     rows = t._generate(t._next(t.examples), None)
     together = t._loss(rows, objective).item()
     assert together == pytest.approx(sum(t._loss([row], objective).item() for row in rows), rel=1e-9)
-    swapped = [dataclasses.replace(row, teacher="math", teacher_hidden=None) for row in rows]
+    swapped = [dataclasses.replace(row, teacher="math", said=None) for row in rows]
     assert abs(t._loss(swapped, objective).item() - together) > 1e-2
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import VOCAB, toy_examples, toy_pair
+from tiny import VOCAB, retold, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchkd import AdaSwitch, StudentOnly, Switch
@@ -111,7 +111,7 @@ def of_lengths(*lengths):
     """Ground-truth rows of the toy vocabulary with completions so long."""
     row = toy_examples(1)[0]
     tokens = [[2 + (5 * i + 7 * j) % 20 for j in range(length)] for i, length in enumerate(lengths)]
-    return [dataclasses.replace(row, id=i, prompt_ids=[3, 4], completion_ids=ids) for i, ids in enumerate(tokens)]
+    return [retold(row, id=i, prompt_ids=[3, 4], completion_ids=ids) for i, ids in enumerate(tokens)]
 
 
 @pytest.mark.parametrize("lengths", [(10, 40), (1, 30, 0, 7), (0, 0), (5, 5)])
@@ -153,7 +153,7 @@ def test_a_loss_over_texts_leaves_the_corpus_and_the_validation_loss_over_tokens
 @pytest.mark.parametrize("objective", [MiniLLM(alpha=0.0, clip=1e9), DistiLLM2()])
 def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective):
     """Every text by its own mean, whoever wrote it, and whatever chunks the loss is computed in."""
-    stored = [dataclasses.replace(example, speaker=1) for example in toy_examples()]
+    stored = [dataclasses.replace(example, speakers=[1] * len(example.completion_ids)) for example in toy_examples()]
     more = {"policy": StudentOnly(), "mix": Pairs(), "objective": objective, "per_device_train_batch_size": 2}
     t = trainer(tmp_path, without_dropout(), stored, learning_rate=0.0, loss_over="sequences", **more)
     seen, loss = [], t._loss
@@ -168,9 +168,7 @@ def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective)
 def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):
     gradients, metrics, rollouts = gradient_step(tmp_path, mix=Generated(1.0))
     t = trainer(tmp_path, mix=Generated(0.0))
-    [loss], tokens, norm = t._update(
-        [_Part([dataclasses.replace(r, teacher_hidden=None) for r in rollouts], ForwardKL())]
-    )
+    [loss], tokens, norm = t._update([_Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())])
     assert (loss, norm) == pytest.approx((metrics["loss"], metrics["grad_norm"]), abs=1e-10)
     assert gradients and tokens == metrics["num_tokens"]
 
@@ -179,12 +177,12 @@ def test_the_teacher_reads_generated_text_once(tmp_path):
     """What it computed while decoding serves the loss; text that it has not seen is read in one forward."""
     t = trainer(tmp_path, mix=Generated(1.0))
     rollouts = t._generate(t._next(t.examples), None)
-    assert all(len(r.teacher_hidden) == len(r.completion_ids) for r in rollouts)
+    assert all(len(r.said) == len(r.completion_ids) for r in rollouts)
     calls = []
     t.pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
     t._update([_Part(rollouts, ForwardKL())])
     assert not calls
-    t._update([_Part([dataclasses.replace(r, teacher_hidden=None) for r in rollouts], ForwardKL())])
+    t._update([_Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())])
     assert len(calls) == t.config.gradient_accumulation_steps
 
 
@@ -293,7 +291,7 @@ def test_a_prompt_that_cannot_be_decoded_is_named(tmp_path):
 
 
 def test_empty_responses_only(tmp_path):
-    examples = [dataclasses.replace(e, completion_ids=[]) for e in toy_examples(4)]
+    examples = [retold(e, completion_ids=[]) for e in toy_examples(4)]
     t = trainer(tmp_path, examples=examples, mix=Generated(0.0))
     metrics, _ = t.train_step()
     assert metrics["loss"] == 0.0 and metrics["num_tokens"] == 0
