@@ -117,7 +117,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
-    weights: Weights = trainer.masters.whole() if config.merge else {}  # for the rehearsal: all ranks gather them
+    weights: Weights = trainer.learner.masters.whole() if config.merge else {}  # for the rehearsal: all ranks gather them
     with whole(trainer.student):
         if main:
             check_place()

@@ -185,7 +185,7 @@ def _pair(trainer: Trainer) -> str:
         f"- student: {_code(config.student_model_name_or_path)}, {num_parameters(pair.student):,} parameters, {trained:,} trained"
     )
     lines.append(
-        f"- the student was trained in {dtype_name(trainer.masters.dtype)}, and multiplied in {config.dtype}"
+        f"- the student was trained in {dtype_name(trainer.learner.masters.dtype)}, and multiplied in {config.dtype}"
         f"{f', its frozen weights quantised ({method})' if method else ''}; the teacher was in {config.teacher_dtype}"
     )
     if has_adapter(pair.student):

@@ -6,42 +6,33 @@ response token. All choices come from (seed, step), so a run that stops and resu
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from switchkd.base import signals
-from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError, SwitchKDWarning
+from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError
 from switchkd.base.lock import Check
-from switchkd.base.memory import halving
 from switchkd.base.storage import append_lines
-from switchkd.data.texts import Batch, TokenizedExample, batch_indices, collate
+from switchkd.data.texts import TokenizedExample, batch_indices
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.metrics import Metrics, memory_bytes, or_none, rollout_metrics
-from switchkd.decoding.pace import Stopwatch
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.evaluation.statistics import lower_is_better
-from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import evaluating, restoring_modes
-from switchkd.forward.sharding import clip, gather, is_sharded, reduce_in_next_backward, shard, whole
-from switchkd.forward.text_path import freeze_beside_text, frozen_note
+from switchkd.forward.sharding import gather, whole
 from switchkd.methods.mixes import Source
-from switchkd.methods.objective import Objective, PlainText
+from switchkd.methods.objective import PlainText
 from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.adapters import check_trainable, has_adapter
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
-from switchkd.teachers.asked import Rows, Teachers
-from switchkd.teachers.said import Teacher
+from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
 from switchkd.training import restoring
 from switchkd.training.checkpoint import (
@@ -55,9 +46,8 @@ from switchkd.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from switchkd.training.loss import balance_coefficient, balancing, response_tokens, total
-from switchkd.training.nonfinite import blame, broken_weight
-from switchkd.training.optimizer import Masters, adamw, learning_rate, schedule_progress, total_steps
+from switchkd.training.learner import Learner, Part
+from switchkd.training.optimizer import learning_rate, schedule_progress, total_steps
 from switchkd.training.processes import (
     all_rollouts,
     from_main,
@@ -72,15 +62,6 @@ from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a step and what is lowered on them: the objective's mean, times a weight."""
-
-    rows: Rows
-    objective: Objective
-    weight: float = 1.0
 
 
 class Trainer:
@@ -120,27 +101,18 @@ class Trainer:
         self.share_rows(self._rows_by_settings * self.accelerator.num_processes)
         self.step = self.num_tokens = self.rows_read = 0
         self.seconds = 0.0
-        self.watch = Stopwatch(self.accelerator.device)  # of the teacher's forwards in updates
         self.best: dict[str, float] = {}
         # What the files do not say yet of the last step: its metrics ({} before the first step), None if they say all.
         self.due: Metrics | None = {}
         # Fewer than the settings say, for the rest of the run, once memory ran out.
-        self.generation_rows, self.micro_rows = config.generation_batch_size, config.per_device_train_batch_size
+        self.generation_rows = config.generation_batch_size
         self.run = Path(config.output_dir)
-        if config.gradient_checkpointing:
-            pair.student.gradient_checkpointing_enable({"use_reentrant": False})
-        self.head = Head.of(pair.student, pair.vocab_size, pair.ends)
-        if beside := freeze_beside_text(pair.student):
-            warnings.warn(frozen_note(beside), SwitchKDWarning, stacklevel=2)
-        self.balance = balance_coefficient(pair.student, config.router_aux_loss_coef)
-        self.student = pair.student.to(self.accelerator.device)
-        # None: what the student was loaded in.
-        compute = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        if config.fsdp and self.accelerator.num_processes > 1:
-            shard(self.student, self.accelerator, compute or self.student.dtype)
-        self.masters = Masters(self.student, compute)
-        self.optimizer = adamw(list(self.masters.named.values()), config)
-        self.teachers = Teachers(pair, self.accelerator.device)
+        self.learner = Learner(pair, config, self.accelerator)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student as it is."""
+        return self.learner.student
 
     def share_rows(self, rows: int) -> None:
         """Read so many rows in a step, an equal part of them on every rank."""
@@ -188,7 +160,7 @@ class Trainer:
         except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
             # Of several processes one may have failed alone; a signal is obeyed by all at once.
             if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
-                if broken := self._broken_weight():
+                if broken := self.learner.broken_weight():
                     stop.add_note(f"{broken} is not finite since step {self.step}, which is not saved")
                 else:
                     self.save()
@@ -206,7 +178,7 @@ class Trainer:
         metrics, steps, records = dict(self.due), self.config.eval_steps, []
         main, sampling = self.accelerator.is_main_process, self._every(self.config.sample_steps)
         scoring = bool(metrics and steps) and self.step % steps == 0
-        weights = self.masters.whole() if scoring and self.config.metric_for_best_model else {}
+        weights = self.learner.masters.whole() if scoring and self.config.metric_for_best_model else {}
         with whole(self.student) if scoring or sampling else nullcontext():
             if main and scoring and evaluate:
                 metrics |= self._evaluated(evaluate, weights)
@@ -247,11 +219,14 @@ class Trainer:
         rows, rollouts = self._rows(source, on_round)
         read_at = time.perf_counter()
         objective = self.config.objective.at(self.objective_memory)
-        parts = [_Part(rows, objective)]
+        parts = [Part(rows, objective)]
         if self.corpus:
-            parts.append(_Part(self._next(self.corpus), PlainText(), self.config.lm_weight))
-        losses, tokens, grad_norm = self._update(parts)
-        teacher_seconds = sum(lap for _, lap in self.watch.take())
+            parts.append(Part(self._next(self.corpus), PlainText(), self.config.lm_weight))
+        rate = learning_rate(self.config, self.step, self.expected_steps)
+        losses, tokens, grad_norm = self.learner.update(parts, self.step, rate)
+        self.step += 1
+        self.rows_read += self.rows_per_step
+        teacher_seconds = sum(lap for _, lap in self.learner.watch.take())
         self.num_tokens += tokens
         seconds = slowest(self.accelerator, time.perf_counter() - start)
         self.seconds += seconds
@@ -260,7 +235,7 @@ class Trainer:
             "step": self.step,
             "loss": losses[0],
             "grad_norm": grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "source": source,
             "progress": self.progress,
             "schedule": self.schedule,
@@ -274,7 +249,7 @@ class Trainer:
         }
         if self.corpus:
             metrics["lm_loss"] = losses[1]
-        if self.balance:
+        if self.learner.balance:
             metrics["aux_loss"] = losses[-1]
         for name, memory in (("objective", self.objective_memory), ("mix", self.mix_memory)):
             metrics |= {f"{name}/{key}": value for key, value in memory.items()}
@@ -326,10 +301,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
-        if broken := self._broken_weight():
+        if broken := self.learner.broken_weight():
             since = "after the update; lower learning_rate" if self.step else "before training; take another student"
             raise NonFiniteError(f"step {self.step}: {broken} is not finite {since}")
-        weights, moments = self.masters.whole(), moments_of(self.masters, self.optimizer)
+        weights, moments = self.learner.masters.whole(), moments_of(self.learner.masters, self.learner.optimizer)
         with whole(self.student):
             if self.accelerator.is_main_process:
                 self.check_place()
@@ -337,10 +312,6 @@ class Trainer:
                 keep, tokenizer = self.config.save_total_limit, self.pair.tokenizer
                 save_checkpoint(self.run, self._state(), self.student, tokenizer, weights, moments, keep)
             self.accelerator.wait_for_everyone()
-
-    def _broken_weight(self) -> str:
-        """A weight or moment that is not finite, on whichever rank; "" if all are."""
-        return max(gather_object([broken_weight(self.masters, self.optimizer)]))
 
     def _state(self) -> State:
         return {
@@ -368,7 +339,7 @@ class Trainer:
         config, ranks = self.config, self.accelerator.num_processes
         with_best = restoring.BEST_SETTING not in config.allow_change
         folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, config.resume_from, with_best))
-        state = load_checkpoint(folder, self.student, self.masters, self.optimizer)
+        state = load_checkpoint(folder, self.student, self.learner.masters, self.learner.optimizer)
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
         self.due, self.best = state["due"], restoring.best(state, config, self.scored_on, self.run)
         self.objective_memory, self.mix_memory = (
@@ -386,7 +357,7 @@ class Trainer:
         """Take the weights of the best student that evaluations saw, if they looked for one, on every rank."""
         self.best = from_main(self.accelerator, lambda: self.best)
         if self.best:
-            load_best(self.run, int(self.best["step"]), self.student, self.masters)
+            load_best(self.run, int(self.best["step"]), self.student, self.learner.masters)
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -394,14 +365,14 @@ class Trainer:
         name: str = self.config.save_dtype
         if name == "auto":
             own = has_adapter(self.student) and not self.config.merge  # an adapter stays as it was trained
-            name = dtype_name(self.masters.dtype) if own else self.pair.folder_dtype
+            name = dtype_name(self.learner.masters.dtype) if own else self.pair.folder_dtype
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
     def final_weights(self) -> Weights:
         """The masters, whole, rounded now to the dtype that they are saved in. All ranks must ask."""
-        self.masters.round_to(self.save_dtype)
-        return self.masters.whole()
+        self.learner.masters.round_to(self.save_dtype)
+        return self.learner.masters.whole()
 
     def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """This rank's examples of the step; the data cursor is the number of rows that were read before."""
@@ -445,38 +416,8 @@ class Trainer:
         every = self.config.mix.validation_steps
         if not every or self.step % every:
             return
-        sums = self._fitting(self._validation_sums, "validating")
-        total_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        total_loss, tokens = self.learner.log_likelihood(self.validation)
         self.mix_memory = self.config.mix.remember(self.mix_memory, total_loss / max(tokens, 1))
-
-    @torch.no_grad()
-    def _validation_sums(self, size: int) -> torch.Tensor:
-        """Negative log-likelihood (nats) and tokens of this rank's validation completions ``[2]``, ``size`` rows at a time."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batches = [self.validation[start : start + size] for start in range(0, len(self.validation), size)]
-        sums = torch.zeros(2, dtype=self._wide, device=self.accelerator.device)
-        with evaluating(self.student):
-            # Every rank runs as many forwards as any other: a wrapped model may wait for all in each.
-            for place in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
-                signals.check()
-                rows = batches[min(place, len(batches) - 1)]
-                loss = self._loss(rows, PlainText())
-                if place < len(batches):
-                    sums[0] += loss
-                    sums[1] += sum(len(row.completion_ids) for row in rows)
-        return sums
-
-    @property
-    def _wide(self) -> torch.dtype:
-        """The dtype of losses. float64, which not every device has, only where the student is that wide."""
-        return torch.promote_types(self.pair.student.dtype, torch.float32)
-
-    def _fitting(self, work: Callable[[int], torch.Tensor], what: str) -> torch.Tensor:
-        """``work`` with as many rows at a time as memory allows."""
-        if self.accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
-            return work(self.micro_rows)
-        result, self.micro_rows = halving(work, self.micro_rows, what, "per_device_train_batch_size")
-        return result
 
     def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
@@ -494,95 +435,3 @@ class Trainer:
             if rollout.error:
                 raise rollout.failure(f"step {self.step + 1}, {example.source}")
         return rollouts
-
-    def _update(self, parts: Sequence[_Part]) -> tuple[list[float], int, float]:
-        """Gradient over the window, finite check, clip, AdamW: (means as of ``_gradients``, tokens of the first, gradient norm)."""
-        accelerator = self.accelerator
-        lengths = [[len(row.completion_ids) for row in part.rows] for part in parts]
-        texts = [self._by_text(part.objective) for part in parts]
-        own = [[sum(each) for each in lengths], [sum(map(bool, each)) for each in lengths]]
-        tokens, rows = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
-        counts = [row if text else token for text, row, token in zip(texts, rows, tokens, strict=True)]
-        sums = self._fitting(partial(self._gradients, parts, counts, tokens), "training")
-        self.masters.sum_gradients(accelerator)
-        losses = accelerator.reduce(sums, "sum").tolist()
-        grad_norm = clip(list(self.masters.named.values()), self.config.max_grad_norm or math.inf)
-        self._check_finite(parts, losses, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.expected_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.masters.publish()
-        self.step += 1
-        self.rows_read += self.rows_per_step
-        return losses, tokens[0], grad_norm
-
-    def _gradients(
-        self, parts: Sequence[_Part], counts: Sequence[int], tokens: Sequence[int], size: int
-    ) -> torch.Tensor:
-        """Gradients of the window's loss, from nothing, ``size`` rows at a time; returns this rank's share of each part's mean.
-
-        Behind the parts stands the balancing loss of the first, if it has one, the mean of its micro-batches by their tokens. The
-        size moves rounding alone, but for that loss, and for dropout, whose masks are those of a micro-batch.
-        """
-        accelerator = self.accelerator
-        micros = [(i, start) for i, part in enumerate(parts) for start in range(0, len(part.rows), size)]
-        sums = torch.zeros(len(parts) + (self.balance > 0), device=accelerator.device, dtype=self._wide)
-        # The loss is a sum over all ranks' tokens, divided once; shards get the mean of all ranks' gradients.
-        averaged = accelerator.num_processes if is_sharded(self.student) else 1
-        self.optimizer.zero_grad()  # of a try that was given up
-        for micro, (i, start) in enumerate(micros):
-            signals.check()
-            reduce_in_next_backward(self.student, last=micro == len(micros) - 1)
-            dropout = self._keyed_dropout(accelerator.process_index * len(micros) + micro)
-            with dropout, balancing(self.student, self.balance > 0) as balance:
-                rows = parts[i].rows[start : start + size]
-                loss = self._loss(rows, parts[i].objective) / max(counts[i], 1)
-                share = sum(len(row.completion_ids) for row in rows) / max(tokens[i], 1)
-                aux = torch.stack(balance).sum() * share if balance else loss.new_zeros(())
-                ((loss + self.balance * aux) * (parts[i].weight * averaged)).backward()
-            sums[i] += loss.detach()
-            if i == 0 and self.balance:
-                sums[-1] += aux.detach()
-        return sums
-
-    def _loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
-        """Sum of the objective over the response tokens of one micro-batch, or of its mean over each text."""
-        hidden, batch, teacher = self.read(rows, objective)
-        tokens = response_tokens(batch, [r.speakers for r in rows])
-        return total(objective, teacher, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
-
-    def _by_text(self, objective: Objective) -> bool:
-        """Whether this objective's mean is one over texts."""
-        return self.config.loss_over == "sequences" and not objective.over_tokens
-
-    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
-        """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
-        batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
-        start = self.watch.now()
-        teacher = self.teachers(rows) if objective.reads_teacher else None
-        self.watch.lap(len(rows), start)
-        return response_hidden(self.student, batch), batch, teacher
-
-    def _check_finite(self, parts: Sequence[_Part], losses: Sequence[float], grad_norm: float) -> None:
-        if all(map(math.isfinite, [*losses, grad_norm])):
-            return
-        with whole(self.student):
-            cause = blame(self, [(part.rows, part.objective) for part in parts])
-        raise NonFiniteError(
-            f"step {self.step + 1}: {cause} (loss {' and '.join(map(str, losses))}, gradient norm {grad_norm}); the weights are "
-            "those of the step before. Lower learning_rate, or look for broken values in the models"
-        )
-
-    @contextmanager
-    def _keyed_dropout(self, micro: int) -> Iterator[None]:
-        """Training mode with dropout keyed by (seed, step, micro-batch of all ranks); the caller's random state is left alone."""
-        key = noise_key(self.config.seed, self.step, micro, Use.DROPOUT)
-        with torch.random.fork_rng():
-            torch.random.default_generator.manual_seed(key % 2**63)
-            if torch.cuda.is_available():
-                torch.cuda.manual_seed_all(key % 2**63)
-            with restoring_modes(self.student):
-                if not self.student.training:  # else some of its layers may be frozen in evaluation mode
-                    self.student.train()
-                yield

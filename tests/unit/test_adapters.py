@@ -121,7 +121,9 @@ def test_only_the_adapter_gets_gradients(family, checkpointing, tmp_path):
     pair = self_pair(family)
     t = trainer(tmp_path, pair, mix=Generated(1.0), gradient_checkpointing=checkpointing)
     seen = {}
-    t.optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad for n, p in pair.student.named_parameters()}))
+    t.learner.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad for n, p in pair.student.named_parameters()})
+    )
     t.train_step()
     for name, gradient in seen.items():
         assert (gradient is not None and gradient.abs().max() > 0) == ("lora_" in name), name

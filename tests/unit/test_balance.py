@@ -53,7 +53,7 @@ def trained(tmp_path, student, given=None, **changes):
     config = dataclasses.replace(CONFIG, output_dir=str(tmp_path), router_aux_loss_coef=given, **changes)
     t = Trainer(pair, toy_examples(), config)
     gradients = {}
-    t.optimizer.register_step_pre_hook(
+    t.learner.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
     )
     metrics, _ = t.train_step()
@@ -96,7 +96,7 @@ def test_the_balancing_loss_is_added_with_the_students_own_coefficient(kind, out
 @pytest.mark.parametrize("given,added", [(0.0, False), (10.0, True), (None, True)])
 def test_it_is_off_by_choice(given, added, tmp_path):
     _, metrics, t = trained(tmp_path, moe(), given)
-    assert ("aux_loss" in metrics) == added and t.balance == (0.5 if given is None else given)
+    assert ("aux_loss" in metrics) == added and t.learner.balance == (0.5 if given is None else given)
 
 
 def test_micro_batches_weigh_by_their_tokens(tmp_path):

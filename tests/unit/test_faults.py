@@ -284,7 +284,7 @@ def test_a_run_whose_disk_is_full_says_what_stands_and_goes_on_when_there_is_roo
 def check_room(folder, patch):
     """Too little room for what is to come is refused before the first step, and what there is by then is whole."""
     usage, t = shutil.disk_usage(folder), trainer(folder, save_total_limit=3, max_steps=1)
-    moments = checkpoint.moments_of(t.masters, t.optimizer).values()
+    moments = checkpoint.moments_of(t.learner.masters, t.learner.optimizer).values()
     size = sum(tensor.nbytes for tensor in [*t.pair.student.parameters(), *moments])
     with patch.context() as small:
         small.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=3 * size))

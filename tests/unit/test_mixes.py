@@ -63,8 +63,8 @@ def test_fixed_mixes():
 
 def rows_of(t, steps=1):
     """The rows that the loss of each step sees, in order, and each step's source."""
-    seen, original = [], t._loss
-    t._loss = lambda rows, objective: seen[-1].extend(rows) or original(rows, objective)
+    seen, original = [], t.learner.loss
+    t.learner.loss = lambda rows, objective: seen[-1].extend(rows) or original(rows, objective)
     sources = []
     for _ in range(steps):
         seen.append([])
@@ -162,7 +162,7 @@ def test_a_second_corpus_adds_its_own_mean(tmp_path):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         t = trainer(tmp_path / name, pair, mix=GroundTruth(), max_grad_norm=0.0, **settings)
-        t.optimizer.register_step_pre_hook(
+        t.learner.optimizer.register_step_pre_hook(
             lambda *_: gradients.update({name: [p.grad.clone() for p in t.pair.student.parameters()]})
         )
         return t.train_step()[0]

@@ -31,8 +31,8 @@ def poisoned(model):
 
 
 def endless_loss(t):
-    loss = t._loss
-    t._loss = lambda rows, objective: loss(rows, objective) * (math.inf if bad_rows(rows) else 1.0)
+    loss = t.learner.loss
+    t.learner.loss = lambda rows, objective: loss(rows, objective) * (math.inf if bad_rows(rows) else 1.0)
 
 
 def bad_rows(rows):
@@ -100,7 +100,7 @@ def overflowing(folder, step, **changes):
             with torch.no_grad():
                 t.pair.student.lm_head.weight[3, 1] = math.inf
 
-    t.optimizer.register_step_post_hook(overflow)
+    t.learner.optimizer.register_step_post_hook(overflow)
     return t
 
 
@@ -126,7 +126,7 @@ def test_weights_that_overflow_in_an_update_are_not_saved(tmp_path):
 def test_moments_that_overflow_are_not_saved(tmp_path):
     t = started(tmp_path)
     parameter = next(p for name, p in t.pair.student.named_parameters() if name == "lm_head.weight")
-    t.optimizer.state[parameter]["exp_avg_sq"][0] = math.inf
+    t.learner.optimizer.state[parameter]["exp_avg_sq"][0] = math.inf
     with pytest.raises(NonFiniteError, match=r"the optimizer's exp_avg_sq of lm_head.weight is not finite"):
         t.save()
 

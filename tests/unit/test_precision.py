@@ -70,9 +70,11 @@ def moved(tmp_path, learning_rate, dtype):
     t = trainer(tmp_path / dtype, pair, learning_rate=learning_rate, dtype=dtype)
     for _ in range(SETTINGS.max_steps):
         t.train_step()
-    after = {name: weight.detach().double() for name, weight in t.masters.named.items()}
+    after = {name: weight.detach().double() for name, weight in t.learner.masters.named.items()}
     share = sum((after[name] != before[name]).sum().item() for name in before) / sum(w.numel() for w in before.values())
-    moments = torch.cat([t.optimizer.state[w]["exp_avg_sq"].flatten() for w in t.masters.named.values()])
+    moments = torch.cat(
+        [t.learner.optimizer.state[w]["exp_avg_sq"].flatten() for w in t.learner.masters.named.values()]
+    )
     return share, kl_of(before, pair) - kl_of(after, pair), moments
 
 
@@ -166,10 +168,10 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, lora):
     assert resumed.step == 6
     resumed.train()
     for name, weight in straight.masters.named.items():
-        assert weight.dtype == torch.float32 and torch.equal(weight, resumed.masters.named[name])
+        assert weight.dtype == torch.float32 and torch.equal(weight, resumed.learner.masters.named[name])
         for key, moment in straight.optimizer.state[weight].items():
             assert moment.dtype == torch.float32
-            assert torch.equal(moment, resumed.optimizer.state[resumed.masters.named[name]][key])
+            assert torch.equal(moment, resumed.learner.optimizer.state[resumed.learner.masters.named[name]][key])
     for one, two in zip(straight.student.parameters(), resumed.student.parameters(), strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, two)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -187,7 +189,7 @@ def test_a_checkpoint_opens_as_what_it_holds(tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     opened = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(t.masters.named[name], p) for name, p in opened.named_parameters())
+    assert all(torch.equal(t.learner.masters.named[name], p) for name, p in opened.named_parameters())
     other = tiny_model("gemma", 9, torch.bfloat16)
     load_weights(folder, other)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), t.student.parameters(), strict=True))
@@ -316,8 +318,8 @@ def test_a_student_in_float16_is_refused(tmp_path):
 def test_a_student_that_was_loaded_in_bfloat16_gets_masters_too(tmp_path):
     t = trainer(tmp_path, toy_pair(dtype=torch.bfloat16), learning_rate=1e-6)
     t.train_step()
-    assert {w.dtype for w in t.masters.named.values()} == {torch.float32}
-    assert any(not torch.equal(w, w.bfloat16().float()) for w in t.masters.named.values())
+    assert {w.dtype for w in t.learner.masters.named.values()} == {torch.float32}
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in t.learner.masters.named.values())
     assert t.student.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"AdamW would update weights in torch\.bfloat16"):
         adamw(list(t.student.parameters()), SETTINGS)
@@ -328,7 +330,9 @@ def test_a_student_that_was_loaded_in_bfloat16_gets_masters_too(tmp_path):
 def test_a_student_multiplies_in_what_the_settings_say_whatever_it_was_loaded_in(tmp_path, dtype, loaded):
     t = trainer(tmp_path, toy_pair(dtype=loaded), dtype=dtype)
     assert {p.dtype for p in t.student.parameters()} == {getattr(torch, dtype)}
-    assert t.masters.dtype == torch.promote_types(torch.promote_types(loaded, getattr(torch, dtype)), torch.float32)
+    assert t.learner.masters.dtype == torch.promote_types(
+        torch.promote_types(loaded, getattr(torch, dtype)), torch.float32
+    )
     t.train_step()
 
 
@@ -338,7 +342,7 @@ def test_decoding_and_scores_use_the_same_rounded_weights(tmp_path):
     rounded = tiny_model("llama", 5, torch.bfloat16)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
-            parameter.copy_(t.masters.named[name])
+            parameter.copy_(t.learner.masters.named[name])
     prompts = [e.prompt_ids for e in toy_examples()]
     settings = {"policy": Switch(tau_0=0.6), "max_new_tokens": 6, "vocab_size": VOCAB, "repeatable": True}
     texts = [decode(student, t.pair.teacher, prompts, **settings) for student in (t.student, rounded)]
@@ -375,9 +379,9 @@ def test_no_gradient_is_computed_where_nobody_wants_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     t = trainer(tmp_path)
     with torch.no_grad():
-        before = t._loss(toy_examples(4), CrossEntropy())
+        before = t.learner.loss(toy_examples(4), CrossEntropy())
     assert not calls
-    after = t._loss(toy_examples(4), CrossEntropy())
+    after = t.learner.loss(toy_examples(4), CrossEntropy())
     assert calls and torch.equal(before, after)
 
 

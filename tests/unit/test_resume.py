@@ -65,7 +65,7 @@ def run(folder, dies=None, **changes):
         return called
 
     t._update = dying("generated", t._update)
-    t._loss = dying("accumulating", t._loss)
+    t.learner.loss = dying("accumulating", t.learner.loss)
     with pytest.raises(Dies) if dies else nullcontext():
         t.train(dying("told", lambda *_: None))
     return t

@@ -67,8 +67,8 @@ def test_every_schedule_of_a_run_reaches_its_end(tmp_path):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_objectives_reach_their_end_in_the_last_step(tmp_path, objective, name, ends, steps):
     t = trainer(tmp_path, mix=GroundTruth(), objective=objective, max_steps=steps)
-    used, loss = [], t._loss
-    t._loss = lambda rows, own: used.append(getattr(own, name)) or loss(rows, own)
+    used, loss = [], t.learner.loss
+    t.learner.loss = lambda rows, own: used.append(getattr(own, name)) or loss(rows, own)
     t.train()
     assert (used[0], used[-1]) == ends and len(used) == steps
     assert lines(tmp_path, "metrics.jsonl")[-1]["schedule"] == 1.0

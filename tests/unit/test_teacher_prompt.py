@@ -224,11 +224,11 @@ def test_replayed_rows_and_pairs_are_judged_on_the_teachers_prompt(tmp_path):
     t.train_step()
     assert len({r.teacher_prompt_ids is None for r in t.replay}) == 2
     rows = t._replayed()
-    assert t._loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
+    assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
     t = trainer(tmp_path, examples=examples, mix=Pairs(), objective=DistiLLM2())
     rows, fresh = t._rows("pairs", None)
     assert len(rows) == 2 * len(fresh)
-    assert t._loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
+    assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path):
@@ -319,7 +319,7 @@ def test_the_cache_is_of_the_teachers_prompt(tmp_path, kind):
     t.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     rows = t._next(t.examples)
     expected, _ = dense(toy_pair(), [dataclasses.replace(row, said=None, teacher_top_k=None) for row in rows])
-    assert t._loss(rows, ForwardKL()).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(CheckpointError, match="examples differs"):
         TeacherCache.open(toy_pair(), toy_examples(), tmp_path / "cache", kind, top_k=VOCAB)
 

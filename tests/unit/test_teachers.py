@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeyp
         for name, parameter in t.pair.student.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-7, rtol=1e-5)
     read, student = reading(t.pair)
-    t._loss([dataclasses.replace(row, said=None) for row in rows], ForwardKL())
+    t.learner.loss([dataclasses.replace(row, said=None) for row in rows], ForwardKL())
     assert len(student) == 1
     for name in NAMES:
         mine = [row.teacher_reads + row.completion_ids for row in rows if row.teacher == name]
@@ -147,10 +147,10 @@ def test_objectives_that_look_ahead_or_back_see_each_rows_teacher(tmp_path, obje
     """The sum over rows apart is the loss of the rows together."""
     t = trainer(tmp_path, pair_of_three(), routed(), mix=Generated(1.0), policy=MixIn(alpha=0.4), objective=objective)
     rows = t._generate(t._next(t.examples), None)
-    together = t._loss(rows, objective).item()
-    assert together == pytest.approx(sum(t._loss([row], objective).item() for row in rows), rel=1e-9)
+    together = t.learner.loss(rows, objective).item()
+    assert together == pytest.approx(sum(t.learner.loss([row], objective).item() for row in rows), rel=1e-9)
     swapped = [dataclasses.replace(row, teacher="math", said=None) for row in rows]
-    assert abs(t._loss(swapped, objective).item() - together) > 1e-2
+    assert abs(t.learner.loss(swapped, objective).item() - together) > 1e-2
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path):

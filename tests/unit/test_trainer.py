@@ -58,7 +58,7 @@ def without_times(records):
 def gradient_step(folder, **changes):
     t = trainer(folder, **changes)
     gradients = {}
-    t.optimizer.register_step_pre_hook(
+    t.learner.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in t.pair.student.named_parameters()})
     )
     metrics, rollouts = t.train_step()
@@ -156,8 +156,8 @@ def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective)
     stored = [dataclasses.replace(example, speakers=[1] * len(example.completion_ids)) for example in toy_examples()]
     more = {"policy": StudentOnly(), "mix": Pairs(), "objective": objective, "per_device_train_batch_size": 2}
     t = trainer(tmp_path, without_dropout(), stored, learning_rate=0.0, loss_over="sequences", **more)
-    seen, loss = [], t._loss
-    t._loss = lambda rows, own: seen.append(rows) or loss(rows, own)
+    seen, loss = [], t.learner.loss
+    t.learner.loss = lambda rows, own: seen.append(rows) or loss(rows, own)
     metrics, _ = t.train_step()
     over_tokens = trainer(tmp_path, without_dropout(), stored, **more)
     rows = [row for part in seen for row in part]
@@ -313,7 +313,7 @@ def test_epochs_count_steps(tmp_path):
 
 def test_weight_decay_spares_norms_and_biases(tmp_path):
     t = trainer(tmp_path, toy_pair("gpt2"), weight_decay=0.3)
-    decays = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in t.optimizer.param_groups}
+    decays = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in t.learner.optimizer.param_groups}
     assert decays == {0.3: {2}, 0.0: {1}}
 
 

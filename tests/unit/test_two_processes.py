@@ -63,7 +63,7 @@ trainer.train(
 )
 with whole(trainer.student):
     assert trainer.student.dtype == (torch.bfloat16 if {dtype!r} == "bfloat16" else torch.float64)
-weights = dict((name, weight.clone()) for name, weight in trainer.masters.whole().items())
+weights = dict((name, weight.clone()) for name, weight in trainer.learner.masters.whole().items())
 sharded = sum(p.to_local().numel() for p in trainer.student.parameters()) if {fsdp} and {processes} > 1 else 0
 if accelerator.is_main_process:
     assert accelerator.num_processes == {processes}
