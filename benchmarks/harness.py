@@ -27,7 +27,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 from switchkd.base.storage import cache_folder, write_file
-from switchkd.base.terminal import bar, number
+from switchkd.base.terminal import bar, console, number
 from switchkd.cli.train import DemoConfig, demo_settings
 from switchkd.data.settings import DataConfig
 from switchkd.data.texts import TokenizedExample
@@ -38,7 +38,6 @@ from switchkd.methods.divergences import log_probs
 from switchkd.methods.policy import Policy
 from switchkd.methods.sampling import draw, gumbel_noise, noise_key
 from switchkd.models.pair import Pair, load_pair
-from switchkd.reports.tables import console
 from switchkd.runs.opening import load_task
 from switchkd.training.checkpoint import save_model
 from switchkd.training.trainer import Trainer

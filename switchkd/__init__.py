@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from switchkd.base import __version__
+
 if TYPE_CHECKING:
     from switchkd.decoding.decode import decode, decode_reference
     from switchkd.decoding.rollouts import Rollout
@@ -12,22 +14,20 @@ if TYPE_CHECKING:
     from switchkd.methods.policy import Decision, Policy, StudentOnly, TeacherOnly
     from switchkd.models.pair import Pair, load_pair
 
-__version__ = "0.1.0"
-
 # Names load on first use, so that `switchkd --help` does not wait for torch.
 _HOME = {
-    "decode": "decoding",
-    "decode_reference": "decoding",
-    "Rollout": "rollouts",
-    "Objective": "objectives",
-    "Policy": "policies",
-    "Decision": "policies",
-    "StudentOnly": "policies",
-    "TeacherOnly": "policies",
-    "Switch": "policies",
-    "AdaSwitch": "policies",
-    "Pair": "models",
-    "load_pair": "models",
+    "decode": "decoding.decode",
+    "decode_reference": "decoding.decode",
+    "Rollout": "decoding.rollouts",
+    "Objective": "methods.objective",
+    "AdaSwitch": "methods.policies",
+    "Switch": "methods.policies",
+    "Decision": "methods.policy",
+    "Policy": "methods.policy",
+    "StudentOnly": "methods.policy",
+    "TeacherOnly": "methods.policy",
+    "Pair": "models.pair",
+    "load_pair": "models.pair",
 }
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "StudentOnly",
     "Switch",
     "TeacherOnly",
+    "__version__",
     "decode",
     "decode_reference",
     "divergences",
@@ -53,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"switchkd.{_HOME[name]}"), name)
     raise AttributeError(f"module 'switchkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

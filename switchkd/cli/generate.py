@@ -13,7 +13,6 @@ from switchkd.base.storage import write_output
 from switchkd.data.settings import DataConfig, with_date
 from switchkd.decoding.settings import DecodeConfig
 from switchkd.models.settings import ModelConfig
-from switchkd.reports.live import cost_line, print_rollout
 
 if TYPE_CHECKING:
     from switchkd.decoding.settings import DecodeSettings
@@ -49,6 +48,7 @@ class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
 def generate(config: GenerateConfig) -> None:
     from switchkd.base.terminal import bar
     from switchkd.decoding.examples import decode_examples
+    from switchkd.reports.live import cost_line, print_rollout
     from switchkd.reports.tables import console
     from switchkd.runs.opening import open_pair
 

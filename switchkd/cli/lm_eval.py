@@ -16,9 +16,6 @@ from switchkd.base.settings import Settings
 from switchkd.base.storage import expanded, write_output
 from switchkd.data.settings import template_settings, with_date
 from switchkd.data.template_inputs import Template
-from switchkd.models.loading import load_model, load_tokenizer, made
-from switchkd.models.saved_student import verify_saved
-from switchkd.reports.record import read_config, trained_student
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig
 
@@ -39,6 +36,10 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.
     """
+    from switchkd.models.loading import load_model, load_tokenizer, made
+    from switchkd.models.saved_student import verify_saved
+    from switchkd.reports.record import read_config, trained_student
+
     run, in_4bit = Path(expanded(name)), False
     if (run / CONFIG).is_file():
         recipe = read_config(run)
@@ -51,6 +52,8 @@ def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, Pr
 
 def chat_template_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """What the benchmarks' chat template is told: what the run ``name`` was trained with, else today's date."""
+    from switchkd.reports.record import read_config
+
     run = Path(expanded(name))
     recipe = read_config(run) if (run / CONFIG).is_file() else TrainConfig()
     return with_date(replace(recipe, template="chat"), tokenizer).prompts

@@ -111,8 +111,12 @@ def test_cuts_of_what_is_drawn_reach_decoding_and_evaluation_each_their_own():
         "eval_temperature": 1.0,
     }
     config = from_dict(TrainConfig, values, "r.yaml")
-    told = config.decode_arguments()
-    assert {name: told[name] for name in ("top_p", "top_k", "min_p")} == {"top_p": 0.9, "top_k": 20, "min_p": 0.1}
+    told = config.decoding()
+    assert {name: getattr(told, name) for name in ("top_p", "top_k", "min_p")} == {
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.1,
+    }
     settings = eval_settings(config, config.policy)
     assert (settings.top_p, settings.top_k, settings.min_p) == (0.8, 5, 0.2)
     written = settings.to_json()

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example
+from switchkd.data.formats import Message
 from switchkd.data.templates import alpaca_prompt
-from switchkd.data.texts import Message, batch_indices, collate, tokenize
+from switchkd.data.texts import batch_indices, collate, tokenize
 
 PAIR = {"prompt": "What is two and two?", "completion": "It is four."}
 

@@ -17,8 +17,9 @@ from switchkd.base.storage import cache_folder
 from switchkd.models import demo_pair
 from switchkd.models.demo_pair import demo_pair_paths
 from switchkd.models.layers import prune_layers
-from switchkd.models.loading import check_vocabulary, load_model, load_tokenizer
+from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
+from switchkd.models.vocabulary import check_vocabulary
 
 TEACHER_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 STUDENT_SHA256 = "c217390cbe7f20d48b9eff4356e30bee8ce12c2faa9b10ffbc6aa8616336dc9e"

@@ -19,6 +19,7 @@ from tiny import pair_on_disk, toy_examples, toy_pair
 from switchkd.base import storage
 from switchkd.base.errors import DiskError, SwitchKDWarning
 from switchkd.base.lock import locked
+from switchkd.base.manifest import verify
 from switchkd.base.storage import append_lines, staged_folder, tidy, write_file
 from switchkd.cli.main import main
 from switchkd.evaluation.evaluate import evaluate
@@ -29,7 +30,7 @@ from switchkd.methods.mixes import Adaptive
 from switchkd.teachers import store as teacher_store
 from switchkd.training import checkpoint
 from switchkd.training import trainer as trainer_module
-from switchkd.training.checkpoint import MANIFEST, checkpoints, verify
+from switchkd.training.checkpoint import MANIFEST, checkpoints
 from switchkd.training.optimizer import adamw
 from switchkd.training.restoring import whole_checkpoint
 from switchkd.training.trainer import Trainer

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from switchkd.lock import locked
+from switchkd.base.lock import locked
 with locked(Path(sys.argv[1])):
     print("in", flush=True)
     input()

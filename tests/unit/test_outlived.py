@@ -18,7 +18,7 @@ from switchkd.reports.page import page
 from switchkd.reports.record import RunRecord
 from switchkd.runs import distil as runs
 from switchkd.studies.study import flags
-from switchkd.training.trainer import Trainer
+from switchkd.training.learner import Learner
 
 
 def train(run, *more):
@@ -168,7 +168,7 @@ def replaced(run):
 @pytest.mark.parametrize("how", [moved, replaced, shutil.rmtree])
 @pytest.mark.parametrize("moment", ["a step", "the last scores"])
 def test_a_run_whose_folder_goes_stops_and_makes_none_anew(run, how, moment, monkeypatch, capsys):
-    place, name = (Trainer, "_update") if moment == "a step" else (runs, "score")
+    place, name = (Learner, "update") if moment == "a step" else (runs, "score")
     call = getattr(place, name)
     monkeypatch.setattr(place, name, lambda *args: (how(run), call(*args))[1])
     more = ["--max-steps", "5", "--allow-change", "max_steps"] if moment == "a step" else []

@@ -23,7 +23,7 @@ from switchkd.methods.mixes import Generated, GroundTruth
 from switchkd.methods.objective import CrossEntropy
 from switchkd.methods.objectives import ForwardKL
 from switchkd.methods.policies import Switch
-from switchkd.models import precision
+from switchkd.models import settings as precision
 from switchkd.models.adapters import add_adapter, has_adapter
 from switchkd.models.pair import load_pair
 from switchkd.models.settings import ModelConfig, cast_weights

@@ -16,9 +16,10 @@ from test_trainer import lines, trainer, without_times
 from tiny import pair_on_disk, toy_pair
 
 from switchkd.base.errors import CheckpointError, DataError, SwitchKDWarning
+from switchkd.base.manifest import verify
 from switchkd.cli.main import main
 from switchkd.methods.mixes import Adaptive, Generated
-from switchkd.training.checkpoint import MANIFEST, checkpoints, load_checkpoint, verify
+from switchkd.training.checkpoint import MANIFEST, checkpoints, load_checkpoint
 from switchkd.training.restoring import whole_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def run(folder, dies=None, **changes):
 
         return called
 
-    t._update = dying("generated", t._update)
+    t.learner.update = dying("generated", t.learner.update)
     t.learner.loss = dying("accumulating", t.learner.loss)
     with pytest.raises(Dies) if dies else nullcontext():
         t.train(dying("told", lambda *_: None))
@@ -375,7 +376,7 @@ sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
 from switchkd.cli import main
-from switchkd.checkpoint import checkpoints, step_of
+from switchkd.training.checkpoint import checkpoints, step_of
 from pathlib import Path
 run, deaths, until = Path({run!r}), 0, time.monotonic() + 400
 def child():

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 sys.path[:0] = ["tests", "tests/unit"]
 from test_teacher_store import build, texts
 from tiny import toy_pair
-from switchkd import teacher_cache, teacher_store
+from switchkd.teachers import states as teacher_cache, store as teacher_store
 
 kind, folder, role, guard = sys.argv[1:]
 module, name = (teacher_store, "_append") if kind == "texts" else (teacher_cache, "save_file")

@@ -208,7 +208,8 @@ def started(settings, run, saving="pass"):
     recipe = run.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(to_dict(dataclasses.replace(settings, output_dir=str(run))), sort_keys=False))
     code = (
-        "import os, sys, time; from switchkd import checkpoint, cli, trainer\nsave = checkpoint._write_model\n"
+        "import os, sys, time; from switchkd.training import checkpoint, trainer\n"
+        "from switchkd.cli import main as cli\nsave = checkpoint._write_model\n"
         f"def slow(*args):\n    if os.path.exists({str(run / 'metrics.jsonl')!r}):\n        {saving}\n    save(*args)\n"
         "checkpoint._write_model = slow\nsys.exit(cli.main())"
     )

@@ -29,8 +29,10 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from switchkd import cli, processes, runs, signals, trainer
-from switchkd.trainer import Trainer
+from switchkd import cli, runs
+from switchkd.training import processes, trainer
+from switchkd.base import signals
+from switchkd.training.trainer import Trainer
 
 def await_(condition):
     until = time.monotonic() + 120

@@ -24,9 +24,10 @@ from switchkd import Rollout, StudentOnly, Switch, TeacherOnly, decode, decode_r
 from switchkd.base.errors import CheckpointError, ConfigError, DataError
 from switchkd.cli.main import main
 from switchkd.data.examples import Example
+from switchkd.data.formats import Message
 from switchkd.data.settings import DataConfig
 from switchkd.data.templates import alpaca_prompt
-from switchkd.data.texts import Message, collate, teacher_prompt_limit, tokenize
+from switchkd.data.texts import collate, teacher_prompt_limit, tokenize
 from switchkd.decoding.pace import BLOCKS, Pace
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate

@@ -52,7 +52,8 @@ def dying(moment):
 
 
 def changed(examples, place, **changes):
-    return [*examples[:place], dataclasses.replace(examples[place], **changes), *examples[place + 1 :]]
+    tell = retold if "completion_ids" in changes else dataclasses.replace
+    return [*examples[:place], tell(examples[place], **changes), *examples[place + 1 :]]
 
 
 def other_weight(pair):

@@ -18,7 +18,8 @@ from switchkd.cli.evaluate import EvaluateConfig
 from switchkd.cli.generate import GenerateConfig
 from switchkd.cli.main import main, parse
 from switchkd.data.examples import Example, load_examples
-from switchkd.data.texts import Message, by_teacher, tokenize
+from switchkd.data.formats import Message
+from switchkd.data.texts import by_teacher, tokenize
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.teacher_texts import teacher_texts

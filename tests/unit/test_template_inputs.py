@@ -14,10 +14,10 @@ from switchkd.base.settings import from_dict
 from switchkd.cli.main import main
 from switchkd.data import template_inputs
 from switchkd.data.examples import Example
+from switchkd.data.formats import Message
 from switchkd.data.settings import with_date
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
-from switchkd.data.texts import Message
 from switchkd.reports.compare import compare
 from switchkd.reports.page import _score_sheets
 from switchkd.reports.record import RunRecord

@@ -9,9 +9,10 @@ from tokenizers import AddedToken
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example, load_examples
+from switchkd.data.formats import Message
 from switchkd.data.lines import BadRows
 from switchkd.data.templates import Encoder
-from switchkd.data.texts import Message, tokenize
+from switchkd.data.texts import tokenize
 
 LENGTHS = {"max_prompt_length": 2000, "max_completion_length": 2000}
 # As the templates of reasoning models: thoughts of the last answer stand in a block before it, an empty one where there are none.

@@ -224,7 +224,7 @@ def test_a_reader_that_leaves_hears_no_complaint_at_the_interpreters_end():
 def test_a_closed_stderr_is_not_the_next_file_that_is_opened(tmp_path):
     code = (
         "import os, sys; os.close(2); sys.stderr = None\n"
-        "from switchkd.terminal import open_standard_streams; open_standard_streams()\n"
+        "from switchkd.base.terminal import open_standard_streams; open_standard_streams()\n"
         f"sys.exit(open({str(tmp_path / 'weights')!r}, 'w').fileno())"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode > 2

@@ -200,7 +200,7 @@ def test_a_run_without_trackers_writes_none(settings, tmp_path):
 STOPPED = """
 import sys
 from switchkd import cli
-from switchkd.tracking import Trackers
+from switchkd.runs.tracking import Trackers
 log = Trackers.log
 def stop(self, values, step):
     log(self, values, step)

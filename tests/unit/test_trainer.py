@@ -19,9 +19,10 @@ from switchkd.methods.mixes import Adaptive, Generated, Pairs
 from switchkd.methods.objective import CrossEntropy
 from switchkd.methods.objectives import DistiLLM2, ForwardKL, MiniLLM
 from switchkd.training.checkpoint import checkpoints
+from switchkd.training.learner import Part
 from switchkd.training.optimizer import learning_rate
 from switchkd.training.settings import TrainConfig
-from switchkd.training.trainer import Trainer, _Part
+from switchkd.training.trainer import Trainer
 
 SETTINGS = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05),
@@ -168,7 +169,9 @@ def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective)
 def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_path):
     gradients, metrics, rollouts = gradient_step(tmp_path, mix=Generated(1.0))
     t = trainer(tmp_path, mix=Generated(0.0))
-    [loss], tokens, norm = t._update([_Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())])
+    [loss], tokens, norm = t.learner.update(
+        [Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())], t.step, 1e-3
+    )
     assert (loss, norm) == pytest.approx((metrics["loss"], metrics["grad_norm"]), abs=1e-10)
     assert gradients and tokens == metrics["num_tokens"]
 
@@ -180,9 +183,9 @@ def test_the_teacher_reads_generated_text_once(tmp_path):
     assert all(len(r.said) == len(r.completion_ids) for r in rollouts)
     calls = []
     t.pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
-    t._update([_Part(rollouts, ForwardKL())])
+    t.learner.update([Part(rollouts, ForwardKL())], t.step, 1e-3)
     assert not calls
-    t._update([_Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())])
+    t.learner.update([Part([dataclasses.replace(r, said=None) for r in rollouts], ForwardKL())], t.step, 1e-3)
     assert len(calls) == t.config.gradient_accumulation_steps
 
 

@@ -32,11 +32,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from tiny import toy_examples, toy_pair
 from switchkd import Switch
-from switchkd.config import TrainConfig
-from switchkd.mixes import Adaptive, Generated
-from switchkd.objectives import ForwardKL
-from switchkd.sharding import whole
-from switchkd.trainer import Trainer
+from switchkd.training.settings import TrainConfig
+from switchkd.methods.mixes import Adaptive, Generated
+from switchkd.methods.objectives import ForwardKL
+from switchkd.forward.sharding import whole
+from switchkd.training.trainer import Trainer
 
 accelerator = Accelerator(cpu=True)
 {mistake}
@@ -157,16 +157,14 @@ def test_two_ranks_in_bfloat16_are_one_to_its_rounding(tmp_path, fsdp):
 
 
 MISTAKES = {
-    "weights are left as they were gathered": """
-from switchkd import trainer as module
+    "weights are left as they were gathered": """from switchkd.training import trainer as module
 gather, gathered = module.gather, []
 module.gather = lambda model: gathered or gathered.append(gather(model))
 torch.distributed.fsdp.FSDPModule.reshard = lambda unit: None
 reducing = module.reduce_in_next_backward
 module.reduce_in_next_backward = lambda model, last: reducing(model, last=False)
 """,
-    "both ranks read the same rows": """
-from switchkd import trainer as module
+    "both ranks read the same rows": """from switchkd.training import trainer as module
 module.Trainer._mine = property(lambda trainer: slice(0, trainer.rows_per_rank))
 """,
 }
