@@ -133,7 +133,7 @@ def _own_config_aside(model: PreTrainedModel) -> Iterator[None]:
 def _seeded(device: torch.device, key: int) -> Iterator[None]:
     """``generate`` takes no generator of its own: the device's is seeded, and put back as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        generator = torch.random.default_generator
+        generator = torch.default_generator
         if device.type == "cuda":
             generator = torch.cuda.default_generators[device.index]
         generator.manual_seed(key % 2**63)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from switchkd.decoding.rollouts import DecodeCost, Rollout
     from switchkd.decoding.settings import DecodeSettings
     from switchkd.models.pair import Pair
-    from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
+    from switchkd.training.reading import OnRound
+    from switchkd.decoding.metrics import Metrics
+from switchkd.training.trainer import OnStep, Trainer
 
 
 UNKNOWN = "–"

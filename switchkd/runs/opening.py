@@ -10,12 +10,13 @@ from switchkd.base.manifest import json_sha256
 from switchkd.base.plain import check_text
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
+from switchkd.base.terminal import bar, console
 from switchkd.data.examples import Example, load_examples
+from switchkd.data.formats import Message
 from switchkd.data.lines import BadRows
 from switchkd.data.settings import DataConfig, template_settings
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
-from switchkd.data.formats import Message
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.architecture import context_length, context_note
@@ -24,7 +25,6 @@ from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
 from switchkd.models.settings import ModelConfig
-from switchkd.base.terminal import console, bar
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
 
