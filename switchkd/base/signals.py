@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
 # A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.

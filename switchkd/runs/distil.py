@@ -38,6 +38,7 @@ from switchkd.base.storage import tidy, write_file
 from switchkd.base.terminal import console, number
 from switchkd.data.settings import with_date
 from switchkd.data.template_inputs import today
+from switchkd.decoding.metrics import Metrics
 from switchkd.decoding.rollouts import Rollouts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
@@ -62,7 +63,6 @@ from switchkd.training.processes import from_main, new_accelerator, with_launche
 from switchkd.training.reading import OnRound
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig
-from switchkd.decoding.metrics import Metrics
 from switchkd.training.trainer import OnStep, Trainer
 
 

@@ -178,9 +178,7 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, rol
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63
-        )
+        torch.default_generator.manual_seed(noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63)
         return LlamaForCausalLM(config).eval()
 
 
