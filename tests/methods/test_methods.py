@@ -1,7 +1,7 @@
 """A contract for every recipe: which tokens it trains on and who wrote them, which loss reaches them, what its knobs move.
 
 What a recipe says is not what is checked: rows, speakers, calls of the teacher and losses are taken from a run on a toy pair.
-``trajectories.json`` freezes twenty steps of each; ``python tests/unit/test_methods.py`` writes it anew.
+``trajectories.json`` freezes twenty steps of each; ``python tests/methods/test_methods.py`` writes it anew.
 """
 
 import dataclasses
