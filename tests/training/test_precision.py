@@ -167,9 +167,9 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, lora):
     resumed.resume()
     assert resumed.step == 6
     resumed.train()
-    for name, weight in straight.masters.named.items():
+    for name, weight in straight.learner.masters.named.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, resumed.learner.masters.named[name])
-        for key, moment in straight.optimizer.state[weight].items():
+        for key, moment in straight.learner.optimizer.state[weight].items():
             assert moment.dtype == torch.float32
             assert torch.equal(moment, resumed.learner.optimizer.state[resumed.learner.masters.named[name]][key])
     for one, two in zip(straight.student.parameters(), resumed.student.parameters(), strict=True):
