@@ -37,7 +37,7 @@ from switchkd.evaluation.samples import Reader, trace
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
 from switchkd.forward.ends import Ends, declared_ends, pair_ends
-from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.head import Head, Sizes, response_hidden
 from switchkd.methods.divergences import forward_kl, log_probs
 from switchkd.methods.objectives import OBJECTIVES
 from switchkd.methods.policy import TeacherOnly
@@ -383,7 +383,7 @@ def in_kept(ids):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_of_the_loss_with_merged_ends(name, monkeypatch):
     """Against float64 autograd through probabilities: any objective, finite, and every end of the student learns."""
-    monkeypatch.setattr(loss, "CPU_SIZES", loss.Sizes(4 * VOCAB * 3, 4 * VOCAB * 2))
+    monkeypatch.setattr("switchkd.forward.head.CPU_SIZES", Sizes(4 * VOCAB * 3, 4 * VOCAB * 2))
     teacher, student = tiny_model("llama", 2), tiny_model("qwen2", 1)
     objective, batch = OBJECTIVES[name](), collate([([3, 4], [5, 7, 6]), ([8], [2, 9])])  # 9: an end by another id
     tokens = response_tokens(batch, [[0, 1, 2], [0, 0]])

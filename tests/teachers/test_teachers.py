@@ -25,6 +25,7 @@ from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.base_model import BaseModel
+from switchkd.forward.head import Sizes
 from switchkd.methods.mixes import Adaptive, Generated
 from switchkd.methods.objectives import ForwardKL, MiniLLM, ReverseKL
 from switchkd.methods.policies import MixIn
@@ -32,7 +33,6 @@ from switchkd.models.settings import ModelConfig
 from switchkd.runs.preflight import memory_estimate
 from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
-from switchkd.training import loss as loss_module
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig, load_recipe
 
@@ -116,7 +116,7 @@ def test_text_does_not_depend_on_the_company_of_other_teachers():
 @pytest.mark.parametrize("source", ["policy", "examples"])
 def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeypatch, source, chunk_tokens):
     """Whatever the split into micro-batches and chunks; each teacher reads its own rows, the student each batch once."""
-    monkeypatch.setattr(loss_module, "CPU_SIZES", loss_module.Sizes(chunk_tokens * 4 * 23, 2**21))
+    monkeypatch.setattr("switchkd.forward.head.CPU_SIZES", Sizes(chunk_tokens * 4 * 23, 2**21))
     runs = []
     for size in (8, 4, 1):
         gradients, metrics, rollouts = gradient_step(
