@@ -14,6 +14,7 @@ from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model,
 from switchkd import Rollout, Switch, decode, decode_reference
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.methods.mixes import Generated
+from switchkd.base import terminal as terminal_module
 from switchkd.reports import live
 from switchkd.reports import tables as report
 from switchkd.training.settings import TrainConfig
@@ -32,7 +33,8 @@ def screen(monkeypatch):
         size = {"width": width, "height": height, "force_terminal": terminal}
         colours = "standard" if terminal else None
         console = Console(file=out, **size, emoji=False, markup=False, highlight=False, color_system=colours)
-        monkeypatch.setattr(report, "console", console)
+        for module in (report, live, terminal_module):
+            monkeypatch.setattr(module, "console", console)
         return out
 
     return of
