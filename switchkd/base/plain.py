@@ -23,6 +23,8 @@ from switchkd.base.errors import ConfigError, DataError
 Lines = list[dict[str, Any]]
 TokenId = Annotated[int, range(2**31)]
 _NUMBER = range(-(2**63), 2**63)  # what numpy and torch take
+_PLAIN = (bool, int, float, str, list, dict, tuple, types.NoneType)
+_UNIONS = (types.UnionType, typing.Union)
 _MOST_VALUES = 100_000  # of a YAML file
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -82,38 +84,59 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_type(value: Any, hint: Any, name: str = "") -> None:
-    """Raise DataError, naming the first part that differs, unless a JSON value is of the type ``hint``.
+    """Raise DataError, naming the first part that differs, unless a value is of the type ``hint``.
 
-    A hint is a plain type, one that may be None, list, dict[str, …], a tuple (a list of that length), Annotated[int, range(…)],
-    or a TypedDict (an object with at least these fields). Any number fits into 64 bits.
+    A hint is a plain type, a Literal, several of them (``int | None``), list, dict[str, …], a tuple (in JSON a list of that
+    length; ``tuple[…, ...]`` is one of any length, and no list), Annotated[int, range(…)], or a TypedDict (an object with at least
+    these fields). Any number fits into 64 bits.
     """
-    kind, parts, number, fields, required, relations = _shape(hint)
-    if kind is types.UnionType:  # with None
-        return None if value is None else check_type(value, parts[0], name)
-    fits = type(value) is (list if kind is tuple else kind) or (kind is float and type(value) is int)
-    if (
-        not (kind is Any or fits)
-        or (type(value) is int and value not in number)
-        or (kind is tuple and len(value) != len(parts))
-    ):
+    shape = _shape(hint)
+    if shape.kind is types.UnionType:
+        options = shape.parts
+        if len(options) == 2 and options[1] is types.NoneType:  # whose words are those of what stands there
+            return None if value is None else check_type(value, options[0], name)
+        fits = any(_fits(value, _shape(option)) for option in options)
+    else:
+        fits = _fits(value, shape)
+    if not fits:
         raise DataError(f"{name[:200] or 'it'} must be {_words(hint)}, got {shown(value)}")
-    if missing := [key for key in fields if key not in value and key in required]:
+    if missing := [key for key in shape.fields if key not in value and key in shape.required]:
         raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
+    kind = shape.kind
     inside = value.items() if kind is dict else enumerate(value) if kind in (list, tuple) else ()
     for key, item in inside:
-        own = fields.get(str(key), Any) if fields else parts[key if kind is tuple else -1]
+        own = shape.fields.get(str(key), Any) if shape.fields else shape.parts[key if shape.each else -1]
         check_type(item, own, f"{name}.{key}" if kind is dict and name else f"{name}[{key}]" if name else str(key))
-    for relation in relations:
+    for relation in shape.relations:
         if words := relation(value):
             raise DataError(f"{name[:200] or 'it'} does not fit together: {words}")
     return None
 
 
+def _fits(value: Any, shape: _Shape) -> bool:
+    """Whether a value is of that type, without what is in it."""
+    kind = shape.kind
+    if kind is typing.Literal:
+        return any(value == own and type(value) is type(own) for own in shape.parts)
+    if type(value) is int:
+        return value in shape.number and (kind in (Any, int, float))
+    if shape.each:  # in JSON a tuple is a list
+        return type(value) is list and len(value) == len(shape.parts)
+    return kind is Any or type(value) is kind or (kind not in _PLAIN and isinstance(value, kind))
+
+
 def _words(hint: Any) -> str:
     """A type as messages call it."""
-    if typing.get_origin(hint) is Annotated:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
         number: range = hint.__metadata__[0]
         return f"int from {number[0]} to {number[-1]}"
+    if origin is typing.Literal:
+        return ", ".join(map(repr, parts))
+    if origin is tuple and parts[-1] is ...:
+        return "several values"
+    if origin in _UNIONS:
+        return " or ".join(map(_words, parts))
     return str(getattr(hint, "__name__", hint))
 
 
@@ -140,7 +163,10 @@ def first(problems: Mapping[str, bool]) -> str:
 
 
 class _Shape(NamedTuple):
-    """A type hint taken apart: ``fields`` are those of a TypedDict, ``number`` the range of an int."""
+    """A type hint taken apart: ``fields`` are those of a TypedDict, ``number`` the range of an int.
+
+    ``each``: whether ``parts`` are the types of a tuple's items, one by one.
+    """
 
     kind: Any
     parts: tuple[Any, ...]
@@ -148,6 +174,7 @@ class _Shape(NamedTuple):
     fields: dict[str, Any]
     required: Collection[str]
     relations: Sequence[Relation] = ()
+    each: bool = False
 
 
 @cache
@@ -160,7 +187,11 @@ def _shape(hint: Any) -> _Shape:
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
         return _Shape(parts[0], (), parts[1], {}, ())
-    return _Shape(kind, parts, _NUMBER, {}, ())
+    if kind in _UNIONS:
+        return _Shape(types.UnionType, parts, _NUMBER, {}, ())
+    if kind is tuple and parts[-1] is ...:
+        return _Shape(tuple, parts[:1], _NUMBER, {}, ())
+    return _Shape(kind, parts, _NUMBER, {}, (), each=kind is tuple)
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from switchkd.base.errors import ConfigError, nearest
-from switchkd.base.plain import shown
+from switchkd.base.errors import ConfigError, DataError, nearest
+from switchkd.base.plain import check_type, shown
 from switchkd.base.storage import expand_settings, expanded
 
 # Kinds of settings that are objects, how they are read from plain values (with the setting's name), and how they are written.
@@ -34,15 +37,12 @@ def check_at_least(config: Any, least: dict[str, float]) -> None:
 
 
 class Settings:
-    """The end of the chain of checks: a command's settings are checked by every class that they come from, paths being whole."""
+    """The end of the chain of checks: settings are of the types that they say, whoever made them, and paths are whole."""
 
     def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, setting.name)
-            if isinstance(value, str) and str(setting.type).startswith("tuple["):  # it would be taken for its letters
-                raise ConfigError(
-                    f"{setting.name} must be several values, got the text {shown(value)}; give ({value!r},)"
-                )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name, value in fitted(type(self), values).items():
+            object.__setattr__(self, name, value)
         expand_settings(self)
 
 
@@ -72,12 +72,11 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
     """An instance of a settings dataclass from plain values; ``source`` names their file in error messages."""
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold settings as `name: value`, got {shown(values)}")
-    hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
             raise ConfigError(f"{source}: unknown setting {shown(name)}{nearest(name, names)}")
-    given = {name: _typed(value, hints[name], f"{source}: {name}") for name, value in values.items()}
+    given = fitted(cls, values, f"{source}: ")
     try:
         return cls(**given)
     except ConfigError as error:
@@ -100,31 +99,53 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _typed(value: Any, hint: Any, source: str) -> Any:
-    """``value`` as the type that the field wants; YAML reads ``1e-4`` as text and ``1`` as an int."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if hint in _KINDS:
-        return _KINDS[hint][0](value, source)
-    for option in options:
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(_typed(item, typing.get_args(option)[0], f"{source}[{i}]") for i, item in enumerate(value))
-        if typing.get_origin(option) is dict and isinstance(value, dict):
-            kind = typing.get_args(option)[1]
-            items = (
-                (_typed(k, str, f"{source}, the name"), _typed(v, kind, f"{source} {k}")) for k, v in value.items()
+def fitted(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``values`` of fields of a dataclass as the types that these want; ``prefix`` stands before a field's name in messages.
+
+    Raises:
+        ConfigError: for one that is of another type.
+    """
+    hints, found = _hints(cls), {}
+    for name, value in values.items():
+        found[name] = _converted(value, hints[name], f"{prefix}{name}")
+        try:
+            check_type(found[name], hints[name], f"{prefix}{name}")
+        except DataError as error:
+            way_out = (
+                f"; give ({value!r},)" if typing.get_origin(hints[name]) is tuple and isinstance(value, str) else ""
             )
-            return dict(items)
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            raise ConfigError(f"{error}{way_out}") from error
+    return found
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _checked_rule(rule: Any, source: str) -> Any:
+    """A policy, objective or mix that was made in Python, its own settings being of their types too."""
+    with suppress(NameError):  # a class of somebody's own may name types that are not there at run time
+        fitted(type(rule), {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}, f"{source}: ")
+    return rule
+
+
+def _converted(value: Any, hint: Any, source: str) -> Any:
+    """What a plain value means for a setting of this type: YAML has lists for tuples, reads ``1e-4`` as text and ``1`` as int."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        kind, parts = typing.get_origin(option) or option, typing.get_args(option)
+        if kind in _KINDS:
+            return _checked_rule(value, source) if isinstance(value, kind) else _KINDS[kind][0](value, source)
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(_converted(item, parts[0], f"{source}[{i}]") for i, item in enumerate(value))
+        if kind is dict and isinstance(value, dict):
+            return {key: _converted(item, parts[1], f"{source} {key}") for key, item in value.items()}
+        if option is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if option is type(value):
             return value
-        if option is Any or option is type(value) or (option is types.NoneType and value is None):
-            return value
-        if option is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, OverflowError):
-                continue
-    wanted = " or ".join(
-        ", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal else getattr(o, "__name__", str(o))
-        for o in options
-    )
-    raise ConfigError(f"{source} must be {wanted}, got {shown(value)}")
+    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return value

@@ -1,6 +1,7 @@
 """What a training step says of the text that it generated, under the names of ``metrics.jsonl``."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.methods.policy import TEACHER
 
 Metrics = dict[str, Any]
-# Bands of response positions in which divergences are averaged: the first of each, and the first after it.
-BANDS = ((0, 16), (16, 64), (64, 256), (256, math.inf))
+# Bands of response positions, from 0, in which divergences are averaged: the first and the last of each.
+BANDS = {"0-10": (0, 10), "11-50": (11, 50), "51+": (51, sys.maxsize - 1)}
 
 
 def rollout_metrics(rollouts: Rollouts) -> Metrics:
@@ -43,10 +44,10 @@ def _ended_by_the_policy(rollouts: Rollouts) -> Metrics:
 def divergence_bands(rollouts: Sequence[Rollout]) -> Metrics:
     """Mean divergence in each band of response positions in which the policy looked."""
     means = {
-        start: mean(d for r in rollouts for d in r.divergences[start : None if math.isinf(end) else int(end)])
-        for start, end in BANDS
+        band: mean(d for r in rollouts for d in r.divergences[first : last + 1])
+        for band, (first, last) in BANDS.items()
     }
-    return {f"switch/divergence_{start}+": value for start, value in means.items() if not math.isnan(value)}
+    return {f"switch/divergence_{band}": value for band, value in means.items() if not math.isnan(value)}
 
 
 def or_none(value: float) -> float | None:

@@ -15,22 +15,20 @@ from transformers import PreTrainedModel
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.memory import halving
-from switchkd.data.texts import TokenizedExample, collate
+from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode
+from switchkd.decoding.metrics import BANDS
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import Completion, Evaluation
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
-from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import evaluating
+from switchkd.forward.head import Scorer
 from switchkd.methods.divergences import forward_kl
 from switchkd.methods.policy import StudentOnly
 from switchkd.models.pair import Pair
 
-# Positions in the response, from 0, whose divergence is shown on its own: first and last of each band.
-POSITION_BANDS = {"0-10": (0, 10), "11-50": (11, 50), "51+": (51, 2**63)}
 # Response tokens whose two distributions over the vocabulary are held at a time.
 _TOKENS_AT_ONCE = 512
 
@@ -81,7 +79,7 @@ def score_names(task: Task, examples: Sequence[TokenizedExample]) -> list[str]:
     """The names of the scores that ``evaluate`` gives on these examples."""
     nothing = [[Completion(example.id, None, "", 0, "length") for example in examples[:1]]]
     names = [*_text_scores(task, examples[:1], nothing), "forward_kl", "perplexity"]
-    return [*names, *(f"forward_kl@{band}" for band in POSITION_BANDS)]
+    return [*names, *(f"forward_kl@{band}" for band in BANDS)]
 
 
 def _check_references(task: Task, examples: Sequence[TokenizedExample]) -> None:
@@ -233,7 +231,7 @@ def _likelihood_scores(
     kl, nll, tokens = _token_sums(pair, model, rows, batch_size, progress)
     whole = tokens.sum(0)
     scores = {"forward_kl": _per_token(kl.sum(0), whole), "perplexity": _per_token(nll.sum(0), whole)}
-    bands = zip(POSITION_BANDS, kl, tokens, strict=True)
+    bands = zip(BANDS, kl, tokens, strict=True)
     return scores | {f"forward_kl@{band}": _per_token(own, count) for band, own, count in bands}
 
 
@@ -249,44 +247,41 @@ def _token_sums(
 
     Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
     """
-    sums = np.zeros((3, len(POSITION_BANDS), len(rows)))
-    heads = [Head.of(each, pair.vocab_size, pair.ends) for each in (pair.teacher, model)]
+    sums = np.zeros((3, len(BANDS), len(rows)))
+    teacher = Scorer(pair.teacher, pair.vocab_size, pair.ends)
+    scored = teacher if model is pair.teacher else Scorer(model, pair.vocab_size, pair.ends)
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
     def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
         """The next ``size`` places, and what their tokens lose."""
         signals.check()
-        return left[:size], *_token_losses(pair, model, heads, [rows[place] for place in left[:size]])
+        return left[:size], *_token_losses(teacher, scored, [rows[place] for place in left[:size]])
 
-    with evaluating(model, pair.teacher):
-        while left:
-            size = min(batch_size, len(left))
-            (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")
-            lengths = [len(rows[place][1]) for place in places]
-            positions = np.concatenate([np.arange(length) for length in lengths])
-            owners = np.repeat(places, lengths)
-            per_token = np.stack([kl, nll, np.ones(len(owners))])
-            for band, (low, high) in enumerate(POSITION_BANDS.values()):
-                inside = (low <= positions) & (positions <= high)
-                np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
-            left = left[len(places) :]
-            progress(len(places), None)
+    while left:
+        size = min(batch_size, len(left))
+        (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")
+        lengths = [len(rows[place][1]) for place in places]
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        owners = np.repeat(places, lengths)
+        per_token = np.stack([kl, nll, np.ones(len(owners))])
+        for band, (low, high) in enumerate(BANDS.values()):
+            inside = (low <= positions) & (positions <= high)
+            np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
+        left = left[len(places) :]
+        progress(len(places), None)
     return sums[0], sums[1], sums[2]
 
 
-def _token_losses(
-    pair: Pair, model: PreTrainedModel, heads: Sequence[Head], rows: Sequence[Prompt]
-) -> tuple[np.ndarray, np.ndarray]:
+def _token_losses(teacher: Scorer, scored: Scorer, rows: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
-    batch = collate(rows).to(model.device)
-    targets = pair.ends.events(batch.input_ids[batch.loss_mask])
-    head_p, head_q = heads
-    hidden_q = response_hidden(model, batch)
-    hidden_p = hidden_q if model is pair.teacher else response_hidden(pair.teacher, batch)
+    hidden_q = scored.hidden(rows)
+    hidden_p = hidden_q if scored is teacher else teacher.hidden(rows)
+    written = [token for _, completion in rows for token in completion]
+    targets = scored.head.ends.events(torch.tensor(written, dtype=torch.int64, device=hidden_q.device))
     kl, nll = [], []
     for part in _chunks(len(targets)):
-        logq = head_q.log_probs(head_q(hidden_q[part]))
-        logp = logq if model is pair.teacher else head_p.log_probs(head_p(hidden_p[part]))
+        logq = scored.log_probs(hidden_q[part])
+        logp = logq if scored is teacher else teacher.log_probs(hidden_p[part])
         kl.append(forward_kl(logp, logq))
         nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
     # Sums are float64, which not every device has: on the host.

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from switchkd.data.texts import TokenizedExample, collate
+from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
-from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import evaluating
+from switchkd.forward.head import Scorer
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.models.pair import Pair
 
@@ -45,7 +44,7 @@ class Reader:
 
     def __init__(self, pair: Pair):
         self.pair = pair
-        self._heads: dict[PreTrainedModel, Head] = {}  # each is checked by a forward once
+        self._scorers: dict[PreTrainedModel, Scorer] = {}
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[Tensor]:
@@ -57,12 +56,10 @@ class Reader:
     def _log_probs(self, model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
         if not completion:
             return torch.empty(0, self.pair.vocab_size)
-        if model not in self._heads:
-            self._heads[model] = Head.of(model, self.pair.vocab_size, self.pair.ends)
-        with evaluating(model):
-            batch = collate([(prompt, completion)]).to(next(model.parameters()).device)
-            head = self._heads[model]
-            return head.log_probs(head(response_hidden(model, batch))).cpu()
+        if model not in self._scorers:
+            self._scorers[model] = Scorer(model, self.pair.vocab_size, self.pair.ends)
+        scorer = self._scorers[model]
+        return scorer.log_probs(scorer.hidden([(prompt, completion)])).cpu()
 
 
 def trace(read: Reader, rollout: Rollout) -> Trace:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd.base.errors import ModelError
-from switchkd.data.texts import Batch
+from switchkd.data.texts import Batch, collate
 from switchkd.forward.architecture import batch_inputs, context_length, context_note, exact_lengths
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.modes import evaluating, head_inputs
@@ -136,3 +136,28 @@ def _check_length(model: PreTrainedModel, tokens: int) -> None:
             f"a text of {tokens} tokens exceeds the {context_length(model):g} that {model.config.model_type} reads exactly"
             f"{context_note(model)}; lower max_prompt_length, max_completion_length or max_new_tokens"
         )
+
+
+class Scorer:
+    """What a model says of texts, read as they are: its next-token distributions at each token of a completion.
+
+    Raises:
+        ModelError: as `Head.of`, which checks the model by a forward once.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS):
+        self.model, self.head = model, Head.of(model, vocab_size, ends)
+
+    @torch.no_grad()
+    def hidden(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """What enters the output layer before each of the N tokens of the rows' completions, ``[N, H]``.
+
+        A row is the token ids of a prompt and its completion. The model is in evaluation mode meanwhile.
+        """
+        batch = collate(rows).to(self.head.linear.weight.device)
+        with evaluating(self.model):
+            return response_hidden(self.model, batch)
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the next token, ``[..., vocab_size]``, fp32 or wider."""
+        return self.head.log_probs(self.head(hidden))

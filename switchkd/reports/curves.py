@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from switchkd.base.terminal import number, percent
-from switchkd.decoding.metrics import BANDS
 from switchkd.decoding.rollouts import mean
 from switchkd.reports.panels import (
+    BY_POSITION,
     COLOURS,
     OWN,
     SHARE,
@@ -46,13 +46,13 @@ STAIRS = 60
 
 # What an axis of several such metrics is called.
 SHARED_LABELS = {SHARE: "percent", OWN: "divergence"}
-# The curves of a report: name, title, metrics.
+# The curves of a report: name, title, metrics. (BY_POSITION stands for all bands that a run wrote.)
 CURVES = (
     ("loss", "Loss", ("loss", "lm_loss")),
     (
         "divergence",
         "Divergence of student and teacher, by position in the response",
-        (*(f"switch/divergence_{start}+" for start, _ in BANDS), "switch/threshold"),
+        (BY_POSITION, "switch/threshold"),
     ),
     ("teacher_share", "Who wrote", ("switch/teacher_share", "switch/switched_share")),
     ("first_switch", "Where the teacher first took over", ("switch/first_switch",)),
@@ -118,8 +118,12 @@ def run_curves(runs: Mapping[str, Steps]) -> list[Curve]:
     if len(runs) > 1:  # the main one, and the first of each other unit: a panel for each would be many
         first_of_unit = {quantity(name)[1]: name for name in reversed(scores)}
         scores = [name for name in scores if name in first_of_unit.values()]
+    bands = [name for name in seen if name.removeprefix(BY_POSITION)[:1].isdigit()]
     specs = (CURVES[0], ("scores", "Scores of held-out examples", tuple(scores)), *CURVES[1:])
-    made = [_curve(runs, *spec) for spec in specs]
+    made = [
+        _curve(runs, place, title, [each for name in names for each in (bands if name == BY_POSITION else [name])])
+        for place, title, names in specs
+    ]
     return [curve for curve in (*made, _time_curve(runs)) if curve]
 
 

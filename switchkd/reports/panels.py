@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from switchkd.base.errors import DataError
 from switchkd.base.plain import Lines
-from switchkd.decoding.metrics import BANDS
 from switchkd.reports.steps import SCORE, Steps, alike, differences
 
 if TYPE_CHECKING:
@@ -234,18 +233,12 @@ SHARE = "%"
 OWN, LOSS = "policy's", "objective's"
 
 
+BY_POSITION = "switch/divergence_"  # and a band of positions, such as 11-50
 # What a metric is and its unit. Shares are from 0 to 1 and shown in percent.
 QUANTITIES = {
     "loss": ("loss", LOSS),
     "lm_loss": ("language-modelling loss", "nats per token"),
     "switch/divergence_mean": ("mean divergence", OWN),
-    **{
-        f"switch/divergence_{start}+": (
-            f"divergence at positions {f'from {start}' if math.isinf(end) else f'{start} to {end - 1}'}",
-            OWN,
-        )
-        for start, end in BANDS
-    },
     "switch/threshold": ("threshold", OWN),
     "switch/teacher_share": ("teacher's share of tokens", SHARE),
     "switch/switched_share": ("responses with a switch", SHARE),
@@ -269,6 +262,8 @@ def quantity(name: str) -> tuple[str, str]:
     if name.startswith(SCORE):
         score = name.removeprefix(SCORE)
         return score, SCORE_UNITS.get(score.split("@")[0], SHARE)
+    if (band := name.removeprefix(BY_POSITION))[:1].isdigit():
+        return f"divergence at positions {band}", OWN
     return QUANTITIES.get(name, (name, ""))
 
 

@@ -177,7 +177,7 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
         return evaluate(trainer.pair, student, heldout.examples, heldout.task, settings).means()
 
     def sample(progress: float) -> list[dict[str, Any]]:
-        policy = sample_policy(trainer.config, trainer.policy, progress, trainer.step)
+        policy = sample_policy(trainer.config, trainer.reading.policy, progress, trainer.step)
         how = trainer.config.decoding(policy=policy, seed=trainer.config.seed)
         return samples(trainer.pair, watched, how, heldout.task if heldout.examples else None)
 

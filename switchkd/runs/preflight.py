@@ -54,7 +54,7 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     lines.append(f"ends: {pair.ends.words(pair.tokenizer)}{written}")
     budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
     until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
-    lines.append(f"steps: {trainer.total_steps} of {trainer.rows_per_step} rows{until}; text: {name_of(config.mix)}")
+    lines.append(f"steps: {trainer.total_steps} of {trainer.reading.rows_per_step} rows{until}; text: {name_of(config.mix)}")
     need = memory_estimate(config, pair, trainer.learner.masters)
     parts = "".join(f"\n  {part}: {size / 2**30:.2f}" for part, size in need.items() if size)
     lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB{parts}")

@@ -20,19 +20,15 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError
 from switchkd.base.lock import Check
 from switchkd.base.storage import append_lines
-from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.decoding.examples import decode_examples
+from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.metrics import Metrics, memory_bytes, or_none, rollout_metrics
-from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.decoding.rollouts import Rollouts
 from switchkd.evaluation.statistics import lower_is_better
 from switchkd.forward.sharding import gather, whole
-from switchkd.methods.mixes import Source
 from switchkd.methods.objective import PlainText
-from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.adapters import check_trainable, has_adapter
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
-from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
 from switchkd.training import restoring
 from switchkd.training.checkpoint import (
@@ -49,19 +45,18 @@ from switchkd.training.checkpoint import (
 from switchkd.training.learner import Learner, Part
 from switchkd.training.optimizer import learning_rate, schedule_progress, total_steps
 from switchkd.training.processes import (
-    all_rollouts,
     from_main,
     new_accelerator,
     slowest,
     stop_together,
     with_launchers_settings,
 )
+from switchkd.training.reading import OnRound, Reading
 from switchkd.training.records import METRICS, ROLLOUTS, SAMPLES, sync_records
 from switchkd.training.restoring import take_back, whole_checkpoint
 from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
-OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 
 
 class Trainer:
@@ -88,41 +83,31 @@ class Trainer:
         self.accelerator = accelerator or new_accelerator()
         self.config = config = with_launchers_settings(self.accelerator, config)
         check_trainable(pair.student, config.merge)
-        self.pair, self.examples = pair, examples
-        self.teacher_cache, self.validation, self.corpus = teacher_cache, validation, corpus
+        self.pair, self.examples, self.validation, self.corpus = pair, examples, validation, corpus
         self.check_place, self.scored_on = check_place, scored_on
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
             )
-        self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
-        self.objective_memory, self.mix_memory = config.objective.memory(), config.mix.memory()
-        self.replay: list[Rollout] = []
-        self.share_rows(self._rows_by_settings * self.accelerator.num_processes)
-        self.step = self.num_tokens = self.rows_read = 0
+        self.reading = Reading(pair, examples, config, self.accelerator, teacher_cache)
+        self.objective_memory = config.objective.memory()
+        self.step = self.num_tokens = 0
         self.seconds = 0.0
         self.best: dict[str, float] = {}
         # What the files do not say yet of the last step: its metrics ({} before the first step), None if they say all.
         self.due: Metrics | None = {}
-        # Fewer than the settings say, for the rest of the run, once memory ran out.
-        self.generation_rows = config.generation_batch_size
         self.run = Path(config.output_dir)
         self.learner = Learner(pair, config, self.accelerator)
+
+    @property
+    def total_steps(self) -> float:
+        """Steps of the whole run, if no budget ends it before."""
+        return total_steps(self.config, len(self.examples), self.reading.rows_per_step)
 
     @property
     def student(self) -> PreTrainedModel:
         """The student as it is."""
         return self.learner.student
-
-    def share_rows(self, rows: int) -> None:
-        """Read so many rows in a step, an equal part of them on every rank."""
-        self.rows_per_step, self.rows_per_rank = rows, rows // self.accelerator.num_processes
-        self.total_steps = total_steps(self.config, len(self.examples), rows)
-
-    @property
-    def _rows_by_settings(self) -> int:
-        """Rows of a step on one rank, as the settings say."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def train(
         self,
@@ -204,28 +189,28 @@ class Trainer:
 
         A step that does not come to its update leaves no trace in the trainer's state.
         """
-        before = self.replay, self.mix_memory
+        before = self.reading.replay, self.reading.memory
         try:
             return self._train_step(on_round)
         except BaseException:
-            self.replay, self.mix_memory = before
+            self.reading.replay, self.reading.memory = before
             raise
 
     def _train_step(self, on_round: OnRound | None) -> tuple[Metrics, Rollouts]:
         start = time.perf_counter()
         gather(self.student)
         self._look_at_validation()
-        source = self._source()
-        rows, rollouts = self._rows(source, on_round)
+        source = self.reading.source(self.step, self.schedule)
+        rows, rollouts = self.reading.rows(source, self.step, self.schedule, on_round)
         read_at = time.perf_counter()
         objective = self.config.objective.at(self.objective_memory)
         parts = [Part(rows, objective)]
         if self.corpus:
-            parts.append(Part(self._next(self.corpus), PlainText(), self.config.lm_weight))
+            parts.append(Part(self.reading.next(self.corpus), PlainText(), self.config.lm_weight))
         rate = learning_rate(self.config, self.step, self.expected_steps)
         losses, tokens, grad_norm = self.learner.update(parts, self.step, rate)
         self.step += 1
-        self.rows_read += self.rows_per_step
+        self.reading.rows_read += self.reading.rows_per_step
         teacher_seconds = sum(lap for _, lap in self.learner.watch.take())
         self.num_tokens += tokens
         seconds = slowest(self.accelerator, time.perf_counter() - start)
@@ -251,7 +236,7 @@ class Trainer:
             metrics["lm_loss"] = losses[1]
         if self.learner.balance:
             metrics["aux_loss"] = losses[-1]
-        for name, memory in (("objective", self.objective_memory), ("mix", self.mix_memory)):
+        for name, memory in (("objective", self.objective_memory), ("mix", self.reading.memory)):
             metrics |= {f"{name}/{key}": value for key, value in memory.items()}
         if rollouts:
             metrics |= rollout_metrics(rollouts)
@@ -321,13 +306,13 @@ class Trainer:
             "best": self.best,
             "due": self.due,
             "objective": self.objective_memory,
-            "mix": self.mix_memory,
-            "replay": [rollout.to_json() for rollout in self.replay],
+            "mix": self.reading.memory,
+            "replay": [rollout.to_json() for rollout in self.reading.replay],
             "best_of": restoring.best_of(self.config, self.scored_on),
             "rules": restoring.rules_of(self.config),
-            "rows": self.rows_read,
-            "rows_per_step": self.rows_per_step,
-            "rows_per_rank": self._rows_by_settings,
+            "rows": self.reading.rows_read,
+            "rows_per_step": self.reading.rows_per_step,
+            "rows_per_rank": self.reading.rows_by_settings,
         }
 
     def resume(self) -> None:
@@ -336,18 +321,17 @@ class Trainer:
         What the state says of other rules, or of another measure, than the run has now is dropped, with a warning. Raises
         CheckpointError if the run cannot go on, ConfigError if these processes cannot share the rows of a step.
         """
-        config, ranks = self.config, self.accelerator.num_processes
+        config, reading, ranks = self.config, self.reading, self.accelerator.num_processes
         with_best = restoring.BEST_SETTING not in config.allow_change
         folder = from_main(self.accelerator, partial(whole_checkpoint, self.run, config.resume_from, with_best))
         state = load_checkpoint(folder, self.student, self.learner.masters, self.learner.optimizer)
         self.step, self.num_tokens, self.seconds = state["step"], state["num_tokens"], state["seconds"]
         self.due, self.best = state["due"], restoring.best(state, config, self.scored_on, self.run)
-        self.objective_memory, self.mix_memory = (
-            restoring.memory(state, noun, config) for noun in ("objective", "mix")
-        )
-        self.replay = restoring.replay(state, config)
-        self.rows_read = state.get("rows", self.step * self.rows_per_step)
-        self.share_rows(restoring.rows_per_step(state, self.rows_per_step, self._rows_by_settings, ranks))
+        self.objective_memory = restoring.memory(state, "objective", config)
+        reading.memory = restoring.memory(state, "mix", config)
+        reading.replay = restoring.replay(state, config)
+        reading.rows_read = state.get("rows", self.step * reading.rows_per_step)
+        reading.share(restoring.rows_per_step(state, reading.rows_per_step, reading.rows_by_settings, ranks))
         if self.accelerator.is_main_process:
             told = self.due is None
             take_back(self.run, self.step, self.step if told else self.step - 1, ended=told and self.progress >= 1)
@@ -374,64 +358,10 @@ class Trainer:
         self.learner.masters.round_to(self.save_dtype)
         return self.learner.masters.whole()
 
-    def _next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """This rank's examples of the step; the data cursor is the number of rows that were read before."""
-        indices = batch_indices(len(examples), self.rows_per_step, self.rows_read, self.config.seed)[self._mine]
-        if self.teacher_cache is None or examples is not self.examples:
-            return [examples[i] for i in indices]
-        return [self.teacher_cache.attached(examples[i], i) for i in indices]
-
-    @property
-    def _mine(self) -> slice:
-        """This rank's part of a step's rows."""
-        first = self.accelerator.process_index * self.rows_per_rank
-        return slice(first, first + self.rows_per_rank)
-
-    def _source(self) -> Source:
-        """Where this step's text comes from; the same on every rank."""
-        chance = keyed_uniform(self.config.seed, self.step, 0, Use.CHOICE)
-        return self.config.mix.source(chance, self.schedule, len(self.replay), self.mix_memory)
-
-    def _rows(self, source: Source, on_round: OnRound | None) -> tuple[Rows, Rollouts]:
-        """This rank's rows, and what all ranks generated now."""
-        examples = self._next(self.examples)
-        if source == "examples":
-            return examples, Rollouts()
-        if source == "replay":
-            return self._replayed(), Rollouts()
-        mine = self._generate(examples, on_round)
-        rollouts = all_rollouts(mine)
-        if self.config.mix.capacity:  # for replay; the oldest go first
-            self.replay = [*self.replay, *rollouts][-self.config.mix.capacity :]
-        return ([*examples, *mine] if source == "pairs" else mine), rollouts
-
-    def _replayed(self) -> list[Rollout]:
-        """Rollouts of earlier steps, drawn by (seed, step) without replacement while there are enough."""
-        keys = [noise_key(self.config.seed, self.step, i, Use.REPLAY) for i in range(len(self.replay))]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        return [self.replay[order[i % len(order)]] for i in range(self.rows_per_step)[self._mine]]
-
     def _look_at_validation(self) -> None:
         """Tell the mix, where it wants to know, the mean negative log-likelihood (nats) of the validation completions."""
         every = self.config.mix.validation_steps
         if not every or self.step % every:
             return
         total_loss, tokens = self.learner.log_likelihood(self.validation)
-        self.mix_memory = self.config.mix.remember(self.mix_memory, total_loss / max(tokens, 1))
-
-    def _generate(self, examples: Sequence[TokenizedExample], on_round: OnRound | None) -> Rollouts:
-        """Complete the prompts of the whole accumulation window at once."""
-        first = self.rows_read + self.accelerator.process_index * self.rows_per_rank
-        settings = self.config.decoding(
-            policy=self.policy.at(self.schedule, self.step),
-            max_new_tokens=self.config.token_budget(self.schedule),
-            seed=self.config.seed,
-            keep_hidden=self.config.objective.reads_teacher,
-            batch_size=self.generation_rows,
-        )
-        rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
-        self.generation_rows = rollouts.rows_that_fit or self.generation_rows
-        for rollout, example in zip(rollouts, examples, strict=True):
-            if rollout.error:
-                raise rollout.failure(f"step {self.step + 1}, {example.source}")
-        return rollouts
+        self.reading.memory = self.config.mix.remember(self.reading.memory, total_loss / max(tokens, 1))

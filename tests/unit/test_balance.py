@@ -79,9 +79,9 @@ def test_the_balancing_loss_is_added_with_the_students_own_coefficient(kind, out
     whole, metrics, t = trained(tmp_path / "b", student)
     assert "aux_loss" not in without and metrics["loss"] == pytest.approx(without["loss"], rel=1e-12)
     fresh = moe(1, kind)
-    batch = collate([(row.prompt_ids, row.completion_ids) for row in t._next(t.examples)])  # of step 1
-    t.rows_read = 0
-    batch = collate([(row.prompt_ids, row.completion_ids) for row in t._next(t.examples)])
+    batch = collate([(row.prompt_ids, row.completion_ids) for row in t.reading.next(t.examples)])  # of step 1
+    t.reading.rows_read = 0
+    batch = collate([(row.prompt_ids, row.completion_ids) for row in t.reading.next(t.examples)])
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
     aux = fresh(**inputs, output_router_logits=True).aux_loss
     assert metrics["aux_loss"] == pytest.approx(aux.item(), rel=1e-6)
@@ -104,8 +104,8 @@ def test_micro_batches_weigh_by_their_tokens(tmp_path):
     student = moe()
     _, metrics, t = trained(tmp_path, student, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     fresh, mean, tokens = moe(), 0.0, 0
-    t.rows_read = 0
-    rows = t._next(t.examples)
+    t.reading.rows_read = 0
+    rows = t.reading.next(t.examples)
     for part in (rows[:2], rows[2:]):
         batch = collate([(row.prompt_ids, row.completion_ids) for row in part])
         count = int(batch.loss_mask.sum())

@@ -73,7 +73,7 @@ def test_a_validation_loss(tmp_path):
     trainer = Trainer(toy_pair(dtype=torch.float32), toy_examples(), config, validation=toy_examples(3))
     with WithoutFloat64():
         trainer.train_step()
-    assert MIXES and trainer.mix_memory["loss"] > 0
+    assert MIXES and trainer.reading.memory["loss"] > 0
 
 
 MUTANTS = {

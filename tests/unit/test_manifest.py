@@ -19,7 +19,7 @@ def saved(folder, *steps):
     """A run with checkpoints of these steps."""
     t = trainer(folder, save_total_limit=9)
     for t.step in steps:
-        t.rows_read = t.step * t.rows_per_step
+        t.reading.rows_read = t.step * t.reading.rows_per_step
         t.save()
     return t
 

@@ -121,7 +121,7 @@ class Witness:
 
     def __init__(self, trainer):
         self.trainer, self.steps, self.read_for_loss = trainer, [], 0
-        loss, teacher, generate = trainer.learner.loss, trainer.learner.teachers, trainer._generate
+        loss, teacher, generate = trainer.learner.loss, trainer.learner.teachers, trainer.reading.generate
         self.generating = 0
 
         def seen_loss(rows, objective):
@@ -137,7 +137,11 @@ class Witness:
             self.generating += 1
             return generate(*args)
 
-        trainer.learner.loss, trainer.learner.teachers, trainer._generate = seen_loss, seen_teacher, seen_generate
+        trainer.learner.loss, trainer.learner.teachers, trainer.reading.generate = (
+            seen_loss,
+            seen_teacher,
+            seen_generate,
+        )
 
     def run(self, steps):
         metrics = []

@@ -81,7 +81,7 @@ def test_replayed_rows_are_rows_that_were_generated(tmp_path):
     t._look_at_validation = lambda: None  # its rows are not rows of a step
     seen, sources = rows_of(t, 12)
     assert sources[:2] == ["policy", "policy"] and {"policy", "replay"} == set(sources[2:])
-    assert len(t.replay) == 8 and all(rollout.said is None for rollout in t.replay)
+    assert len(t.reading.replay) == 8 and all(rollout.said is None for rollout in t.reading.replay)
     generated = []
     for rows, source in zip(seen, sources, strict=True):
         if source == "policy":
@@ -105,7 +105,7 @@ def test_the_validation_loss_is_the_mean_negative_log_likelihood(tmp_path):
         logs = t.pair.student(ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
         nll -= logs.gather(1, torch.tensor(example.completion_ids).unsqueeze(1)).sum().item()
         count += len(example.completion_ids)
-    assert t.mix_memory["loss"] == pytest.approx(nll / count, rel=1e-10)
+    assert t.reading.memory["loss"] == pytest.approx(nll / count, rel=1e-10)
     assert not t.pair.student.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True))
     assert all(p.grad is None for p in t.pair.student.parameters())
@@ -142,13 +142,13 @@ def test_replay_shares_and_schedules_survive_a_stop(tmp_path, objective):
         part.train(lambda metrics, _: (_ for _ in ()).throw(KeyboardInterrupt) if metrics["step"] == 11 else None)
     again = trainer(tmp_path / "parts", validation=toy_examples(3), **settings)
     again.resume()
-    assert again.step == 10 and again.replay
+    assert again.step == 10 and again.reading.replay
     again.train()
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert without_times(lines(tmp_path / "parts", name)) == without_times(lines(tmp_path / "straight", name))
     assert {m["source"] for m in lines(tmp_path / "parts", "metrics.jsonl")} == {"examples", "policy", "replay"}
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
-    assert straight.replay == again.replay
+    assert straight.reading.replay == again.reading.replay
 
 
 def test_a_second_corpus_adds_its_own_mean(tmp_path):
@@ -218,12 +218,12 @@ def test_a_budget_grows_over_training(tmp_path):
 def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, policy, setting, expected):
     used = []
     monkeypatch.setattr(
-        "switchkd.training.trainer.decode_examples",
+        "switchkd.training.reading.decode_examples",
         lambda *arguments: used.append(arguments[2]["policy"]) or Rollouts(),
     )
     t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=9, max_new_tokens_start=2)
     for t.step in (0, 4, 8):
-        t._generate([], None)
+        t.reading.generate([], t.step, t.schedule, None)
     assert [getattr(policy, setting) for policy in used] == pytest.approx(expected)
 
 

@@ -51,7 +51,7 @@ def check_stop(folder, cause, lmbda=0.0):
     """The weights stay, no line is written for the step, and the step before is saved if it is sound."""
     t = started(folder, lmbda)
     CAUSES[cause](t)
-    rows = t._next(t.examples)
+    rows = t.reading.next(t.examples)
     broken = [row.source for row in rows] if "gradient" in cause else bad_rows(rows)
     assert broken
     before = weights(t)

@@ -108,7 +108,7 @@ def test_another_rule_begins_with_its_own_memory(tmp_path, case):
         else nullcontext()
     ):
         t.resume()
-    assert (t.objective_memory, t.mix_memory)[noun == "mix"] == now.memory()
+    assert (t.objective_memory, t.reading.memory)[noun == "mix"] == now.memory()
     t.train()
     assert t.step == 3
 
@@ -126,7 +126,7 @@ def test_texts_of_another_policy_are_not_replayed(tmp_path):
     other = trainer(tmp_path, **own, resume=True, policy=StudentOnly(), allow_change=("policy",))
     with pytest.warns(SwitchKDWarning, match="kept for replay are dropped: they are of other rules .switch -> student"):
         other.resume()
-    assert same.replay and not other.replay
+    assert same.reading.replay and not other.reading.replay
 
 
 @pytest.mark.parametrize("memory", [{}, {"s": 0.5, "loss": 1.0}, {"s": "0.5", "loss": 1.0, "fall": 0.0}])
@@ -169,7 +169,7 @@ def test_no_noise_key_is_used_twice_and_no_row_is_skipped_where_a_step_reads_oth
     t.resume()
     t.train()
     ids = [record["sample_id"] for record in lines(tmp_path, "rollouts.jsonl")]
-    assert ids == list(range(3 * 4 + 3 * rows)) and t.rows_read == len(ids)
+    assert ids == list(range(3 * 4 + 3 * rows)) and t.reading.rows_read == len(ids)
     prompts = [record["prompt_ids"] for record in lines(tmp_path, "rollouts.jsonl")]
     known = [example.prompt_ids for example in toy_examples()]
     assert sorted(prompts[:12]) == sorted(known)  # the first epoch, of which the next begins where it ended

@@ -198,7 +198,7 @@ def test_loss_and_gradient_are_dense_ones_whatever_the_split(tmp_path, family, s
         assert metrics["source"] == source
         runs.append((gradients, metrics, rollouts))
     t = trainer(tmp_path, still(toy_pair(family)), examples, per_device_train_batch_size=8)
-    rows = runs[0][2] or t._next(examples)
+    rows = runs[0][2] or t.reading.next(examples)
     assert len({len(row.teacher_reads) - len(row.prompt_ids) for row in rows}) > 2
     total, count = dense(t.pair, rows)
     (total / count).backward()
@@ -223,11 +223,11 @@ def test_replayed_rows_and_pairs_are_judged_on_the_teachers_prompt(tmp_path):
     examples = with_own_prompts(toy_examples())
     t = trainer(tmp_path, examples=examples, mix=Adaptive(share=1.0, capacity=8), validation=toy_examples(3))
     t.train_step()
-    assert len({r.teacher_prompt_ids is None for r in t.replay}) == 2
-    rows = t._replayed()
+    assert len({r.teacher_prompt_ids is None for r in t.reading.replay}) == 2
+    rows = t.reading.replayed(t.step)
     assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
     t = trainer(tmp_path, examples=examples, mix=Pairs(), objective=DistiLLM2())
-    rows, fresh = t._rows("pairs", None)
+    rows, fresh = t.reading.rows("pairs", t.step, t.schedule)
     assert len(rows) == 2 * len(fresh)
     assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(dense(t.pair, rows)[0].item(), rel=1e-9)
 
@@ -244,13 +244,13 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path):
         part.train(lambda metrics, _: (_ for _ in ()).throw(KeyboardInterrupt) if metrics["step"] == 11 else None)
     again = trainer(tmp_path / "parts", **settings)
     again.resume()
-    assert again.step == 10 and any(rollout.teacher_prompt_ids for rollout in again.replay)
+    assert again.step == 10 and any(rollout.teacher_prompt_ids for rollout in again.reading.replay)
     again.train()
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert without_times(lines(tmp_path / "parts", name)) == without_times(lines(tmp_path / "straight", name))
     assert {m["source"] for m in lines(tmp_path / "parts", "metrics.jsonl")} == {"examples", "policy", "replay"}
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
-    assert straight.replay == again.replay
+    assert straight.reading.replay == again.reading.replay
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
@@ -262,7 +262,7 @@ def test_a_new_adapter_learns_from_its_own_base_that_sees_more(tmp_path, lmbda):
     examples = [dataclasses.replace(e, teacher_prompt_ids=own_prompt(e.id)) for e in toy_examples(4)]
     t = trainer(tmp_path / "own", self_pair(stirred=False), examples, **settings)
     before = [p.clone() for p in t.pair.teacher.parameters()]
-    first = t._generate(t._next(t.examples), None)
+    first = t.reading.generate(t.reading.next(t.examples), t.step, t.schedule, None)
     assert max(d for r in first for d in r.divergences) > 1e-2
     t.train()
     losses = [m["loss"] for m in lines(tmp_path / "own", "metrics.jsonl")]
@@ -318,7 +318,7 @@ def test_the_cache_is_of_the_teachers_prompt(tmp_path, kind):
         tmp_path, examples=examples, cache=cache, mix=GroundTruth(), teacher_cache=kind, teacher_cache_top_k=VOCAB
     )
     t.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
-    rows = t._next(t.examples)
+    rows = t.reading.next(t.examples)
     expected, _ = dense(toy_pair(), [dataclasses.replace(row, said=None, teacher_top_k=None) for row in rows])
     assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(CheckpointError, match="examples differs"):

@@ -81,8 +81,8 @@ def test_each_row_is_written_by_its_own_teacher_in_the_order_of_the_examples(tmp
     t = trainer(
         tmp_path, pair_of_three(), routed(), policy=TeacherOnly(), mix=Generated(1.0), per_device_train_batch_size=6
     )
-    examples, told = t._next(t.examples), []
-    rollouts = t._generate(examples, told.append)
+    examples, told = t.reading.next(t.examples), []
+    rollouts = t.reading.generate(examples, t.step, t.schedule, told.append)
     assert [r.teacher for r in rollouts] == [e.teacher for e in examples] and {r.teacher for r in rollouts} == set(
         NAMES
     )
@@ -124,7 +124,7 @@ def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeyp
         )  # fmt: skip
         runs.append((gradients, metrics, rollouts))
     t = trainer(tmp_path, pair_of_three(), routed(), per_device_train_batch_size=8)
-    rows = runs[0][2] or t._next(t.examples)
+    rows = runs[0][2] or t.reading.next(t.examples)
     total = count = 0
     for name, places in by_teacher(rows).items():
         part, tokens = dense(dataclasses.replace(t.pair, teacher=t.pair.teacher_named(name)), [rows[i] for i in places])
@@ -147,7 +147,7 @@ def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeyp
 def test_objectives_that_look_ahead_or_back_see_each_rows_teacher(tmp_path, objective):
     """The sum over rows apart is the loss of the rows together."""
     t = trainer(tmp_path, pair_of_three(), routed(), mix=Generated(1.0), policy=MixIn(alpha=0.4), objective=objective)
-    rows = t._generate(t._next(t.examples), None)
+    rows = t.reading.generate(t.reading.next(t.examples), t.step, t.schedule, None)
     together = t.learner.loss(rows, objective).item()
     assert together == pytest.approx(sum(t.learner.loss([row], objective).item() for row in rows), rel=1e-9)
     swapped = [dataclasses.replace(row, teacher="math", said=None) for row in rows]
@@ -166,13 +166,13 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path):
         part.train(lambda metrics, _: (_ for _ in ()).throw(KeyboardInterrupt) if metrics["step"] == 11 else None)
     again = trainer(tmp_path / "parts", pair_of_three(), **settings)
     again.resume()
-    assert again.step == 10 and {rollout.teacher for rollout in again.replay} == set(NAMES)
+    assert again.step == 10 and {rollout.teacher for rollout in again.reading.replay} == set(NAMES)
     again.train()
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert without_times(lines(tmp_path / "parts", name)) == without_times(lines(tmp_path / "straight", name))
     assert {m["source"] for m in lines(tmp_path / "parts", "metrics.jsonl")} == {"examples", "policy", "replay"}
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
-    assert straight.replay == again.replay
+    assert straight.reading.replay == again.reading.replay
 
 
 def test_one_teacher_by_name_is_the_plain_setting_bit_for_bit(tmp_path):

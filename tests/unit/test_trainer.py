@@ -145,7 +145,7 @@ def test_a_loss_over_texts_leaves_the_corpus_and_the_validation_loss_over_tokens
     for over in ("tokens", "sequences"):
         more = {"corpus": corpus, "validation": validation, "mix": Adaptive(validation_steps=1), "loss_over": over}
         t = trainer(tmp_path, per_device_train_batch_size=2, objective=CrossEntropy(), **more)
-        found[over] = t.train_step()[0] | {"validation": t.mix_memory["loss"]}
+        found[over] = t.train_step()[0] | {"validation": t.reading.memory["loss"]}
     for name in ("lm_loss", "validation"):
         assert found["sequences"][name] == pytest.approx(found["tokens"][name], rel=1e-12)
     assert found["sequences"]["loss"] != pytest.approx(found["tokens"]["loss"], rel=1e-6)
@@ -179,7 +179,7 @@ def test_a_data_batch_and_a_generated_batch_with_equal_ids_give_one_loss(tmp_pat
 def test_the_teacher_reads_generated_text_once(tmp_path):
     """What it computed while decoding serves the loss; text that it has not seen is read in one forward."""
     t = trainer(tmp_path, mix=Generated(1.0))
-    rollouts = t._generate(t._next(t.examples), None)
+    rollouts = t.reading.generate(t.reading.next(t.examples), t.step, t.schedule, None)
     assert all(len(r.said) == len(r.completion_ids) for r in rollouts)
     calls = []
     t.pair.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -233,11 +233,11 @@ def test_steps_choose_data_or_generation_by_seed_and_step_alone(tmp_path):
     t = trainer(tmp_path, mix=Generated(0.3))
     choices = []
     for t.step in range(400):
-        choices.append(t._source())
+        choices.append(t.reading.source(t.step, t.schedule))
     assert 90 < choices.count("policy") < 150 and set(choices) == {"policy", "examples"}
     other = trainer(tmp_path / "other", mix=Generated(0.3))
     other.step = 17
-    assert other._source() == choices[17]
+    assert other.reading.source(other.step, other.schedule) == choices[17]
     assert trainer(tmp_path, mix=Generated(0.0))._source() == "examples"
     assert trainer(tmp_path, mix=Generated(1.0))._source() == "policy"
 

@@ -157,15 +157,15 @@ def test_two_ranks_in_bfloat16_are_one_to_its_rounding(tmp_path, fsdp):
 
 
 MISTAKES = {
-    "weights are left as they were gathered": """from switchkd.training import trainer as module
+    "weights are left as they were gathered": """from switchkd.training import learner, trainer as module
 gather, gathered = module.gather, []
 module.gather = lambda model: gathered or gathered.append(gather(model))
 torch.distributed.fsdp.FSDPModule.reshard = lambda unit: None
-reducing = module.reduce_in_next_backward
-module.reduce_in_next_backward = lambda model, last: reducing(model, last=False)
+reducing = learner.reduce_in_next_backward
+learner.reduce_in_next_backward = lambda model, last: reducing(model, last=False)
 """,
-    "both ranks read the same rows": """from switchkd.training import trainer as module
-module.Trainer._mine = property(lambda trainer: slice(0, trainer.rows_per_rank))
+    "both ranks read the same rows": """from switchkd.training.reading import Reading
+Reading.mine = property(lambda reading: slice(0, reading.rows_per_rank))
 """,
 }
 

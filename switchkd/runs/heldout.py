@@ -1,0 +1,147 @@
+"""TODO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from switchkd.base.errors import ConfigError, nearest
+from switchkd.base.manifest import json_sha256
+from switchkd.base.storage import write_file
+from switchkd.data.examples import load_examples
+from switchkd.data.lines import SAMPLE, BadRows
+from switchkd.data.settings import template_settings
+from switchkd.data.template_inputs import SOME_DAY
+from switchkd.data.texts import TokenizedExample
+from switchkd.evaluation.evaluate import evaluate, score_names, work
+from switchkd.evaluation.results import Evaluation, write_results
+from switchkd.evaluation.settings import EvalConfig, EvalSettings
+from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
+from switchkd.methods.policy import Policy
+from switchkd.models.pair import Pair
+from switchkd.models.saved_student import STUDENT, SavedStudent
+from switchkd.base.terminal import bar
+from switchkd.runs.model_card import public_name
+from switchkd.runs.opening import prepared
+from switchkd.teachers.store import weights_sha256
+from switchkd.training.records import CONFIG
+from switchkd.training.settings import TrainConfig
+
+DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out examples, the task that they are of, and the teacher that they are judged by."""
+
+    task: Task
+    file: str
+    examples: list[TokenizedExample]
+    teacher: PreTrainedModel
+    on_some_day: list[TokenizedExample]
+    """The same examples with the prompts of one fixed day. Their checksum is the same on every day; `examples` are what is read."""
+
+    @cached_property
+    def teacher_sha256(self) -> str:
+        """Checksum of the teacher's weights, taken when it is asked for: of a large model that takes a while."""
+        return weights_sha256(self.teacher)
+
+    def shown(self) -> dict[str, Any]:
+        """Task and data in words, to stand before the settings."""
+        return {
+            "task": f"{self.task.name} version {self.task.version}",
+            "data": f"{public_name(self.file)}, sha256 {self.sha256[:12]}…",
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """One checksum of prompts, references and ids."""
+        return json_sha256([[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.on_some_day])
+
+    def to_json(self) -> dict[str, Any]:
+        """Which examples."""
+        ids, groups = [e.id for e in self.examples], [e.group for e in self.examples]
+        return {"file": self.file, "sha256": self.sha256, "ids": ids, "groups": groups}
+
+
+def heldout_file(config: Any) -> str:
+    """Where held-out examples come from; raises ConfigError for an unknown task, or one without data of its own."""
+    return eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+
+
+def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
+    """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
+    if not config.eval_samples:
+        return Heldout(TASKS["references"], "", [], pair.teacher, [])
+    file = heldout_file(config)
+    bad = BadRows(file, config.skip_bad)
+    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
+    task = task_named(config.task, examples[0].format)
+    examples = scorable(task, examples, bad) if bad.tolerated else examples
+    now = some_day = prepared(config, pair, file, examples, bad, quiet)
+    if config.prompts.reads_date(pair.tokenizer):
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, bad, quiet=True)
+    bad.tell()
+    return Heldout(task, file, now, pair.teacher, some_day)
+
+
+def score(
+    pair: Pair,
+    model: PreTrainedModel,
+    heldout: Heldout,
+    settings: EvalSettings,
+    name: str,
+    quiet: bool = False,
+    saved: SavedStudent | None = None,
+) -> Evaluation:
+    """Evaluate one model of the pair, with a progress bar; the result says which weights it is of, and how they are ``saved``."""
+    with bar(f"evaluate {name}", work(heldout.examples, settings), quiet) as shown:
+        result = evaluate(pair, model, heldout.examples, heldout.task, settings, shown.advance)
+    sha256 = heldout.teacher_sha256 if model is heldout.teacher else weights_sha256(model)
+    return replace(result, model={"sha256": sha256} | (saved.mark() if saved else {}))
+
+
+def write_scores(
+    file: Path,
+    heldout: Heldout,
+    settings: dict[str, Any],
+    results: dict[str, Evaluation],
+    write: Callable[[Path, str], None] = write_file,
+) -> None:
+    """Evaluations with everything they depend on, as JSON."""
+    task = {"name": heldout.task.name, "version": heldout.task.version, "primary": heldout.task.primary}
+    write_results(file, task, heldout.to_json(), settings, results, write)
+
+
+def eval_settings(config: EvalConfig, policy: Policy) -> EvalSettings:
+    """How completions are made, as ``evaluate`` wants to know it."""
+    return EvalSettings(
+        config.eval_max_new_tokens, config.eval_temperature, config.eval_seeds, config.eval_own_text, config.eval_backend, policy,
+        config.per_device_eval_batch_size, top_p=config.eval_top_p, top_k=config.eval_top_k, min_p=config.eval_min_p,
+    )  # fmt: skip
+
+
+def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettings) -> dict[str, Any]:
+    """Every setting that a score depends on, beside the examples."""
+    names = "template", "max_prompt_length", "max_completion_length", "dtype", "teacher_dtype"
+    text = {name: getattr(config, name) for name in names}
+    text |= template_settings(config.prompts, pair.tokenizer)
+    return settings.to_json() | text | {"teacher_sha256": heldout.teacher_sha256}
+
+
+def run_of(student: str) -> Path | None:
+    """The run directory whose student that is, if it is one's; a checkpoint is another student than the run's."""
+    folder = Path(student)
+    return folder.parent if folder.name == STUDENT and (folder.parent / CONFIG).is_file() else None
+
+
+def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
+    """Raise ConfigError if the best student is to be chosen by a score that there will not be."""
+    name = config.metric_for_best_model
+    if name and name not in (known := score_names(heldout.task, heldout.examples)):
+        raise ConfigError(
+            f"metric_for_best_model: no score {name!r} in the task {heldout.task.name}{nearest(name, known)}"
+        )
