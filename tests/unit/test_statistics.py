@@ -169,7 +169,11 @@ def test_the_spread_of_training_seeds_widens_the_interval():
 
 
 @pytest.mark.parametrize(
-    ("scores", "reach", "t"),  # how far the drawn mean is from the mean at the 97.5 % quantile; Student's t there, in closed form
+    (
+        "scores",
+        "reach",
+        "t",
+    ),  # how far the drawn mean is from the mean at the 97.5 % quantile; Student's t there, in closed form
     [((0, 2), 1, math.tan(0.475 * math.pi)), ((0, 0, 3), 2, 0.95 / math.sqrt(2 * 0.975 * 0.025))],
 )
 def test_the_spread_of_two_and_three_runs_is_stretched_by_students_t(scores, reach, t):
