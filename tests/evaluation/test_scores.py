@@ -249,7 +249,7 @@ def test_an_answer_that_would_take_for_ever_is_wrong_and_the_next_is_not(math_ve
 def script(tmp_path, code):
     """The command that runs ``code`` as a user's script, and which folder it is started in."""
     (tmp_path / "script.py").write_text(code)
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {
         "args": [sys.executable, str(tmp_path / "script.py")],
         "cwd": tmp_path,
