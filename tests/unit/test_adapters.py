@@ -28,6 +28,7 @@ from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.base.settings import from_dict, to_dict
 from switchkd.cli.main import main
 from switchkd.data.texts import collate
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
@@ -312,7 +313,7 @@ def test_what_a_base_is_asked_once_is_what_the_base_loaded_alone_says(tmp_path, 
 
     def ask(asked, folder):
         if kind == "text":
-            return teacher_texts(asked, examples, folder, max_new_tokens=4)
+            return teacher_texts(asked, examples, folder, DecodeSettings(TeacherOnly(), max_new_tokens=4))
         TeacherCache.build(asked, examples, folder, kind, top_k=3)
 
     for folder, first, second in (("one", pair, other), ("other", other, pair)):

@@ -28,6 +28,7 @@ from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.cli.main import main
 from switchkd.data.texts import collate, tokenize
 from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
@@ -39,6 +40,7 @@ from switchkd.forward.ends import Ends, declared_ends, pair_ends
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import forward_kl, log_probs
 from switchkd.methods.objectives import OBJECTIVES
+from switchkd.methods.policy import TeacherOnly
 from switchkd.models.loading import load_model
 from switchkd.runs.replay import replayed
 from switchkd.studies.study import flags
@@ -411,17 +413,17 @@ def test_value_and_gradient_of_the_loss_with_merged_ends(name, monkeypatch):
 def test_the_cache_of_the_largest_probabilities_is_of_the_merged_law(tmp_path):
     examples = examples_of()
     pair = merged_pair()
-    kept = TeacherCache.build(pair, examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2).top_k(3)
+    ids, logs = TeacherCache.build(pair, examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2).top_k(3)
     row = (examples[3].prompt_ids, examples[3].completion_ids)
     with torch.no_grad():
         logp = dense_merged(Head.of(pair.teacher, VOCAB)(response_hidden(pair.teacher, collate([row]))))
     torch.testing.assert_close(
-        kept.log_probs.double(),
-        logp.gather(1, torch.stack([in_kept(ids) for ids in kept.ids.tolist()])),
+        logs.double(),
+        logp.gather(1, torch.stack([in_kept(each) for each in ids.tolist()])),
         atol=1e-9,
         rtol=1e-9,
     )
-    assert not set(kept.ids.flatten().tolist()) & {1, 9}
+    assert not set(ids.flatten().tolist()) & {1, 9}
     with pytest.raises(CheckpointError, match="merged_eos_token_ids"):
         TeacherCache.open(toy_pair(), examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2)
     # At k = V a student is compared on everything, and the loss is that of the live teacher.
@@ -436,14 +438,14 @@ def test_the_cache_of_the_largest_probabilities_is_of_the_merged_law(tmp_path):
 
 
 def test_the_teachers_text_closes_with_the_one_end(tmp_path):
-    settings = {"max_new_tokens": 12, "seed": 5}
-    made = teacher_texts(merged_pair(), examples_of(20), tmp_path / "texts", **settings)
+    settings = DecodeSettings(TeacherOnly(), max_new_tokens=12, seed=5)
+    made = teacher_texts(merged_pair(), examples_of(20), tmp_path / "texts", settings)
     ended = [e.completion_ids for e in made if not e.truncated]
     assert ended and all(ids[-1] == 6 for ids in ended)
     assert not {token for e in made for token in e.completion_ids} & {1, 9}
     own = dataclasses.replace(toy_pair(), eos_token_ids=MERGED.ids)
     with pytest.raises(CheckpointError, match="merged_eos_token_id"):
-        teacher_texts(own, examples_of(20), tmp_path / "texts", **settings)
+        teacher_texts(own, examples_of(20), tmp_path / "texts", settings)
 
 
 def test_scores_samples_and_replay_are_of_the_merged_law():

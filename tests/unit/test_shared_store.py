@@ -17,7 +17,8 @@ from switchkd.base.signals import Stopped
 from switchkd.teachers import store as teacher_store
 
 ROOT = Path(__file__).parents[2]
-# A process that fills a store. With "hold" it stops within the work, when its first part is written and not yet in place, until it is told to go on.
+# A process that fills a store. With "hold" it stops within the work, when its first part is written and not yet in place, until it
+# is told to go on.
 FILL = """
 import sys
 from contextlib import nullcontext

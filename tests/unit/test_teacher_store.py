@@ -513,7 +513,7 @@ def test_another_kind_or_none_is_refused(tmp_path):
     build(tmp_path / "c", "top_k")
     with pytest.raises(CheckpointError, match="kind is 'top_k' there and 'hidden' now"):
         reopen(tmp_path / "c", "hidden")
-    with pytest.raises(CheckpointError, match="part-00000 is missing in .*/nothing; build"):
+    with pytest.raises(CheckpointError, match=r"part-00000 is missing in .*/nothing; build"):
         reopen(tmp_path / "nothing", "hidden")
     with pytest.raises(ConfigError, match="did you mean 'hidden'"):
         TeacherCache.build(toy_pair(), ragged(), tmp_path / "x", "hiden")

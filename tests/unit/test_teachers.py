@@ -22,6 +22,7 @@ from switchkd.data.formats import Message
 from switchkd.data.texts import by_teacher, tokenize
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.base_model import BaseModel
 from switchkd.methods.mixes import Adaptive, Generated
@@ -216,20 +217,21 @@ def test_a_name_that_the_pair_does_not_have(tmp_path):
 
 def test_stored_text_is_each_teachers_own_and_bound_to_all(tmp_path):
     pair, examples = pair_of_three(), routed()
-    made = teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5, batch_size=2)
+    settings = DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5)
+    made = teacher_texts(pair, examples, tmp_path, dataclasses.replace(settings, batch_size=2))
     for example, text in zip(examples, made, strict=True):
         [alone] = decode(
             pair.student, pair.teacher_named(example.teacher), [example.teacher_reads], TeacherOnly(), 6, seed=5,
             sample_ids=[example.id], eos_token_ids=[1],
         )  # fmt: skip
         assert text.completion_ids == alone.completion_ids and text.teacher == example.teacher
-    assert teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5) == made
+    assert teacher_texts(pair, examples, tmp_path, settings) == made
     others = [dataclasses.replace(e, teacher="math") for e in examples]
     with pytest.raises(CheckpointError, match="teacher_of_example differs"):
-        teacher_texts(pair, others, tmp_path, max_new_tokens=6, seed=5)
+        teacher_texts(pair, others, tmp_path, settings)
     pair.teachers["code"].lm_head.weight.data[0, 0] += 1
     with pytest.raises(CheckpointError, match="teachers differs"):
-        teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5)
+        teacher_texts(pair, examples, tmp_path, settings)
     assert fingerprint(toy_pair(), toy_examples(), completions=True).keys() == {
         "teacher_weights", "teacher_config", "tokenizer", "examples",
     }  # fmt: skip
