@@ -55,9 +55,9 @@ class PlotConfig(Settings):
 
 
 def compare(config: CompareConfig) -> None:
-    from switchkd.base.terminal import bar
+    from switchkd.base.terminal import bar, console
     from switchkd.reports.compare import compare as compare_runs
-    from switchkd.reports.tables import console, show, write
+    from switchkd.reports.tables import show, write
 
     with bar("resample", None) as progress:
         comparison = compare_runs(
@@ -70,9 +70,8 @@ def compare(config: CompareConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    from switchkd.base.terminal import bar
+    from switchkd.base.terminal import bar, console
     from switchkd.reports.page import page
-    from switchkd.reports.tables import console
 
     if not config.runs:
         raise ConfigError("no run to report on; give run directories: switchkd report runs/demo-switch")
@@ -85,8 +84,9 @@ def report(config: ReportConfig) -> None:
 
 
 def plot(config: PlotConfig) -> None:
+    from switchkd.base.terminal import console
     from switchkd.reports.figures import FIGURES, load_methods
-    from switchkd.reports.tables import console, save_figure
+    from switchkd.reports.tables import save_figure
 
     if config.figure not in ("all", *FIGURES):
         raise ConfigError(f"no figure {config.figure!r}{nearest(config.figure, ('all', *FIGURES))}")

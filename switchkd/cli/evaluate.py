@@ -32,10 +32,11 @@ class EvaluateConfig(ModelConfig, DataConfig, EvalConfig):
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    from switchkd.base.terminal import console
     from switchkd.models.loading import default_device
     from switchkd.models.saved_student import SavedStudent
     from switchkd.models.settings import with_dtypes
-    from switchkd.reports.tables import console, print_results
+    from switchkd.reports.tables import print_results
     from switchkd.runs.heldout import all_settings, eval_settings, load_heldout, run_of, score, write_scores
     from switchkd.runs.opening import open_pair
 

@@ -46,10 +46,9 @@ class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.base.terminal import bar
+    from switchkd.base.terminal import bar, console
     from switchkd.decoding.examples import decode_examples
     from switchkd.reports.live import cost_line, print_rollout
-    from switchkd.reports.tables import console
     from switchkd.runs.opening import open_pair
 
     pair = open_pair(config)

@@ -48,13 +48,13 @@ class TasksConfig(Settings):
 
 
 def methods(config: MethodsConfig) -> None:
-    from switchkd.reports.tables import console
+    from switchkd.base.terminal import console
 
     console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
 
 
 def tasks(config: TasksConfig) -> None:
+    from switchkd.base.terminal import console
     from switchkd.evaluation.tasks import TASKS
-    from switchkd.reports.tables import console
 
     console.print(task_table(TASKS.values()))

@@ -96,8 +96,8 @@ class LmEvalConfig(Settings):
 
 
 def lm_eval(config: LmEvalConfig) -> None:
+    from switchkd.base.terminal import console
     from switchkd.evaluation.harness import SEEDS, find_tasks, metrics, record, run_tasks
-    from switchkd.reports.tables import console
 
     console.print("reading lm-eval's list of tasks …")
     manager = find_tasks(config.tasks, config.include_path)

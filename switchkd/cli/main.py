@@ -157,8 +157,8 @@ def _defaults(cls: type[Config], path: str, names_student: bool) -> Config:
 
 def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:
     """The recipe with the student that it trained. A merged one has no adapter, and its base is the teacher of that name."""
-    from switchkd.models.loading import BASE
     from switchkd.models.pair import student_base
+    from switchkd.models.settings import BASE
 
     changes: dict[str, Any] = {"student_model_name_or_path": student}
     if recipe.merge:

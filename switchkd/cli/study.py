@@ -34,8 +34,7 @@ class StudyConfig(Settings):
 
 
 def study(config: StudyConfig) -> None:
-    from switchkd.base.terminal import bar
-    from switchkd.reports.tables import console
+    from switchkd.base.terminal import bar, console
     from switchkd.studies.plan import cells, load_plan, with_settings
 
     if config.plan == "list":

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from switchkd.models.pair import Pair
 
 
-pass
-
-
 def train(config: TrainConfig) -> None:
     from switchkd.runs.distil import distil
 
@@ -26,7 +23,7 @@ def train(config: TrainConfig) -> None:
 
 
 def demo(config: DemoConfig) -> None:
-    from switchkd.reports.tables import console
+    from switchkd.base.terminal import console
     from switchkd.runs.distil import distil
 
     settings = demo_settings(config)
@@ -37,9 +34,9 @@ def demo(config: DemoConfig) -> None:
 
 
 def check(config: TrainConfig) -> None:
+    from switchkd.base.terminal import console
     from switchkd.models.loading import default_device
     from switchkd.models.settings import with_dtypes
-    from switchkd.reports.tables import console
     from switchkd.runs.opening import open_pair
     from switchkd.runs.preflight import check_run
 
@@ -52,9 +49,8 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.base.terminal import bar
+    from switchkd.base.terminal import bar, console
     from switchkd.reports.record import RunRecord
-    from switchkd.reports.tables import console
     from switchkd.runs.heldout import load_heldout
     from switchkd.runs.opening import load_train
     from switchkd.runs.replay import Texts, check_records

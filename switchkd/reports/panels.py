@@ -1,4 +1,4 @@
-"""TODO."""
+"""Panels of lines: what a metric is, in which unit, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from switchkd.reports.steps import SCORE, Steps, alike, differences
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-pass
 
 
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.

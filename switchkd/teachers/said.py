@@ -1,8 +1,4 @@
-"""What is known of teachers at given tokens, in the three forms in which an objective compares it with the student.
-
-Each gives, for a chunk of the tokens, log-probabilities of teacher and student over the same outcomes. Letters in shapes: N tokens, H
-hidden size, k ids that are kept of a token.
-"""
+"""What a teacher says of texts, in the forms that it is known in; each gives log-probabilities piece by piece."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -104,7 +104,7 @@ def test_the_student_opens_with_nothing_of_ours(run, place):
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(run, place, tmp_path):
     output = tmp_path / "again"
     code = (
-        "import sys; from switchkd import cli; from switchkd.training import trainer\n"
+        "import sys; from switchkd.cli import main as cli; from switchkd.training import trainer\n"
         "save = trainer.Trainer.save\n"
         "def stop(self):\n    save(self)\n    if self.step == 2: raise KeyboardInterrupt\n"
         "trainer.Trainer.save = stop\n"

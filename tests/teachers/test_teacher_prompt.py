@@ -287,8 +287,9 @@ def test_evaluation_reads_the_plain_prompt():
 
 def test_stored_text_is_the_teachers_on_its_own_prompt_and_bound_to_it(tmp_path):
     examples = with_own_prompts(toy_examples(9))
-    settings = DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5, batch_size=2)
-    made = teacher_texts(toy_pair(), examples, tmp_path / "text", settings)
+    made = teacher_texts(
+        toy_pair(), examples, tmp_path / "text", DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5, batch_size=2)
+    )
     pair = toy_pair()
     fresh = decode_reference(
         pair.student, pair.teacher, [e.teacher_reads for e in examples], TeacherOnly(), 6, seed=5,
@@ -297,7 +298,7 @@ def test_stored_text_is_the_teachers_on_its_own_prompt_and_bound_to_it(tmp_path)
     assert [e.completion_ids for e in made] == [r.completion_ids for r in fresh]
     assert [e.teacher_prompt_ids for e in made] == [e.teacher_prompt_ids for e in examples]
     with pytest.raises(CheckpointError, match="examples differs"):
-        teacher_texts(pair, toy_examples(9), tmp_path / "text", settings)
+        teacher_texts(pair, toy_examples(9), tmp_path / "text", DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5))
 
 
 def test_the_fingerprint_sees_teacher_prompts_and_is_as_before_without():

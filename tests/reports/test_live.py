@@ -191,7 +191,7 @@ def test_control_characters_of_a_model_reach_no_terminal(screen):
     for terminal in (True, False):
         out = screen(terminal)
         report.console.print(*live.written(evil, TOKENIZER, 60), sep="\n")
-        report.print_rollout(evil, TOKENIZER)
+        live.print_rollout(evil, TOKENIZER)
         view(lambda picture: report.console.print(picture)).on_step(STEP, Rollouts([evil]))
         shown = out.getvalue()
         assert shown.count("␛[2J␛]0;title␇\\x9b31m␍␈[red]") == 3

@@ -1,7 +1,7 @@
 """A contract for every recipe: which tokens it trains on and who wrote them, which loss reaches them, what its knobs move.
 
 What a recipe says is not what is checked: rows, speakers, calls of the teacher and losses are taken from a run on a toy pair.
-``trajectories.json`` freezes twenty steps of each; ``python tests/unit/test_methods.py`` writes it anew.
+``trajectories.json`` freezes twenty steps of each; ``python tests/methods/test_methods.py`` writes it anew.
 """
 
 import dataclasses
@@ -205,8 +205,9 @@ def test_ground_truth_methods_train_on_the_datas_own_tokens(name, tmp_path):
 def test_the_teachers_text_is_the_teachers(name, tmp_path):
     """Each stored completion is what decoding the teacher alone gives, and not the data's."""
     trainer = make_trainer(name, tmp_path)
-    settings = DecodeSettings(TeacherOnly(), max_new_tokens=8, seed=3)
-    fresh = teacher_texts(toy_pair("gpt2"), toy_examples(), tmp_path / "again", settings)
+    fresh = teacher_texts(
+        toy_pair("gpt2"), toy_examples(), tmp_path / "again", DecodeSettings(TeacherOnly(), max_new_tokens=8, seed=3)
+    )
     assert trainer.examples == fresh
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(fresh, toy_examples(), strict=True)) < 2
 

@@ -469,8 +469,10 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, dropout):
             part.train(on_step)
     for a, b in zip(straight.pair.student.parameters(), part.pair.student.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert straight.optimizer.state[a].keys() == part.optimizer.state[b].keys()
-        assert all(torch.equal(v, part.optimizer.state[b][k]) for k, v in straight.optimizer.state[a].items())
+        assert straight.learner.optimizer.state[a].keys() == part.learner.optimizer.state[b].keys()
+        assert all(
+            torch.equal(v, part.learner.optimizer.state[b][k]) for k, v in straight.learner.optimizer.state[a].items()
+        )
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert lines(tmp_path / "parts", name) == lines(tmp_path / "straight", name)
     assert not list(tmp_path.glob("*/checkpoint-*/model*.safetensors"))
