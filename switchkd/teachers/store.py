@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ class Store:
         return store._parts()
 
     def opened(self) -> list[Part]:
-        """All parts, in order, after the same checks. Raises CheckpointError where one is missing, too."""
+        """All parts, in order, after the same checks; raises CheckpointError where one is missing, too."""
         store = self._stored()
         if missing := store._missing():
             raise CheckpointError(f"part-{missing[0]:05d} is missing in {self.folder}; build it: the others are kept")
@@ -158,7 +159,8 @@ class Store:
 
     def _examples(self, number: int) -> range:
         """The places of a part's examples."""
-        return range(self.firsts[number], [*self.firsts, self.count][number + 1])
+        last = number + 1 == len(self.firsts)
+        return range(self.firsts[number], self.count if last else self.firsts[number + 1])
 
     def _files(self) -> dict[int, tuple[Path, str]]:
         """The parts that are there: where each lies, and its checksum."""
@@ -181,14 +183,14 @@ class Store:
             except OSError as error:
                 words = f"cannot be read ({error})"
             if words:
-                raise CheckpointError(f"{file} {words}; delete it and build again: the others are kept")
+                raise CheckpointError(f"{file} {words}; delete it to have this part made again: the others are kept")
             progress(len(self._examples(number)))
 
     def _checksum(self, number: int, contents: io.BytesIO | io.BufferedReader) -> str:
         bound_to = f"{self._manifest['sha256']} {number} ".encode()
         return hashlib.file_digest(contents, lambda: hashlib.sha256(bound_to)).hexdigest()
 
-    @property
+    @cached_property
     def _manifest(self) -> dict[str, Any]:
         said = {"format": _FORMAT, "made_from": self.header, "firsts": list(self.firsts)}
         return said | {"sha256": json_sha256(said)}
