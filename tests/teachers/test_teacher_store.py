@@ -3,15 +3,26 @@
 import dataclasses
 import json
 import math
+import signal
 
 import pytest
 import torch
+from test_memory import ours, short_of_memory
 from tiny import VOCAB, retold, tiny_model, toy_examples, toy_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from switchkd import TeacherOnly, decode_reference
-from switchkd.base.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
+from switchkd.base import signals
+from switchkd.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    ModelError,
+    NonFiniteError,
+    SwitchKDWarning,
+)
 from switchkd.data.texts import TokenizedExample, collate
 from switchkd.decoding import teacher_texts as texts_module
 from switchkd.decoding.settings import DecodeSettings
@@ -622,3 +633,29 @@ def test_a_store_whose_folder_goes_is_not_made_anew(tmp_path, monkeypatch, kind)
         else:
             build(folder, "hidden", progress=gone)
     assert not folder.exists()
+
+
+def test_after_memory_ran_out_the_next_part_begins_with_the_rows_that_fit(tmp_path, monkeypatch):
+    """And the text is the same; it is said once."""
+    made = texts(tmp_path / "straight", batch_size=4)
+    with pytest.warns(SwitchKDWarning, match="with 4 rows at once: from here on 2;") as said:
+        short_of_memory(monkeypatch, rows=2)
+        assert texts(tmp_path / "short", batch_size=4) == made
+    assert len(ours(said)) == 1
+    assert files(tmp_path / "short") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["texts", *KINDS])
+def test_a_signal_ends_the_work_between_two_batches_and_it_is_gone_on_from(tmp_path, small_parts, kind):
+    def work(folder, progress):
+        if kind == "texts":
+            texts(folder, progress=progress)
+        else:
+            build(folder, kind, batch_size=2, progress=progress)
+
+    with signals.deferred(), pytest.raises(signals.Stopped):
+        work(tmp_path / "t", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert len(files(tmp_path / "t")) == 2  # the manifest and the part behind which the signal came
+    for name in ("t", "straight"):
+        work(tmp_path / name, lambda _: None)
+    assert files(tmp_path / "t") == files(tmp_path / "straight")
