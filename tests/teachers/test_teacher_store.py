@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
+from faults import KILL, Faults, Killed
 from test_memory import ours, short_of_memory
 from tiny import VOCAB, retold, tiny_model, toy_examples, toy_pair
 from torch.distributed.device_mesh import init_device_mesh
@@ -659,3 +661,26 @@ def test_a_signal_ends_the_work_between_two_batches_and_it_is_gone_on_from(tmp_p
     for name in ("t", "straight"):
         work(tmp_path / name, lambda _: None)
     assert files(tmp_path / "t") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["texts", "cache"])
+def test_killed_in_any_file_operation_it_goes_on_to_the_straight_store(tmp_path, monkeypatch, small_parts, kind):
+    """What stands under its own name after the kill is whole."""
+    monkeypatch.setattr(teacher_store, "locked", lambda *_, **__: nullcontext(lambda: None))  # which has its own tests
+    pair, examples = toy_pair(), ragged()
+
+    def work(folder):
+        return texts(folder, pair, examples) if kind == "texts" else build(folder, "hidden", pair, examples)
+
+    with Faults().installed() as faults:
+        work(tmp_path / "straight")
+    straight = files(tmp_path / "straight")
+    assert faults.count > 4 * len(straight) > 8
+    for at in range(1, faults.count + 1):
+        folder = tmp_path / str(at)
+        with pytest.raises(Killed), Faults(at, KILL).installed():
+            work(folder)
+        there = {name: contents for name, contents in files(folder).items() if not name.startswith(".")}
+        assert there.items() <= straight.items()
+        work(folder)
+        assert files(folder) == straight
