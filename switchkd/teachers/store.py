@@ -1,38 +1,214 @@
-"""What the teacher does once: its own text for every prompt, and the checksums that bind stored work to what made it.
+"""What a teacher does once, kept in a folder: in parts, each of them whole or absent, and bound to all that they were made from.
 
-header.json      what the text depends on: checksums of teacher, tokenizer and prompts, and the settings
-texts.jsonl      a line for every example, in order: id, token ids, whether the budget ran out
-complete.json    number of lines and checksum, once all are there
+manifest.json           what the work was made from, and the first example of every part; with a checksum of these
+part-00000-<sha256>.…   the work on consecutive examples; the checksum is of its bytes, its place, and what the manifest says
+
+A kind of work says what it is made from, where its parts begin and how one is made: ``states``, ``decoding.teacher_texts``.
 """
 
 import ctypes
 import hashlib
+import io
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from switchkd.base.errors import CheckpointError, DataError
-from switchkd.base.lock import LOCK, Check, locked
-from switchkd.base.manifest import json_sha256
-from switchkd.base.plain import check_type, json_object
+from switchkd.base.lock import LOCK, locked
+from switchkd.base.manifest import MANIFEST, json_sha256, read_record
+from switchkd.base.storage import staged_file, tidy, write_file
 from switchkd.data.texts import TokenizedExample
 from switchkd.forward.sharding import full, state_of
 from switchkd.models.pair import Pair
 
 Header = dict[str, Any]  # flat and JSON-ready
-Progress = Callable[[int], None]  # told of every example that is done
-_FORMAT = "switchkd teacher texts 1"
-# Batches decoded between two writes: enough to keep a batch full while rows finish, few enough to lose little.
-_CHUNK_BATCHES = 4
+Progress = Callable[[int], None]  # told how many examples are done, part by part
+_FORMAT = "switchkd teacher store 1"
+# Of the layout before this one, which had two kinds of folders: this file in the one, a manifest without a format in the other.
+_OLD_HEADER = "header.json"
+_PART = re.compile(r"part-(\d{5,})-([0-9a-f]{64})\.\w+")
 # They name a place and a release, not what the model computes.
 _CONFIG_NOISE = ("_name_or_path", "transformers_version")
+
+
+class Part(NamedTuple):
+    """The work on the examples of these places."""
+
+    examples: range
+    file: Path
+
+
+@dataclass(frozen=True)
+class Store:
+    """The work on ``count`` examples that lies in ``folder``, or is to.
+
+    ``header`` says what it is made from, ``firsts`` the first example of each part (a store that is there keeps its own), and
+    ``ending`` how the names of its parts end.
+
+    Raises:
+        DataError: there are no examples.
+    """
+
+    folder: Path
+    header: Header
+    firsts: Sequence[int]
+    count: int
+    ending: str
+
+    def __post_init__(self) -> None:
+        if not self.count:
+            raise DataError("no examples for the teacher to work on; give a train_file with at least one usable row")
+
+    def fill(self, make: Callable[[range], bytes], progress: Progress) -> list[Part]:
+        """All parts, in order; those that are missing are made and written one by one, so that a kill costs one of them.
+
+        One process at a time fills a folder: a second waits for it, and then finds the work done. Where all is there, nothing is
+        written, the lock neither.
+
+        Args:
+            make: what the part on the examples of these places holds. What it raises ends the work; the parts before it are kept.
+            progress: told of the examples of each part that is found whole, or made.
+
+        Raises:
+            CheckpointError: the folder holds something else (all that differs is named), or damage.
+            DiskError: nothing can be written there, or the folder went away.
+            Stopped: a signal came while this process waited for another one.
+        """
+        missing = self._stored()._missing()
+        with locked(self.folder, wait=True) if missing else nullcontext(lambda: None) as check:
+            store = self._stored()  # which another process may have filled meanwhile
+            if missing:
+                tidy(self.folder)
+            store._verify(progress)
+            for number in store._missing():
+                examples = store._examples(number)
+                contents = make(examples)
+                check()
+                store._write(number, contents)
+                progress(len(examples))
+        return store._parts()
+
+    def opened(self) -> list[Part]:
+        """All parts, in order, after the same checks; raises CheckpointError where one is missing, too."""
+        store = self._stored()
+        if missing := store._missing():
+            raise CheckpointError(f"part-{missing[0]:05d} is missing in {self.folder}; build it: the others are kept")
+        store._verify(lambda _: None)
+        return store._parts()
+
+    # --- what is there --------------------------------------------------------------------------------------------
+
+    def _stored(self) -> "Store":
+        """This store as it stands in the folder, which may be empty. Raises CheckpointError where that holds anything else."""
+        names = sorted(path.name for path in self.folder.glob("*") if not path.name.startswith("."))
+        if (self.folder / MANIFEST).exists():  # asked after the list is made: another process may be about to begin
+            return replace(self, firsts=self._read_manifest())
+        if _OLD_HEADER in names:
+            raise self._of_another_version("an older")
+        if foreign := [name for name in names if name != LOCK]:
+            raise CheckpointError(
+                f"{self.folder} is no store of the teacher's work, but holds {foreign[0]}; name an empty folder"
+            )
+        return self
+
+    def _read_manifest(self) -> list[int]:
+        """The first examples of the parts, as the manifest has them, if it is whole and of this work."""
+        try:
+            found = read_record(self.folder / MANIFEST, Header)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._way_out}") from error
+        if found.get("format") != _FORMAT:
+            raise self._of_another_version("another" if "format" in found else "an older")
+        if found.pop("sha256", None) != json_sha256(found):
+            raise CheckpointError(f"{self.folder / MANIFEST} is damaged: not as it was written; {self._way_out}")
+        self._refuse_other(found["made_from"])
+        return found["firsts"]
+
+    def _refuse_other(self, stored: Header) -> None:
+        keys = sorted(stored.keys() | self.header.keys())
+        pairs = {key: (stored.get(key), self.header.get(key)) for key in keys}
+        differing = [_difference(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+        if differing:
+            raise CheckpointError(
+                f"{self.folder} holds the teacher's work for something else: {'; '.join(differing)}. Go back to what it was made "
+                f"with, name another folder, or {self._way_out}"
+            )
+
+    def _of_another_version(self, which: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} holds the teacher's work as {which} version of switchkd kept it, which this one does not read; name "
+            f"another folder, or {self._way_out}"
+        )
+
+    @property
+    def _way_out(self) -> str:
+        return f"delete {self.folder} to have the work done again"
+
+    # --- its parts ------------------------------------------------------------------------------------------------
+
+    def _examples(self, number: int) -> range:
+        """The places of a part's examples."""
+        last = number + 1 == len(self.firsts)
+        return range(self.firsts[number], self.count if last else self.firsts[number + 1])
+
+    def _files(self) -> dict[int, tuple[Path, str]]:
+        """The parts that are there: where each lies, and its checksum."""
+        found = ((path, _PART.fullmatch(path.name)) for path in self.folder.glob("part-*"))
+        return {int(name[1]): (path, name[2]) for path, name in found if name and int(name[1]) < len(self.firsts)}
+
+    def _missing(self) -> list[int]:
+        there = self._files()
+        return [number for number in range(len(self.firsts)) if number not in there]
+
+    def _parts(self) -> list[Part]:
+        return [Part(self._examples(number), file) for number, (file, _) in sorted(self._files().items())]
+
+    def _verify(self, progress: Progress) -> None:
+        """Read every part that is there; raises CheckpointError for the first that is not as it was written here."""
+        for number, (file, checksum) in sorted(self._files().items()):
+            try:
+                with file.open("rb") as contents:
+                    words = "" if self._checksum(number, contents) == checksum else "is damaged, or of another store"
+            except OSError as error:
+                words = f"cannot be read ({error})"
+            if words:
+                raise CheckpointError(f"{file} {words}; delete it to have this part made again: the others are kept")
+            progress(len(self._examples(number)))
+
+    def _checksum(self, number: int, contents: io.BytesIO | io.BufferedReader) -> str:
+        bound_to = f"{self._manifest['sha256']} {number} ".encode()
+        return hashlib.file_digest(contents, lambda: hashlib.sha256(bound_to)).hexdigest()
+
+    @cached_property
+    def _manifest(self) -> dict[str, Any]:
+        said = {"format": _FORMAT, "made_from": self.header, "firsts": list(self.firsts)}
+        return said | {"sha256": json_sha256(said)}
+
+    def _write(self, number: int, contents: bytes) -> None:
+        """Put a part on the disk, and the manifest before the first one: work of which nothing could be made binds nobody."""
+        if not (self.folder / MANIFEST).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.folder / MANIFEST, json.dumps(self._manifest))
+        name = f"part-{number:05d}-{self._checksum(number, io.BytesIO(contents))}.{self.ending}"
+        with staged_file(self.folder / name, len(contents)) as staging:
+            staging.write_bytes(contents)
+
+
+def _difference(key: str, stored: Any, wanted: Any) -> str:
+    if all(isinstance(value, str) and len(value) == 64 for value in (stored, wanted)):
+        return f"{key} differs (checksum {stored[:8]}… there, {wanted[:8]}… now)"
+    return f"{key} is {stored!r} there and {wanted!r} now"
 
 
 # --- checksums ----------------------------------------------------------------------------------------------------
@@ -50,7 +226,7 @@ def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions
         "teacher_weights": weights_sha256(pair.teacher),
         "teacher_config": _config_sha256(pair.teacher),
         "tokenizer": json_sha256(pair.tokenizer.get_vocab()),
-        "examples": examples_sha256(examples, completions),
+        "examples": _examples_sha256(examples, completions),
     }
     if pair.teachers:
         named = {name: [weights_sha256(model), _config_sha256(model)] for name, model in pair.teachers.items()}
@@ -85,54 +261,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return json_sha256(parts)
 
 
-def refuse_other(folder: Path, stored: Header, wanted: Header) -> None:
-    """Raise CheckpointError, naming all that differs, unless the work in ``folder`` was done under ``wanted``."""
-    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-    if differing:
-        words = "; ".join(_difference(key, stored.get(key), wanted.get(key)) for key in differing)
-        raise CheckpointError(
-            f"{folder} holds the teacher's work for something else: {words}. Go back to what it was made with, name "
-            "another folder, or delete this one to have the work done again"
-        )
-
-
-def alone(folder: Path, whole: bool) -> AbstractContextManager[Check]:
-    """Be the only process that fills a store, after any that does; where all is there, nothing is written, the lock neither.
-
-    As of ``locked``, what it gives is to be called before something is written.
-    """
-    return nullcontext(lambda: None) if whole else locked(folder, wait=True)
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raise CheckpointError if a folder that is no store yet holds visible files: they are someone else's."""
-    visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
-    if foreign := [name for name in visible if name != LOCK]:
-        raise CheckpointError(
-            f"{folder} is no store of the teacher's work, but holds {foreign[0]}; name an empty folder"
-        )
-
-
-def read_json(file: Path, kind: Any = dict[str, Any]) -> Header:
-    """A stored JSON object of this ``kind``; raises CheckpointError if it cannot be read."""
-    try:
-        found = json_object(file.read_bytes())
-        check_type(found, kind)
-        return found
-    except (OSError, DataError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); {_anew(file.parent)}") from error
-
-
-def _difference(key: str, stored: Any, wanted: Any) -> str:
-    if all(isinstance(value, str) and len(value) == 64 for value in (stored, wanted)):
-        return f"{key} differs (checksum {stored[:8]}… there, {wanted[:8]}… now)"
-    return f"{key} is {stored!r} there and {wanted!r} now"
-
-
-def _anew(folder: Path) -> str:
-    return f"delete {folder} to have the work done again"
-
-
 def _bytes_sha256(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous()  # no copy of what lies in the host's memory in order
     # A numpy view would do as well, but for ever keep the memory from being freed, as weights that were gathered are.
@@ -140,7 +268,7 @@ def _bytes_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def examples_sha256(examples: Sequence[TokenizedExample], completions: bool) -> str:
+def _examples_sha256(examples: Sequence[TokenizedExample], completions: bool) -> str:
     digest = hashlib.sha256()
     for example in examples:
         parts = [example.prompt_ids, example.completion_ids if completions else []]

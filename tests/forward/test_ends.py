@@ -413,17 +413,17 @@ def test_value_and_gradient_of_the_loss_with_merged_ends(name, monkeypatch):
 def test_the_cache_of_the_largest_probabilities_is_of_the_merged_law(tmp_path):
     examples = examples_of()
     pair = merged_pair()
-    kept = TeacherCache.build(pair, examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2).top_k(3)
+    ids, logs = TeacherCache.build(pair, examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2).top_k(3)
     row = (examples[3].prompt_ids, examples[3].completion_ids)
     with torch.no_grad():
         logp = dense_merged(Head.of(pair.teacher, VOCAB)(response_hidden(pair.teacher, collate([row]))))
     torch.testing.assert_close(
-        kept.log_probs.double(),
-        logp.gather(1, torch.stack([in_kept(ids) for ids in kept.ids.tolist()])),
+        logs.double(),
+        logp.gather(1, torch.stack([in_kept(each) for each in ids.tolist()])),
         atol=1e-9,
         rtol=1e-9,
     )
-    assert not set(kept.ids.flatten().tolist()) & {1, 9}
+    assert not set(ids.flatten().tolist()) & {1, 9}
     with pytest.raises(CheckpointError, match="merged_eos_token_ids"):
         TeacherCache.open(toy_pair(), examples, tmp_path / "merged", "top_k", top_k=VOCAB - 2)
     # At k = V a student is compared on everything, and the loss is that of the live teacher.

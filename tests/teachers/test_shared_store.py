@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_teacher_store import KINDS, build, silent, texts
+from test_teacher_store import KINDS, build, files, silent, texts
 from tiny import toy_pair
 
 from switchkd.base import lock, signals
@@ -17,7 +17,8 @@ from switchkd.base.signals import Stopped
 from switchkd.teachers import store as teacher_store
 
 ROOT = Path(__file__).parents[2]
-# A process that fills a store. With "hold" it stops within the work, after its first write, until it is told to go on.
+# A process that fills a store. With "hold" it stops within the work, when its first part is written and not yet in place, until it
+# is told to go on.
 FILL = """
 import sys
 from contextlib import nullcontext
@@ -27,20 +28,21 @@ torch.set_num_threads(1)
 sys.path[:0] = ["tests", "tests/teachers"]
 from test_teacher_store import build, texts
 from tiny import toy_pair
+from switchkd.base import storage
 from switchkd.teachers import states as teacher_cache, store as teacher_store
 
 kind, folder, role, guard = sys.argv[1:]
-module, name = (teacher_store, "_append") if kind == "texts" else (teacher_cache, "save_file")
-write, teacher_cache.SHARD_BYTES = getattr(module, name), 1000
+sync, teacher_cache.PART_BYTES = storage.sync, 1000
 
-def held(*arguments):
-    write(*arguments)
-    setattr(module, name, write)
-    print("at work", flush=True)
-    input()
+def held(path):
+    sync(path)
+    if path.name.startswith(".part-"):
+        storage.sync = sync
+        print("at work", flush=True)
+        input()
 
 if role == "hold":
-    setattr(module, name, held)
+    storage.sync = held
 if guard == "unguarded":
     teacher_store.locked = lambda *_, **__: nullcontext(lambda: None)
 pair, calls = toy_pair(), []
@@ -49,15 +51,11 @@ texts(Path(folder), pair) if kind == "texts" else build(Path(folder), kind, pair
 print("forwards of the teacher:", len(calls))
 """
 STORES = ["texts", *KINDS]
-RACES = ["texts", "hidden"]  # each takes seconds, and both kinds of cache are written by the same lines
+RACES = ["texts", "hidden"]  # each takes seconds, and all kinds are written by the same lines
 
 
 def fill(kind, folder):
     return texts(folder) if kind == "texts" else build(folder, kind, batch_size=2)
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def started(kind, folder, role, guard):
@@ -86,12 +84,12 @@ def race(kind, folder, guard="locked"):
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)
+def small_parts(monkeypatch):
+    monkeypatch.setattr("switchkd.teachers.states.PART_BYTES", 1000)
 
 
 @pytest.mark.parametrize("kind", RACES)
-def test_a_second_process_waits_and_finds_the_work_done(tmp_path, small_shards, kind):
+def test_a_second_process_waits_and_finds_the_work_done(tmp_path, small_parts, kind):
     fill(kind, tmp_path / "alone")
     waiting, first, codes, printed, made = race(kind, tmp_path / "shared")
     assert f"waiting: {tmp_path / 'shared'} is in use by process {first} on " in waiting
@@ -100,7 +98,7 @@ def test_a_second_process_waits_and_finds_the_work_done(tmp_path, small_shards, 
 
 
 @pytest.mark.parametrize("kind", RACES)
-def test_mutant_without_a_lock(tmp_path, small_shards, kind):
+def test_mutant_without_a_lock(tmp_path, small_parts, kind):
     fill(kind, tmp_path / "alone")
     waiting, _, codes, _, made = race(kind, tmp_path / "shared", "unguarded")
     assert waiting == "" and (codes != [0, 0] or made != files(tmp_path / "alone"))

@@ -322,7 +322,7 @@ def test_the_cache_is_of_the_teachers_prompt(tmp_path, kind):
     )
     t.pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     rows = t.reading.next(t.examples)
-    expected, _ = dense(toy_pair(), [dataclasses.replace(row, said=None, teacher_top_k=None) for row in rows])
+    expected, _ = dense(toy_pair(), [dataclasses.replace(row, said=None) for row in rows])
     assert t.learner.loss(rows, ForwardKL()).item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(CheckpointError, match="examples differs"):
         TeacherCache.open(toy_pair(), toy_examples(), tmp_path / "cache", kind, top_k=VOCAB)

@@ -3,23 +3,37 @@
 import dataclasses
 import json
 import math
+import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
+from faults import KILL, Faults, Killed
+from test_memory import ours, short_of_memory
 from tiny import VOCAB, retold, tiny_model, toy_examples, toy_pair
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from switchkd import TeacherOnly, decode_reference
-from switchkd.base.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
+from switchkd.base import signals
+from switchkd.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    ModelError,
+    NonFiniteError,
+    SwitchKDWarning,
+)
 from switchkd.data.texts import TokenizedExample, collate
+from switchkd.decoding import teacher_texts as texts_module
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import log_probs
 from switchkd.methods.objectives import OBJECTIVES
 from switchkd.teachers import store as teacher_store
-from switchkd.teachers.said import TeacherStates
+from switchkd.teachers.said import TeacherStates, TeacherTopK
 from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
 from switchkd.training.loss import response_tokens, total
@@ -27,10 +41,19 @@ from switchkd.training.loss import response_tokens, total
 SETTINGS = dict(max_new_tokens=6, temperature=1.0, seed=5, batch_size=2)
 
 
-def texts(folder, pair=None, examples=None, **changes):
-    return teacher_texts(
-        pair or toy_pair(), examples or toy_examples(20), folder, DecodeSettings(TeacherOnly(), **SETTINGS | changes)
-    )
+def texts(folder, pair=None, examples=None, progress=lambda _: None, **changes):
+    settings = DecodeSettings(TeacherOnly(), **SETTINGS | changes)
+    return teacher_texts(pair or toy_pair(), examples or toy_examples(20), folder, settings, progress)
+
+
+def part_of(folder, number):
+    """The file of a part, whose name holds its checksum."""
+    [file] = folder.glob(f"part-{number:05d}-*")
+    return file
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
 def silent(pair):
@@ -159,42 +182,61 @@ def test_texts_never_depend_on_the_reference_completions(tmp_path):
     assert texts(tmp_path / "a", silent(toy_pair()), toy_examples(6)) == texts(tmp_path / "b", examples=blind)
 
 
-def test_killed_anywhere_and_resumed_is_the_straight_file(tmp_path, monkeypatch):
-    """Cut at any byte, also within a line and before the seal; no row is made twice."""
-    straight = texts(tmp_path / "straight")
-    whole = (tmp_path / "straight" / "texts.jsonl").read_bytes()
-    calls = []
-    real = teacher_store.decode_examples
+@pytest.fixture
+def decoded(monkeypatch):
+    """The ids of the rows that were decoded, call by call."""
+    calls, real = [], texts_module.decode_examples
 
     def counting(*arguments):
         calls.append(arguments[3])
         return real(*arguments)
 
-    monkeypatch.setattr(teacher_store, "decode_examples", counting)
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    for cut in (0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[7], ends[9] + 20, ends[-2], len(whole) - 1, len(whole)):
-        folder = tmp_path / str(cut)
+    monkeypatch.setattr(texts_module, "decode_examples", counting)
+    return calls
+
+
+def killed_stores(straight):
+    """What a kill at any moment can leave of a store: some whole files, in their order, and a part of the next under a hidden
+    name; and what somebody leaves who deletes a part."""
+    names = sorted(straight)  # the manifest first
+    for count in range(len(names) + 1):
+        there = {name: straight[name] for name in names[:count]}
+        yield there
+        if count < len(names):
+            for share in (0, 1, len(straight[names[count]]) // 2, len(straight[names[count]])):
+                yield there | {f".{names[count]}.switchkd-{'0' * 32}": straight[names[count]][:share]}
+    for name in names[1:]:
+        yield {other: straight[other] for other in names if other != name}
+
+
+def test_killed_anywhere_and_resumed_is_the_straight_store(tmp_path, decoded):
+    """Before, between and within writes; no row of a part that is there is made twice."""
+    made = texts(tmp_path / "straight")
+    straight = files(tmp_path / "straight")
+    assert [name.partition("-")[0] for name in sorted(straight)] == ["manifest.json", *["part"] * 3]
+    rows = {name: list(range(20))[place * 8 :][:8] for place, name in enumerate(sorted(straight)[1:])}
+    for place, there in enumerate(killed_stores(straight)):
+        folder = tmp_path / str(place)
         folder.mkdir()
-        (folder / "header.json").write_bytes((tmp_path / "straight" / "header.json").read_bytes())
-        (folder / "texts.jsonl").write_bytes(whole[:cut])
-        calls.clear()
-        assert texts(folder) == straight
-        assert [i for ids in calls for i in ids] == [e.id for e in toy_examples(20)][whole[:cut].count(b"\n") :]
+        for name, contents in there.items():
+            (folder / name).write_bytes(contents)
+        decoded.clear()
+        assert texts(folder) == made
         # The batches of the straight run, whose rounding is then the same.
-        assert all(ids[0] % 8 == 0 for ids in calls[1:])
-        assert (folder / "texts.jsonl").read_bytes() == whole
-        assert {p.name for p in folder.iterdir()} == {"header.json", "texts.jsonl", "complete.json"}
+        assert decoded == [ids for name, ids in rows.items() if name not in there]
+        assert files(folder) == straight
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_a_process_that_dies_at_work_loses_a_chunk_at_most(tmp_path, moment):
+@pytest.mark.parametrize("moment", range(3))
+def test_a_process_that_dies_at_work_loses_a_part_at_most(tmp_path, decoded, moment):
     with pytest.raises(KeyboardInterrupt):
         texts(tmp_path / "t", progress=dying(moment + 1))
+    assert [len(ids) for ids in decoded] == [8, 8, 4][: moment + 1]
+    decoded.clear()
     told = []
-    assert texts(tmp_path / "t", progress=told.append) == texts(tmp_path / "straight")
-    assert sum(told) == 20 and told[0] == min(8 * moment, 20)
-    names = [sorted((p.name, p.read_bytes()) for p in (tmp_path / f).iterdir()) for f in ("t", "straight")]
-    assert names[0] == names[1]
+    assert texts(tmp_path / "t", progress=told.append) == (made := texts(tmp_path / "straight")) and len(made) == 20
+    assert told == [8, 8, 4] and [len(ids) for ids in decoded] == [*[8, 8, 4][moment + 1 :], 8, 8, 4]
+    assert files(tmp_path / "t") == files(tmp_path / "straight")
 
 
 def test_a_complete_store_never_calls_the_teacher(tmp_path):
@@ -226,7 +268,7 @@ def test_texts_made_under_other_conditions_are_refused(tmp_path, message, finish
     change, examples, settings = OTHER_TEXTS[message]
     texts(tmp_path / "t")
     if not finished:
-        (tmp_path / "t" / "complete.json").unlink()
+        part_of(tmp_path / "t", 2).unlink()
     pair = toy_pair()
     if change:
         change(pair)
@@ -250,26 +292,63 @@ def test_settings_that_move_time_alone_are_free(tmp_path):
     assert texts(tmp_path / "u", other_student, block_size=3) == made
 
 
-def test_damaged_texts_are_refused(tmp_path):
-    texts(tmp_path / "t")
-    file = tmp_path / "t" / "texts.jsonl"
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_texts_are_refused(tmp_path, finished):
+    folder = tmp_path / "t"
+    made = texts(folder)
+    if not finished:
+        part_of(folder, 2).unlink()
+    file = part_of(folder, 1)
     whole = file.read_bytes()
-    for damaged in (whole[:-9], whole.replace(b": [", b":  [", 1), whole + whole[:30]):
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"texts\.jsonl is damaged.*delete"):
-            texts(tmp_path / "t")
-    (tmp_path / "t" / "complete.json").unlink()
     lines = whole.splitlines(keepends=True)
-    for wrong in (b"{}\n", b"\0\0\n", lines[2], b'{"id": 1, "completion_ids": [23], "truncated": false}\n'):
-        file.write_bytes(b"".join([lines[0], wrong, *lines[2:]]))
-        with pytest.raises(CheckpointError, match=r"texts\.jsonl:2 is damaged"):
-            texts(tmp_path / "t")
-    file.write_bytes(whole + lines[0])
-    with pytest.raises(CheckpointError, match="21 lines for 20 examples"):
-        texts(tmp_path / "t")
-    (tmp_path / "t" / "header.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"header\.json cannot be read"):
-        texts(tmp_path / "t")
+    other = b'{"id": 9, "completion_ids": [23], "truncated": false}\n'
+    changed_lines = [b"".join([lines[0], wrong, *lines[2:]]) for wrong in (b"{}\n", b"\0\0\n", lines[2], other)]
+    short, long = (whole[:-9], b"".join(lines[:-1]), b""), (whole + whole[:30], whole + lines[0])
+    for damaged in (*short, *long, whole.replace(b": [", b":  [", 1), *changed_lines):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"part-00001-\w+\.jsonl is damaged.*delete it"):
+            texts(folder)
+    file.unlink()
+    assert texts(folder) == made and file.read_bytes() == whole
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged.*delete"):
+        texts(folder)
+
+
+@pytest.mark.parametrize("kind", ["texts", "cache"])
+def test_a_store_of_an_older_version_is_refused_with_the_way_out(tmp_path, kind):
+    """Which lay otherwise in its folder: of texts, and of what a teacher says."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    if kind == "texts":
+        (folder / "header.json").write_text('{"format": "switchkd teacher texts 1"}')
+        (folder / "texts.jsonl").write_text('{"id": 0, "completion_ids": [1], "truncated": false}\n')
+    else:
+        made_from = {"format": "switchkd teacher cache 1", "kind": "hidden"}
+        (folder / "manifest.json").write_text(json.dumps({"made_from": made_from, "firsts": [0], "offsets": [0]}))
+    there = files(folder)
+    for call in (texts, lambda folder: build(folder, "hidden"), lambda folder: reopen(folder, "hidden")):
+        with pytest.raises(CheckpointError, match=f"as an older version .* name another folder, or delete {folder} to"):
+            call(folder)
+    assert files(folder) == there
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path):
+    build(tmp_path, "hidden")
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"format": "switchkd teacher store 9"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"as another version .* name another folder, or delete"):
+        build(tmp_path, "hidden")
+
+
+@pytest.mark.parametrize("kind", ["texts", "cache"])
+def test_a_part_that_cannot_be_read_is_named(tmp_path, kind):
+    texts(tmp_path) if kind == "texts" else build(tmp_path, "hidden")
+    file = part_of(tmp_path, 0)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read .*; delete it"):
+        texts(tmp_path) if kind == "texts" else build(tmp_path, "hidden")
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -280,11 +359,11 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_prompt_that_cannot_be_completed_is_named_and_the_text_before_it_kept(tmp_path):
+def test_a_prompt_that_cannot_be_completed_is_named_and_the_parts_before_it_kept(tmp_path):
     examples = changed(toy_examples(20), 11, prompt_ids=list(range(2, 22)) * 3)
     with pytest.raises(DataError, match=r"toy:12: the teacher cannot complete it: .*exceed the models' context"):
         texts(tmp_path / "t", examples=examples)
-    assert (tmp_path / "t" / "texts.jsonl").read_bytes().count(b"\n") == 11
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"manifest.json", part_of(tmp_path / "t", 0).name}
     pair = toy_pair()
     pair.teacher.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(NonFiniteError, match=r"toy:1: .*teacher's logits are not finite"):
@@ -316,8 +395,8 @@ def reopen(folder, kind, pair=None, examples=None, **settings):
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)
+def small_parts(monkeypatch):
+    monkeypatch.setattr("switchkd.teachers.states.PART_BYTES", 1000)
 
 
 def fresh(model, example):
@@ -327,11 +406,11 @@ def fresh(model, example):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_hidden_states_are_those_of_a_fresh_forward(tmp_path, small_shards, family, batch_size):
+def test_hidden_states_are_those_of_a_fresh_forward(tmp_path, small_parts, family, batch_size):
     pair = toy_pair(family)
     build(tmp_path / "c", "hidden", pair, batch_size=batch_size)
     cache = reopen(tmp_path / "c", "hidden", toy_pair(family))
-    assert len(list((tmp_path / "c").glob("shard-*"))) > 3
+    assert len(list((tmp_path / "c").glob("part-*"))) > 3
     for index in (13, 0, 6, *range(14)):  # in any order
         expected = fresh(pair.teacher, ragged()[index])
         assert cache.hidden(index).shape == expected.shape
@@ -339,7 +418,7 @@ def test_hidden_states_are_those_of_a_fresh_forward(tmp_path, small_shards, fami
 
 
 @pytest.mark.parametrize("k", [1, 5, VOCAB])
-def test_top_k_is_the_head_of_the_sorted_log_probs(tmp_path, small_shards, k):
+def test_top_k_is_the_head_of_the_sorted_log_probs(tmp_path, small_parts, k):
     pair = toy_pair()
     build(tmp_path / "c", "top_k", pair, top_k=k)
     cache = reopen(tmp_path / "c", "top_k", top_k=k)
@@ -347,17 +426,17 @@ def test_top_k_is_the_head_of_the_sorted_log_probs(tmp_path, small_shards, k):
     for index, example in enumerate(ragged()):
         values, ids = log_probs(head(fresh(pair.teacher, example))).sort(descending=True)
         kept = cache.top_k(index)
-        assert kept.ids.dtype == torch.int32 and torch.equal(kept.ids.long(), ids[:, :k])
-        torch.testing.assert_close(kept.log_probs, values[:, :k], atol=1e-12, rtol=1e-12)
+        assert kept[0].dtype == torch.int32 and torch.equal(kept[0].long(), ids[:, :k])
+        torch.testing.assert_close(kept[1], values[:, :k], atol=1e-12, rtol=1e-12)
 
 
 def test_a_float32_teacher_is_kept_in_its_dtypes(tmp_path):
     pair = toy_pair(dtype=torch.float32)
     assert build(tmp_path / "a", "hidden", pair).hidden(1).dtype == torch.float32
-    assert build(tmp_path / "b", "top_k", pair).top_k(1).log_probs.dtype == torch.float32
+    assert build(tmp_path / "b", "top_k", pair).top_k(1)[1].dtype == torch.float32
     pair = toy_pair(dtype=torch.bfloat16)
     hidden, kept = build(tmp_path / "c", "hidden", pair).hidden(1), build(tmp_path / "d", "top_k", pair).top_k(1)
-    assert (hidden.dtype, kept.log_probs.dtype) == (torch.bfloat16, torch.float32)
+    assert (hidden.dtype, kept[1].dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(build(tmp_path / "e", "hidden", pair, batch_size=1).hidden(1), fresh(pair.teacher, ragged()[1]))
 
 
@@ -376,7 +455,7 @@ def test_the_loss_from_the_cache_is_the_loss_of_the_live_teacher(tmp_path, name)
         assert torch.equal(total(objective, TeacherStates(head_p, kept), head_q, hidden_q, tokens), live)
         if not objective.compares:
             continue
-        tops = [cache.attached(example, index).teacher_top_k for cache in caches]
+        tops = [TeacherTopK(*cache.attached(example, index).said) for cache in caches]
         all_ids, six, one = (total(objective, top, head_q, hidden_q, tokens) for top in tops)
         torch.testing.assert_close(all_ids, live, atol=1e-9, rtol=1e-9)
         if name != "akl":  # whose weights are no divergence's
@@ -385,10 +464,10 @@ def test_the_loss_from_the_cache_is_the_loss_of_the_live_teacher(tmp_path, name)
 
 @pytest.mark.parametrize("where", ["forward", "between", "write"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_shards, monkeypatch, kind, where):
+def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_parts, monkeypatch, kind, where):
     """What is there after the kill is whole, and is not made again."""
     build(tmp_path / "straight", kind, batch_size=2)
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "straight").iterdir()}
+    whole = files(tmp_path / "straight")
     for moment in (1, 2, 3):
         folder, pair, die = tmp_path / str(moment), toy_pair(), dying(moment)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -397,18 +476,17 @@ def test_an_interrupted_build_goes_on_and_leaves_no_half_file(tmp_path, small_sh
             if where == "write":  # the data is written and not yet in place
                 patch.setattr("switchkd.base.storage.sync", dying(2 * moment + 1))
             build(folder, kind, pair, batch_size=2, progress=die if where == "between" else lambda _: None)
-        there = {p.name: p.read_bytes() for p in folder.iterdir()}
+        there = files(folder)
         assert there.items() <= whole.items() and len(there) < len(whole)
-        if "manifest.json" in there:
-            with pytest.raises(CheckpointError, match=r"shard-0000\d\.safetensors is missing; build"):
+        if there:
+            with pytest.raises(CheckpointError, match=r"part-0000\d is missing in .*; build"):
                 reopen(folder, kind)
-            (folder / f".shard-00001.safetensors.switchkd-{'0' * 32}").write_bytes(
-                b"half"
-            )  # a killed process cannot clean up
-        times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+            half = f".{part_of(tmp_path / 'straight', 1).name}.switchkd-{'0' * 32}"
+            (folder / half).write_bytes(b"half")  # a killed process cannot clean up
+        times = {name: (folder / name).stat().st_mtime_ns for name in there}
         told = []
         build(folder, kind, batch_size=2, progress=told.append)
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole and sum(told) == 14
+        assert files(folder) == whole and sum(told) == 14
         assert all((folder / name).stat().st_mtime_ns == times[name] for name in there)
         reopen(folder, kind)
 
@@ -448,7 +526,7 @@ def test_another_kind_or_none_is_refused(tmp_path):
     build(tmp_path / "c", "top_k")
     with pytest.raises(CheckpointError, match="kind is 'top_k' there and 'hidden' now"):
         reopen(tmp_path / "c", "hidden")
-    with pytest.raises(CheckpointError, match="holds no teacher cache"):
+    with pytest.raises(CheckpointError, match=r"part-00000 is missing in .*/nothing; build"):
         reopen(tmp_path / "nothing", "hidden")
     with pytest.raises(ConfigError, match="did you mean 'hidden'"):
         TeacherCache.build(toy_pair(), ragged(), tmp_path / "x", "hiden")
@@ -460,39 +538,43 @@ def test_another_kind_or_none_is_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "swap", "foreign", "remove", "manifest", "offsets"])
-def test_a_damaged_shard_is_refused_by_name(tmp_path, small_shards, damage):
-    folder = tmp_path / "c"
+DAMAGES = ["flip", "cut", "empty", "swap", "swapped name", "foreign", "foreign name", "remove", "manifest", "firsts"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_refused_by_name(tmp_path, small_parts, damage):
+    folder, manifest = tmp_path / "c", tmp_path / "c" / "manifest.json"
     build(folder, "hidden")
-    file, name = folder / "shard-00001.safetensors", r"shard-00001\.safetensors"
+    file, name = part_of(folder, 1), r"part-00001(-\w+\.safetensors)? is (damaged|missing)"
     data = bytearray(file.read_bytes())
-    if damage == "flip":
-        data[-100] ^= 1
-    if damage in ("flip", "cut", "empty"):
-        file.write_bytes(bytes({"flip": data, "cut": data[:-8], "empty": b""}[damage]))
-    if damage == "swap":
-        file.write_bytes((folder / "shard-00002.safetensors").read_bytes())
-    if damage == "foreign":
-        build(tmp_path / "other", "hidden", toy_pair(seeds=(1, 3)))
-        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
+    data[-100] ^= 1
+    build(tmp_path / "other", "hidden", toy_pair(seeds=(1, 3)))
+    second, foreign = part_of(folder, 2), part_of(tmp_path / "other", 1)
+    contents = {
+        "flip": data, "cut": data[:-8], "empty": b"", "swap": second.read_bytes(), "swapped name": second.read_bytes(),
+        "foreign": foreign.read_bytes(), "foreign name": foreign.read_bytes(),
+    }  # fmt: skip
+    names = {"swapped name": second.name.replace("part-00002", "part-00001"), "foreign name": foreign.name}
+    if damage in contents:
+        file.unlink()
+        (folder / names.get(damage, file.name)).write_bytes(contents[damage])
     if damage == "remove":
         file.unlink()
-    manifest = folder / "manifest.json"
     if damage == "manifest":
         manifest.write_text(manifest.read_text()[:-5])
-        name = r"manifest\.json"
-    if damage == "offsets":
+    if damage == "firsts":
         record = json.loads(manifest.read_text())
-        record["offsets"][3] += 1
+        record["firsts"][1] += 1
         manifest.write_text(json.dumps(record))
-        name = r"manifest\.json"
+    if damage in ("manifest", "firsts"):
+        name = r"manifest\.json is damaged"
     with pytest.raises(CheckpointError, match=name + ".*(delete|build)"):
         reopen(folder, "hidden")
-    if damage in ("flip", "cut", "empty", "swap", "foreign"):
+    if damage in contents:
         with pytest.raises(CheckpointError, match=name):
             build(folder, "hidden")
-        file.unlink()  # the way out
-    if damage not in ("manifest", "offsets"):
+        part_of(folder, 1).unlink()  # the way out
+    if damage not in ("manifest", "firsts"):
         build(folder, "hidden")
         reopen(folder, "hidden")
 
@@ -502,7 +584,7 @@ def test_examples_without_any_completion(tmp_path):
     for kind, shape in (("hidden", (0, 16)), ("top_k", (0, 5))):
         build(tmp_path / kind, kind, examples=examples)
         cache = reopen(tmp_path / kind, kind, examples=examples)
-        tensors = [cache.hidden(2)] if kind == "hidden" else [cache.top_k(2).ids, cache.top_k(2).log_probs]
+        tensors = [cache.hidden(2)] if kind == "hidden" else cache.top_k(2)
         assert all(tensor.shape == shape for tensor in tensors)
 
 
@@ -517,7 +599,7 @@ def test_non_finite_output_is_named_and_not_kept(tmp_path, kind):
     pair.teacher.lm_head.weight = torch.nn.Parameter(pair.teacher.lm_head.weight.detach().clone())
     with pytest.raises(NonFiniteError, match="a:2: what the teacher computes for it is not finite"):
         build(tmp_path / "c", kind, pair, examples)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["manifest.json"]
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("batch_size", "tokens"), [(3, 10**6), (32, 20)])
@@ -541,7 +623,7 @@ def test_the_teachers_mode_is_given_back(tmp_path):
 @pytest.mark.parametrize("kind", ["texts", "cache"])
 def test_a_store_whose_folder_goes_is_not_made_anew(tmp_path, monkeypatch, kind):
     folder = tmp_path / "store"
-    monkeypatch.setattr("switchkd.teachers.states.SHARD_BYTES", 1000)  # more than one is to be written
+    monkeypatch.setattr("switchkd.teachers.states.PART_BYTES", 1000)  # more than one is to be written
 
     def gone(_):
         if folder.exists():
@@ -553,3 +635,52 @@ def test_a_store_whose_folder_goes_is_not_made_anew(tmp_path, monkeypatch, kind)
         else:
             build(folder, "hidden", progress=gone)
     assert not folder.exists()
+
+
+def test_after_memory_ran_out_the_next_part_begins_with_the_rows_that_fit(tmp_path, monkeypatch):
+    """And the text is the same; it is said once."""
+    made = texts(tmp_path / "straight", batch_size=4)
+    with pytest.warns(SwitchKDWarning, match="with 4 rows at once: from here on 2;") as said:
+        short_of_memory(monkeypatch, rows=2)
+        assert texts(tmp_path / "short", batch_size=4) == made
+    assert len(ours(said)) == 1
+    assert files(tmp_path / "short") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["texts", *KINDS])
+def test_a_signal_ends_the_work_between_two_batches_and_it_is_gone_on_from(tmp_path, small_parts, kind):
+    def work(folder, progress):
+        if kind == "texts":
+            texts(folder, progress=progress)
+        else:
+            build(folder, kind, batch_size=2, progress=progress)
+
+    with signals.deferred(), pytest.raises(signals.Stopped):
+        work(tmp_path / "t", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert len(files(tmp_path / "t")) == 2  # the manifest and the part behind which the signal came
+    for name in ("t", "straight"):
+        work(tmp_path / name, lambda _: None)
+    assert files(tmp_path / "t") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["texts", "cache"])
+def test_killed_in_any_file_operation_it_goes_on_to_the_straight_store(tmp_path, monkeypatch, small_parts, kind):
+    """What stands under its own name after the kill is whole."""
+    monkeypatch.setattr(teacher_store, "locked", lambda *_, **__: nullcontext(lambda: None))  # which has its own tests
+    pair, examples = toy_pair(), ragged()
+
+    def work(folder):
+        return texts(folder, pair, examples) if kind == "texts" else build(folder, "hidden", pair, examples)
+
+    with Faults().installed() as faults:
+        work(tmp_path / "straight")
+    straight = files(tmp_path / "straight")
+    assert faults.count > 4 * len(straight) > 8
+    for at in range(1, faults.count + 1):
+        folder = tmp_path / str(at)
+        with pytest.raises(Killed), Faults(at, KILL).installed():
+            work(folder)
+        there = {name: contents for name, contents in files(folder).items() if not name.startswith(".")}
+        assert there.items() <= straight.items()
+        work(folder)
+        assert files(folder) == straight
