@@ -17,7 +17,7 @@ class Teachers:
     """The teachers of a pair, on ``device``."""
 
     def __init__(self, pair: Pair, device: torch.device):
-        self.device = device
+        self.pair, self.device = pair, device
         named = pair.named_teachers.items()
         self._scorers = {name: Scorer(model.to(device), pair.vocab_size, pair.ends) for name, model in named}
 
@@ -37,6 +37,7 @@ class Teachers:
 
     def _states(self, name: str, rows: Rows) -> TeacherStates:
         """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
+        self.pair.teacher_named(name)  # raises for a name that the pair does not have
         scorer = self._scorers[name]
         known = [row.said for row in rows if isinstance(row.said, Tensor)]
         if len(known) == len(rows):
