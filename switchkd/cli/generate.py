@@ -1,4 +1,4 @@
-"""TODO."""
+"""The commands that write text: `generate` completes prompts, `play` shows how one completion comes about."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.storage import write_output
+from switchkd.base.terminal import bar, console
 from switchkd.data.settings import DataConfig, with_date
-from switchkd.decoding.settings import DecodeConfig
+from switchkd.decoding.settings import DecodeConfig, DecodeSettings
 from switchkd.models.settings import ModelConfig
 
-if TYPE_CHECKING:
-    from switchkd.decoding.settings import DecodeSettings
 if TYPE_CHECKING:
     from switchkd.data.texts import TokenizedExample
     from switchkd.models.pair import Pair
@@ -46,10 +45,8 @@ class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.base.terminal import bar
     from switchkd.decoding.examples import decode_examples
     from switchkd.reports.live import cost_line, print_rollout
-    from switchkd.reports.tables import console
     from switchkd.runs.opening import open_pair
 
     pair = open_pair(config)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The commands that list what ships with the package: `methods` its recipes, `tasks` what completions can be scored on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from switchkd.base.settings import Settings, shipped, to_dict
+from switchkd.base.terminal import console
 from switchkd.reports.steps import settings_text
 from switchkd.training.settings import TrainConfig, load_recipe
 
 if TYPE_CHECKING:
     from switchkd.evaluation.tasks import Task
-    from switchkd.training.settings import TrainConfig
-if TYPE_CHECKING:
-    pass
 
 
 def method_table(recipes: dict[str, TrainConfig]) -> Table:
@@ -48,13 +46,11 @@ class TasksConfig(Settings):
 
 
 def methods(config: MethodsConfig) -> None:
-    from switchkd.reports.tables import console
 
     console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
 
 
 def tasks(config: TasksConfig) -> None:
     from switchkd.evaluation.tasks import TASKS
-    from switchkd.reports.tables import console
 
     console.print(task_table(TASKS.values()))

@@ -1,4 +1,4 @@
-"""The demonstration: a method's recipe with the sizes of two cores."""
+"""The commands that train: `train` as a recipe says, `demo` in small; and `check`, which looks at what `train` would do."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from switchkd.base.errors import DataError
 from switchkd.base.settings import Settings
+from switchkd.base.terminal import bar, console
 from switchkd.training.settings import TrainConfig, load_recipe
 
 if TYPE_CHECKING:
     from switchkd.models.pair import Pair
-
-
-pass
 
 
 def train(config: TrainConfig) -> None:
@@ -26,7 +24,6 @@ def train(config: TrainConfig) -> None:
 
 
 def demo(config: DemoConfig) -> None:
-    from switchkd.reports.tables import console
     from switchkd.runs.distil import distil
 
     settings = demo_settings(config)
@@ -39,7 +36,6 @@ def demo(config: DemoConfig) -> None:
 def check(config: TrainConfig) -> None:
     from switchkd.models.loading import default_device
     from switchkd.models.settings import with_dtypes
-    from switchkd.reports.tables import console
     from switchkd.runs.opening import open_pair
     from switchkd.runs.preflight import check_run
 
@@ -52,9 +48,7 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.base.terminal import bar
     from switchkd.reports.record import RunRecord
-    from switchkd.reports.tables import console
     from switchkd.runs.heldout import load_heldout
     from switchkd.runs.opening import load_train
     from switchkd.runs.replay import Texts, check_records
