@@ -14,9 +14,6 @@ from switchkd.base.errors import CheckpointError, DataError, SwitchKDWarning
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import discard, set_aside
 
-pass
-
-
 MANIFEST = "manifest.json"
 STAMP = "student.json"  # of a student: which one it is
 CARD = "README.md"  # and what is said of it, written when its scores are known, behind the manifest

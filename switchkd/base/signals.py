@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
 # A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.
@@ -85,7 +86,7 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[signal.Signals, Callable | int | None] = {}
+    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     for number in set(_heard()) - {signal.SIGINT}:
         before[number] = signal.signal(number, _interrupt)
     try:
@@ -110,7 +111,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _restore(handlers: dict[signal.Signals, Callable | int | None]) -> None:
+def _restore(handlers: dict[signal.Signals, Callable[..., Any] | int | None]) -> None:
     for number, handler in handlers.items():
         # None is a handler that was not set from Python, and cannot be put back from here.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -20,10 +20,6 @@ from uuid import uuid4
 
 from switchkd.base.errors import DiskError, SwitchKDError
 
-pass
-
-pass
-
 if TYPE_CHECKING:
     pass
 

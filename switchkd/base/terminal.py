@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     pass
 
 
-pass
-
-
-pass
-
-
 Told = ParamSpec("Told")
 
 

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-pass
-
-
 PROBE = "It is forty-two."
 _TURNS = tuple(Message(role, PROBE) for role in ("system", "user", "assistant"))
 _PROBES = (_TURNS[1:], _TURNS)  # conversations to try a template with: some want a system turn

@@ -21,9 +21,6 @@ from switchkd.base.plain import json_object
 from switchkd.base.storage import expanded
 from switchkd.data.small_data import SMALL, small_data_file
 
-pass
-
-
 logger = logging.getLogger(__name__)
 
 SAMPLE = "gsm8k-sample"

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from switchkd.data.examples import Example
 
 
-pass
-
-
 TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK, _CHUNK_TEXT = 256, 2**20  # examples and characters that are encoded together
 

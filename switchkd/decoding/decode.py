@@ -22,11 +22,11 @@ from switchkd.base.errors import ConfigError
 from switchkd.base.memory import halving
 from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.linear import packed
-from switchkd.decoding.pace import BLOCKS, Pace
+from switchkd.decoding.pace import Pace
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.decoding.rows import Job
 from switchkd.decoding.settings import DecodeSettings, Drafter
-from switchkd.forward.architecture import cache_bytes_per_token, num_parameters
+from switchkd.forward.architecture import num_parameters
 from switchkd.forward.ends import Ends
 from switchkd.forward.modes import evaluating
 from switchkd.forward.proof import prove
@@ -208,22 +208,14 @@ def decode_job(
 
 
 def _rows_within(job: Job) -> int:
-    """Rows whose key/value caches and block buffers fit into ``memory_gib``.
-
-    Raises:
-        ConfigError: not even one does.
-    """
+    """Rows that fit into ``memory_gib`` together; raises ConfigError if not even one does."""
     memory_gib = job.settings.memory_gib
     if memory_gib is None:
         return len(job.rows)
-    tokens = [job.capacity(who) for who in (STUDENT, TEACHER)]
-    caches = tokens[STUDENT] * cache_bytes_per_token(job.student) + tokens[TEACHER] * cache_bytes_per_token(job.teacher)
-    # Noise and two log-distributions of a block, and the logits they are made of.
-    buffers = max(BLOCKS) * job.vocab_size * 4 * 4
-    row = caches + buffers
-    if memory_gib * 2**30 < row:
+    if memory_gib * 2**30 < (row := job.row_bytes()):
+        longest = max(job.capacity(STUDENT), job.capacity(TEACHER))
         raise ConfigError(
-            f"one row of {max(tokens)} tokens needs {row / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
+            f"one row of {longest} tokens needs {row / 2**30:.3g} GiB to be decoded, memory_gib is {memory_gib:g}; "
             "raise it, shorten the prompts or lower max_new_tokens"
         )
     return int(memory_gib * 2**30 / row)

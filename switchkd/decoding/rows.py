@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError
+from switchkd.decoding.pace import BLOCKS
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.forward.architecture import context_length, context_note
+from switchkd.forward.architecture import beyond_context, cache_bytes_per_token
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER
 
@@ -103,6 +104,11 @@ class Job:
             max(len(row.prompt_of(who)) for row in self.rows if row.stop_reason is None) + self.settings.max_new_tokens
         )
 
+    def row_bytes(self) -> int:
+        """Bytes that decoding one row takes at most."""
+        tokens = self.capacity(STUDENT), self.capacity(TEACHER)
+        return row_bytes((self.student, self.teacher), tokens, self.vocab_size)
+
     @staticmethod
     def of(
         student: PreTrainedModel,
@@ -134,21 +140,27 @@ class Job:
         return job
 
 
+def row_bytes(models: Sequence[PreTrainedModel], tokens: Sequence[int], vocab_size: int) -> int:
+    """Bytes that decoding one row takes: keys and values of so many ``tokens`` in each model, and what a block is decided from."""
+    caches = sum(count * cache_bytes_per_token(model) for count, model in zip(tokens, models, strict=True))
+    # Noise and two log-distributions of a block, and the logits they are made of.
+    return caches + max(BLOCKS) * vocab_size * 4 * 4
+
+
 def _check_row(row: Row, job: Job) -> None:
     """Stop a row that cannot be decoded, and one that has no budget."""
-    student, teacher = context_length(job.student), context_length(job.teacher)
     if row.teacher_prompt is None:
-        _check_prompt(row, STUDENT, "prompt", "models'", min(student, teacher), job)
+        _check_prompt(row, STUDENT, "prompt", "models'", (job.student, job.teacher), job)
     else:
-        _check_prompt(row, STUDENT, "prompt", "student's", student, job)
+        _check_prompt(row, STUDENT, "prompt", "student's", (job.student,), job)
         if row.stop_reason is None:
-            _check_prompt(row, TEACHER, "teacher prompt", "teacher's", teacher, job)
+            _check_prompt(row, TEACHER, "teacher prompt", "teacher's", (job.teacher,), job)
     if row.stop_reason is None and job.settings.max_new_tokens == 0:
         row.stop_reason = "length"
 
 
-def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job: Job) -> None:
-    prompt, models = row.prompt_of(who), (job.student, job.teacher)
+def _check_prompt(row: Row, who: int, name: str, whose: str, models: Sequence[PreTrainedModel], job: Job) -> None:
+    prompt, budget = row.prompt_of(who), job.settings.max_new_tokens
     if not prompt:
         row.fail("empty_prompt", f"sample {row.sample_id} has an empty {name}; give it at least one token")
     elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
@@ -156,9 +168,9 @@ def _check_prompt(row: Row, who: int, name: str, whose: str, context: float, job
             "invalid_token",
             f"sample {row.sample_id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
         )
-    elif len(prompt) + job.settings.max_new_tokens > context:
+    elif words := beyond_context(len(prompt) + budget, whose, *models):
         row.fail(
             "prompt_too_long",
-            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {job.settings.max_new_tokens} exceed the "
-            f"{whose} context of {context:g}{context_note(*models)}; shorten the prompt or lower max_new_tokens",
+            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {budget} {words}; shorten the prompt or lower "
+            "max_new_tokens",
         )

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
-from switchkd.forward.architecture import context_length, context_note
+from switchkd.forward.architecture import beyond_context
 from switchkd.forward.ends import Ends
 from switchkd.forward.modes import evaluating
 from switchkd.methods.sampling import Sampling, Use, noise_key
@@ -109,14 +109,13 @@ def _cut(row: list[int], eos_token_ids: Sequence[int]) -> Completion:
 
 
 def _check_prompts(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, model: PreTrainedModel) -> None:
-    context = context_length(model)
     for number, prompt in enumerate(prompt_ids):
         if not prompt:
             raise DataError(f"prompt {number} is empty; give it at least one token")
-        if len(prompt) + max_new_tokens > context:
+        if words := beyond_context(len(prompt) + max_new_tokens, "model's", model):
             raise DataError(
-                f"prompt {number}: {len(prompt)} tokens + max_new_tokens {max_new_tokens} exceed the model's context of "
-                f"{context:g}{context_note(model)}; shorten the prompt or lower max_new_tokens"
+                f"prompt {number}: {len(prompt)} tokens + max_new_tokens {max_new_tokens} {words}; shorten the prompt or lower "
+                "max_new_tokens"
             )
 
 
@@ -133,7 +132,7 @@ def _own_config_aside(model: PreTrainedModel) -> Iterator[None]:
 def _seeded(device: torch.device, key: int) -> Iterator[None]:
     """``generate`` takes no generator of its own: the device's is seeded, and put back as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        generator = torch.random.default_generator
+        generator = torch.default_generator
         if device.type == "cuda":
             generator = torch.cuda.default_generators[device.index]
         generator.manual_seed(key % 2**63)

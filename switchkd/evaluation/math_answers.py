@@ -93,7 +93,7 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            command("switchkd.math_answers"),
+            command("switchkd.evaluation.math_answers"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

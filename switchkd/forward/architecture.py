@@ -22,10 +22,16 @@ def context_length(model: "PreTrainedModel") -> float:
     return min([own if own > 0 else float("inf"), *exact_lengths(config).values()])
 
 
-def context_note(*models: "PreTrainedModel") -> str:
+def _why_shorter(*models: "PreTrainedModel") -> str:
     """Why a context of these models is shorter than their config says, to stand behind its number; "" if it is not."""
     found = dict.fromkeys(why for model in models for why in exact_lengths(model.config.get_text_config()))
     return f" ({'; '.join(found)})" if found else ""
+
+
+def beyond_context(tokens: float, whose: str, *models: "PreTrainedModel") -> str:
+    """Why a text of so many tokens does not fit, such as "exceed the student's context of 64", for a message; "" if it does."""
+    context = min(map(context_length, models))
+    return "" if tokens <= context else f"exceed the {whose} context of {context:g}{_why_shorter(*models)}"
 
 
 def exact_lengths(config: "PretrainedConfig") -> dict[str, int]:

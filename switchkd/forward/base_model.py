@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     pass
 
 
-pass
-
-
 class BaseModel(nn.Module):
     """The model under the adapter of ``student``, as a frozen model of its own: the same modules, the same weights.
 

@@ -1,6 +1,5 @@
 """TODO."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ModelError
 from switchkd.data.texts import Batch, collate
-from switchkd.forward.architecture import batch_inputs, context_length, context_note, exact_lengths
+from switchkd.forward.architecture import batch_inputs, beyond_context
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.modes import evaluating, head_inputs
 from switchkd.forward.proof import prove
@@ -130,12 +129,9 @@ def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raise ModelError for rows so long that the logits of one would depend on the others."""
-    if tokens > min(exact_lengths(model.config.get_text_config()).values(), default=math.inf):
-        raise ModelError(
-            f"a text of {tokens} tokens exceeds the {context_length(model):g} that {model.config.model_type} reads exactly"
-            f"{context_note(model)}; lower max_prompt_length, max_completion_length or max_new_tokens"
-        )
+    """Raise ModelError for rows so long that the model does not read them as it was made to."""
+    if words := beyond_context(tokens, "model's", model):
+        raise ModelError(f"{tokens} tokens {words}; lower max_prompt_length, max_completion_length or max_new_tokens")
 
 
 class Scorer:

@@ -59,7 +59,7 @@ def twin(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int
     Raises whatever the class raises where it cannot be built so small.
     """
     with torch.random.fork_rng(devices=[]), _quiet():
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         small = small_config(config)
         small._experts_implementation = "eager"  # others have no float64
         model = model_class._from_config(small, attn_implementation=config._attn_implementation, dtype=torch.float32)

@@ -34,11 +34,6 @@ if TYPE_CHECKING:
     from switchkd.models.settings import ModelConfig
 
 
-pass
-
-pass
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -70,7 +65,7 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int, beside
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(noise_key(seed, 0, 0, Use.ADAPTER) % 2**63)
+        torch.default_generator.manual_seed(noise_key(seed, 0, 0, Use.ADAPTER) % 2**63)
         try:
             _inject(model, lora)
         except ValueError as error:  # such as dropout on experts

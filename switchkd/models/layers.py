@@ -65,7 +65,7 @@ def _turning(layers: "nn.ModuleList") -> "Iterator[list[torch.Tensor]]":
     totals = [torch.zeros((), dtype=torch.float64) for _ in layers]
 
     def hook(index: int) -> Any:
-        def add(_: "nn.Module", args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def add(_: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             cosine = torch.nn.functional.cosine_similarity(before.cpu().double(), after.cpu().double(), dim=-1)

@@ -84,7 +84,7 @@ def no_larger_than(weights: int, source: str) -> Iterator[None]:
 
 def _try(work: dict[str, Any], what: str) -> None:
     done = subprocess.run(
-        command("switchkd.limits"),
+        command("switchkd.models.limits"),
         input=json.dumps(work | {"seconds": SECONDS, "memory": MEMORY}),
         text=True,
         capture_output=True,

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.data.texts import TokenizedExample
+    from switchkd.decoding.metrics import Metrics
     from switchkd.decoding.rollouts import DecodeCost, Rollout
     from switchkd.decoding.settings import DecodeSettings
     from switchkd.models.pair import Pair
-    from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
-
+    from switchkd.training.reading import OnRound
+from switchkd.training.trainer import OnStep, Trainer
 
 UNKNOWN = "–"
 HISTORY = 40  # steps that a sparkline shows

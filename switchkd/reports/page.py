@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-pass
-
-
 FOR_TEXTS = 3_500_000  # bytes for the viewer; scores and curves take about a fifth of that
 BEFORE, AFTER = "student before", "student after"
 

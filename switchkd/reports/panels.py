@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-pass
-
-
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     pass
 
 
-pass
-
-
 SCORE = "eval/"
 # Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.
 SCORED_BY = (

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from switchkd.decoding.rollouts import Rollout
 
 
-pass
-
-
 # Texts of the training run that are shown, at most, and looks at a prompt over training.
 TRAINING_TEXTS, LOOKS = 200, 40
 MOST_TOKENS = 100_000  # of looks that are read: some times as many as a page holds

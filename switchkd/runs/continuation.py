@@ -1,18 +1,16 @@
 """How a run goes on: with the settings, text and models that it was started with, from the newest checkpoint that is whole."""
 
+import hashlib
+import inspect
 import json
 import os
+import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
-
-pass
-import hashlib
-import inspect
-import platform
-from importlib.metadata import version
 
 import torch
 

@@ -35,8 +35,10 @@ from switchkd.base.lock import Check, locked
 from switchkd.base.manifest import CARD, json_sha256
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import tidy, write_file
+from switchkd.base.terminal import console, number
 from switchkd.data.settings import with_date
 from switchkd.data.template_inputs import today
+from switchkd.decoding.metrics import Metrics
 from switchkd.decoding.rollouts import Rollouts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
@@ -48,7 +50,6 @@ from switchkd.models.pair import Pair
 from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
 from switchkd.models.settings import with_dtypes
 from switchkd.reports import live
-from switchkd.base.terminal import console, number
 from switchkd.reports.tables import print_results
 from switchkd.runs.continuation import begun, check_origin, check_run, conditions, on_recorded_day, own_code
 from switchkd.runs.finishing import rehearse, save_student
@@ -59,9 +60,10 @@ from switchkd.runs.tracking import Trackers, check_trackers
 from switchkd.teachers.store import weights_sha256
 from switchkd.training.checkpoint import Weights, checkpoints
 from switchkd.training.processes import from_main, new_accelerator, with_launchers_settings
+from switchkd.training.reading import OnRound
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig
-from switchkd.training.trainer import Metrics, OnRound, OnStep, Trainer
+from switchkd.training.trainer import OnStep, Trainer
 
 
 def distil(config: TrainConfig) -> dict[str, Evaluation]:
@@ -117,7 +119,9 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
-    weights: Weights = trainer.learner.masters.whole() if config.merge else {}  # for the rehearsal: all ranks gather them
+    weights: Weights = (
+        trainer.learner.masters.whole() if config.merge else {}
+    )  # for the rehearsal: all ranks gather them
     with whole(trainer.student):
         if main:
             check_place()

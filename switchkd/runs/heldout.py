@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.manifest import json_sha256
 from switchkd.base.storage import write_file
+from switchkd.base.terminal import bar
 from switchkd.data.examples import load_examples
 from switchkd.data.lines import SAMPLE, BadRows
 from switchkd.data.settings import template_settings
@@ -23,7 +24,6 @@ from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_source, scorable, 
 from switchkd.methods.policy import Policy
 from switchkd.models.pair import Pair
 from switchkd.models.saved_student import STUDENT, SavedStudent
-from switchkd.base.terminal import bar
 from switchkd.runs.model_card import public_name
 from switchkd.runs.opening import prepared
 from switchkd.teachers.store import weights_sha256

@@ -6,6 +6,7 @@ Names and paths stand in code spans, where no character is markup; no text of a 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,28 +21,22 @@ from switchkd.base import __version__
 from switchkd.base.manifest import CARD, MANIFEST
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import expanded
+from switchkd.base.terminal import number
 from switchkd.data.lines import PREFIX, SAMPLE
+from switchkd.evaluation.statistics import FEW_EXAMPLES
 from switchkd.forward.architecture import num_parameters
 from switchkd.methods.rules import name_of
 from switchkd.models.adapters import ADAPTER_CONFIG, has_adapter
-from switchkd.models.loading import BASE, MADE, adapter_base
-from switchkd.models.settings import dtype_name, quantised
-from switchkd.base.terminal import number
+from switchkd.models.loading import MADE, adapter_base
+from switchkd.models.settings import BASE, dtype_name, quantised
 from switchkd.reports.tables import FEW, estimate_text
 from switchkd.runs.continuation import conditions
 from switchkd.training.settings import TrainConfig
 
-pass
-import dataclasses
-
-from switchkd.evaluation.statistics import FEW_EXAMPLES
-
 if TYPE_CHECKING:
     from switchkd.evaluation.results import Evaluation
-    from switchkd.training.trainer import Trainer
-if TYPE_CHECKING:
-
     from switchkd.training.settings import TrainConfig
+    from switchkd.training.trainer import Trainer
 
 
 # What comes with the package or is made by it: id on the hub, licence, and where it is from.
@@ -273,8 +268,6 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
-
-
 def public_name(name: str) -> str:
     """A model's or file's name as others may read it: of a path on this machine the last part alone."""
     path = Path(name)
@@ -282,11 +275,9 @@ def public_name(name: str) -> str:
     return path.name or name if local else name
 
 
-def public_settings(config: "TrainConfig") -> "TrainConfig":
+def public_settings(config: TrainConfig) -> TrainConfig:
     """The settings of a run with `public_name` in the place of every model, file and folder."""
     fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_dir"))]
     changed: dict[str, Any] = {name: public_name(getattr(config, name)) for name in fields}
     changed["teachers"] = {name: public_name(source) for name, source in config.teachers.items()}
     return dataclasses.replace(config, **changed)
-
-

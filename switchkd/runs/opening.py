@@ -10,21 +10,21 @@ from switchkd.base.manifest import json_sha256
 from switchkd.base.plain import check_text
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
+from switchkd.base.terminal import bar, console
 from switchkd.data.examples import Example, load_examples
+from switchkd.data.formats import Message
 from switchkd.data.lines import BadRows
 from switchkd.data.settings import DataConfig, template_settings
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
-from switchkd.data.formats import Message
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
 from switchkd.decoding.teacher_texts import teacher_texts
-from switchkd.forward.architecture import context_length, context_note
+from switchkd.forward.architecture import beyond_context
 from switchkd.forward.proof import prove
 from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
 from switchkd.models.settings import ModelConfig
-from switchkd.base.terminal import console, bar
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
 
@@ -212,14 +212,12 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
     longest = longest_teacher_prompt(config, pair)
     reads = [(role_of(name), longest, model) for name, model in pair.named_teachers.items()]
     for name, prompt, model in [*reads, ("student", config.max_prompt_length, pair.student)]:
-        context = context_length(model)
-        if prompt + completion > context:
-            what = (
-                "max_prompt_length" if prompt == config.max_prompt_length else "a prompt under teacher_prompt of up to"
-            )
+        if words := beyond_context(prompt + completion, f"{name}'s", model):
+            own = prompt == config.max_prompt_length
+            what = "max_prompt_length" if own else "a prompt under teacher_prompt of up to"
             raise ConfigError(
-                f"{what} {prompt} + completion {completion} tokens exceed the {name}'s context of {context:g}"
-                f"{context_note(model)}; lower max_prompt_length, max_new_tokens, max_completion_length or eval_max_new_tokens"
+                f"{what} {prompt} + completion {completion} tokens {words}; lower max_prompt_length, max_new_tokens, "
+                "max_completion_length or eval_max_new_tokens"
             )
 
 

@@ -5,7 +5,8 @@ import yaml
 from switchkd.base.settings import to_dict
 from switchkd.data.settings import with_date
 from switchkd.data.templates import Encoder, named
-from switchkd.forward.architecture import cache_bytes_per_token, num_parameters, parameter_bytes
+from switchkd.decoding.rows import row_bytes
+from switchkd.forward.architecture import num_parameters, parameter_bytes
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import sizes_on
 from switchkd.methods.rules import name_of
@@ -54,7 +55,9 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     lines.append(f"ends: {pair.ends.words(pair.tokenizer)}{written}")
     budgets = {"tokens": config.max_train_tokens, "seconds": config.max_train_seconds}
     until = "".join(f", or {most:g} {unit}" for unit, most in budgets.items() if most)
-    lines.append(f"steps: {trainer.total_steps} of {trainer.reading.rows_per_step} rows{until}; text: {name_of(config.mix)}")
+    lines.append(
+        f"steps: {trainer.total_steps} of {trainer.reading.rows_per_step} rows{until}; text: {name_of(config.mix)}"
+    )
     need = memory_estimate(config, pair, trainer.learner.masters)
     parts = "".join(f"\n  {part}: {size / 2**30:.2f}" for part, size in need.items() if size)
     lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB{parts}")
@@ -69,10 +72,9 @@ def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[s
     held = sum(p.numel() * p.element_size() for p in pair.student.parameters() if id(p) not in own)
     rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
     teachers = [model for model in dict.fromkeys(pair.named_teachers.values()) if not isinstance(model, BaseModel)]
+    tokens = [n + config.max_new_tokens for n in (config.max_prompt_length, longest_teacher_prompt(config, pair))]
     # One teacher writes at a time.
-    cache = longest_teacher_prompt(config, pair) + config.max_new_tokens
-    cache *= max(map(cache_bytes_per_token, pair.named_teachers.values()))
-    cache += (config.max_prompt_length + config.max_new_tokens) * cache_bytes_per_token(pair.student)
+    row = max(row_bytes((pair.student, each), tokens, pair.vocab_size) for each in pair.named_teachers.values())
     wide, sizes, head = (
         dtype_name(masters.dtype),
         sizes_on(weights[0].device),
@@ -87,5 +89,5 @@ def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[s
         f"gradients, in {wide}": trained,
         f"the optimizer's moments, in {wide}": 2 * trained,
         "loss": logits + 16.0 * sizes.piece + head.numel() * max(4, head.element_size()),
-        "key/value caches": rows * cache if config.mix.generates else 0.0,
+        "decoding": rows * row if config.mix.generates else 0.0,
     }

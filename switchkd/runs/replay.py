@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,21 @@ import torch
 from torch import Tensor
 
 from switchkd.base.manifest import verify
+from switchkd.base.plain import Lines, iter_lines
 from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.evaluation.evaluate import scored_otherwise
-from switchkd.methods.divergences import LN2, jsd
-from switchkd.methods.policy import STUDENT, TEACHER, Policy
-from switchkd.models.pair import Pair
-from switchkd.training.checkpoint import checkpoints, load_weights, step_of
-from switchkd.training.settings import TrainConfig
-
-pass
-from itertools import pairwise
-
-from switchkd.base.plain import iter_lines
 from switchkd.decoding.rollouts import Rollout
+from switchkd.evaluation.evaluate import scored_otherwise
 from switchkd.evaluation.samples import TOP, Reader, judged
 from switchkd.evaluation.tasks import Task
+from switchkd.methods.divergences import LN2, jsd
+from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import noise_key, speakers
-from switchkd.reports.record import Lines, RunRecord, TextLine
+from switchkd.models.pair import Pair
+from switchkd.reports.record import RunRecord, TextLine
 from switchkd.runs.distil import sample_policy
-from switchkd.training.checkpoint import State, read_state
+from switchkd.training.checkpoint import State, checkpoints, load_weights, read_state, step_of
 from switchkd.training.records import ROLLOUTS
+from switchkd.training.settings import TrainConfig
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}

@@ -70,14 +70,12 @@ SCALES = {
 }
 
 
-
-
 def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full") -> dict[str, Any]:
     """Make the pair in ``folder`` (default: where ``small`` is looked for), whole or not at all; returns ``pair.json``.
 
     Every choice is keyed by ``seed``. Raises ConfigError for an unknown ``scale`` or a folder that is taken.
     """
-    from switchkd.reports.tables import console
+    from switchkd.base.terminal import console
 
     folder = folder or small_pair_folder()
     if scale not in SCALES:
@@ -180,9 +178,7 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, rol
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(
-            noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63
-        )
+        torch.default_generator.manual_seed(noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63)
         return LlamaForCausalLM(config).eval()
 
 
@@ -251,12 +247,11 @@ def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> An
 
 def _measure(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", role: str) -> dict[str, Any]:
     """Parameters, and per task the share of held-out rows whose greedy answer is right, and ROUGE-L."""
-    from switchkd.base.terminal import bar
+    from switchkd.base.terminal import bar, console
     from switchkd.evaluation.evaluate import evaluate, work
     from switchkd.evaluation.settings import EvalSettings
     from switchkd.evaluation.tasks import TASKS as EVALUATED
     from switchkd.forward.architecture import num_parameters
-    from switchkd.reports.tables import console
 
     found: dict[str, Any] = {"parameters": num_parameters(model)}
     settings = EvalSettings(MAX_COMPLETION)

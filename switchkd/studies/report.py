@@ -8,14 +8,14 @@ from pathlib import Path
 
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import write_file
-from switchkd.base.terminal import number, percent
+from switchkd.base.terminal import console, number, percent
 from switchkd.decoding.rollouts import mean
 from switchkd.reports.compare import compare
 from switchkd.reports.curves import cost, metric_panels
 from switchkd.reports.panels import Metrics, draw
 from switchkd.reports.record import read_steps
 from switchkd.reports.steps import Steps
-from switchkd.reports.tables import console, markdown, save_figure, show, write
+from switchkd.reports.tables import markdown, save_figure, show, write
 from switchkd.studies.plan import REPORT, Cell, Plan, Size, joined
 
 

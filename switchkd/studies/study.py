@@ -94,7 +94,7 @@ class _Running:
     def __init__(self, jobs: int):
         share = max(1, (os.cpu_count() or 1) // jobs)
         self.environment = environment(**({} if jobs == 1 else {"OMP_NUM_THREADS": str(share)}))
-        self.processes: set[subprocess.Popen] = set()
+        self.processes: set[subprocess.Popen[bytes]] = set()
 
     def run(self, arguments: Sequence[str], log: Path) -> int:
         """Run a command of switchkd and return its exit code; a signal that comes meanwhile is passed on to it."""

@@ -192,7 +192,7 @@ class Learner:
         """Training mode with dropout keyed by (seed, step, micro-batch of all ranks); the caller's random state is left alone."""
         key = noise_key(self.config.seed, step, micro, Use.DROPOUT)
         with torch.random.fork_rng():
-            torch.random.default_generator.manual_seed(key % 2**63)
+            torch.default_generator.manual_seed(key % 2**63)
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(key % 2**63)
             with restoring_modes(self.student):
