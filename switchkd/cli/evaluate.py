@@ -16,7 +16,6 @@ from switchkd.base.settings import Settings
 from switchkd.base.storage import expanded, write_file, write_output
 from switchkd.base.terminal import console
 from switchkd.data.settings import DataConfig, template_settings, with_date
-from switchkd.data.template_inputs import Template
 from switchkd.evaluation.settings import EvalConfig
 from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.models.settings import ModelConfig
@@ -101,22 +100,16 @@ def lm_eval(config: LmEvalConfig) -> None:
 
     console.print("reading lm-eval's list of tasks …")
     manager = find_tasks(config.tasks, config.include_path)
-    model, tokenizer = open_model(config.model_name_or_path, config.dtype)
+    run = _recipe_of(config.model_name_or_path)
+    model, tokenizer = _open(config.model_name_or_path, run, config.dtype)
     told: dict[str, Any] = {}
     if config.apply_chat_template and tokenizer.chat_template:
-        template = chat_template_of(config.model_name_or_path, tokenizer)
+        # What the run was trained with, else today's date.
+        template = with_date(dataclasses.replace(run or TrainConfig(), template="chat"), tokenizer).prompts
         told, tokenizer.chat_template = template_settings(template, tokenizer), template.text(tokenizer)
-    answer = run_tasks(
-        model,
-        tokenizer,
-        manager,
-        config.tasks,
-        num_fewshot=config.num_fewshot,
-        limit=config.limit,
-        batch_size=config.batch_size,
-        apply_chat_template=config.apply_chat_template,
-    )
-    console.print(benchmark_table(metrics(answer)))
+    asked = {name: getattr(config, name) for name in ("num_fewshot", "limit", "batch_size", "apply_chat_template")}
+    answer = run_tasks(model, tokenizer, manager, config.tasks, **asked)
+    console.print(_table(metrics(answer)))
     console.print(f"{model.dtype}; " + ", ".join(f"{name} {seed}" for name, seed in SEEDS.items()), soft_wrap=True)
     if config.output_file:
         # A task's definition may hold functions.
@@ -124,36 +117,32 @@ def lm_eval(config: LmEvalConfig) -> None:
         write_output(Path(config.output_file), kept)
 
 
-def open_model(name: str, dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student of a run directory, or the model that ``name`` is as in `load_pair`; of ``demo`` and ``small`` the student.
+def _recipe_of(name: str) -> TrainConfig | None:
+    """The settings of the run directory ``name``; None if it is none."""
+    from switchkd.reports.record import read_config
+
+    run = Path(expanded(name))
+    return read_config(run) if (run / CONFIG).is_file() else None
+
+
+def _open(name: str, recipe: TrainConfig | None, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student of a run with this ``recipe``, or the model that ``name`` is as in `load_pair`; of ``demo`` and ``small`` the
+    student.
 
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.
     """
     from switchkd.models.loading import load_model, load_tokenizer, made
     from switchkd.models.saved_student import verify_saved
-    from switchkd.reports.record import read_config, trained_student
+    from switchkd.reports.record import trained_student
 
-    run, in_4bit = Path(expanded(name)), False
-    if (run / CONFIG).is_file():
-        recipe = read_config(run)
-        name, dtype, in_4bit = trained_student(run), dtype or recipe.dtype, recipe.load_in_4bit
-    else:
-        name = made(name, "student")
-    verify_saved(Path(expanded(name)))
-    return load_model(name, dtype or "float32", load_in_4bit=in_4bit), load_tokenizer(name)
+    source = trained_student(Path(expanded(name))) if recipe else made(name, "student")
+    verify_saved(Path(expanded(source)))
+    dtype, in_4bit = dtype or (recipe.dtype if recipe else "float32"), bool(recipe and recipe.load_in_4bit)
+    return load_model(source, dtype, load_in_4bit=in_4bit), load_tokenizer(source)
 
 
-def chat_template_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """What the benchmarks' chat template is told: what the run ``name`` was trained with, else today's date."""
-    from switchkd.reports.record import read_config
-
-    run = Path(expanded(name))
-    recipe = read_config(run) if (run / CONFIG).is_file() else TrainConfig()
-    return with_date(dataclasses.replace(recipe, template="chat"), tokenizer).prompts
-
-
-def benchmark_table(metrics: Iterable[Metric]) -> Table:
+def _table(metrics: Iterable[Metric]) -> Table:
     """A harness's numbers, a line each; a group of tasks has no examples of its own."""
     table = Table("task", "metric", title_justify="left")
     for name in ("shots", "value", "stderr", "n"):

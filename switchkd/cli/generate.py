@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +101,6 @@ def play(config: PlayConfig) -> None:
 
 def _asked() -> Iterator[str]:
     """Prompts that are typed, until an empty one or the end of the input."""
-    try:
+    with suppress(EOFError):
         while prompt := input("prompt (empty to end): ").strip():
             yield prompt
-    except EOFError:
-        return

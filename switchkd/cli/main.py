@@ -101,7 +101,3 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
