@@ -1,4 +1,4 @@
-"""TODO."""
+"""Settings as dataclasses of checked values: read from YAML, made in Python, or written down, by one set of rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Data files to examples: a prompt, its references, and what else a row says of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Example:
     dialogue to summarise), kept apart because the Alpaca template needs it apart. ``references`` are all the answers
     to score against, ``completion`` is the one to train on, ``source`` is ``file:line``, ``teacher`` the name of its teacher,
     "" for the default one. ``group`` is the part of its data set that it belongs to (category, topic, kind of perturbation), ""
-    for none; ``format`` names its row's layout (``switchkd.formats``). ``answer`` is the completion's turn where it says more
+    for none; ``format`` names its row's layout (``switchkd.data.formats``). ``answer`` is the completion's turn where it says more
     than its text, such as thoughts or calls of tools, and ``tools`` are those that the prompt offers.
     """
 
@@ -61,7 +61,7 @@ def load_examples(
     """The examples of a JSONL file, plain or gzip; ``gsm8k-sample[:train|:heldout]`` names the packaged sample,
     ``small:train``, ``small:arithmetic-heldout``, … a file of the small pair.
 
-    ``hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]`` names a data set on the Hugging Face Hub (``switchkd.hub``).
+    ``hub:OWNER/NAME[/CONFIG]:SPLIT[@REVISION]`` names a data set on the Hugging Face Hub (``switchkd.data.lines``).
     The fields of the first row decide the file's format; the first of these that fits is taken:
     ``prompt``, ``completion`` · ``messages`` (the last assistant turn is the completion, the turns before it the
     prompt, turns after it are not used) · ``instruction``, ``input`` or ``context`` if any, ``output`` or ``response``

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The settings of data: which text, and how it becomes token ids."""
 
 from __future__ import annotations
 

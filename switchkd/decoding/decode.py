@@ -151,7 +151,7 @@ def decode(
         and ``error`` and disturbs no other.
 
     Raises:
-        ConfigError: for settings out of range. ModelError: for a model that is not decoded exactly (`switchkd.proof`).
+        ConfigError: for settings out of range. ModelError: for a model that is not decoded exactly (`switchkd.forward.proof`).
         NoMemoryError: one row is too much for the memory. Stopped: a signal came between two rounds.
     """
     settings = DecodeSettings(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The teacher's own text for every prompt, made once and kept."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How a model is scored: what ``evaluate`` is told, and the settings of recipes and command lines that say so."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Task:
     percent; an empty completion scores 0 throughout. It raises DataError for a reference that cannot be scored against,
     whatever the completion, so ``score("", references, group)`` checks an example before anything is generated.
     ``primary`` is the score that papers quote. ``version`` is raised when a score could change. ``hub`` names the default
-    data, "" for none; ``formats`` are the row layouts it can be scored on (``switchkd.formats``), () for all. Totals are also
+    data, "" for none; ``formats`` are the row layouts it can be scored on (``switchkd.data.formats``), () for all. Totals are also
     given without the examples whose group is in ``leave_out``.
     """
 

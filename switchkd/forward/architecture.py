@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a model's config says of it: its context, its experts, its positions, its size, and whether it can be rolled back."""
 
 import inspect
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The way from a model's last hidden states to log-probabilities, and what a model says of whole texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Head:
 
         Raises:
             ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer;
-            or the model is not read exactly in batches (`switchkd.proof`).
+            or the model is not read exactly in batches (`switchkd.forward.proof`).
         """
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The modes of a model, and what enters its output layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What an objective is: a loss at every response token, from the two distributions there."""
 
 from __future__ import annotations
 

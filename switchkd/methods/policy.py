@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a policy is: who writes the next token, decided from the two distributions and a state of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Relay: the teacher takes over for a few paragraphs where it would reflect."""
 
 from __future__ import annotations
 

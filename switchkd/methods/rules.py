@@ -1,4 +1,4 @@
-"""TODO."""
+"""Policies, objectives and mixes by name, and those of a module of your own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Dropping layers from a model."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A teacher and a student over one tokenizer, loaded and checked together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The settings of models: which pair, in which numbers, with which adapter."""
 
 from __future__ import annotations
 

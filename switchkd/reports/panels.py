@@ -1,4 +1,4 @@
-"""TODO."""
+"""Panels of lines: what a metric is, in which unit, and how it is drawn."""
 
 from __future__ import annotations
 

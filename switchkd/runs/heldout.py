@@ -1,4 +1,4 @@
-"""TODO."""
+"""The held-out examples of a run: where they come from, and how a model is scored on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a run works on: the pair, and every text that it reads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Grids of runs, made, checked beforehand and compared as one.
+
+In comes a plan (methods, seeds, pairs, budgets); out go runs, each in a process of its own, and tables and figures of all of them.
+"""

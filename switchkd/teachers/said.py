@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a teacher says of texts, in the forms that it is known in; each gives log-probabilities piece by piece."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -70,7 +70,7 @@ def adamw(weights: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.A
     if narrow := {str(weight.dtype) for weight in weights if weight.element_size() < 4}:
         raise ConfigError(
             f"AdamW would update weights in {', '.join(sorted(narrow))}, in which an update much smaller than the weight is lost: "
-            "give it masters in float32 (switchkd.masters.Masters)"
+            "give it masters in float32 (switchkd.training.optimizer.Masters)"
         )
     groups = [
         {"params": [w for w in weights if w.dim() >= 2], "weight_decay": config.weight_decay},

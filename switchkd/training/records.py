@@ -1,4 +1,4 @@
-"""TODO."""
+"""The names of the files of a run, and the records among them that it appends to."""
 
 from __future__ import annotations
 

@@ -155,11 +155,18 @@ def test_the_flat_example_runs(workplace, capsys):
 
 def test_files_named_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = set(re.findall(r"\b(\w+\.py)\b", text.split("## The tree")[1].split("## Promises")[0]))
-    assert tree == {path.name for path in (ROOT / "switchkd").glob("*.py")} - {"__init__.py"}
+    tree = set(re.findall(r"^      (\w+)/", text.split("## The tree")[1].split("## Promises")[0], re.MULTILINE))
+    assert tree == {path.parent.name for path in (ROOT / "switchkd").glob("*/__init__.py")}
     for name in re.findall(r"`(test_\w+\.py)`", text):
         assert list((ROOT / "tests").rglob(name)), name
     assert len(text.splitlines()) < 200
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_files_named_in_the_pages_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|json|md|yaml|svg))`", text):
+        assert any((place / path).exists() for place in (ROOT, ROOT / "switchkd")), f"{page}: {path}"
 
 
 def test_tests_named_in_the_traps_exist():
