@@ -68,7 +68,8 @@ def _tyro(arguments: dict[str, type], args: Sequence[str]) -> Any:
         Annotated[Any, tyro.conf.subcommand(name, constructor=arguments.get(name, nothing), description=command.summary)]
         for name, command in COMMANDS.items()
     ]  # fmt: skip
-    return tyro.cli(Union[tuple(commands)], args=args, prog="switchkd", use_underscores=False)  # noqa: UP007
+    union, upper = Union[tuple(commands)], tyro.conf.PositionalMetavarFromFieldName  # noqa: UP007
+    return tyro.cli(union, args=args, prog="switchkd", use_underscores=False, config=(upper,))
 
 
 def _arguments(default: Any, rules: dict[str, Any], command: str) -> type:

@@ -332,7 +332,7 @@ def test_bad_input_is_explained_and_writes_nothing(place, tmp_path, capsys, name
     "arguments,code,words",
     [
         ([], 2, "usage"),
-        (["--help"], 0, "commands:"),
+        (["--help"], 0, "train and look:"),
         (["trian"], 1, "did you mean 'train'"),
         (["train", "swich"], 1, "did you mean 'switch'"),
         (["train", "--learning-rte", "1"], 2, "--learning-rate"),

@@ -162,7 +162,9 @@ def test_files_named_in_the_readme_exist():
     assert len(text.splitlines()) < 200
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_files_named_in_the_pages_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|json|md|yaml|svg))`", text):
