@@ -19,7 +19,9 @@ def rooms() -> dict[str, set[str]]:
     order: dict[str, set[str]] = {}
     while len(order) < len(graph):
         # Of those that nobody above needs any more, the one that stands on most.
-        free = [name for name in graph if name not in order and not any(name in graph[n] for n in graph if n not in order)]
+        free = [
+            name for name in graph if name not in order and not any(name in graph[n] for n in graph if n not in order)
+        ]
         top = max(free, key=lambda name: (len(_below(name, graph)), name))
         order[top] = graph[top]
     return order
@@ -56,7 +58,9 @@ def drawing() -> str:
         parts.append(f'<text transform="translate({x + 4},{TOP - 12}) rotate(-60)" fill="#333">{name}</text>')
     for row, name in enumerate(order):
         y = TOP + LINE * row
-        words = (ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
+        words = (
+            ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+        ).split("\n")[0]
         shade = "#f3f5f8" if row % 2 else "#fff"
         parts += [
             f'<rect x="10" y="{y}" width="{width - 20}" height="{LINE}" fill="{shade}"/>',

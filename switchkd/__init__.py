@@ -9,16 +9,20 @@ if TYPE_CHECKING:
     from switchkd.decoding.decode import decode, decode_reference
     from switchkd.decoding.rollouts import Rollout
     from switchkd.methods import divergences
+    from switchkd.methods.mixes import Mix
     from switchkd.methods.objective import Objective
     from switchkd.methods.policies import AdaSwitch, Switch
     from switchkd.methods.policy import Decision, Policy, StudentOnly, TeacherOnly
     from switchkd.models.pair import Pair, load_pair
+    from switchkd.runs.distil import distil
+    from switchkd.training.settings import TrainConfig
 
 # Names load on first use, so that `switchkd --help` does not wait for torch.
 _HOME = {
     "decode": "decoding.decode",
     "decode_reference": "decoding.decode",
     "Rollout": "decoding.rollouts",
+    "Mix": "methods.mixes",
     "Objective": "methods.objective",
     "AdaSwitch": "methods.policies",
     "Switch": "methods.policies",
@@ -28,11 +32,14 @@ _HOME = {
     "TeacherOnly": "methods.policy",
     "Pair": "models.pair",
     "load_pair": "models.pair",
+    "TrainConfig": "training.settings",
+    "distil": "runs.distil",
 }
 
 __all__ = [
     "AdaSwitch",
     "Decision",
+    "Mix",
     "Objective",
     "Pair",
     "Policy",
@@ -40,9 +47,11 @@ __all__ = [
     "StudentOnly",
     "Switch",
     "TeacherOnly",
+    "TrainConfig",
     "__version__",
     "decode",
     "decode_reference",
+    "distil",
     "divergences",
     "load_pair",
 ]

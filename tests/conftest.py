@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import …`
+TESTS = Path(__file__).parent
+# `from tiny import …`, and what one file of tests takes from another.
+sys.path[:0] = [str(TESTS), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 
 
 @pytest.fixture(autouse=True, scope="session")

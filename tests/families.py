@@ -186,7 +186,7 @@ def docs() -> str:
         "",
         f"Every causal language model of transformers {VERSION}, by its `model_type`, is either **exact** here or **refused** with",
         "its reason. Exact means: `decode` gives the tokens of the reference loop, and a padded batch gives the hidden states of",
-        "each row alone, with rows that straddle every window and switch of the config (`tests/unit/test_families.py`; the long",
+        "each row alone, with rows that straddle every window and switch of the config (`tests/forward/test_families.py`; the long",
         "tail with `pytest -m slow`). A model that is not in this list is proved when it is first used, as these are, by",
         "`switchkd/proof.py`.",
         "This page is written by `python tests/families.py docs`.",

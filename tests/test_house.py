@@ -80,7 +80,10 @@ def test_imports_point_downwards_and_make_no_circle():
     [
         ("methods/mixes.py", "from switchkd.training.loss import total"),
         ("methods/mixes.py", "def f():\n    import switchkd.cli.main"),
-        ("data/texts.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from switchkd.models.pair import Pair"),
+        (
+            "data/texts.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from switchkd.models.pair import Pair",
+        ),
         ("base/errors.py", "from switchkd import load_pair"),
         ("base/errors.py", "from switchkd.base.plain import shown"),
     ],

@@ -108,13 +108,12 @@ def fitted(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any
     hints, found = _hints(cls), {}
     for name, value in values.items():
         found[name] = _converted(value, hints[name], f"{prefix}{name}")
+        if typing.get_origin(hints[name]) is tuple and isinstance(value, str):  # it would be taken for its letters
+            raise ConfigError(f"{prefix}{name} must be several values, got the text {shown(value)}; give ({value!r},)")
         try:
             check_type(found[name], hints[name], f"{prefix}{name}")
         except DataError as error:
-            way_out = (
-                f"; give ({value!r},)" if typing.get_origin(hints[name]) is tuple and isinstance(value, str) else ""
-            )
-            raise ConfigError(f"{error}{way_out}") from error
+            raise ConfigError(str(error)) from error
     return found
 
 

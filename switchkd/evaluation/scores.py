@@ -1,6 +1,6 @@
 """Text to numbers: how a completion is scored against a reference, in percent, higher is better.
 
-Every function is pure and needs no model. What a task computes of these, and which paper does so, is in ``switchkd.evaluation.tasks``.
+Every function is pure and needs no model. What a task computes of these, and which paper does so, is in ``evaluation.tasks``.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from switchkd.base.errors import ConfigError, NonFiniteError
 from switchkd.base.storage import expanded, staged_folder
+from switchkd.data.examples import load_examples
 from switchkd.models.layers import _turning, decoder_layers, prune_layers
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import save_tokenizer
@@ -52,8 +53,6 @@ def default_texts(seed: int) -> list[str]:
     Halving SmolLM2-135M by them gives a perplexity of 199 on held-out answers; its teacher has 4.2.
     """
     import torch
-
-    from switchkd.data.examples import load_examples
 
     examples = load_examples("gsm8k-sample:train")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,6 +1,6 @@
 """The papers' figures of trained runs: lambda, divergence, switches, scores by length, early progress, cost.
 
-Runs that differ in their training seed alone are one method (``switchkd.reports.compare``). A run that has not what a figure shows is left
+Runs that differ in their training seed alone are one method (``reports.compare``). A run that has not what a figure shows is left
 out of it and named under it.
 """
 

@@ -1,4 +1,5 @@
 """Grids of runs, made, checked beforehand and compared as one.
 
-In comes a plan (methods, seeds, pairs, budgets); out go runs, each in a process of its own, and tables and figures of all of them.
+In comes a plan (methods, seeds, pairs, budgets); out go runs, each in a process of its own, and tables and figures of all
+of them.
 """

@@ -9,7 +9,8 @@ from tiny import FAMILIES, VOCAB, save, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
-from switchkd.data import texts as data
+from switchkd.data.examples import Example
+from switchkd.data.formats import Message
 from switchkd.forward.cache import CACHE
 from switchkd.models import pruning
 from switchkd.models.layers import decoder_layers, prune_layers
@@ -278,10 +279,10 @@ def test_a_failure_while_saving_leaves_nothing(teacher, tmp_path, monkeypatch):
 
 
 def test_default_texts_depend_on_the_seed_alone(monkeypatch):
-    def load_examples(path: str) -> list[data.Example]:
-        return [data.Example(i, (data.Message("user", f"{path} {i}?"),), f"{i}!", (), "") for i in range(200)]
+    def load_examples(path: str) -> list[Example]:
+        return [Example(i, (Message("user", f"{path} {i}?"),), f"{i}!", (), "") for i in range(200)]
 
-    monkeypatch.setattr(data, "load_examples", load_examples)
+    monkeypatch.setattr("switchkd.models.pruning.load_examples", load_examples)
     torch.manual_seed(1)
     first, state = pruning.default_texts(0), torch.random.get_rng_state()
     torch.manual_seed(2)

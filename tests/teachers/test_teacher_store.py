@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from switchkd import TeacherOnly, decode_reference
 from switchkd.base.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, NonFiniteError
 from switchkd.data.texts import TokenizedExample, collate
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import log_probs
@@ -27,7 +28,9 @@ SETTINGS = dict(max_new_tokens=6, temperature=1.0, seed=5, batch_size=2)
 
 
 def texts(folder, pair=None, examples=None, **changes):
-    return teacher_texts(pair or toy_pair(), examples or toy_examples(20), folder, **SETTINGS | changes)
+    return teacher_texts(
+        pair or toy_pair(), examples or toy_examples(20), folder, DecodeSettings(TeacherOnly(), **SETTINGS | changes)
+    )
 
 
 def silent(pair):
@@ -290,7 +293,7 @@ def test_a_prompt_that_cannot_be_completed_is_named_and_the_text_before_it_kept(
         texts(tmp_path / "u", max_new_tokens=-1)
     texts(tmp_path / "u")  # nothing had been made, so nothing was bound
     with pytest.raises(DataError, match="no examples"):
-        teacher_texts(toy_pair(), [], tmp_path / "v", **SETTINGS)
+        teacher_texts(toy_pair(), [], tmp_path / "v", DecodeSettings(TeacherOnly(), **SETTINGS))
 
 
 # --- what the teacher says about fixed text -----------------------------------------------------------------------

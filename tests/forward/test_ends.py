@@ -28,6 +28,7 @@ from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.cli.main import main
 from switchkd.data.texts import collate, tokenize
 from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
@@ -36,9 +37,10 @@ from switchkd.evaluation.samples import Reader, trace
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
 from switchkd.forward.ends import Ends, declared_ends, pair_ends
-from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.head import Head, Sizes, response_hidden
 from switchkd.methods.divergences import forward_kl, log_probs
 from switchkd.methods.objectives import OBJECTIVES
+from switchkd.methods.policy import TeacherOnly
 from switchkd.models.loading import load_model
 from switchkd.runs.replay import replayed
 from switchkd.studies.study import flags
@@ -381,7 +383,7 @@ def in_kept(ids):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_of_the_loss_with_merged_ends(name, monkeypatch):
     """Against float64 autograd through probabilities: any objective, finite, and every end of the student learns."""
-    monkeypatch.setattr(loss, "CPU_SIZES", loss.Sizes(4 * VOCAB * 3, 4 * VOCAB * 2))
+    monkeypatch.setattr("switchkd.forward.head.CPU_SIZES", Sizes(4 * VOCAB * 3, 4 * VOCAB * 2))
     teacher, student = tiny_model("llama", 2), tiny_model("qwen2", 1)
     objective, batch = OBJECTIVES[name](), collate([([3, 4], [5, 7, 6]), ([8], [2, 9])])  # 9: an end by another id
     tokens = response_tokens(batch, [[0, 1, 2], [0, 0]])
@@ -437,13 +439,13 @@ def test_the_cache_of_the_largest_probabilities_is_of_the_merged_law(tmp_path):
 
 def test_the_teachers_text_closes_with_the_one_end(tmp_path):
     settings = {"max_new_tokens": 12, "seed": 5}
-    made = teacher_texts(merged_pair(), examples_of(20), tmp_path / "texts", **settings)
+    made = teacher_texts(merged_pair(), examples_of(20), tmp_path / "texts", DecodeSettings(TeacherOnly(), **settings))
     ended = [e.completion_ids for e in made if not e.truncated]
     assert ended and all(ids[-1] == 6 for ids in ended)
     assert not {token for e in made for token in e.completion_ids} & {1, 9}
     own = dataclasses.replace(toy_pair(), eos_token_ids=MERGED.ids)
     with pytest.raises(CheckpointError, match="merged_eos_token_id"):
-        teacher_texts(own, examples_of(20), tmp_path / "texts", **settings)
+        teacher_texts(own, examples_of(20), tmp_path / "texts", DecodeSettings(TeacherOnly(), **settings))
 
 
 def test_scores_samples_and_replay_are_of_the_merged_law():

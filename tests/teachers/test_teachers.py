@@ -23,8 +23,10 @@ from switchkd.data.formats import Message
 from switchkd.data.texts import by_teacher, tokenize
 from switchkd.decoding.examples import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.base_model import BaseModel
+from switchkd.forward.head import Sizes
 from switchkd.methods.mixes import Adaptive, Generated
 from switchkd.methods.objectives import ForwardKL, MiniLLM, ReverseKL
 from switchkd.methods.policies import MixIn
@@ -32,7 +34,6 @@ from switchkd.models.settings import ModelConfig
 from switchkd.runs.preflight import memory_estimate
 from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
-from switchkd.training import loss as loss_module
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig, load_recipe
 
@@ -116,7 +117,7 @@ def test_text_does_not_depend_on_the_company_of_other_teachers():
 @pytest.mark.parametrize("source", ["policy", "examples"])
 def test_loss_and_gradient_are_the_sums_of_separate_dense_ones(tmp_path, monkeypatch, source, chunk_tokens):
     """Whatever the split into micro-batches and chunks; each teacher reads its own rows, the student each batch once."""
-    monkeypatch.setattr(loss_module, "CPU_SIZES", loss_module.Sizes(chunk_tokens * 4 * 23, 2**21))
+    monkeypatch.setattr("switchkd.forward.head.CPU_SIZES", Sizes(chunk_tokens * 4 * 23, 2**21))
     runs = []
     for size in (8, 4, 1):
         gradients, metrics, rollouts = gradient_step(
@@ -217,20 +218,22 @@ def test_a_name_that_the_pair_does_not_have(tmp_path):
 
 def test_stored_text_is_each_teachers_own_and_bound_to_all(tmp_path):
     pair, examples = pair_of_three(), routed()
-    made = teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5, batch_size=2)
+    made = teacher_texts(
+        pair, examples, tmp_path, DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5, batch_size=2)
+    )
     for example, text in zip(examples, made, strict=True):
         [alone] = decode(
             pair.student, pair.teacher_named(example.teacher), [example.teacher_reads], TeacherOnly(), 6, seed=5,
             sample_ids=[example.id], eos_token_ids=[1],
         )  # fmt: skip
         assert text.completion_ids == alone.completion_ids and text.teacher == example.teacher
-    assert teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5) == made
+    assert teacher_texts(pair, examples, tmp_path, DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5)) == made
     others = [dataclasses.replace(e, teacher="math") for e in examples]
     with pytest.raises(CheckpointError, match="teacher_of_example differs"):
-        teacher_texts(pair, others, tmp_path, max_new_tokens=6, seed=5)
+        teacher_texts(pair, others, tmp_path, DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5))
     pair.teachers["code"].lm_head.weight.data[0, 0] += 1
     with pytest.raises(CheckpointError, match="teachers differs"):
-        teacher_texts(pair, examples, tmp_path, max_new_tokens=6, seed=5)
+        teacher_texts(pair, examples, tmp_path, DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5))
     assert fingerprint(toy_pair(), toy_examples(), completions=True).keys() == {
         "teacher_weights", "teacher_config", "tokenizer", "examples",
     }  # fmt: skip

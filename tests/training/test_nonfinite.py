@@ -132,7 +132,7 @@ def test_moments_that_overflow_are_not_saved(tmp_path):
 
 
 def test_mutant_that_saves_what_overflowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("switchkd.training.trainer.broken_weight", lambda *_: "")
+    monkeypatch.setattr("switchkd.training.learner._broken_weight", lambda *_: "")
     with pytest.raises((AssertionError, pytest.fail.Exception)), suppress(KeyError):
         check_overflow(tmp_path)
 

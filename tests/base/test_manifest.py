@@ -42,13 +42,13 @@ PLACES = {
 
 
 def take_back(run):
-    from switchkd.runs import continuation
+    from switchkd.training import restoring
 
     (run / "checkpoint-2" / "more.txt").write_text("more")
-    continuation.take_back(run, 1, 1, ended=False)
+    restoring.take_back(run, 1, 1, ended=False)
 
 
-@pytest.mark.filterwarnings("ignore::switchkd.errors.SwitchKDWarning")
+@pytest.mark.filterwarnings("ignore::switchkd.base.errors.SwitchKDWarning")
 @pytest.mark.parametrize("case", PLACES)
 @pytest.mark.parametrize("manifest", ["whole", "damaged", "missing"])
 def test_a_file_that_somebody_put_into_a_folder_of_ours_is_kept(tmp_path, case, manifest):
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_a_link_is_pruned_and_gone_on_from_and_what_it_lead
     assert (elsewhere / MANIFEST).is_file() and not foreign(elsewhere)
 
 
-@pytest.mark.filterwarnings("ignore::switchkd.errors.SwitchKDWarning")
+@pytest.mark.filterwarnings("ignore::switchkd.base.errors.SwitchKDWarning")
 @pytest.mark.parametrize("make", [lambda run: saved(run, 3), lambda run: (run / "checkpoint-3").symlink_to("gone")])
 def test_links_among_later_checkpoints_do_not_stop_a_run_that_goes_back(tmp_path, make):
     from switchkd.training.restoring import take_back

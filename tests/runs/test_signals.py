@@ -267,7 +267,11 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written(settings, tmp_p
 
 @pytest.mark.parametrize(
     "place",
-    ["switchkd.models.loading._load_config", "switchkd.runs.weights_sha256", "switchkd.runs.distil.save_student"],
+    [
+        "switchkd.models.loading._load_config",
+        "switchkd.runs.distil.weights_sha256",
+        "switchkd.runs.distil.save_student",
+    ],
 )
 def test_a_run_stopped_before_or_after_training_says_what_stands(settings, tmp_path, monkeypatch, capsys, place):
     """While loading, scoring the untrained student, and saving the trained one."""

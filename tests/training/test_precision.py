@@ -27,9 +27,8 @@ from switchkd.models import settings as precision
 from switchkd.models.adapters import add_adapter, has_adapter
 from switchkd.models.pair import load_pair
 from switchkd.models.settings import ModelConfig, cast_weights
+from switchkd.training import learner as learner_module
 from switchkd.training import loss as loss_module
-from switchkd.training import optimizer as masters_module
-from switchkd.training import trainer as trainer_module
 from switchkd.training.checkpoint import load_weights, save_model
 from switchkd.training.optimizer import Masters, adamw
 from switchkd.training.settings import TrainConfig
@@ -98,11 +97,11 @@ class Narrow(Masters):
 
 
 def test_a_mutant_without_masters_does_not_move(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "Masters", Narrow)
+    monkeypatch.setattr(learner_module, "Masters", Narrow)
     with pytest.raises(ConfigError, match=r"AdamW would update weights in torch\.bfloat16"):
         moved(tmp_path, 5e-6, "bfloat16")
     monkeypatch.setattr(
-        trainer_module, "adamw", lambda weights, config: torch.optim.AdamW(weights, config.learning_rate)
+        learner_module, "adamw", lambda weights, config: torch.optim.AdamW(weights, config.learning_rate)
     )
     t = trainer(tmp_path, dtype="bfloat16", learning_rate=5e-6)
     before = weights_of(t.student)
@@ -167,9 +166,9 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path, lora):
     resumed.resume()
     assert resumed.step == 6
     resumed.train()
-    for name, weight in straight.masters.named.items():
+    for name, weight in straight.learner.masters.named.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, resumed.learner.masters.named[name])
-        for key, moment in straight.optimizer.state[weight].items():
+        for key, moment in straight.learner.optimizer.state[weight].items():
             assert moment.dtype == torch.float32
             assert torch.equal(moment, resumed.learner.optimizer.state[resumed.learner.masters.named[name]][key])
     for one, two in zip(straight.student.parameters(), resumed.student.parameters(), strict=True):
@@ -441,4 +440,4 @@ def test_kept_in_float32_stays_there():
     ours = Masters(model, torch.bfloat16)
     assert model.model.norm.weight.dtype == torch.float32 and ours.named["model.norm.weight"] is model.model.norm.weight
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert masters_module.cast_weights(model, torch.float32) is None and model.dtype == torch.float32
+    assert cast_weights(model, torch.float32) is None and model.dtype == torch.float32

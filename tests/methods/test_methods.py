@@ -1,7 +1,7 @@
 """A contract for every recipe: which tokens it trains on and who wrote them, which loss reaches them, what its knobs move.
 
 What a recipe says is not what is checked: rows, speakers, calls of the teacher and losses are taken from a run on a toy pair.
-``trajectories.json`` freezes twenty steps of each; ``python tests/unit/test_methods.py`` writes it anew.
+``trajectories.json`` freezes twenty steps of each; ``python tests/methods/test_methods.py`` writes it anew.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from tiny import VOCAB, toy_examples, toy_pair
 
 from switchkd.base.settings import shipped
 from switchkd.data.texts import collate
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import log_probs
-from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER
+from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER, TeacherOnly
 from switchkd.methods.relay import Relay
 from switchkd.training.loss import response_tokens
 from switchkd.training.settings import TrainConfig, load_recipe
@@ -111,7 +112,9 @@ def make_trainer(name, folder, knobs=None):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if config.mix.wants_teacher_text:
-        examples = teacher_texts(pair, examples, folder / "text", max_new_tokens=8, seed=3)
+        examples = teacher_texts(
+            pair, examples, folder / "text", DecodeSettings(TeacherOnly(), max_new_tokens=8, seed=3)
+        )
     validation = toy_examples(3) if config.mix.validation_steps else ()
     return Trainer(pair, examples, config, validation=validation)
 
@@ -202,7 +205,9 @@ def test_ground_truth_methods_train_on_the_datas_own_tokens(name, tmp_path):
 def test_the_teachers_text_is_the_teachers(name, tmp_path):
     """Each stored completion is what decoding the teacher alone gives, and not the data's."""
     trainer = make_trainer(name, tmp_path)
-    fresh = teacher_texts(toy_pair("gpt2"), toy_examples(), tmp_path / "again", max_new_tokens=8, seed=3)
+    fresh = teacher_texts(
+        toy_pair("gpt2"), toy_examples(), tmp_path / "again", DecodeSettings(TeacherOnly(), max_new_tokens=8, seed=3)
+    )
     assert trainer.examples == fresh
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(fresh, toy_examples(), strict=True)) < 2
 

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = ["tests", "tests/unit"]
+sys.path[:0] = ["tests", "tests/teachers"]
 from test_teacher_store import build, texts
 from tiny import toy_pair
 from switchkd.teachers import states as teacher_cache, store as teacher_store

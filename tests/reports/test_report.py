@@ -12,13 +12,15 @@ from switchkd import Rollout
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.evaluation.results import Evaluation
 from switchkd.evaluation.statistics import Estimate, Values
+from switchkd.reports import live
 from switchkd.reports import tables as report
 
 
 def shown(monkeypatch, show, terminal=False, width=120):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, emoji=False, markup=False, highlight=False)
-    monkeypatch.setattr(report, "console", console)
+    for module in (report, live, terminal):
+        monkeypatch.setattr(module, "console", console)
     show()
     return out.getvalue()
 
@@ -31,33 +33,33 @@ def rollout(text, teacher_from):
 
 def test_the_teachers_words_are_bracketed_without_a_terminal_and_coloured_with_one(monkeypatch):
     row, tokenizer = rollout("zzyyy", 2), byte_level_tokenizer()
-    plain = shown(monkeypatch, lambda: report.print_rollout(row, tokenizer))
+    plain = shown(monkeypatch, lambda: live.print_rollout(row, tokenizer))
     assert plain == "#3 (length) zz⟦yyy⟧\n"
-    coloured = shown(monkeypatch, lambda: report.print_rollout(row, tokenizer), terminal=True)
+    coloured = shown(monkeypatch, lambda: live.print_rollout(row, tokenizer), terminal=True)
     assert "⟦" not in coloured and "\x1b[1;35myyy" in coloured
 
 
 def test_escape_sequences_and_markup_from_a_model_are_shown_as_text(monkeypatch):
     row, tokenizer = rollout("\x1b[2J[red]:train:", 99), byte_level_tokenizer()
-    plain = shown(monkeypatch, lambda: report.print_rollout(row, tokenizer))
+    plain = shown(monkeypatch, lambda: live.print_rollout(row, tokenizer))
     assert "\x1b" not in plain and "␛[2J[red]:train:" in plain
 
 
 def test_a_failed_row_says_why(monkeypatch):
     row = Rollout(0, [], [], [], [], [], "empty_prompt", "sample 0 has an empty prompt")
-    assert "empty prompt" in shown(monkeypatch, lambda: report.print_rollout(row, byte_level_tokenizer()))
+    assert "empty prompt" in shown(monkeypatch, lambda: live.print_rollout(row, byte_level_tokenizer()))
 
 
 def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere_unless_told_to_be_quiet(monkeypatch):
     def work(quiet=False):
-        with report.bar("train", 2, quiet) as bar:
+        with terminal.bar("train", 2, quiet) as bar:
             for step in (1, 2):
                 bar.advance(1, f"loss {step}")
                 bar.line(f"step {step}")
 
     assert shown(monkeypatch, work) == "train …\nstep 1\nstep 2\n"
-    terminal = shown(monkeypatch, work, terminal=True)
-    assert "2/2" in terminal and "loss 2" in terminal and "step 1" not in terminal
+    moving = shown(monkeypatch, work, terminal=True)
+    assert "2/2" in moving and "loss 2" in moving and "step 1" not in moving
     assert shown(monkeypatch, lambda: work(quiet=True), terminal=True) == ""
 
 
@@ -112,7 +114,7 @@ def test_scores_of_a_step():
 
 def test_costs():
     cost = DecodeCost(seconds=2.0, kept_tokens=10, teacher_tokens=4, student_forwards=20, teacher_forwards=5)
-    line = report.cost_line(cost)
+    line = live.cost_line(cost)
     assert (
         line
         == "10 tokens (60% student, 40% teacher), 5.0 tokens/s; forwards per kept token: student 2.00, teacher 0.500"

@@ -12,7 +12,9 @@ from rich.console import Console
 from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model, toy_examples, toy_pair
 
 from switchkd import Rollout, Switch, decode, decode_reference
+from switchkd.base import terminal as terminal_module
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.mixes import Generated
 from switchkd.reports import live
 from switchkd.reports import tables as report
@@ -32,7 +34,8 @@ def screen(monkeypatch):
         size = {"width": width, "height": height, "force_terminal": terminal}
         colours = "standard" if terminal else None
         console = Console(file=out, **size, emoji=False, markup=False, highlight=False, color_system=colours)
-        monkeypatch.setattr(report, "console", console)
+        for module in (report, live, terminal_module):
+            monkeypatch.setattr(module, "console", console)
         return out
 
     return of
@@ -81,7 +84,7 @@ def test_play_writes_the_reference_loops_tokens(screen, terminal):
     pair, example = toy_pair(), toy_examples()[5]
     settings = {"policy": POLICIES["switch_constant"], "max_new_tokens": 12, "seed": 3}
     screen(terminal)
-    played = live.play(pair, example, settings, 8)
+    played = live.play(pair, example, DecodeSettings(**settings), 8)
     reference = decode_reference(
         pair.student, pair.teacher, [example.prompt_ids], **settings, sample_ids=[8], eos_token_ids=pair.eos_token_ids
     )
@@ -92,7 +95,7 @@ def test_play_writes_the_reference_loops_tokens(screen, terminal):
 def test_play_without_a_terminal_is_text_bars_and_cost_in_plain_lines(screen):
     pair, example, out = toy_pair(), toy_examples()[5], screen(False)
     settings = {"policy": POLICIES["switch_constant"], "max_new_tokens": 12, "seed": 3}
-    played = live.play(pair, example, settings, 8)
+    played = live.play(pair, example, DecodeSettings(**settings), 8)
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("#8 (") and "⟦" in out.getvalue() and "\x1b" not in out.getvalue()
     assert lines[-3].startswith("divergence ") and lines[-2].startswith("threshold  ▄▄▄▄")
@@ -102,14 +105,18 @@ def test_play_without_a_terminal_is_text_bars_and_cost_in_plain_lines(screen):
 
 def test_play_on_a_terminal_shows_prompt_text_and_numbers(screen):
     pair, example, out = toy_pair(), toy_examples()[5], screen(True)
-    live.play(pair, example, {"policy": Switch(tau_0=0.6, decay=0.03), "max_new_tokens": 12, "seed": 3}, 8)
+    live.play(
+        pair, example, DecodeSettings(**{"policy": Switch(tau_0=0.6, decay=0.03), "max_new_tokens": 12, "seed": 3}), 8
+    )
     for words in (pair.tokenizer.decode(example.prompt_ids), "of 12 tokens", " > 0.", "\x1b[1;35m", "teacher 33%"):
         assert words in out.getvalue(), words
 
 
 def test_a_text_longer_than_the_terminal_keeps_its_newest_lines_in_sight(screen):
     pair, example, out = toy_pair(), toy_examples()[5], screen(True, width=12, height=6)
-    played = live.play(pair, example, {"policy": Switch(tau_0=0.6), "max_new_tokens": 30, "seed": 3}, 8)
+    played = live.play(
+        pair, example, DecodeSettings(**{"policy": Switch(tau_0=0.6), "max_new_tokens": 30, "seed": 3}), 8
+    )
     last = out.getvalue().split("\x1b[?25h")[0].rsplit("\x1b[2K", 1)[1]
     lines = strip(last).splitlines()
     assert (
@@ -123,7 +130,7 @@ def test_play_says_why_a_row_cannot_be_decoded_and_when_it_fails_under_way(scree
     pair = toy_pair()
     example = dataclasses.replace(toy_examples()[0], prompt_ids=[VOCAB + 3])
     out = screen(True)
-    live.play(pair, example, {"policy": Switch(), "max_new_tokens": 4}, 0)
+    live.play(pair, example, DecodeSettings(**{"policy": Switch(), "max_new_tokens": 4}), 0)
     assert "ids must lie in 0..22" in " ".join(out.getvalue().split())
     with torch.no_grad():
         pair.teacher.get_input_embeddings().weight[5] = math.nan
@@ -137,7 +144,7 @@ def test_a_prompt_commands_no_terminal(screen):
     decoder = SimpleNamespace(decode=lambda ids: "\x1b[2J" if ids == [3] else "")
     pair, out = dataclasses.replace(toy_pair(), tokenizer=decoder), screen(True)
     example = dataclasses.replace(toy_examples()[0], prompt_ids=[3])
-    live.play(pair, example, {"policy": Switch(), "max_new_tokens": 2}, 0)
+    live.play(pair, example, DecodeSettings(**{"policy": Switch(), "max_new_tokens": 2}), 0)
     assert "␛[2J" in out.getvalue() and "\x1b[2J" not in out.getvalue()
 
 
@@ -191,7 +198,7 @@ def test_control_characters_of_a_model_reach_no_terminal(screen):
     for terminal in (True, False):
         out = screen(terminal)
         report.console.print(*live.written(evil, TOKENIZER, 60), sep="\n")
-        report.print_rollout(evil, TOKENIZER)
+        live.print_rollout(evil, TOKENIZER)
         view(lambda picture: report.console.print(picture)).on_step(STEP, Rollouts([evil]))
         shown = out.getvalue()
         assert shown.count("␛[2J␛]0;title␇\\x9b31m␍␈[red]") == 3

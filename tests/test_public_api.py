@@ -9,8 +9,8 @@ import switchkd
 
 def test_names():
     assert switchkd.__all__ == [
-        "AdaSwitch", "Decision", "Objective", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
-        "decode", "decode_reference", "divergences", "load_pair",
+        "AdaSwitch", "Decision", "Mix", "Objective", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
+        "TrainConfig", "__version__", "decode", "decode_reference", "distil", "divergences", "load_pair",
     ]  # fmt: skip
     assert all(getattr(switchkd, name) is not None for name in switchkd.__all__)
 
@@ -30,11 +30,14 @@ def test_decode_signature():
 
 def test_rollout_fields():
     assert list(switchkd.Rollout.__dataclass_fields__) == [
-        "sample_id", "prompt_ids", "completion_ids", "speakers", "divergences", "thresholds", "stop_reason", "error",
-        "teacher_prompt_ids", "teacher", "said",
+        "id", "prompt_ids", "completion_ids", "speakers", "teacher_prompt_ids", "teacher", "said", "divergences", "thresholds",
+        "stop_reason", "error",
     ]  # fmt: skip
 
 
 def test_importing_policies_and_settings_does_not_load_torch():
-    code = "import sys, switchkd.config, switchkd.cli; from switchkd import Switch; Switch(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, switchkd.cli.main; from switchkd import Switch, TrainConfig; Switch(), TrainConfig(); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

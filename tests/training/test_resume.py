@@ -132,7 +132,7 @@ def test_mutants_that_forget_something_end_in_other_bytes(straight, tmp_path, mo
     elif mistake == "moments":
         monkeypatch.setattr("switchkd.training.checkpoint._load_optimizer", lambda *_: None)
     else:
-        monkeypatch.setattr("switchkd.runs.continuation.keep_until", lambda *_: None)
+        monkeypatch.setattr("switchkd.training.restoring.keep_until", lambda *_: None)
     run(tmp_path, resume=True)
     assert contents(tmp_path) != straight
 
@@ -306,7 +306,7 @@ def test_records_are_on_the_disk_before_a_checkpoint_says_how_far_they_reach(tmp
     t = trainer(tmp_path, max_steps=1, mix=Generated(1.0))
     synced = []
     monkeypatch.setattr(
-        "switchkd.reports.record.sync", lambda file: synced.append((file.name, len(checkpoints(tmp_path))))
+        "switchkd.training.records.sync", lambda file: synced.append((file.name, len(checkpoints(tmp_path))))
     )
     t.train()
     assert synced[-2:] == [("metrics.jsonl", 1), ("rollouts.jsonl", 1)] and len(checkpoints(tmp_path)) == 2

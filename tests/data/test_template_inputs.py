@@ -124,7 +124,7 @@ def test_variables_reach_the_template_as_they_are(value):
         ({"chat_template_kwargs": {"strftime_now": "x"}}, "set template_date"),
         ({"chat_template_kwargs": {"think": "false"}}, "on a command line write False"),
         ({"chat_template_kwargs": {"think": float("nan")}}, "finite"),
-        ({"chat_template_kwargs": {"think": [1]}}, "chat_template_kwargs think must be bool or int or float or str"),
+        ({"chat_template_kwargs": {"think": [1]}}, "chat_template_kwargs.think must be bool or int or float or str"),
         ({"chat_template_kwargs": {"think": True}, "template": "alpaca"}, "leave them out"),
         ({"template": "chatt"}, "template"),
     ],

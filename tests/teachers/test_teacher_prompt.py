@@ -29,6 +29,7 @@ from switchkd.data.settings import DataConfig
 from switchkd.data.templates import alpaca_prompt
 from switchkd.data.texts import collate, teacher_prompt_limit, tokenize
 from switchkd.decoding.pace import BLOCKS, Pace
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
@@ -286,7 +287,9 @@ def test_evaluation_reads_the_plain_prompt():
 
 def test_stored_text_is_the_teachers_on_its_own_prompt_and_bound_to_it(tmp_path):
     examples = with_own_prompts(toy_examples(9))
-    made = teacher_texts(toy_pair(), examples, tmp_path / "text", max_new_tokens=6, seed=5, batch_size=2)
+    made = teacher_texts(
+        toy_pair(), examples, tmp_path / "text", DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5, batch_size=2)
+    )
     pair = toy_pair()
     fresh = decode_reference(
         pair.student, pair.teacher, [e.teacher_reads for e in examples], TeacherOnly(), 6, seed=5,
@@ -295,7 +298,7 @@ def test_stored_text_is_the_teachers_on_its_own_prompt_and_bound_to_it(tmp_path)
     assert [e.completion_ids for e in made] == [r.completion_ids for r in fresh]
     assert [e.teacher_prompt_ids for e in made] == [e.teacher_prompt_ids for e in examples]
     with pytest.raises(CheckpointError, match="examples differs"):
-        teacher_texts(pair, toy_examples(9), tmp_path / "text", max_new_tokens=6, seed=5)
+        teacher_texts(pair, toy_examples(9), tmp_path / "text", DecodeSettings(TeacherOnly(), max_new_tokens=6, seed=5))
 
 
 def test_the_fingerprint_sees_teacher_prompts_and_is_as_before_without():

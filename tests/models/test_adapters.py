@@ -28,6 +28,7 @@ from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.base.settings import from_dict, to_dict
 from switchkd.cli.main import main
 from switchkd.data.texts import collate
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
@@ -312,7 +313,7 @@ def test_what_a_base_is_asked_once_is_what_the_base_loaded_alone_says(tmp_path, 
 
     def ask(asked, folder):
         if kind == "text":
-            return teacher_texts(asked, examples, folder, max_new_tokens=4)
+            return teacher_texts(asked, examples, folder, DecodeSettings(TeacherOnly(), max_new_tokens=4))
         TeacherCache.build(asked, examples, folder, kind, top_k=3)
 
     for folder, first, second in (("one", pair, other), ("other", other, pair)):
@@ -468,8 +469,10 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, dropout):
             part.train(on_step)
     for a, b in zip(straight.pair.student.parameters(), part.pair.student.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert straight.optimizer.state[a].keys() == part.optimizer.state[b].keys()
-        assert all(torch.equal(v, part.optimizer.state[b][k]) for k, v in straight.optimizer.state[a].items())
+        assert straight.learner.optimizer.state[a].keys() == part.learner.optimizer.state[b].keys()
+        assert all(
+            torch.equal(v, part.learner.optimizer.state[b][k]) for k, v in straight.learner.optimizer.state[a].items()
+        )
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert lines(tmp_path / "parts", name) == lines(tmp_path / "straight", name)
     assert not list(tmp_path.glob("*/checkpoint-*/model*.safetensors"))

@@ -17,7 +17,7 @@ from transformers import (
 from switchkd import decode
 from switchkd.base.errors import ModelError
 from switchkd.data.texts import collate
-from switchkd.forward.head import Head, response_hidden
+from switchkd.forward.head import Head, Sizes, response_hidden
 from switchkd.methods.divergences import log_probs
 from switchkd.methods.objective import Tokens
 from switchkd.methods.objectives import OBJECTIVES, ForwardKL
@@ -144,7 +144,7 @@ def test_the_chunked_loss_is_the_dense_one(name, student, monkeypatch):
     names, parameters = zip(*student.named_parameters(), strict=True)
     expected = torch.autograd.grad(expected_loss / 7, parameters)
     for rows, piece in ((100, 100), (5, 2), (3, 3), (1, 1)):
-        monkeypatch.setattr(loss, "CPU_SIZES", loss.Sizes(4 * VOCAB * rows, 4 * VOCAB * piece))
+        monkeypatch.setattr("switchkd.forward.head.CPU_SIZES", Sizes(4 * VOCAB * rows, 4 * VOCAB * piece))
         ours_loss = total(student, teacher, ROWS, objective)
         torch.testing.assert_close(ours_loss, expected_loss, atol=1e-12, rtol=1e-12)
         for name, ours, wanted in zip(names, torch.autograd.grad(ours_loss / 7, parameters), expected, strict=True):

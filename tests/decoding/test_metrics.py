@@ -28,10 +28,14 @@ def test_divergences_are_averaged_by_where_they_are_in_the_response():
     long = row([float(t) for t in range(266)], [NAN] * 266)
     short = row([100.0] * 16 + [NAN] * 2, [NAN] * 18)
     assert divergence_bands([long, short]) == {
-        "switch/divergence_0+": (7.5 + 100.0) / 2, "switch/divergence_16+": 39.5, "switch/divergence_64+": 159.5,
-        "switch/divergence_256+": 260.5,
+        "switch/divergence_0-10": (5.0 + 100.0) / 2,
+        "switch/divergence_11-50": (sum(range(11, 51)) + 5 * 100.0) / 45,
+        "switch/divergence_51+": 158.0,
     }  # fmt: skip
-    assert divergence_bands([short]) == {"switch/divergence_0+": 100.0}  # nothing is shown of where nobody looked
+    assert divergence_bands([short]) == {
+        "switch/divergence_0-10": 100.0,
+        "switch/divergence_11-50": 100.0,
+    }  # nothing is shown of where nobody looked
     assert divergence_bands([row([NAN] * 20, [NAN] * 20)]) == {}
 
 
