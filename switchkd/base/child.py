@@ -13,6 +13,6 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment and ``more``; where the package is not installed, the process finds it all the same."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     paths = [os.environ.get("PYTHONPATH", ""), root if root != sysconfig.get_path("purelib") else ""]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}

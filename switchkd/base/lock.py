@@ -1,14 +1,15 @@
 """One writer to a folder: a second process is refused, or waits, and is told who the first one is.
 
-The lock is ``flock`` on a small file, which the system takes back when its process ends, however that happens. Where a file
-system has no ``flock``, the file itself is the lock: one whose process ended on this machine is taken over, any other is explained.
+The lock is the system's own on a small file (``flock``; on Windows ``LockFileEx``), which is taken back when its process ends,
+however that happens. Where a file system has none, the file itself is the lock: one whose process ended on this machine is taken
+over, any other is explained.
 """
 
-import fcntl
 import json
 import os
 import socket
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from filelock import lock_descriptor
 
 from switchkd.base import signals
 from switchkd.base.errors import DiskError, InUseError, SwitchKDWarning
@@ -25,6 +27,7 @@ from switchkd.base.storage import written
 LOCK = "lock.json"
 _BEGIN = '{"pid": '  # of what stands in a lock, of which a killed process may have written a part
 _POLL_SECONDS = 0.2
+_WINDOWS = sys.platform == "win32"
 
 
 Check = Callable[[], None]
@@ -55,11 +58,20 @@ def locked(folder: Path, wait: bool = False) -> Iterator[Check]:
     try:
         yield check
     finally:
-        if _is_at(file, path):
-            path.unlink(missing_ok=True)
-        file.close()
+        _let_go(file, path)
         with suppress(OSError):
             folder.rmdir()
+
+
+def _let_go(file: IO[str], path: Path) -> None:
+    """Remove the lock while it is held, since the next process's may lie there a moment later; Windows removes no open file."""
+    with file:
+        ours = _is_at(file, path)
+        if ours and not _WINDOWS:
+            path.unlink(missing_ok=True)
+    if ours and _WINDOWS:
+        with suppress(OSError):  # the next process has it open
+            path.unlink()
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -111,12 +123,10 @@ def _taken(path: Path) -> IO[str]:
 
 def _opened(path: Path) -> IO[str]:
     """The file at ``path``, made where there is none; raises DiskError for what is no plain file of this one name."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if not path.is_symlink():
-            raise
-        raise _no_lock(path, f"a link to {os.readlink(path)}") from error
+    if path.is_symlink():
+        raise _no_lock(path, f"a link to {os.readlink(path)}")
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # nor one that was made just now; Windows has no such flag
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | no_link, 0o666)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
@@ -145,19 +155,19 @@ def _refuse_dangling(folder: Path) -> None:
 
 
 def _lock(file: IO[str], path: Path) -> None:
+    """Lock the open file, which is the one at ``path``; raises InUseError if it is another process's."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InUseError(
-            f"{path.parent} is in use by {_words(_owner(path))}; wait for it, or choose another folder"
-        ) from None
+        if lock_descriptor(file.fileno(), blocking=False):
+            return
+        owner, rest = _owner(path), "; wait for it, or choose another folder"
     except OSError as error:
         owner = _owner(path)
-        if owner and not _ended(owner):
-            raise InUseError(
-                f"{path.parent} is in use by {_words(owner)}, as far as can be told: its file system has no locks ({error}). "
-                f"If that process has ended, delete {path}"
-            ) from None
+        if not owner or _ended(owner):
+            return
+        rest = (
+            f", as far as can be told: its file system has no locks ({error}). If that process has ended, delete {path}"
+        )
+    raise InUseError(f"{path.parent} is in use by {_words(owner)}{rest}")
 
 
 def _me() -> dict[str, Any]:
@@ -167,7 +177,9 @@ def _me() -> dict[str, Any]:
 def _owner(path: Path) -> dict[str, Any]:
     """Who wrote the file; {} if that cannot be read (yet)."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            file.seek(1)  # what is locked on Windows is the first byte, and nobody else can read it there
+            owner = json.loads(_BEGIN[0] + file.read())
         return owner if owner.keys() == _me().keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -74,7 +74,7 @@ def decode_reference(
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
-            key = noise_key(seed, row.sample_id, t)
+            key = noise_key(seed, row.id, t)
             token = draw(settings.sampling.shape(decision.log_probs), gumbel_noise([key], job.vocab_size), temperature)
             speaker = speakers(decision, token, [key])
             state = policy.spoke(policy.observe(decision.state, token), speaker)

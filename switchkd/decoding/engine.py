@@ -45,7 +45,8 @@ class BlockEngine:
         batch_size: int,
         pace: Pace,
     ):
-        self.job, self.queue, self.pace, self.keep_hidden = job, queue, pace, job.settings.keep_hidden
+        self.job, self.queue, self.pace = job, queue, pace
+        self.policy, self.keep_hidden = job.settings.policy, job.settings.keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
         self.models = [  # indexed by STUDENT, TEACHER
             CachedModel(
@@ -97,7 +98,7 @@ class BlockEngine:
 
     def _reads(self) -> list[Tensor]:
         """Which model the policy looks at next, for each row: two ``[B]`` bool tensors."""
-        return [self._spread(read) for read in self.job.settings.policy.reads(self.state)]
+        return [self._spread(read) for read in self.policy.reads(self.state)]
 
     def _spread(self, answer: Tensor | bool) -> Tensor:
         """A policy's answer for all rows or for each, ``[B]``."""
@@ -105,7 +106,7 @@ class BlockEngine:
 
     def _keys(self, offset: int) -> list[int]:
         """The keys of every row's draw ``offset`` positions from here."""
-        return [noise_key(self.job.settings.seed, row.sample_id, len(row.completion) + offset) for row in self.rows]
+        return [noise_key(self.job.settings.seed, row.id, len(row.completion) + offset) for row in self.rows]
 
     def _draft(self, block: _Block) -> None:
         """Draws of one model, each read by it before the next."""
@@ -123,7 +124,7 @@ class BlockEngine:
 
     def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
         """The token ``[B]`` that a model alone would write."""
-        return self._draw(self.job.settings.policy.proposal(who, logs), noise)
+        return self._draw(self.policy.proposal(who, logs), noise)
 
     def _draw(self, log_probs: Tensor, noise: Tensor) -> Tensor:
         """A token of each row ``[B]`` from the target distributions ``[B, V]``."""
@@ -190,13 +191,11 @@ class BlockEngine:
             # Log-softmax spreads one NaN or +inf over its whole row.
             broken = [reads[s] & block.logs[s][k][:, 0].isnan() for s in (STUDENT, TEACHER)]
             sound = alive & ~(broken[STUDENT] | broken[TEACHER])
-            decision = self.job.settings.policy.step(self.state, logq, logp, start + k)
+            decision = self.policy.step(self.state, logq, logp, start + k)
             token = self._draw(decision.log_probs, g)
             speaker = speakers(decision, token, block.keys[k])
-            self._keep_state(
-                sound, self.job.settings.policy.spoke(self.job.settings.policy.observe(decision.state, token), speaker)
-            )
-            told = self._spread(self.job.settings.policy.ends(self.state))
+            self._keep_state(sound, self.policy.spoke(self.policy.observe(decision.state, token), speaker))
+            told = self._spread(self.policy.ends(self.state))
             evidence = self._evidence(block, k, token, sound, reads)
             seen = decision.divergence, decision.thresholds
             numbers = (alive, token, speaker, *seen, told, *broken, *spoilt, *evidence)
@@ -285,7 +284,7 @@ class BlockEngine:
                 self.rows[place] = self.queue.popleft()
                 for model in self.models:
                     model.reset(place)
-                fresh = self.job.settings.policy.init(1, self.device)
+                fresh = self.policy.init(1, self.device)
                 for whole, first in zip(self.state, fresh, strict=True):
                     whole[place] = first[0]
         left = [place for place, row in enumerate(self.rows) if row.stop_reason is None]

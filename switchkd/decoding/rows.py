@@ -20,7 +20,7 @@ from switchkd.methods.policy import STUDENT, TEACHER
 class Row:
     """One prompt on its way to a rollout; ``teacher_prompt`` where the teacher reads another one than the student."""
 
-    sample_id: int
+    id: int
     prompt: list[int]
     teacher_prompt: list[int] | None = None
     completion: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Row:
         return self.stop_reason is None
 
     def fail_non_finite(self, name: str) -> None:
-        where = f"sample {self.sample_id}, response position {len(self.completion)}"
+        where = f"sample {self.id}, response position {len(self.completion)}"
         self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
 
     def keep_hidden(self, hidden: Tensor | None, count: int) -> None:
@@ -81,7 +81,7 @@ class Row:
     def rollout(self) -> Rollout:
         """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
         return Rollout(
-            self.sample_id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
+            self.id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
             self.stop_reason or "", self.error, teacher_prompt_ids=self.teacher_prompt,
             said=torch.cat(self.hidden) if self.hidden else None,
         )  # fmt: skip
@@ -162,15 +162,15 @@ def _check_row(row: Row, job: Job) -> None:
 def _check_prompt(row: Row, who: int, name: str, whose: str, models: Sequence[PreTrainedModel], job: Job) -> None:
     prompt, budget = row.prompt_of(who), job.settings.max_new_tokens
     if not prompt:
-        row.fail("empty_prompt", f"sample {row.sample_id} has an empty {name}; give it at least one token")
+        row.fail("empty_prompt", f"sample {row.id} has an empty {name}; give it at least one token")
     elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
         row.fail(
             "invalid_token",
-            f"sample {row.sample_id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
+            f"sample {row.id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
         )
     elif words := beyond_context(len(prompt) + budget, whose, *models):
         row.fail(
             "prompt_too_long",
-            f"sample {row.sample_id}: {len(prompt)} {name} tokens + max_new_tokens {budget} {words}; shorten the prompt or lower "
+            f"sample {row.id}: {len(prompt)} {name} tokens + max_new_tokens {budget} {words}; shorten the prompt or lower "
             "max_new_tokens",
         )

@@ -16,9 +16,10 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.memory import halving
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.decode import decode
+from switchkd.decoding.decode import decode_job
 from switchkd.decoding.metrics import BANDS
 from switchkd.decoding.rollouts import DecodeCost
+from switchkd.decoding.rows import Job
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import Completion, Evaluation
 from switchkd.evaluation.settings import EvalSettings
@@ -26,7 +27,6 @@ from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
 from switchkd.forward.head import Scorer
 from switchkd.methods.divergences import forward_kl
-from switchkd.methods.policy import StudentOnly
 from switchkd.models.pair import Pair
 
 # Response tokens whose two distributions over the vocabulary are held at a time.
@@ -172,23 +172,9 @@ def _by_engine(
         progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
         told = done
 
-    rollouts = decode(
-        model,
-        pair.teacher,
-        [example.prompt_ids for example in examples],
-        settings.policy,
-        settings.max_new_tokens,
-        settings.temperature,
-        seed,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        sample_ids=[example.id for example in examples],
-        eos_token_ids=pair.ends,
-        batch_size=settings.batch_size,
-        vocab_size=pair.vocab_size,
-        progress=on_round,
-    )
+    prompts, ids = [example.prompt_ids for example in examples], [example.id for example in examples]
+    job = Job.of(model, pair.teacher, prompts, settings.decoding(seed), ids, pair.ends, pair.vocab_size)
+    rollouts = decode_job(job, on_round)
     if failed := [rollout for rollout in rollouts if rollout.error]:
         raise failed[0].failure(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed")
     progress(len(examples) - told, None)
@@ -203,21 +189,9 @@ def _by_generate(
     seed: int,
     progress: Progress,
 ) -> Sequence[tuple[list[int], str]]:
-    if settings.policy != StudentOnly():
-        raise ConfigError(f"the backend 'generate' knows no policies; {settings.policy} needs 'engine'")
+    prompts = [example.prompt_ids for example in examples]
     return complete_by_generate(
-        model,
-        [example.prompt_ids for example in examples],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        seed=seed,
-        eos_token_ids=pair.ends,
-        vocab_size=pair.vocab_size,
-        batch_size=settings.batch_size,
-        progress=lambda count: progress(count, None),
+        model, prompts, settings.decoding(seed), pair.ends, pair.vocab_size, lambda count: progress(count, None)
     )
 
 

@@ -16,10 +16,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
+from switchkd.decoding.decode import DEFAULT_BATCH
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.architecture import beyond_context
 from switchkd.forward.ends import Ends
 from switchkd.forward.modes import evaluating
-from switchkd.methods.sampling import Sampling, Use, noise_key
+from switchkd.methods.policy import StudentOnly
+from switchkd.methods.sampling import Use, noise_key
 
 Completion = tuple[list[int], Literal["eos", "length"]]
 
@@ -27,69 +30,62 @@ Completion = tuple[list[int], Literal["eos", "length"]]
 def complete_by_generate(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
+    settings: DecodeSettings,
     eos_token_ids: Sequence[int] | Ends = (),
     vocab_size: int | None = None,
-    batch_size: int = 32,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Completion]:
     """For each prompt the completion's token ids, with the EOS that ended it, and why it ended.
 
-    Greedy (``temperature`` 0) tokens are those of ``decode`` under `StudentOnly`. Sampled ones have the same law but are other
-    tokens, and depend on ``batch_size``: ``generate`` draws for a whole batch from one generator, seeded here by ``seed`` and
-    the batch's first prompt. Ids from ``vocab_size`` on are never drawn. Mode, generation config and the process's random
+    Greedy (temperature 0) tokens are those of ``decode`` under `StudentOnly`. Sampled ones have the same law but are other tokens,
+    and depend on the batch size: ``generate`` draws for a whole batch from one generator, seeded here by the seed and the batch's
+    first prompt. Ids from ``vocab_size`` on are never drawn. Mode, generation config and the process's random
     state are as before afterwards. ``progress`` is told of every prompt that is done.
 
     Raises:
-        ConfigError: a setting out of range. DataError: a prompt that is empty, or too long for the model's context.
+        ConfigError: a policy that asks a teacher. DataError: a prompt that is empty, or too long for the model's context.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ConfigError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
-    sampling = Sampling(temperature, top_p, top_k, min_p)
-    _check_prompts(prompt_ids, max_new_tokens, model)
+    if settings.policy != StudentOnly():
+        raise ConfigError(f"the backend 'generate' knows no policies; {settings.policy} needs 'engine'")
+    batch_size = settings.batch_size or DEFAULT_BATCH
+    _check_prompts(prompt_ids, settings.max_new_tokens, model)
     rows = model.get_output_embeddings().weight.shape[0]
     ends = Ends.asked(eos_token_ids, rows if vocab_size is None else vocab_size, model)
-    settings = _settings(model, max_new_tokens, sampling, list(ends.ids), vocab_size)
+    how = _generation_config(model, settings, list(ends.ids), vocab_size)
     completions: list[Completion] = []
     with evaluating(model), _own_config_aside(model):
         for start in range(0, len(prompt_ids), batch_size):
             signals.check()
             part = prompt_ids[start : start + batch_size]
-            with _seeded(model.device, noise_key(seed, start, 0, Use.GENERATE)):
-                texts = _generate(model, part, settings, ends)
+            with _seeded(model.device, noise_key(settings.seed, start, 0, Use.GENERATE)):
+                texts = _generate(model, part, how, ends)
             completions += [_cut(text, ends.ids) for text in texts]
             progress(len(part))
     return completions
 
 
-def _settings(
-    model: PreTrainedModel, max_new_tokens: int, sampling: Sampling, eos: list[int], vocab_size: int | None
+def _generation_config(
+    model: PreTrainedModel, settings: DecodeSettings, eos: list[int], vocab_size: int | None
 ) -> GenerationConfig:
     rows = model.get_output_embeddings().weight.shape[0]
     padding_rows = list(range(rows if vocab_size is None else vocab_size, rows))
-    drawn = {"do_sample": True, **asdict(sampling), "temperature": float(sampling.temperature)}
+    drawn = {"do_sample": True, **asdict(settings.sampling), "temperature": float(settings.temperature)}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,  # what follows a row's end is cut off
         suppress_tokens=padding_rows or None,
         use_cache=True,
-        **(drawn if sampling.temperature else {}),
+        **(drawn if settings.temperature else {}),
     )
 
 
 def _generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, ends: Ends
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], how: GenerationConfig, ends: Ends
 ) -> list[list[int]]:
     """What ``generate`` writes after each prompt: prompts end together (padding is on the left), so answers start together."""
     longest = max(map(len, prompts))
-    padded = [[settings.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    padded = [[how.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, attention_mask = (torch.tensor(rows, device=model.device) for rows in (padded, mask))
 
@@ -98,7 +94,7 @@ def _generate(
         return ends.log_probs(logits)
 
     merge = LogitsProcessorList([] if ends.merged_into is None else [law])
-    written = model.generate(ids, attention_mask=attention_mask, generation_config=settings, logits_processor=merge)
+    written = model.generate(ids, attention_mask=attention_mask, generation_config=how, logits_processor=merge)
     return written[:, longest:].tolist()
 
 

@@ -1,21 +1,26 @@
 """math-verify in a process of its own, so that no expression can hang an evaluation.
 
 math-verify's own time limits are signals: they work in the main thread alone, and cannot stop one long operation such as
-``9**9**9``. A process can be stopped from any thread. It is started at the first question and stays for the next.
+``9**9**9``. The process ends itself when an answer takes too long. It is started at the first question and stays for the next.
+
+It is no pool of multiprocessing's: a child that is spawned there runs the user's script again, which need not have a
+``__name__`` guard, and imports from the working directory.
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from threading import Lock, Timer
+from threading import Lock
 from typing import Any
 
 from switchkd.base.child import command, environment
@@ -68,32 +73,26 @@ class Checker:
         return verdict == "equal"
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; in a forked child, whose parent's it is, only forget it."""
         if self._process:
-            self._process.kill()
-            self._process.communicate()
+            with suppress(BrokenPipeError), self._process as process:
+                process.kill()
             self._process = None
 
     def _ask(self, text: str, reference: str) -> str:
         process = self._process or self._start()
         assert process.stdin and process.stdout
-        timer = Timer(self.time_limit, process.kill)
-        timer.start()
-        try:
-            process.stdin.write(json.dumps([text, reference]) + "\n")
-            process.stdin.flush()
+        verdict = ""
+        with suppress(BrokenPipeError):
+            print(json.dumps([text, reference]), file=process.stdin, flush=True)
             verdict = process.stdout.readline().strip()
-        except BrokenPipeError:
-            verdict = ""
-        finally:
-            timer.cancel()
         if not verdict:
             self.close()
         return verdict or "stopped"
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            command("switchkd.evaluation.math_answers"),
+            command("switchkd.evaluation.math_answers", str(self.time_limit)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -131,16 +130,23 @@ def _parsed_reference(reference: str) -> Any:
     return parse(answer, parsing_timeout=None)
 
 
-def _serve() -> None:
-    """Read ``[text, reference]`` from standard input, one JSON line each, and write a verdict line for each."""
+def _serve(time_limit: float) -> None:
+    """Read ``[text, reference]`` from standard input, one JSON line each, and write a verdict line for each.
+
+    The process ends in an answer that takes longer than so many seconds, be it in one long operation.
+    """
     import math_verify  # noqa: F401
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     verdicts, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
     print("ready", file=verdicts, flush=True)
-    for line in sys.stdin:
-        print(_verdict(*json.loads(line)), file=verdicts, flush=True)
+    with open(os.devnull, "w") as nowhere:
+        for line in sys.stdin:
+            faulthandler.dump_traceback_later(time_limit, exit=True, file=nowhere)
+            verdict = _verdict(*json.loads(line))
+            faulthandler.cancel_dump_traceback_later()  # first: a process that has answered is there for the next question
+            print(verdict, file=verdicts, flush=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

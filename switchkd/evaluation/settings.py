@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from switchkd.base.errors import ConfigError
 from switchkd.base.settings import Settings, check_at_least
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.methods.sampling import Sampling
 
@@ -32,6 +33,11 @@ class EvalSettings:
     def passes(self) -> tuple[int | None, ...]:
         """The seeds of the completions of each example; greedy ones are made once and have none."""
         return self.seeds if self.temperature else (None,)
+
+    def decoding(self, seed: int) -> DecodeSettings:
+        """What these settings say to ``decode`` in the pass of this seed."""
+        same = ("policy", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "batch_size")
+        return DecodeSettings(seed=seed, **{name: getattr(self, name) for name in same})
 
     def to_json(self) -> dict[str, Any]:
         """What moves a score, with the rules and versions that do."""

@@ -35,12 +35,6 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "eos": None,
 }
 
-# Student's t over the normal quantile at 97.5 %, for 1, 2, … degrees of freedom; beyond these the last, which errs to the wide.
-_T_OVER_Z = tuple(
-    t / 1.960
-    for t in (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Values:
@@ -218,17 +212,11 @@ def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise DataError(f"a rank correlation needs two series of one length, got shapes {a.shape} and {b.shape}")
-    if not a.size or np.isnan(a).any() or np.isnan(b).any():
+    if any((series == series[:1]).all() for series in (a, b)):  # constant, or empty
         return float("nan")
-    ra, rb = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
-    spread = np.sqrt((ra @ ra) * (rb @ rb))
-    return float(ra @ rb / spread) if spread > 0 else float("nan")
+    from scipy.stats import spearmanr  # takes a second to import
 
-
-def _ranks(x: Array) -> Array:
-    """Ranks from 1, ties given the mean of theirs."""
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float(spearmanr(a, b).statistic)
 
 
 def _resampled_examples(total: int, seed: int, resamples: int) -> Iterator[Array]:
@@ -249,5 +237,8 @@ def _score(name: str, weighted: Array, weight: Array) -> Array:
 
 
 def _stretch(runs: int) -> float:
-    """What the spread of resampled means of ``runs`` runs lacks of a 95 % interval's."""
-    return float(np.sqrt(runs / (runs - 1)) * _T_OVER_Z[min(runs - 1, len(_T_OVER_Z)) - 1])
+    """What the spread of resampled means of ``runs`` runs lacks of an interval's: sqrt(R / (R - 1)) · t / z."""
+    from scipy.special import ndtri, stdtrit  # needed for several runs alone, and slow to import
+
+    upper = (1 + CONFIDENCE) / 2
+    return float(np.sqrt(runs / (runs - 1)) * stdtrit(runs - 1, upper) / ndtri(upper))

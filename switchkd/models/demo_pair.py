@@ -230,5 +230,5 @@ def _tensor_name(name: str) -> str:
 def _write_student(teacher: Path, student: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    whole = LlamaForCausalLM.from_pretrained(teacher, local_files_only=True, dtype="float32")
+    whole = LlamaForCausalLM.from_pretrained(teacher, local_files_only=True, dtype="float32", trust_remote_code=False)
     prune_layers(whole.eval(), STUDENT_LAYERS).save_pretrained(student)

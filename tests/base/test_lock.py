@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from tiny import retold, toy_examples
@@ -51,7 +52,9 @@ def holder(tmp_path):
 
 def check_second_writer(folder, pid):
     with (
-        pytest.raises(InUseError, match=f"is in use by process {pid} on {socket.gethostname()}, started 20"),
+        pytest.raises(
+            InUseError, match=f"is in use by process {pid} on {socket.gethostname()}, started 20.*; wait for it"
+        ),
         locked(folder),
     ):
         pass
@@ -108,7 +111,7 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("switchkd.base.lock.fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     file = tmp_path / LOCK
     file.write_text(json.dumps(left) if isinstance(left, dict) else left)
     if refused:
@@ -118,6 +121,60 @@ def test_without_locks_of_the_file_system_a_stale_lock_is_taken_over_or_explaine
     else:
         with locked(tmp_path):
             assert json.loads(file.read_text()) == owner()
+
+
+def test_where_nothing_locks_files_the_file_itself_is_the_lock(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.modules["fcntl"] = None
+        from pathlib import Path
+        from switchkd.base.lock import locked
+        with locked(Path({str(tmp_path / "run")!r})):
+            try:
+                with locked(Path({str(tmp_path / "run")!r})):
+                    print("two at a time")
+            except BlockingIOError as error:
+                print(error)
+    """
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "is in use by process" in said and "has no locks" in said and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def as_on_windows(monkeypatch):
+    """No open file is removed, and no flag keeps a link from being followed."""
+    unlink = Path.unlink
+
+    def of_closed_files(path, missing_ok=False):
+        if str(path) in [file.path for file in psutil.Process().open_files()]:
+            raise PermissionError(errno.EACCES, "in use by another process", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(lock, "_WINDOWS", True)
+    monkeypatch.setattr(Path, "unlink", of_closed_files)
+    monkeypatch.delattr(os, "O_NOFOLLOW")
+
+
+def test_on_windows_a_lock_is_removed_when_it_is_closed_unless_it_is_the_next_ones_by_then(tmp_path, as_on_windows):
+    with locked(tmp_path / "run"):
+        check_second_writer(tmp_path / "run", os.getpid())
+    assert not (tmp_path / "run").exists()
+    with ExitStack() as next_one, locked(tmp_path / "run"):
+        next_one.enter_context((tmp_path / "run" / LOCK).open())
+    assert (tmp_path / "run" / LOCK).exists()
+
+
+def test_on_windows_a_link_is_no_lock(tmp_path, as_on_windows):
+    (tmp_path / "thesis.txt").write_text("thesis")
+    (tmp_path / LOCK).symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(DiskError, match="is a link to"), locked(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "thesis"
+
+
+def test_the_owner_is_told_though_windows_lets_nobody_read_the_byte_that_is_locked(tmp_path):
+    (tmp_path / LOCK).write_text("?" + json.dumps(owner())[1:])
+    assert lock._owner(tmp_path / LOCK) == owner()
 
 
 # --- what has the name of a folder or lock, and is none ------------------------------------------------------------

@@ -22,8 +22,8 @@ TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]
 BUDGET = 10
 ENDS = Ends((5, 13, 14), 13)  # one event
 
-HEARS = "self.job.policy.spoke(self.job.policy.observe(decision.state, token), speaker)"
-STEP = "decision = self.job.policy.step(self.state, logq, logp, start + k)"
+HEARS = "self.policy.spoke(self.policy.observe(decision.state, token), speaker)"
+STEP = "decision = self.policy.step(self.state, logq, logp, start + k)"
 ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
 READ = "whole = [self.rows[row].tokens_of(who) for row in rows]"
 MUTANTS = {
@@ -53,23 +53,28 @@ MUTANTS = {
     "the state hears the draft": [
         ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
     ],
-    "the state does not hear who spoke": [(HEARS, "self.job.policy.observe(decision.state, token)")],
+    "the state does not hear who spoke": [(HEARS, "self.policy.observe(decision.state, token)")],
     "a text that the policy ends goes on": [("ends = told | ", "ends = "), ("bool(ends), self.job", "False, self.job")],
     "the policy is asked for the end before the token": [
-        ("told = self._spread(self.job.policy.ends(self.state))", "told = before"),
+        ("told = self._spread(self.policy.ends(self.state))", "told = before"),
         (
             "speaker = speakers(decision",
-            "before = self._spread(self.job.policy.ends(self.state))\n            speaker = speakers(decision",
+            "before = self._spread(self.policy.ends(self.state))\n            speaker = speakers(decision",
         ),
     ],
     "drafts and tokens from different cuts": [
         (
-            "return self._draw(self.job.policy.proposal(who, logs), noise)",
-            "return draw(logs, noise, self.job.sampling.temperature)",
+            "return self._draw(self.policy.proposal(who, logs), noise)",
+            "return draw(logs, noise, self.job.settings.sampling.temperature)",
         )
     ],
     "the decision sees what the cuts leave": [
-        (STEP, STEP.replace("logq, logp,", "self.job.sampling.shape(logq), self.job.sampling.shape(logp),"))
+        (
+            STEP,
+            STEP.replace(
+                "logq, logp,", "self.job.settings.sampling.shape(logq), self.job.settings.sampling.shape(logp),"
+            ),
+        )
     ],
     "a draft that broke a cache stays in it": [("self.models[who].clear_stale(b)", "pass")],
     "a row is given up for a draft behind it": [("if block.plan.block == 1:", "if True:")],
@@ -89,14 +94,16 @@ MUTANTS = {
     "policy sees the draft at another temperature": [("log_probs(logits[:, 0])", "log_probs(logits[:, 0], 0.8)")],
     "another temperature in the draft than reported": [
         (
-            "return self._draw(self.job.policy.proposal(who, logs), noise)",
-            "return draw(self.job.policy.proposal(who, logs), noise, 1.5 * self.job.sampling.temperature)",
+            "return self._draw(self.policy.proposal(who, logs), noise)",
+            "return draw(self.policy.proposal(who, logs), noise, 1.5 * self.job.settings.sampling.temperature)",
         )
     ],
     "drafts of the plain model where the policy sharpens it": [
-        ("return self._draw(self.job.policy.proposal(who, logs), noise)", "return self._draw(logs, noise)")
+        ("return self._draw(self.policy.proposal(who, logs), noise)", "return self._draw(logs, noise)")
     ],
-    "noise shared between rows": [("noise_key(self.job.seed, row.id,", "noise_key(self.job.seed, 0,")],
+    "noise shared between rows": [
+        ("noise_key(self.job.settings.seed, row.id,", "noise_key(self.job.settings.seed, 0,")
+    ],
     "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
     "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
     "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],

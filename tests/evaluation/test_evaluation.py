@@ -218,7 +218,7 @@ def test_evaluating_changes_neither_mode_nor_weights_nor_random_state(pair):
 
 
 def test_a_reference_that_cannot_be_scored_is_named_before_anything_is_decoded(pair, monkeypatch):
-    monkeypatch.setattr("switchkd.evaluation.evaluate.decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("switchkd.evaluation.evaluate.decode_job", lambda *_, **__: pytest.fail("decoded"))
     examples = [dataclasses.replace(e, references=("#### 3",)) for e in toy_examples(3)]
     examples[2] = dataclasses.replace(examples[2], references=("three",))
     with pytest.raises(DataError, match=rf"{examples[2].source}: task gsm8k: .*no '#### N'"):

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from switchkd import StudentOnly, decode
 from switchkd.base.errors import ConfigError, DataError
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.methods.sampling import Sampling
 
@@ -30,8 +31,10 @@ def engine(model, vocab_size=VOCAB, tokens=20):
 
 
 def generated(model, prompts=PROMPTS, **changes):
-    settings = {"max_new_tokens": 20, "eos_token_ids": EOS, "vocab_size": VOCAB, "batch_size": 4}
-    return complete_by_generate(model, prompts, **settings | changes)
+    told = {"eos_token_ids": EOS, "vocab_size": VOCAB}
+    told |= {name: changes.pop(name) for name in ("eos_token_ids", "vocab_size", "progress") if name in changes}
+    settings = {"max_new_tokens": 20, "batch_size": 4, "temperature": 0.0} | changes
+    return complete_by_generate(model, prompts, DecodeSettings(StudentOnly(), **settings), **told)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +131,7 @@ def test_cuts_leave_the_tokens_that_the_engines_do(cut):
     [
         ([[3], []], {}, DataError, "prompt 1 is empty"),
         ([[3] * 50], {}, DataError, "50 tokens .* 20 exceed the model's context of 64"),
-        ([[3]], {"max_new_tokens": 0}, ConfigError, "got 0 and 4"),
+        ([[3]], {"batch_size": 0}, ConfigError, "batch_size must be at least 1, got 0"),
         ([[3]], {"temperature": -1.0}, ConfigError, "got -1.0"),
     ],
 )

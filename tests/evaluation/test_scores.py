@@ -1,8 +1,15 @@
 """Scores against values worked out by hand from the official scripts and the papers, each beside what a near miss would say."""
 
+import os
+import subprocess
+import sys
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 from shutil import which
 
+import psutil
 import pytest
 
 from switchkd.base.errors import ConfigError, DataError
@@ -15,6 +22,8 @@ from switchkd.evaluation.scores import (
     math_equal,
     rouge,
 )
+
+ROOT = Path(__file__).parents[2]
 
 # --- ROUGE and exact match ----------------------------------------------------------------------------------------
 
@@ -232,7 +241,78 @@ def test_an_answer_that_would_take_for_ever_is_wrong_and_the_next_is_not(math_ve
     assert not checker.equal("$9^{9^{9^{9}}}$", "5")
     assert "more than 1 s" in caplog.text
     assert checker.equal("5", "5")
+    time.sleep(1.2)  # the limit is an answer's: waiting for the next question takes none of it
+    assert checker._process.poll() is None
     checker.close()
+
+
+def script(tmp_path, code):
+    """The command that runs ``code`` as a user's script, and which folder it is started in."""
+    (tmp_path / "script.py").write_text(code)
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {
+        "args": [sys.executable, str(tmp_path / "script.py")],
+        "cwd": tmp_path,
+        "env": os.environ | {"PYTHONPATH": paths},
+    }
+
+
+ASK = """
+from switchkd.evaluation.scores import math_equal
+print("runs", __name__, math_equal("$4+1$", "5"), flush=True)
+"""
+
+
+def test_a_script_without_a_guard_runs_once_and_its_folder_is_not_imported_from(math_verify, tmp_path):
+    (tmp_path / "sympy.py").write_text("raise SystemExit('own code ran')")
+    done = subprocess.run(**script(tmp_path, ASK), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("runs __main__ 100.0\n", "")
+
+
+def test_a_forked_child_has_a_process_of_its_own_and_its_end_is_not_its_parents(math_verify, tmp_path):
+    code = (
+        ASK
+        + """
+import os, sys
+from switchkd.evaluation.math_answers import checker
+process = checker()._process
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    if "asks" in sys.argv:
+        print("child", math_equal("6", "6"), checker()._process.pid != process.pid, flush=True)
+    sys.exit()
+print("again", math_equal("7", "7"), checker()._process is process and process.poll() is None)
+"""
+    )
+    for more in ([], ["asks"]):
+        command = script(tmp_path, code)
+        done = subprocess.run(**command | {"args": command["args"] + more}, capture_output=True, text=True, timeout=60)
+        child = "child 100.0 True\n" if more else ""
+        assert (done.stdout, done.stderr) == (f"runs __main__ 100.0\n{child}again 100.0 True\n", "")
+
+
+def test_an_expression_ends_in_time_though_its_asker_was_killed(math_verify, tmp_path):
+    code = """
+from switchkd.evaluation.math_answers import Checker
+checker = Checker(time_limit=2.0)
+checker.equal("5", "5")
+print(checker._process.pid, flush=True)
+checker.equal("$9^{9^{9^{9}}}$", "5")
+"""
+    with subprocess.Popen(**script(tmp_path, code), stdout=subprocess.PIPE, text=True) as asker:
+        process = psutil.Process(int(asker.stdout.readline()))
+        time.sleep(0.5)  # it is at work by then
+        asker.kill()
+    assert process.is_running()
+    for _ in range(200):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.1)
+                continue
+        return
+    process.kill()
+    pytest.fail("it goes on for ever")
 
 
 def test_a_checker_that_cannot_start_is_an_error_not_a_zero(math_verify, monkeypatch):

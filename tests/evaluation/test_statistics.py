@@ -1,6 +1,9 @@
 """Intervals against closed forms and simulation; pairing, weights, training seeds and ranks."""
 
 import math
+import subprocess
+import sys
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -165,6 +168,20 @@ def test_the_spread_of_training_seeds_widens_the_interval():
     assert estimate("x", runs).std == pytest.approx(np.std([r.values.mean() for r in runs.values()], ddof=1))
 
 
+@pytest.mark.parametrize(
+    (
+        "scores",
+        "reach",
+        "t",
+    ),  # how far the drawn mean is from the mean at the 97.5 % quantile; Student's t there, in closed form
+    [((0, 2), 1, math.tan(0.475 * math.pi)), ((0, 0, 3), 2, 0.95 / math.sqrt(2 * 0.975 * 0.025))],
+)
+def test_the_spread_of_two_and_three_runs_is_stretched_by_students_t(scores, reach, t):
+    runs = {seed: Values(np.full((1, 4), float(score))) for seed, score in enumerate(scores)}
+    stretch = math.sqrt(len(runs) / (len(runs) - 1)) * t / NormalDist().inv_cdf(0.975)
+    assert estimate("x", runs).high == pytest.approx(1 + reach * stretch, rel=1e-9)
+
+
 def test_the_answer_is_the_same_each_time_and_the_order_of_examples_does_not_matter():
     a, b = correlated(keyed(14), 150)
     order = keyed(15).permutation(150)
@@ -249,7 +266,11 @@ def test_which_end_of_a_score_is_the_better_one():
         ([1, 1, 2, 2], [1, 2, 1, 2], 0),
         ([7, 7, 7], [1, 2, 3], math.nan),
         ([1, math.nan, 2], [1, 2, 3], math.nan),
+        ([math.nan, math.nan], [1, 2], math.nan),
         ([], [], math.nan),
+        ([3], [4], math.nan),
+        ([1, math.inf, 2, -math.inf], [2, 4, 3, 1], 1),
+        ([math.inf, math.inf], [1, 2], math.nan),
     ],
 )
 def test_rank_correlation_with_ties_by_hand(x, y, rho):
@@ -266,3 +287,19 @@ def test_some_examples_alone_keep_their_weights():
     values = Values([[1.0, 2.0, 4.0]], [1.0, 2.0, 3.0])
     assert score("x", values.only(np.array([True, False, True]))) == (1.0 + 3.0 * 4.0) / 4.0
     assert score("x", values) == (1.0 + 2.0 * 2.0 + 3.0 * 4.0) / 6.0
+
+
+def test_help_and_a_score_of_one_run_do_not_wait_for_scipy():
+    code = """if True:
+        import sys
+        from switchkd.cli.main import main
+        from switchkd.evaluation.statistics import Values, estimate
+        estimate("x", Values([[1.0, 2.0]]))
+        try:
+            main(["--help"])
+        except SystemExit:
+            pass
+        sys.exit("scipy is imported" if "scipy" in sys.modules else None)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout.lower()

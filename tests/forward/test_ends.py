@@ -462,7 +462,7 @@ def test_scores_samples_and_replay_are_of_the_merged_law():
     assert means["forward_kl"] == pytest.approx(forward_kl(logp, logq).mean().item(), rel=1e-9)
     nll = -logq.gather(1, in_kept(written.tolist()).unsqueeze(1)).mean().item()
     assert means["perplexity"] == pytest.approx(np.exp(nll), rel=1e-9)
-    [rollout, *_] = decode_examples(pair, examples, {"policy": Switch(), "max_new_tokens": 8, "seed": 2}, range(6))
+    [rollout, *_] = decode_examples(pair, examples, DecodeSettings(Switch(), 8, seed=2), range(6))
     read = Reader(pair)
     found, again = trace(read, rollout), replayed(read(rollout), Switch(), rollout, 2)
     assert again["speakers"] == rollout.speakers
@@ -475,13 +475,14 @@ def test_generate_has_the_merged_law_too(seed):
     model = tiny_model("llama", seed)
     settings = {"max_new_tokens": 20, "eos_token_ids": MERGED, "vocab_size": VOCAB}
     rollouts = decode(model, model, PROMPTS, StudentOnly(), temperature=0, **settings)
-    assert complete_by_generate(model, PROMPTS, **settings) == [(r.completion_ids, r.stop_reason) for r in rollouts]
+    written = complete_by_generate(model, PROMPTS, DecodeSettings(StudentOnly(), 20, temperature=0.0), MERGED, VOCAB)
+    assert written == [(r.completion_ids, r.stop_reason) for r in rollouts]
 
 
 def test_generate_samples_the_merged_law():
     model = tiny_model("llama", 3, scale=4.0)
-    settings = {"max_new_tokens": 1, "temperature": 0.7, "seed": 4, "vocab_size": VOCAB, "batch_size": 5_000}
-    texts = complete_by_generate(model, [[3, 4]] * 10_000, eos_token_ids=MERGED, **settings)
+    settings = DecodeSettings(StudentOnly(), 1, temperature=0.7, seed=4, batch_size=5_000)
+    texts = complete_by_generate(model, [[3, 4]] * 10_000, settings, MERGED, VOCAB)
     with torch.no_grad():
         law = (MERGED.log_probs(model(torch.tensor([[3, 4]])).logits[0, -1]) / 0.7).softmax(-1)
     rate = torch.tensor([ids[0] for ids, _ in texts]).bincount(minlength=VOCAB) / len(texts)

@@ -6,6 +6,7 @@ from test_trainer import trainer
 from tiny import VOCAB, new_model, toy_examples, toy_pair
 
 from switchkd import Switch, decode, decode_reference
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.samples import Reader
@@ -15,6 +16,7 @@ from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import Head
 from switchkd.forward.modes import evaluating
 from switchkd.methods.mixes import Generated
+from switchkd.methods.policy import StudentOnly
 from switchkd.models.pruning import layer_influence
 from switchkd.teachers.asked import Teachers
 from switchkd.teachers.states import TeacherCache
@@ -47,7 +49,7 @@ USES = {
     "cache": lambda pair, folder: TeacherCache.build(pair, toy_examples(4), folder, "hidden"),
     "evaluate": lambda pair, folder: scores(pair),
     "read": lambda pair, folder: Reader(pair)(decode(pair.student, pair.teacher, [[3, 4]], Switch(), 4)[0]),
-    "generate": lambda pair, folder: complete_by_generate(pair.student, [[3, 4]], max_new_tokens=3),
+    "generate": lambda pair, folder: complete_by_generate(pair.student, [[3, 4]], DecodeSettings(StudentOnly(), 3)),
     "influence": lambda pair, folder: layer_influence(pair.student, [[3, 4, 5]]),
     "head": lambda pair, folder: Head.of(pair.student, VOCAB),
 }

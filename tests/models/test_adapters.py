@@ -41,6 +41,7 @@ from switchkd.forward.modes import head_inputs
 from switchkd.forward.proof import prove
 from switchkd.methods.mixes import Generated
 from switchkd.methods.objectives import ForwardKL
+from switchkd.methods.policy import StudentOnly
 from switchkd.models import adapters
 from switchkd.models.adapters import add_adapter, has_adapter, merged
 from switchkd.models.loading import load_model, load_tokenizer
@@ -324,11 +325,11 @@ def test_what_a_base_is_asked_once_is_what_the_base_loaded_alone_says(tmp_path, 
 
 def test_a_base_generates_as_the_base_loaded_alone():
     pair, plain = self_pair(), tiny_model("llama", 1)
-    arguments = dict(max_new_tokens=6, eos_token_ids=[], vocab_size=VOCAB)
+    arguments = DecodeSettings(StudentOnly(), 6, temperature=0.0), [], VOCAB
     pair.student.generation_config.repetition_penalty = 5.0  # a hub's own, which is put aside
-    written = complete_by_generate(pair.teacher, PROMPTS, **arguments)
-    assert written == complete_by_generate(plain, PROMPTS, **arguments)
-    assert written != complete_by_generate(pair.student, PROMPTS, **arguments)
+    written = complete_by_generate(pair.teacher, PROMPTS, *arguments)
+    assert written == complete_by_generate(plain, PROMPTS, *arguments)
+    assert written != complete_by_generate(pair.student, PROMPTS, *arguments)
     assert pair.student.generation_config.repetition_penalty == 5.0
 
 

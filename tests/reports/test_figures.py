@@ -138,7 +138,7 @@ def full(steps=24, seed=0):
     }  # fmt: skip
     metrics = rows(**{name: values.tolist() for name, values in own.items()})
     for m in metrics:
-        m |= {"switch/divergence_0+": 0.4, "switch/divergence_16+": 0.3}
+        m |= {"switch/divergence_0-10": 0.4, "switch/divergence_11-50": 0.3}
     for m in metrics[::8]:
         m |= {
             "eval/rouge_l": 20.0 + m["step"],
@@ -155,7 +155,7 @@ def test_a_report_has_the_curves_that_there_is_data_for():
         "loss", "scores", "divergence", "teacher_share", "first_switch", "agreement", "speed", "memory", "time",
     ]  # fmt: skip
     assert list(lines(made["divergence"].figure.axes[0])) == [
-        "divergence at positions 0 to 15", "divergence at positions 16 to 63", "threshold",
+        "divergence at positions 0-10", "divergence at positions 11-50", "threshold",
     ]  # fmt: skip
     assert [list(lines(axes)) for axes in made["scores"].figure.axes] == [
         ["rouge_l", "rouge_1"], ["forward_kl"],

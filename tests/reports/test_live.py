@@ -130,12 +130,12 @@ def test_play_says_why_a_row_cannot_be_decoded_and_when_it_fails_under_way(scree
     pair = toy_pair()
     example = dataclasses.replace(toy_examples()[0], prompt_ids=[VOCAB + 3])
     out = screen(True)
-    live.play(pair, example, DecodeSettings(**{"policy": Switch(), "max_new_tokens": 4}), 0)
+    live.play(pair, example, DecodeSettings(Switch(), 4), 0)
     assert "ids must lie in 0..22" in " ".join(out.getvalue().split())
     with torch.no_grad():
         pair.teacher.get_input_embeddings().weight[5] = math.nan
     out = screen(True)
-    live.play(pair, dataclasses.replace(example, prompt_ids=[5]), {"policy": Switch(), "max_new_tokens": 4}, 0)
+    live.play(pair, dataclasses.replace(example, prompt_ids=[5]), DecodeSettings(Switch(), 4), 0)
     assert "teacher's logits are not finite" in " ".join(out.getvalue().split())
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_commands_no_terminal(screen):
     decoder = SimpleNamespace(decode=lambda ids: "\x1b[2J" if ids == [3] else "")
     pair, out = dataclasses.replace(toy_pair(), tokenizer=decoder), screen(True)
     example = dataclasses.replace(toy_examples()[0], prompt_ids=[3])
-    live.play(pair, example, DecodeSettings(**{"policy": Switch(), "max_new_tokens": 2}), 0)
+    live.play(pair, example, DecodeSettings(Switch(), 2), 0)
     assert "␛[2J" in out.getvalue() and "\x1b[2J" not in out.getvalue()
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from tiny import byte_level_tokenizer
 
 from switchkd import Rollout
+from switchkd.base import terminal as terminal_module
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.evaluation.results import Evaluation
 from switchkd.evaluation.statistics import Estimate, Values
@@ -19,7 +20,7 @@ from switchkd.reports import tables as report
 def shown(monkeypatch, show, terminal=False, width=120):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, emoji=False, markup=False, highlight=False)
-    for module in (report, live, terminal):
+    for module in (report, live, terminal_module):
         monkeypatch.setattr(module, "console", console)
     show()
     return out.getvalue()
@@ -52,7 +53,7 @@ def test_a_failed_row_says_why(monkeypatch):
 
 def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere_unless_told_to_be_quiet(monkeypatch):
     def work(quiet=False):
-        with terminal.bar("train", 2, quiet) as bar:
+        with terminal_module.bar("train", 2, quiet) as bar:
             for step in (1, 2):
                 bar.advance(1, f"loss {step}")
                 bar.line(f"step {step}")

@@ -103,7 +103,7 @@ def test_each_row_is_written_by_its_own_teacher_in_the_order_of_the_examples(tmp
 
 def test_text_does_not_depend_on_the_company_of_other_teachers():
     pair, examples = pair_of_three(), routed(9)
-    settings = {"policy": MixIn(alpha=0.4), "max_new_tokens": 7, "seed": 2}
+    settings = DecodeSettings(MixIn(alpha=0.4), 7, seed=2)
     together = decode_examples(pair, examples, settings, [e.id for e in examples])
     for example, rollout in zip(examples, together, strict=True):
         [alone] = decode_examples(pair, [example], settings, [example.id])
