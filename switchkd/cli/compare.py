@@ -79,8 +79,7 @@ def compare(config: CompareConfig) -> None:
         )
     show(comparison)
     if config.output_dir:
-        written = write(comparison, Path(config.output_dir))
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, write(comparison, Path(config.output_dir))))}", soft_wrap=True)
 
 
 def report(config: ReportConfig) -> None:

@@ -82,8 +82,7 @@ def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> li
 
 
 def _decoding(config: Any, pair: Pair) -> DecodeSettings:
-    policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
-    return config.decoding(policy=policy, seed=config.seed)
+    return config.decoding(policy=config.policy.bind(pair.tokenizer, config.max_new_tokens), seed=config.seed)
 
 
 def play(config: PlayConfig) -> None:
