@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.base.settings import shipped
-from switchkd.cli import commands
+from switchkd.cli import train
 from switchkd.cli.commands import COMMANDS as CLI
-from switchkd.cli.main import main, parse
-from switchkd.cli.train import demo_settings
+from switchkd.cli.flags import parse
+from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
 from switchkd.methods.mixes import MIXES
 from switchkd.methods.objectives import OBJECTIVES
@@ -93,7 +93,8 @@ def pair(tmp_path_factory):
 def workplace(pair, tmp_path, monkeypatch):
     """A folder in which the demo is tiny, pair and run, hub names are the demo, and the data files of the docs exist."""
     short = {"max_new_tokens": 8, "eval_samples": 4, "eval_max_new_tokens": 8}
-    monkeypatch.setattr(commands, "demo_settings", lambda config: dataclasses.replace(demo_settings(config), **short))
+    settings = train.demo_settings
+    monkeypatch.setattr(train, "demo_settings", lambda config: dataclasses.replace(settings(config), **short))
     monkeypatch.setattr(demo_pair, "demo_pair_paths", lambda *_, **__: pair)
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -108,7 +109,7 @@ def typed(command):
     """Run a documented command line, shortened, with the demo in place of models from a hub."""
     words = [re.sub(r"^Qwen/.*", "demo", word) for word in shlex.split(command)]
     if words[1] == "lm-eval":  # its benchmarks come from a hub: the flags are read, and the run is there
-        assert Path(parse(CLI["lm-eval"][0], words[1:]).model_name_or_path, "student").is_dir(), command
+        assert Path(parse(CLI["lm-eval"].settings, words[1:]).model_name_or_path, "student").is_dir(), command
     elif words[0] in ("switchkd", "./run"):
         assert main([*words[1:], *SHORT[words[1]]]) == 0, command
     else:

@@ -1,4 +1,4 @@
-"""Runs `python -m switchkd.cli`."""
+"""`python -m switchkd.cli`: how child processes and torchrun start a command."""
 
 import sys
 

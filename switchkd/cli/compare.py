@@ -1,19 +1,16 @@
-"""TODO."""
+"""The commands on several runs: `compare`, `report` and `plot` look at runs that are there, and `study` makes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
-from switchkd.base.errors import ConfigError, DataError, nearest
-from switchkd.base.settings import Settings
+from switchkd.base.errors import ConfigError, DataError, SwitchKDError, nearest
+from switchkd.base.settings import Settings, shipped
 from switchkd.base.storage import write_file, write_output
-
-if TYPE_CHECKING:
-    pass
+from switchkd.base.terminal import bar, console
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,25 @@ class PlotConfig(Settings):
     """Folder of the figures."""
 
 
+@dataclass(frozen=True)
+class StudyConfig(Settings):
+    """Run a grid of methods, seeds, pairs and budgets, and compare them. Goes on where it was stopped."""
+
+    plan: tyro.conf.Positional[str] = "list"
+    """A plan's YAML file, or the name of one that ships with the package; `list` lists them."""
+    size: str = "small"
+    """Which of the plan's sizes."""
+    output_dir: str = ""
+    """Folder of runs and results; default studies/PLAN-SIZE."""
+    jobs: int = 1
+    """Runs at a time, each with its share of the cores."""
+    set: tuple[str, ...] = ()
+    """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
+    dry_run: bool = False
+    """List the runs and stop."""
+
+
 def compare(config: CompareConfig) -> None:
-    from switchkd.base.terminal import bar, console
     from switchkd.reports.compare import compare as compare_runs
     from switchkd.reports.tables import show, write
 
@@ -65,12 +79,10 @@ def compare(config: CompareConfig) -> None:
         )
     show(comparison)
     if config.output_dir:
-        written = write(comparison, Path(config.output_dir))
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, write(comparison, Path(config.output_dir))))}", soft_wrap=True)
 
 
 def report(config: ReportConfig) -> None:
-    from switchkd.base.terminal import bar, console
     from switchkd.reports.page import page
 
     if not config.runs:
@@ -84,7 +96,6 @@ def report(config: ReportConfig) -> None:
 
 
 def plot(config: PlotConfig) -> None:
-    from switchkd.base.terminal import console
     from switchkd.reports.figures import FIGURES, load_methods
     from switchkd.reports.tables import save_figure
 
@@ -104,3 +115,41 @@ def plot(config: PlotConfig) -> None:
         console.print(f"{name}: {written[-1]} and .svg. {notes}", soft_wrap=True)
     if not written:
         raise DataError("no figure could be drawn of these runs")
+
+
+def study(config: StudyConfig) -> None:
+    from switchkd.studies.plan import cells, load_plan, with_settings
+
+    if config.plan == "list":
+        for name in shipped("plans"):
+            plan = load_plan(name)
+            console.print(f"{name}: {plan.title} ({', '.join(plan.methods)})", soft_wrap=True)
+        return
+    plan = load_plan(config.plan)
+    size = with_settings(plan.sized(config.size), config.set)
+    output_dir = Path(config.output_dir or f"studies/{Path(config.plan).stem}-{config.size}")
+    grid = cells(plan, size, output_dir)
+    console.print(f"{plan.title}: {len(grid)} runs in {output_dir}", soft_wrap=True)
+    if config.dry_run:
+        for cell in grid:
+            console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
+        return
+    from switchkd.studies.check import check_study
+    from switchkd.studies.study import run_cells
+
+    check_study(plan, size, grid, output_dir)
+    with bar("study", len(grid)) as progress:
+
+        def done(line: str, seconds: float) -> None:
+            progress.advance(1)
+            console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
+
+        left = run_cells(grid, size, output_dir, config.jobs, done)
+    if left:
+        states = ", ".join(f"{name} {state}" for name, state in left.items())
+        raise SwitchKDError(
+            f"{len(left)} of {len(grid)} runs are not done ({states}): see {output_dir}/logs; the same command goes on"
+        )
+    from switchkd.studies.report import conclude
+
+    conclude(plan, size, grid, output_dir)

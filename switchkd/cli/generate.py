@@ -1,21 +1,21 @@
-"""TODO."""
+"""The commands that write text: `generate` completes prompts, `play` shows how one completion comes about."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.storage import write_output
+from switchkd.base.terminal import bar, console
 from switchkd.data.settings import DataConfig, with_date
-from switchkd.decoding.settings import DecodeConfig
+from switchkd.decoding.settings import DecodeConfig, DecodeSettings
 from switchkd.models.settings import ModelConfig
 
-if TYPE_CHECKING:
-    from switchkd.decoding.settings import DecodeSettings
 if TYPE_CHECKING:
     from switchkd.data.texts import TokenizedExample
     from switchkd.models.pair import Pair
@@ -46,7 +46,6 @@ class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.base.terminal import bar, console
     from switchkd.decoding.examples import decode_examples
     from switchkd.reports.live import cost_line, print_rollout
     from switchkd.runs.opening import open_pair
@@ -83,8 +82,7 @@ def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> li
 
 
 def _decoding(config: Any, pair: Pair) -> DecodeSettings:
-    policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
-    return config.decoding(policy=policy, seed=config.seed)
+    return config.decoding(policy=config.policy.bind(pair.tokenizer, config.max_new_tokens), seed=config.seed)
 
 
 def play(config: PlayConfig) -> None:
@@ -102,8 +100,6 @@ def play(config: PlayConfig) -> None:
 
 def _asked() -> Iterator[str]:
     """Prompts that are typed, until an empty one or the end of the input."""
-    try:
+    with suppress(EOFError):
         while prompt := input("prompt (empty to end): ").strip():
             yield prompt
-    except EOFError:
-        return

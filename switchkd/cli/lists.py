@@ -1,40 +1,14 @@
-"""TODO."""
+"""The commands that list what there is to choose from: `methods` the recipes, `tasks` what completions can be scored on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from switchkd.base.settings import Settings, shipped, to_dict
-from switchkd.reports.steps import settings_text
+from switchkd.base.terminal import console
 from switchkd.training.settings import TrainConfig, load_recipe
-
-if TYPE_CHECKING:
-    from switchkd.evaluation.tasks import Task
-    from switchkd.training.settings import TrainConfig
-if TYPE_CHECKING:
-    pass
-
-
-def method_table(recipes: dict[str, TrainConfig]) -> Table:
-    """The recipes by name: who writes, what is trained, on which text, and where the method is from."""
-    table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
-    for name, config in recipes.items():
-        rules = to_dict(config)
-        policy = settings_text(rules, "policy") if config.mix.generates else "–"
-        table.add_row(name, policy, settings_text(rules, "objective"), settings_text(rules, "mix"), config.method)
-    return table
-
-
-def task_table(tasks: Iterable[Task]) -> Table:
-    """The tasks by name: what is scored, the main score, where the data comes from by default, and the source."""
-    table = Table("task", "what is scored", "main score", "data by default", "source")
-    for task in tasks:
-        table.add_row(f"{task.name} ({task.version})", task.description, task.primary, task.hub or "–", task.source)
-    return table
 
 
 @dataclass(frozen=True)
@@ -48,13 +22,21 @@ class TasksConfig(Settings):
 
 
 def methods(config: MethodsConfig) -> None:
-    from switchkd.base.terminal import console
+    from switchkd.reports.steps import settings_text
 
-    console.print(method_table({name: load_recipe(str(file)) for name, file in shipped("recipes").items()}))
+    table = Table("recipe", "who writes", "what is trained", "on which text", "method and source", title_justify="left")
+    for name, file in shipped("recipes").items():
+        recipe: TrainConfig = load_recipe(str(file))
+        rules = to_dict(recipe)
+        policy = settings_text(rules, "policy") if recipe.mix.generates else "–"
+        table.add_row(name, policy, settings_text(rules, "objective"), settings_text(rules, "mix"), recipe.method)
+    console.print(table)
 
 
 def tasks(config: TasksConfig) -> None:
-    from switchkd.base.terminal import console
     from switchkd.evaluation.tasks import TASKS
 
-    console.print(task_table(TASKS.values()))
+    table = Table("task", "what is scored", "main score", "data by default", "source")
+    for task in TASKS.values():
+        table.add_row(f"{task.name} ({task.version})", task.description, task.primary, task.hub or "–", task.source)
+    console.print(table)

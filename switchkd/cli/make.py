@@ -1,15 +1,12 @@
-"""TODO."""
+"""The commands that make models: `prune` a student out of a model, `make-pair` a small teacher and student from nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from switchkd.base.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The demonstration: a method's recipe with the sizes of two cores."""
+"""The commands that train: `train` as a recipe says, `demo` in small; and `check`, which looks at what `train` would do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ from typing import TYPE_CHECKING
 
 from switchkd.base.errors import DataError
 from switchkd.base.settings import Settings
+from switchkd.base.terminal import bar, console
 from switchkd.training.settings import TrainConfig, load_recipe
 
 if TYPE_CHECKING:
     from switchkd.models.pair import Pair
+
+
+@dataclass(frozen=True)
+class DemoConfig(Settings):
+    """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
+
+    method: str = "switch"
+    """A name that `switchkd methods` lists."""
+    max_steps: int = 24
+    """Optimizer steps."""
+    output_dir: str | None = None
+    """The run directory; default runs/demo-METHOD, numbered if there is one already."""
+    seed: int = 0
+    """Key of all randomness."""
 
 
 def train(config: TrainConfig) -> None:
@@ -22,19 +37,7 @@ def train(config: TrainConfig) -> None:
     distil(config)
 
 
-def demo(config: DemoConfig) -> None:
-    from switchkd.base.terminal import console
-    from switchkd.runs.distil import distil
-
-    settings = demo_settings(config)
-    console.print(
-        f"{config.method}: SmolLM2-135M to 81M on GSM8K, {settings.max_steps} steps, into {settings.output_dir}"
-    )
-    distil(settings)
-
-
 def check(config: TrainConfig) -> None:
-    from switchkd.base.terminal import console
     from switchkd.models.loading import default_device
     from switchkd.models.settings import with_dtypes
     from switchkd.runs.opening import open_pair
@@ -49,7 +52,6 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_records(path: Path, pair: Pair) -> None:
-    from switchkd.base.terminal import bar, console
     from switchkd.reports.record import RunRecord
     from switchkd.runs.heldout import load_heldout
     from switchkd.runs.opening import load_train
@@ -70,41 +72,24 @@ def _check_records(path: Path, pair: Pair) -> None:
         )
 
 
-@dataclass(frozen=True)
-class DemoConfig(Settings):
-    """Distil a real 81M student from a real 135M teacher on this machine, no hub needed."""
+def demo(config: DemoConfig) -> None:
+    from switchkd.runs.distil import distil
 
-    method: str = "switch"
-    """A name that `switchkd methods` lists."""
-    max_steps: int = 24
-    """Optimizer steps."""
-    output_dir: str | None = None
-    """The run directory; default runs/demo-METHOD, numbered if there is one already."""
-    seed: int = 0
-    """Key of all randomness."""
+    settings = demo_settings(config)
+    steps = f"{settings.max_steps} steps, into {settings.output_dir}"
+    console.print(f"{config.method}: SmolLM2-135M to 81M on GSM8K, {steps}")
+    distil(settings)
 
 
 def demo_settings(config: DemoConfig) -> TrainConfig:
     """The method's recipe with the sizes of a demonstration on two cores."""
     recipe: TrainConfig = load_recipe(config.method)
     return dataclasses.replace(
-        recipe,
-        template="chat",
-        max_prompt_length=160,
-        max_completion_length=128,
-        max_new_tokens=min(64, recipe.max_new_tokens),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        learning_rate=5e-4,
-        warmup_steps=4,
-        max_steps=config.max_steps,
-        eval_samples=32,
-        eval_max_new_tokens=64,
-        sample_steps=6,
-        save_steps=12,
-        seed=config.seed,
-        output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
-    )
+        recipe, template="chat", max_prompt_length=160, max_completion_length=128, seed=config.seed,
+        max_new_tokens=min(64, recipe.max_new_tokens), per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        learning_rate=5e-4, warmup_steps=4, max_steps=config.max_steps, eval_samples=32, eval_max_new_tokens=64,
+        sample_steps=6, save_steps=12, output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
+    )  # fmt: skip
 
 
 def _unused(folder: str) -> str:

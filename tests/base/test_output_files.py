@@ -12,7 +12,8 @@ from tiny import byte_level_tokenizer, pair_on_disk, save_llama
 
 from switchkd.base.errors import DiskError
 from switchkd.base.storage import staged_file, staged_folder, write_file, write_output
-from switchkd.cli.main import main, parse
+from switchkd.cli.flags import parse
+from switchkd.cli.main import main
 from switchkd.evaluation.results import write_results
 from switchkd.models.vocabulary import save_tokenizer
 from switchkd.reports.tables import save_figure

@@ -215,7 +215,7 @@ def test_a_reader_that_leaves_hears_no_complaint_at_the_interpreters_end():
     """Python flushes once more when it ends, and would say that this failed."""
     read, write = os.pipe()
     os.close(read)
-    command, buffered = [sys.executable, "-m", "switchkd.cli.main", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
+    command, buffered = [sys.executable, "-m", "switchkd.cli", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

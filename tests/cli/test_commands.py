@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from switchkd import StudentOnly, TeacherOnly
 from switchkd.cli.commands import COMMANDS
 from switchkd.cli.evaluate import EvaluateConfig
+from switchkd.cli.flags import parse
 from switchkd.cli.generate import GenerateConfig, PlayConfig
-from switchkd.cli.main import main, parse
+from switchkd.cli.main import main
 from switchkd.cli.train import DemoConfig, demo_settings
 from switchkd.training.settings import load_recipe
 
@@ -104,11 +105,11 @@ def test_the_student_opens_with_nothing_of_ours(run, place):
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(run, place, tmp_path):
     output = tmp_path / "again"
     code = (
-        "import sys; from switchkd.cli import main as cli; from switchkd.training import trainer\n"
+        "import sys; from switchkd.cli.main import main; from switchkd.training import trainer\n"
         "save = trainer.Trainer.save\n"
         "def stop(self):\n    save(self)\n    if self.step == 2: raise KeyboardInterrupt\n"
         "trainer.Trainer.save = stop\n"
-        "sys.exit(cli.main())"
+        "sys.exit(main())"
     )
     arguments = ["train", "switch", *flags(place, SMALL), "--max-steps", "3", "--save-steps", "1"]
     arguments += ["--output-dir", str(output)]
@@ -134,7 +135,7 @@ def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path
         f"error: {file} is damaged: it is not as it was written; there is checkpoint-2: give --resume-from, or --resume for the "
         "newest that is whole\n"
     )
-    again = [sys.executable, "-m", "switchkd.cli.main", "train", str(output), "--resume"]
+    again = [sys.executable, "-m", "switchkd.cli", "train", str(output), "--resume"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.splitlines() == [
         f"warning: {file} is damaged: it is not as it was written. The run goes on from {output / 'checkpoint-2'}",
@@ -195,7 +196,7 @@ def test_a_run_without_a_student_is_refused_and_its_first_student_never_taken_fo
     checkpoint = unfinished / "checkpoint-3"
     words = f"{unfinished} has no student yet; finish it with `switchkd train {unfinished} --resume`"
     assert f"{words}, or name a checkpoint's student instead: --student {checkpoint}\n" in capsys.readouterr().err
-    config = parse(COMMANDS[command][0], [command, str(unfinished), f"--student={checkpoint}"])
+    config = parse(COMMANDS[command].settings, [command, str(unfinished), f"--student={checkpoint}"])
     assert config.student_model_name_or_path == str(checkpoint)
 
 
@@ -331,7 +332,7 @@ def test_bad_input_is_explained_and_writes_nothing(place, tmp_path, capsys, name
     "arguments,code,words",
     [
         ([], 2, "usage"),
-        (["--help"], 0, "commands:"),
+        (["--help"], 0, "train and look:"),
         (["trian"], 1, "did you mean 'train'"),
         (["train", "swich"], 1, "did you mean 'switch'"),
         (["train", "--learning-rte", "1"], 2, "--learning-rate"),
@@ -345,7 +346,7 @@ def test_bad_input_is_explained_and_writes_nothing(place, tmp_path, capsys, name
 def test_usage(arguments, code, words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "switchkd.cli.main", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "switchkd.cli", *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == code
     assert words in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import pytest
 from switchkd.base.errors import DataError, ModelError
 from switchkd.base.storage import expanded
 from switchkd.cli.compare import CompareConfig
-from switchkd.cli.main import parse
+from switchkd.cli.flags import parse
 from switchkd.data import lines
 from switchkd.data.examples import load_examples
 from switchkd.data.texts import load_text

@@ -199,14 +199,14 @@ def test_a_run_without_trackers_writes_none(settings, tmp_path):
 
 STOPPED = """
 import sys
-from switchkd import cli
+from switchkd.cli.main import main
 from switchkd.runs.tracking import Trackers
 log = Trackers.log
 def stop(self, values, step):
     log(self, values, step)
     if step == 3: raise KeyboardInterrupt
 Trackers.log = stop
-sys.exit(cli.main())
+sys.exit(main())
 """
 
 
@@ -215,7 +215,7 @@ def stop_and_resume(settings, folder, tracker, **environment):
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(to_dict(dataclasses.replace(settings, output_dir=str(folder / "run")))))
     for code, arguments in ((130, []), (0, ["--resume"])):
-        start = ["-c", STOPPED] if code else ["-m", "switchkd.cli.main"]
+        start = ["-c", STOPPED] if code else ["-m", "switchkd.cli"]
         done = subprocess.run(
             [sys.executable, *start, "train", str(recipe), "--report-to", tracker, *arguments],
             env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=300,

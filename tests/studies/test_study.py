@@ -98,7 +98,7 @@ def test_a_study_passes_a_signal_on_and_goes_on_where_it_was_stopped(plan, tmp_p
     command = [
         sys.executable,
         "-m",
-        "switchkd.cli.main",
+        "switchkd.cli",
         *arguments,
         "--set",
         "max_steps=100000",

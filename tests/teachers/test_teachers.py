@@ -15,8 +15,9 @@ from switchkd import TeacherOnly, decode, decode_reference, load_pair
 from switchkd.base.errors import CheckpointError, ConfigError, DataError, ModelError, VocabularyError
 from switchkd.base.settings import from_dict, to_dict
 from switchkd.cli.evaluate import EvaluateConfig
+from switchkd.cli.flags import parse
 from switchkd.cli.generate import GenerateConfig
-from switchkd.cli.main import main, parse
+from switchkd.cli.main import main
 from switchkd.data.examples import Example, load_examples
 from switchkd.data.formats import Message
 from switchkd.data.texts import by_teacher, tokenize

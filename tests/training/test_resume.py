@@ -375,7 +375,7 @@ import os, shutil, signal, sys, time
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
-from switchkd.cli import main
+from switchkd.cli.main import main
 from switchkd.training.checkpoint import checkpoints, step_of
 from pathlib import Path
 run, deaths, until = Path({run!r}), 0, time.monotonic() + 400

@@ -29,7 +29,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from switchkd import cli, runs
+from switchkd import runs
+from switchkd.cli.main import main
 from switchkd.training import processes, trainer
 from switchkd.base import signals
 from switchkd.training.trainer import Trainer
@@ -56,7 +57,7 @@ def in_the_third_step():
 
 Trainer.save, Trainer.train_step = noted, eventful
 {plot}
-sys.exit(cli.main(["train", str(folder / "recipe.yaml")]))
+sys.exit(main(["train", str(folder / "recipe.yaml")]))
 """
 # The launcher is told, and tells both.
 LAUNCHER = """

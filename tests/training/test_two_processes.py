@@ -222,7 +222,7 @@ def test_a_run_by_two_processes_with_half_a_student_each_is_scored_and_saved_who
         "--nproc-per-node=2",
         "--standalone",
         "-m",
-        "switchkd.cli.main",
+        "switchkd.cli",
     ]
     own = ["--per-device-train-batch-size", "2", "--output-dir", str(two)]
     done = subprocess.run([*launch, *arguments, *own], capture_output=True, text=True, timeout=240, cwd=TESTS.parent)

@@ -1,0 +1,253 @@
+"""What the command line says of itself, what a shell completes, and what the words before and among the flags mean."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import switchkd
+from switchkd import AdaSwitch, StudentOnly
+from switchkd.base.errors import ConfigError
+from switchkd.cli import flags
+from switchkd.cli.commands import COMMANDS, GROUPS, LASTING, NOT_FROM_RECIPE, OF_A_RUN, TAKE_RECIPE
+from switchkd.cli.flags import parse
+from switchkd.cli.main import main
+from switchkd.methods.rules import NOUNS
+from switchkd.training.settings import TrainConfig, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def said(capfd, *arguments):
+    """What a command line prints that ends without an error."""
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert not code
+    return capfd.readouterr().out
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_with_its_summary_in_its_group(capfd):
+    paragraphs = said(capfd, "--help").split("\n\n")
+    for title, group in GROUPS.items():
+        [lines] = [part.splitlines()[1:] for part in paragraphs if part.startswith(f"{title}:\n")]
+        assert [line.split(maxsplit=1) for line in lines] == [
+            [name, command.summary] for name, command in group.items()
+        ]
+
+
+def test_version(capfd):
+    assert said(capfd, "--version") == f"switchkd {switchkd.__version__}\n" == "switchkd 0.1.0\n"
+
+
+def test_what_the_table_says_of_a_command_is_said_of_one_that_is_there():
+    assert {*TAKE_RECIPE, *LASTING, *NOT_FROM_RECIPE, *OF_A_RUN} <= COMMANDS.keys()
+    for name, settings in {**NOT_FROM_RECIPE, **OF_A_RUN}.items():
+        assert {*settings} <= COMMANDS[name].settings.__dataclass_fields__.keys()
+
+
+def boxes(text):
+    """The boxes of a command's help by their titles, each as one line."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("╭"):
+            title = line.strip("╭╮─ ")
+            found[title] = ""
+        elif line.startswith("│"):
+            found[title] += line.strip("│ ") + " "
+    return {title: " ".join(words.split()) for title, words in found.items()}
+
+
+def test_the_help_of_train_names_the_rules_and_has_the_settings_in_groups(capfd):
+    found = boxes(said(capfd, "train", "--help"))
+    assert list(found) == [
+        "positional arguments", "options", "model options", "data options", "decoding options", "evaluation options",
+        "training options", "policy options", "objective options", "mix options",
+    ]  # fmt: skip
+    for noun, group in (("policy", "decoding"), ("objective", "training"), ("mix", "training")):
+        [listed] = re.findall(rf"--{noun} \{{(.*?)\}}", found[f"{group} options"])
+        assert re.split(r",\s*", listed) == list(NOUNS[noun][1])
+    assert "--lora-r INT Rank of the adapter." in found["model options"]
+    assert (
+        "--eval-samples INT Held-out examples to evaluate on, the first of the file; -1 takes all, 0 none."
+        in (found["evaluation options"])
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_setting_of_a_command_stands_in_its_help_with_its_text(name, capfd):
+    text = said(capfd, name, "--help")
+    words, settings = " ".join(boxes(text).values()), COMMANDS[name].settings
+    for setting, (_, about) in flags._groups_and_texts(settings).items():
+        flag = setting.replace("_", "-")
+        assert f"--{flag}" in text or f"[{flag.upper()}]" in text
+        assert about and about in words, setting
+    assert len(flags._groups_and_texts(settings)) == len(settings.__dataclass_fields__)
+
+
+def test_help_after_a_recipe_has_its_defaults_and_its_rules(capfd):
+    found = boxes(said(capfd, "train", "adaswitch", "--objective", "jsd", "--help"))
+    assert "my_module:MyRule. (default: adaswitch)" in found["decoding options"]
+    assert "--policy.ratio FLOAT" in found["policy options"] and "--objective.beta FLOAT" in found["objective options"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], ("torch", "transformers", "numpy", "tyro", "switchkd.training.settings")),
+        (["--version"], ("torch", "transformers", "numpy", "tyro", "switchkd.training.settings")),
+        (["train", "--help"], ("torch", "transformers", "numpy")),
+        (["evaluate", "adaswitch", "--help"], ("torch", "transformers", "numpy")),
+        (["compare", "--help"], ("torch", "transformers", "numpy")),
+    ],
+)
+def test_help_loads_none_of_the_heavy_libraries(arguments, absent):
+    code = (
+        "import sys; from switchkd.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    loaded = done.stderr.split()
+    assert done.returncode == 0 and done.stdout and "switchkd.cli.main" in loaded
+    assert not set(absent) & set(loaded)
+
+
+# --- completion ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory):
+    """A function that says what bash completes the last of some words with."""
+    if not shutil.which("bash"):
+        pytest.skip("no bash")
+    script = tmp_path_factory.mktemp("completion") / "switchkd.sh"
+    with pytest.raises(SystemExit):
+        main(["--tyro-write-completion", "bash", str(script)])
+    code = (
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()\n'
+        '[[ $(complete -p switchkd) =~ -F\\ ([^ ]+) ]] && "${BASH_REMATCH[1]}" && printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    # The script asks for python3; that of the tests is one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def completed(*words):
+        command = ["bash", "--norc", "-c", code, "bash", str(script), "switchkd", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
+        assert not done.stderr
+        return done.stdout.split()
+
+    return completed
+
+
+def test_bash_completes_commands(bash):
+    assert set(bash("")) == {*COMMANDS, "-h", "--help"}
+    assert bash("tra") == ["train"] and set(bash("m")) == {"make-pair", "methods"}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["train", "--learning-r"], ["--learning-rate"]),
+        (["train", "adaswitch", "--learning-r"], ["--learning-rate"]),
+        (["train", "--policy", "ada"], ["adaswitch"]),
+        (["evaluate", "runs/mine", "--policy", "teach"], ["teacher_only"]),
+        (["train", "--objective", "skew"], [name for name in NOUNS["objective"][1] if name.startswith("skew")]),
+        (["train", "--template", "al"], ["alpaca"]),
+        (["make-pair", "--scale", ""], ["full", "tiny"]),
+        (["compare", "--b"], ["--baseline"]),
+    ],
+)
+def test_bash_completes_flags_and_their_values(bash, words, found):
+    assert found and bash(*words) == found
+
+
+@pytest.mark.parametrize("shell", flags.SHELLS)
+def test_other_shells_have_their_script(shell, capfd):
+    script = said(capfd, "--tyro-print-completion", shell)
+    assert "make-pair" in script and "--learning-rate" in script
+
+
+def test_an_unknown_shell_is_explained(capfd):
+    assert main(["--tyro-print-completion", "bsh"]) == 1
+    assert "no script for the shell 'bsh'; did you mean 'bash'" in capfd.readouterr().err
+
+
+# --- words before and among the flags -----------------------------------------------------------------------------------
+
+MY_RULE = """
+from dataclasses import dataclass
+from switchkd import AdaSwitch
+
+@dataclass(frozen=True)
+class Patient(AdaSwitch):
+    patience: int = 2
+    \"\"\"how often it looks away\"\"\"
+"""
+
+
+def test_a_rule_of_ones_own_is_named_by_its_path_and_its_settings_are_flags(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("rule_of_my_own.py").write_text(MY_RULE)
+    named = ["train", "kd", "--policy", "rule_of_my_own:Patient"]
+    policy = parse(TrainConfig, [*named, "--policy.patience", "4", "--policy.ratio", "2"]).policy
+    assert (type(policy).__name__, policy.patience, policy.ratio) == ("Patient", 4, 2.0)
+    found = boxes(said(capfd, *named, "--help"))
+    assert "relay,rule_of_my_own:Patient}" in re.sub(r",\s*", ",", found["decoding options"])
+    assert "--policy.patience INT how often it looks away" in found["policy options"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--policy", "adaswitch"], ["--policy=adaswitch"], ["--policy", "skd", "--policy", "adaswitch"]]
+)
+def test_the_last_rule_that_is_named_is_taken_with_its_settings(words):
+    assert parse(TrainConfig, ["train", "kd", *words, "--policy.window", "7"]).policy == AdaSwitch(window=7)
+
+
+def test_settings_that_are_right_together_may_be_given_together():
+    """MiniLLM's weights undo a mix-in; text that the student wrote alone needs none."""
+    config = parse(TrainConfig, ["train", "minillm", "--policy", "student_only", "--objective.alpha", "0"])
+    assert config.policy == StudentOnly() and config.objective.alpha == 0
+
+
+def test_settings_that_contradict_each_other_are_wrong_usage(capfd):
+    with pytest.raises(SystemExit, match="2"):
+        parse(TrainConfig, ["train", "kd", "--objective", "minillm"])
+    assert capfd.readouterr().err.startswith("error: minillm weighs text back")
+
+
+def test_flags_win_over_the_recipe_and_may_be_written_with_underscores():
+    config = parse(TrainConfig, ["train", "adaswitch", "--learning_rate", "0.5", "--teacher=a", "--no_repeatable"])
+    recipe = load_recipe("adaswitch")
+    assert (config.learning_rate, config.teacher_model_name_or_path, config.repeatable) == (0.5, "a", False)
+    assert (config.policy, config.objective, config.max_new_tokens) == (
+        recipe.policy,
+        recipe.objective,
+        recipe.max_new_tokens,
+    )
+
+
+def test_a_recipe_after_the_flags_is_not_silently_left_out():
+    with pytest.raises(
+        ConfigError, match="'adaswitch' is a recipe or a run if it comes first: switchkd train adaswitch …"
+    ):
+        parse(TrainConfig, ["train", "--seed", "3", "adaswitch"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_without_words_has_the_defaults_of_its_settings(name):
+    assert parse(COMMANDS[name].settings, [name]) == COMMANDS[name].settings()
+
+
+def test_the_package_starts_a_command_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "switchkd.cli", "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and "did you mean 'train'" in done.stderr
