@@ -12,6 +12,7 @@ CONTENDERS = {
     "decode": {"plain loop", "block engine", "generate", "assisted generate", "block engine, student drafts"},
     "step": {"switchkd on-policy", "switchkd SWITCH", "switchkd AdaSwitch", "TRL GKDTrainer"},
     "memory": {"dense", "switchkd", "TRL GKD", "TRL chunked", "Liger chunked"},
+    "decode_memory": {"block engine"},
     "methods": {"plain loop", "block engine"},
     "evaluate": {"generate", "engine"},
     "scaling": {"1", "2", "4", "auto", "0.0", "0.1", "60"},
@@ -24,7 +25,7 @@ def test_quick_run_writes_every_contender(name, tmp_path, monkeypatch):
     program = import_module(f"benchmarks.{name}")
     if name in ("step", "memory"):  # peers count as absent, so that the test is the same on every machine
         monkeypatch.setattr(program, "installed", lambda package: package == "torch")
-    if name == "memory":  # a process of its own would import everything once more
+    if name in ("memory", "decode_memory"):  # a process of its own would import everything once more
         monkeypatch.setattr(program, "in_own_process", lambda *cell: program.peak(*cell, threads=1))
     arguments = ["--quick", "--repeats", "1", "--device", "cpu", "--output", str(tmp_path)]
     assert program.main(arguments) == 0

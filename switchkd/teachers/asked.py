@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchkd.data.texts import Text, by_teacher, collate
-from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import evaluating
+from switchkd.data.texts import Text, by_teacher
+from switchkd.forward.head import Scorer
 from switchkd.models.pair import Pair
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
@@ -18,11 +17,9 @@ class Teachers:
     """The teachers of a pair, on ``device``."""
 
     def __init__(self, pair: Pair, device: torch.device):
-        self.pair, self.device = pair, device
-        self._heads = {
-            name: Head.of(teacher.to(device), pair.vocab_size, pair.ends)
-            for name, teacher in pair.named_teachers.items()
-        }
+        self.device = device
+        named = pair.named_teachers.items()
+        self._scorers = {name: Scorer(model.to(device), pair.vocab_size, pair.ends) for name, model in named}
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Teacher:
@@ -40,12 +37,10 @@ class Teachers:
 
     def _states(self, name: str, rows: Rows) -> TeacherStates:
         """What a teacher says of its rows: kept if it has read every one before, else it reads them now."""
+        scorer = self._scorers[name]
         known = [row.said for row in rows if isinstance(row.said, Tensor)]
         if len(known) == len(rows):
             hidden = torch.cat([states.to(self.device) for states in known])
         else:
-            batch = collate([(row.teacher_reads, row.completion_ids) for row in rows])
-            teacher = self.pair.teacher_named(name)
-            with evaluating(teacher):  # whoever made the pair may have left it training
-                hidden = response_hidden(teacher, batch.to(self.device))
-        return TeacherStates(self._heads[name], hidden)
+            hidden = scorer.hidden([(row.teacher_reads, row.completion_ids) for row in rows])
+        return TeacherStates(scorer.head, hidden)

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, NonFiniteError, nearest
-from switchkd.data.texts import TokenizedExample, collate
-from switchkd.forward.head import Head, response_hidden, sizes_on
-from switchkd.forward.modes import evaluating
+from switchkd.data.texts import TokenizedExample
+from switchkd.forward.head import Head, Scorer, sizes_on
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
 from switchkd.teachers.store import Header, Part, Progress, Store, fingerprint
@@ -80,10 +79,14 @@ class TeacherCache:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        recorder = cache(partial(_recorder, pair, kind, top_k))  # asked for when the first part is made
+
+        @cache  # asked for when the first part is made
+        def scorer() -> Scorer:
+            return Scorer(pair.teacher, pair.vocab_size, pair.ends)
 
         def made(places: range) -> bytes:
-            return save(_read_teacher(pair, examples[places.start : places.stop], recorder(), batch_size))
+            part, record = examples[places.start : places.stop], _recorder(scorer(), kind, top_k)
+            return save(_read_teacher(scorer(), part, record, batch_size))
 
         return _opened(kind, examples, _store(pair, examples, folder, kind, top_k).fill(made, progress))
 
@@ -169,12 +172,12 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
 # --- what the teacher says ----------------------------------------------------------------------------------------
 
 
-def _recorder(pair: Pair, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str, Tensor]]:
+def _recorder(scorer: Scorer, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str, Tensor]]:
     """What is kept of hidden states ``[N, H]``: tensors ``[N, …]`` on the host, by name."""
     if kind == "hidden":
-        dtype = pair.teacher.get_output_embeddings().weight.dtype
+        dtype = scorer.head.linear.weight.dtype
         return lambda hidden: {"hidden": hidden.to(dtype).cpu()}
-    return partial(_largest, Head.of(pair.teacher, pair.vocab_size, pair.ends), top_k)
+    return partial(_largest, scorer.head, top_k)
 
 
 def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
@@ -187,22 +190,20 @@ def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _read_teacher(
-    pair: Pair, examples: Sequence[TokenizedExample], record: Callable[[Tensor], dict[str, Tensor]], batch_size: int
+    scorer: Scorer, examples: Sequence[TokenizedExample], record: Callable[[Tensor], dict[str, Tensor]], batch_size: int
 ) -> dict[str, Tensor]:
     """The tensors of one part: what is kept of all examples' completion positions, end to end."""
-    teacher = pair.teacher
-    nothing = record(teacher.get_output_embeddings().weight[:0])  # no tokens: of the right dtypes and shapes
+    nothing = record(scorer.head.linear.weight[:0])  # no tokens: of the right dtypes and shapes
     kept = [nothing] * len(examples)
-    with evaluating(teacher):
-        for places in _batches(examples, batch_size):
-            signals.check()
-            rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
-            tensors = record(response_hidden(teacher, collate(rows).to(teacher.device)))
-            lengths = [len(completion) for _, completion in rows]
-            by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
-            for place, parts in zip(places, by_row, strict=True):
-                kept[place] = dict(zip(tensors, parts, strict=True))
-                _check_finite(kept[place], examples[place])
+    for places in _batches(examples, batch_size):
+        signals.check()
+        rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
+        tensors = record(scorer.hidden(rows))
+        lengths = [len(completion) for _, completion in rows]
+        by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
+        for place, parts in zip(places, by_row, strict=True):
+            kept[place] = dict(zip(tensors, parts, strict=True))
+            _check_finite(kept[place], examples[place])
     return {name: torch.cat([part[name] for part in kept]) for name in nothing}
 
 
