@@ -203,7 +203,7 @@ def killed_stores(straight):
         there = {name: straight[name] for name in names[:count]}
         yield there
         if count < len(names):
-            for share in (0, 1, len(straight[names[count]]) // 2, len(straight[names[count]])):
+            for share in (0, len(straight[names[count]]) // 2):
                 yield there | {f".{names[count]}.switchkd-{'0' * 32}": straight[names[count]][:share]}
     for name in names[1:]:
         yield {other: straight[other] for other in names if other != name}
@@ -667,15 +667,18 @@ def test_a_signal_ends_the_work_between_two_batches_and_it_is_gone_on_from(tmp_p
 def test_killed_in_any_file_operation_it_goes_on_to_the_straight_store(tmp_path, monkeypatch, small_parts, kind):
     """What stands under its own name after the kill is whole."""
     monkeypatch.setattr(teacher_store, "locked", lambda *_, **__: nullcontext(lambda: None))  # which has its own tests
-    pair, examples = toy_pair(), ragged()
+    pair, examples = toy_pair(), toy_examples(5)
 
     def work(folder):
-        return texts(folder, pair, examples) if kind == "texts" else build(folder, "hidden", pair, examples)
+        if kind == "texts":
+            texts(folder, pair, examples, batch_size=1, max_new_tokens=1)
+        else:
+            build(folder, "hidden", pair, examples)
 
     with Faults().installed() as faults:
         work(tmp_path / "straight")
     straight = files(tmp_path / "straight")
-    assert faults.count > 4 * len(straight) > 8
+    assert faults.count > 4 * len(straight) >= 12
     for at in range(1, faults.count + 1):
         folder = tmp_path / str(at)
         with pytest.raises(Killed), Faults(at, KILL).installed():
