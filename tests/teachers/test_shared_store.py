@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = ["tests", "tests/teachers"]
+sys.path[:0] = ["tests", *map(str, Path("tests").iterdir())]
 from test_teacher_store import build, texts
 from tiny import toy_pair
 from switchkd.base import storage
