@@ -128,11 +128,8 @@ def tokenize(
     bad = BadRows("examples") if bad is None else bad  # one without rows counts as false
     teacher_reads = _teacher_prompts(examples, encode, teacher_prompt)
     for example, ids, teacher_ids in zip(examples, encode.each(examples), teacher_reads, strict=True):
-        if isinstance(ids, DataError):
-            bad.add(example.source, ids)
-            continue
-        if isinstance(teacher_ids, DataError):
-            bad.add(example.source, teacher_ids)
+        if isinstance(ids, DataError) or isinstance(teacher_ids, DataError):
+            bad.add(example.source, next(each for each in (ids, teacher_ids) if isinstance(each, DataError)))
             continue
         prompt_ids, completion_ids = ids
         if len(prompt_ids) > max_prompt_length:
@@ -145,36 +142,38 @@ def tokenize(
             raise ConfigError(_stops_nothing(example.source, completion_ids[-1], eos_token_ids, tokenizer))
         else:
             cut = completion_ids[:max_completion_length]
-            truncated = len(cut) < len(completion_ids)
-            kept.append(
-                TokenizedExample(
-                    example.id,
-                    prompt_ids,
-                    cut,
-                    [REFERENCE] * len(cut),
-                    example.references,
-                    truncated,
-                    example.source,
-                    teacher_prompt_ids=teacher_ids,
-                    teacher=example.teacher,
-                    group=example.group,
-                )
-            )
+            kept.append(_with_ids(example, prompt_ids, cut, teacher_ids, truncated=len(cut) < len(completion_ids)))
     if encode.left_out:
         logger.warning(
             "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
         )
     counts = DropCounts(long_prompts, end_tokens, sum(example.truncated for example in kept), long_teacher_prompts)
     if not kept:
-        others = f", {long_teacher_prompts} prompts of the teacher are longer than {limit} tokens" * bool(
-            teacher_prompt
-        )
-        refused = f", {len(bad)} rows are bad: {'; '.join(bad.first())}" if len(bad) else ""
-        raise DataError(
-            f"none of {len(examples)} examples is left: {long_prompts} prompts are longer than max_prompt_length="
-            f"{max_prompt_length} tokens (raise it), {end_tokens} completions spell out the end token{others}{refused}"
-        )
+        limits = f"max_prompt_length={max_prompt_length}", limit if teacher_prompt else None
+        raise DataError(_none_left(len(examples), counts, limits, bad))
     return kept, counts
+
+
+def _with_ids(
+    example: Example, prompt_ids: list[int], completion_ids: list[int], teacher_ids: list[int] | None, truncated: bool
+) -> TokenizedExample:
+    return TokenizedExample(
+        example.id, prompt_ids, completion_ids, [REFERENCE] * len(completion_ids), example.references, truncated,
+        example.source, example.group, teacher_prompt_ids=teacher_ids, teacher=example.teacher,
+    )  # fmt: skip
+
+
+def _none_left(examples: int, drops: DropCounts, limits: tuple[str, int | None], bad: BadRows) -> str:
+    """Why no example is left; ``limits`` are those of prompts: the setting, and tokens of the teacher's own, if it has some."""
+    setting, own = limits
+    others = (
+        "" if own is None else f", {drops.long_teacher_prompts} prompts of the teacher are longer than {own} tokens"
+    )
+    refused = f", {len(bad)} rows are bad: {'; '.join(bad.first())}" if len(bad) else ""
+    return (
+        f"none of {examples} examples is left: {drops.long_prompts} prompts are longer than {setting} tokens (raise it), "
+        f"{drops.end_tokens_in_text} completions spell out the end token{others}{refused}"
+    )
 
 
 def _spells_end(
