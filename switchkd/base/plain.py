@@ -103,6 +103,8 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     if missing := [key for key in shape.fields if key not in value and key in shape.required]:
         raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
     kind = shape.kind
+    if kind is dict and (other := next((key for key in value if type(key) is not str), None)) is not None:
+        raise DataError(f"{name[:200] or 'it'}, the name must be str, got {shown(other)}")
     inside = value.items() if kind is dict else enumerate(value) if kind in (list, tuple) else ()
     for key, item in inside:
         own = shape.fields.get(str(key), Any) if shape.fields else shape.parts[key if shape.each else -1]

@@ -62,7 +62,7 @@ def test_a_trace_is_what_two_plain_forwards_say(teacher_prompt):
 
 def test_samples_are_the_policys_text_with_scores_where_there_are_references(tmp_path):
     pair, settings = toy_pair(), config(tmp_path)
-    records = samples(pair, EXAMPLES, settings.policy, settings, TASKS["references"])
+    records = samples(pair, EXAMPLES, settings.decoding(seed=settings.seed), TASKS["references"])
     expected = decode_reference(
         pair.student, pair.teacher, [e.prompt_ids for e in EXAMPLES], settings.policy, 8,
         eos_token_ids=pair.eos_token_ids, vocab_size=pair.vocab_size,
@@ -70,7 +70,7 @@ def test_samples_are_the_policys_text_with_scores_where_there_are_references(tmp
     assert [r["completion_ids"] for r in records] == [r.completion_ids for r in expected]
     assert [r["speakers"] for r in records] == [r.speakers for r in expected]
     assert all(set(r["scores"]) >= {"rouge_l"} and r["reference"] == "2 0" for r in records)
-    assert samples(pair, EXAMPLES[:1], settings.policy, settings, None)[0]["scores"] == {}
+    assert samples(pair, EXAMPLES[:1], settings.decoding(seed=settings.seed), None)[0]["scores"] == {}
     json.dumps(records, allow_nan=False)
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_generates_nothing_shows_the_student_alone(tmp_path):
 def run(folder, look, **changes):
     settings = config(folder, **changes)
     trainer = Trainer(toy_pair(), EXAMPLES, settings)
-    sample = lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.policy, settings, None)  # noqa: E731
+    sample = lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.decoding(seed=settings.seed), None)  # noqa: E731
     trainer.train(sample=sample if look else None)
     return trainer
 
@@ -103,7 +103,9 @@ def test_looking_moves_nothing_and_happens_at_the_start_every_so_many_steps_and_
 def test_a_resumed_run_has_the_samples_of_the_straight_one(tmp_path):
     run(tmp_path / "a", True, sample_steps=1)
     settings = config(tmp_path / "b", sample_steps=1)
-    sample = lambda trainer: lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.policy, settings, None)  # noqa: E731
+    sample = lambda trainer: (
+        lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.decoding(seed=settings.seed), None)
+    )  # noqa: E731
 
     def stop(metrics, _):
         if metrics["step"] == 3:

@@ -59,7 +59,12 @@ def train(folder, monkeypatch, stop=-1, resume=False):
         return evaluate(pair, student, toy_examples(3), TASKS["references"], EvalSettings(max_new_tokens=3)).means()
 
     def sample(progress):
-        return samples(pair, toy_examples(2), sample_policy(t.config, t.reading.policy, progress), t.config, None)
+        return samples(
+            pair,
+            toy_examples(2),
+            t.config.decoding(policy=sample_policy(t.config, t.reading.policy, progress), seed=t.config.seed),
+            None,
+        )
 
     monkeypatch.setattr(signals, "check", polls)
     try:

@@ -460,8 +460,9 @@ def test_contexts_and_memory_count_the_teachers_prompt(place):
         ConfigError, match=rf"under teacher_prompt of up to {limit} \+ completion 150 .* the teacher's context"
     ):
         check_context(told, pair)
-    caches = [memory_estimate(config, pair, Masters(pair.student))["key/value caches"] for config in (plain, told)]
-    assert caches[1] / caches[0] == pytest.approx((300 + limit + 100) / 600)
+    texts = [memory_estimate(config, pair, Masters(pair.student))["decoding"] for config in (plain, told)]
+    rows = min(plain.generation_batch_size, plain.per_device_train_batch_size * plain.gradient_accumulation_steps)
+    assert texts[1] - texts[0] == rows * (limit - 200) * cache_bytes_per_token(pair.teacher)
 
 
 def test_data_for_training_and_for_evaluation(tmp_path, place, capsys):

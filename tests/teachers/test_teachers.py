@@ -314,7 +314,7 @@ def test_each_teacher_must_fit_the_student_and_is_named_if_not(tmp_path):
         ({"teacher_field": "a"}, "teachers {} with teacher_field 'a': give teachers, by name, or neither"),
         ({"teachers": {"": "b"}, "teacher_field": "a"}, "needs a name and a model in each entry"),
         ({"teachers": {"a": ""}, "teacher_field": "a"}, "needs a name and a model in each entry"),
-        ({"teachers": {"a": 1}, "teacher_field": "a"}, "r.yaml: teachers a must be str, got 1"),
+        ({"teachers": {"a": 1}, "teacher_field": "a"}, "r.yaml: teachers.a must be str, got 1"),
         ({"teachers": {True: "b"}, "teacher_field": "a"}, "r.yaml: teachers, the name must be str, got True"),
         ({"teachers": ["b"], "teacher_field": "a"}, "teachers must be dict"),
     ],
