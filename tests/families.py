@@ -188,7 +188,7 @@ def docs() -> str:
         "its reason. Exact means: `decode` gives the tokens of the reference loop, and a padded batch gives the hidden states of",
         "each row alone, with rows that straddle every window and switch of the config (`tests/forward/test_families.py`; the long",
         "tail with `pytest -m slow`). A model that is not in this list is proved when it is first used, as these are, by",
-        "`switchkd/proof.py`.",
+        "`switchkd/forward/proof.py`.",
         "This page is written by `python tests/families.py docs`.",
         "",
         f"## Exact: {len(exact)}",

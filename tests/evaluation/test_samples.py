@@ -103,9 +103,9 @@ def test_looking_moves_nothing_and_happens_at_the_start_every_so_many_steps_and_
 def test_a_resumed_run_has_the_samples_of_the_straight_one(tmp_path):
     run(tmp_path / "a", True, sample_steps=1)
     settings = config(tmp_path / "b", sample_steps=1)
-    sample = lambda trainer: (
-        lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.decoding(seed=settings.seed), None)
-    )  # noqa: E731
+
+    def sample(trainer):
+        return lambda progress: samples(trainer.pair, EXAMPLES[:2], settings.decoding(seed=settings.seed), None)
 
     def stop(metrics, _):
         if metrics["step"] == 3:
