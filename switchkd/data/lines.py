@@ -114,7 +114,7 @@ def _resolve(path: str) -> tuple[Any, range | None]:
     split = split or "train"
     if split not in _SAMPLE_ROWS:
         raise DataError(f"{SAMPLE} has no part {split!r}{nearest(split, _SAMPLE_ROWS)}")
-    return files("switchkd") / "assets" / "gsm8k_sample.jsonl.gz", _SAMPLE_ROWS[split]
+    return files("switchkd") / "data" / "sample" / "gsm8k_sample.jsonl.gz", _SAMPLE_ROWS[split]
 
 
 def _unzipped(raw: IO[bytes]) -> tuple[IO[bytes], float]:

@@ -49,7 +49,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
     """
     from jinja2 import Environment, StrictUndefined
 
-    assets = files("switchkd") / "assets" / "report"
+    assets = files("switchkd") / "reports" / "assets"
     script = (assets / "report.js").read_text(encoding="utf-8")
     runs = []
     for path in paths:

@@ -296,7 +296,7 @@ def test_packaged_sample():
     assert len({row.messages for row in train + heldout}) == 576
     for row in train + heldout:
         assert "<<" not in row.completion and row.completion.splitlines()[-1].startswith("#### ")
-    assets = files("switchkd") / "assets"
+    assets = files("switchkd") / "data" / "sample"
     packed = (assets / "gsm8k_sample.jsonl.gz").read_bytes()
     assert len(packed) < 200_000 and packed[3:8] == bytes(5), "no name flag and no time stamp: rebuilds are equal"
     assert "MIT License" in (assets / "README.md").read_text()

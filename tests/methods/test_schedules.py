@@ -43,7 +43,7 @@ def policies_of(t, steps):
         patch.setattr("switchkd.training.reading.decode_examples", lambda *given: used.append(given[2]) or Rollouts())
         for t.step in range(steps):
             t.reading.generate([], t.step, t.schedule, None)
-    return [(settings["policy"], settings["max_new_tokens"]) for settings in used]
+    return [(settings.policy, settings.max_new_tokens) for settings in used]
 
 
 def test_every_schedule_of_a_run_reaches_its_end(tmp_path):
