@@ -242,7 +242,7 @@ def test_fast_opd_ends_rollout_and_loss_after_the_prefix(tmp_path):
     recipe = load_recipe("fast_opd")
     assert recipe.max_new_tokens < load_recipe("on_policy").max_new_tokens
     trainer = make_trainer("fast_opd", tmp_path)
-    trainer.config = dataclasses.replace(trainer.config, max_new_tokens=3)
+    trainer.reading.config = dataclasses.replace(trainer.config, max_new_tokens=3)
     witness = Witness(trainer)
     witness.run(2)
     assert max(len(row.completion_ids) for rows in witness.steps for row in rows) == 3
