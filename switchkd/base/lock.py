@@ -28,8 +28,6 @@ LOCK = "lock.json"
 _BEGIN = '{"pid": '  # of what stands in a lock, of which a killed process may have written a part
 _POLL_SECONDS = 0.2
 _WINDOWS = sys.platform == "win32"
-
-
 Check = Callable[[], None]
 
 

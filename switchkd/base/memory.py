@@ -14,7 +14,6 @@ from switchkd.base.errors import NoMemoryError, SwitchKDWarning
 
 Result = TypeVar("Result")
 
-
 # How libraries say it that have no exception of its own for it. oneDNN, which multiplies on CPUs, names no reason: where it has
 # described a product and cannot make it, it found no memory for it.
 _WORDS = re.compile(

@@ -16,8 +16,6 @@ from switchkd.base.plain import json_value, shown
 from switchkd.data.fields import Fields, checked_text, objects_in
 
 _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
-
-
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for what a model thinks before it answers
 _OF_A_TURN = (*THOUGHTS, "tool_calls", "tool_call_id", "name")  # what a template may write beside the content
 _TRAINED = ("weight", "train", "training", "loss")  # names for whether a turn is trained on

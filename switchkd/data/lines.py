@@ -186,8 +186,6 @@ _BY_PYTHON = (
     "write one JSON object a line: "
     """python -c "import csv, json, sys; [print(json.dumps(row)) for row in {}]" < FILE > FILE.jsonl"""
 )
-
-
 _TABLES = (
     (b"\t", "TSV", "csv.DictReader(sys.stdin, delimiter='\\t')"),
     (b",", "CSV", "csv.DictReader(sys.stdin)"),

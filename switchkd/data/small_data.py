@@ -192,9 +192,7 @@ def _diary(notes: list[tuple[str, ...]], style: tuple[str, str, str]) -> str:
 
 TASKS: dict[str, Callable[[int, int, str], Row]] = {"arithmetic": arithmetic_row, "text": text_row}
 
-
 # --- files of the pair that was made ------------------------------------------------------------------------------
-
 SMALL = "small"
 # The number is raised when the files made there change, so that an old cache is not taken for a new one.
 FOLDER = "small-pair-1"

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"  # peft's name of the only adapter in a model
 PREFIX = "base_model.model."  # before each weight's name in peft's files

@@ -26,16 +26,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 MADE = ("demo", "small")  # pairs that the package makes in the user's cache
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 

@@ -35,11 +35,8 @@ from switchkd.models.vocabulary import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from switchkd.models.settings import ModelConfig
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from switchkd.data.texts import TokenizedExample
+    from switchkd.models.settings import ModelConfig
 
     pass
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers; line styles tell them apart in print.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 
-
 # Steps that a curve of step metrics is averaged over; evaluations are drawn as they are.
 SMOOTH = 9
 POINTS = 400  # that a line has at most: more are not seen, and make a page heavy
@@ -218,18 +217,11 @@ def legend(figure: Figure, note: str = "") -> None:
 
 
 Metrics = Lines
-
-
 Array = NDArray[np.float64]
-
-
 SHARE = "%"
-
 
 # In the place of a unit that depends on the run: that of its policy, and that of its objective.
 OWN, LOSS = "policy's", "objective's"
-
-
 BY_POSITION = "switch/divergence_"  # and a band of positions, such as 11-50
 # What a metric is and its unit. Shares are from 0 to 1 and shown in percent.
 QUANTITIES = {
@@ -249,8 +241,6 @@ QUANTITIES = {
     "step": ("optimizer step", ""),
     "num_tokens": ("response tokens trained on", ""),
 }
-
-
 SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
 
 

@@ -20,7 +20,7 @@ from switchkd.reports.panels import BLUE, GREY, VERMILLION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-if TYPE_CHECKING:
+
     from switchkd.evaluation.results import Evaluation
     from switchkd.evaluation.statistics import Estimate
 

@@ -34,9 +34,7 @@ CONDITIONS = "conditions"
 # What a run writes before its first checkpoint. It makes them anew.
 _EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers"}
 
-
 # --- what numbers depend on beside settings -----------------------------------------------------------------------
-
 Conditions = dict[str, Any]  # JSON-ready
 # Environment variables by which libraries are told to round otherwise.
 _ROUNDING = ("ATEN_CPU_CAPABILITY", "CUBLAS_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "TORCH_ALLOW_TF32")
