@@ -209,6 +209,8 @@ def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.switchkd-{uuid4().hex}")
 
 
+# --- paths in settings --------------------------------------------------------------------------------------------
+
 _ENDINGS = ("_file", "_dir", "_path")  # of the names of settings that are paths
 _NAMES = ("runs", "plan", "resume_from", "teachers")
 

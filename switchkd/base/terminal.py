@@ -136,6 +136,9 @@ def leave() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+# --- progress bars and numbers ------------------------------------------------------------------------------------
+
+
 class Bar:
     """A progress bar with time left and a line of numbers that changes; plain lines where there is no terminal."""
 

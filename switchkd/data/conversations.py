@@ -179,6 +179,10 @@ def _stands(text: str, written: str) -> bool:
 
 
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # private characters of Unicode's plane 15
+
+
+# --- special tokens that a text spells out ------------------------------------------------------------------------
+
 _PRIVATE = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 
 

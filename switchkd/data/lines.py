@@ -223,6 +223,8 @@ def _parsed(line: bytes, path: str, first: bool) -> dict[str, Any] | DataError:
         return OtherKind(f"{error}. Of the whole file: {kind}") if kind else error
 
 
+# --- data sets on the Hugging Face Hub ----------------------------------------------------------------------------
+
 PREFIX = "hub:"
 _NAME = re.compile(
     r"hub:(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w./ -]+))?:(?P<split>[\w.-]+)(?:@(?P<revision>\S+))?"

@@ -14,22 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Dated = TypeVar("Dated", bound="DataConfig")
-
-
-def with_date(config: Dated, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> Dated:
-    """``config`` with the day that its prompts are of (default: today), if they depend on one and it names none."""
-    if config.template_date or not config.prompts.reads_date(tokenizer):
-        return config
-    return replace(config, template_date=day or today())
-
-
-def template_settings(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the template is told, by the names of the settings, as far as prompts depend on it."""
-    date = {DATE: template.date} if template.reads_date(tokenizer) else {}
-    return date | ({"chat_template_kwargs": dict(template.variables)} if template.variables else {})
-
-
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """Which text, and how it becomes token ids."""
@@ -68,3 +52,19 @@ class DataConfig(Settings):
     def prompts(self) -> Template:
         """How text becomes prompts; raises ConfigError for what no template can be told."""
         return Template(self.template, self.template_date, self.chat_template_kwargs)
+
+
+Dated = TypeVar("Dated", bound="DataConfig")
+
+
+def with_date(config: Dated, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> Dated:
+    """``config`` with the day that its prompts are of (default: today), if they depend on one and it names none."""
+    if config.template_date or not config.prompts.reads_date(tokenizer):
+        return config
+    return replace(config, template_date=day or today())
+
+
+def template_settings(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template is told, by the names of the settings, as far as prompts depend on it."""
+    date = {DATE: template.date} if template.reads_date(tokenizer) else {}
+    return date | ({"chat_template_kwargs": dict(template.variables)} if template.variables else {})

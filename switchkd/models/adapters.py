@@ -278,6 +278,8 @@ def _tensors(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str,
     return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
+# --- the options of an adapter's config that are known to work ----------------------------------------------------
+
 _LIST_OR_TEXT = (list[str], str)  # names, or one regular expression
 # The options that reach peft, with the types that each may have.
 OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -17,17 +17,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-Chosen = TypeVar("Chosen", bound="ModelConfig")
-
-
-def with_dtypes(config: Chosen, device: torch.device) -> Chosen:
-    """The same settings with ``auto`` replaced by what it means on this device. A teacher on the student's base has its dtype."""
-    dtype = chosen_dtype(config.dtype, device)
-    teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, device)
-    chosen: dict[str, Any] = {"dtype": dtype, "teacher_dtype": teacher}
-    return replace(config, **chosen)
-
-
 BASE = "base"  # as a teacher: the model under the student's adapter
 
 
@@ -103,6 +92,19 @@ class ModelConfig(Settings):
             )
         if self.load_in_4bit and self.dtype == "float64":
             raise ConfigError("load_in_4bit has no products in float64; set dtype to bfloat16 or float32")
+
+
+# --- dtypes -------------------------------------------------------------------------------------------------------
+
+Chosen = TypeVar("Chosen", bound="ModelConfig")
+
+
+def with_dtypes(config: Chosen, device: torch.device) -> Chosen:
+    """The same settings with ``auto`` replaced by what it means on this device. A teacher on the student's base has its dtype."""
+    dtype = chosen_dtype(config.dtype, device)
+    teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, device)
+    chosen: dict[str, Any] = {"dtype": dtype, "teacher_dtype": teacher}
+    return replace(config, **chosen)
 
 
 AUTO = "auto"

@@ -128,6 +128,8 @@ def _differing_cut(tokenizer: "PreTrainedTokenizerBase", teacher_ids: list[int],
     )
 
 
+# --- saving a tokenizer -------------------------------------------------------------------------------------------
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 

@@ -283,6 +283,9 @@ class _Page:
                 line.append(mark * cell_len(part), line.style or style)
 
 
+# --- when it is done ----------------------------------------------------------------------------------------------
+
+
 def cost_line(cost: DecodeCost) -> str:
     """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
     s = cost.summary()

@@ -251,6 +251,9 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, s
     ]
 
 
+# --- a figure inside the page -------------------------------------------------------------------------------------
+
+
 def themed_svg(figure: Figure, summary: str) -> str:
     """The figure as SVG for an HTML page, light or dark, as wide as there is room, with ``summary`` as its title.
 

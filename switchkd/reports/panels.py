@@ -218,6 +218,10 @@ def legend(figure: Figure, note: str = "") -> None:
 
 Metrics = Lines
 Array = NDArray[np.float64]
+
+
+# --- what a metric is, and its unit -------------------------------------------------------------------------------
+
 SHARE = "%"
 
 # In the place of a unit that depends on the run: that of its policy, and that of its objective.

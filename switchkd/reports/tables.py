@@ -291,6 +291,8 @@ def save_figure(figure: Figure, target: Path) -> list[Path]:
     return pictures
 
 
+# --- scores and steps in a terminal -------------------------------------------------------------------------------
+
 FEW = "†"  # marks a score over few examples
 
 

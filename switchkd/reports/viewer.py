@@ -162,6 +162,8 @@ def _log_prob(value: float) -> float:
     return round(min(max(-999.0, value), 0.0), 3)
 
 
+# --- token ids as text that people read ---------------------------------------------------------------------------
+
 _CONTEXT = 4  # tokens before a piece that are decoded with it: a tokenizer may write a space only between two words
 _LONGEST = 4  # tokens that one character may take; what is still broken then stays broken
 BROKEN = "\ufffd"

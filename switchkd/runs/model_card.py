@@ -268,6 +268,9 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
+# --- what names others may see ------------------------------------------------------------------------------------
+
+
 def public_name(name: str) -> str:
     """A model's or file's name as others may read it: of a path on this machine the last part alone."""
     path = Path(name)

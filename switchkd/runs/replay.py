@@ -238,6 +238,8 @@ def _difference(found: Sequence[Any], stored: Sequence[Any]) -> float:
     return worst
 
 
+# --- all of it, and in order --------------------------------------------------------------------------------------
+
 GENERATED = ("policy", "pairs")  # sources of a step that writes text
 
 

@@ -138,6 +138,9 @@ def response_tokens(batch: Batch, speakers: Sequence[Sequence[int]]) -> Tokens:
     return Tokens(batch.input_ids[batch.loss_mask], said, batch.loss_mask.nonzero()[:, 0])
 
 
+# --- a loss that balances experts ---------------------------------------------------------------------------------
+
+
 def balance_coefficient(student: PreTrainedModel, given: float | None) -> float:
     """What the balancing loss is multiplied by: ``given``, or the student's own where that is None; 0 where it has none.
 

@@ -86,6 +86,9 @@ def adamw(weights: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.A
     return optimizer
 
 
+# --- the weights that are updated ---------------------------------------------------------------------------------
+
+
 class Masters:
     """The trained weights of ``model`` as an optimizer updates them, in float32 or wider: ``named``, by their names in the model.
 

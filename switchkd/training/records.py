@@ -21,6 +21,15 @@ CONFIG, ORIGIN = "config.yaml", "origin.json"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
 
 
+class StepRecord(TypedDict):
+    """What every line of every record has."""
+
+    step: Count
+
+
+Count = Annotated[int, range(2**63)]
+
+
 def keep_until(file: Path, step: int) -> None:
     """Cut off the lines of steps after ``step``, and a last line that was cut short; raises DataError for one that is damaged."""
     if not file.is_file():
@@ -46,12 +55,3 @@ def sync_records(run: Path) -> None:
         if (run / name).is_file():
             with written(run / name):
                 sync(run / name)
-
-
-class StepRecord(TypedDict):
-    """What every line of every record has."""
-
-    step: Count
-
-
-Count = Annotated[int, range(2**63)]
