@@ -15,13 +15,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from switchkd.base.errors import DiskError, SwitchKDError
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager

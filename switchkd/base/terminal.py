@@ -13,15 +13,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, ParamSpec
+from typing import IO, Any, ParamSpec
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
-
-if TYPE_CHECKING:
-    pass
-
 
 Told = ParamSpec("Told")
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.fields import Fields, Unused
 from switchkd.data.formats import Format, Message, Record, examples_of, format_of
 from switchkd.data.lines import BadRows, rows_of
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 

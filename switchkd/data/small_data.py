@@ -16,23 +16,15 @@ or notes, in any order or wording) says to which part it belongs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from switchkd.base.errors import ConfigError, ModelError, nearest
-
-if TYPE_CHECKING:
-    pass
-
 import itertools
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 from zlib import crc32
 
 import numpy as np
 
-from switchkd.base.errors import DataError
+from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.storage import cache_folder
 
 Item = TypeVar("Item")

@@ -11,7 +11,7 @@ Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the st
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +32,6 @@ from switchkd.forward.modes import evaluating
 from switchkd.forward.proof import prove
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import draw, gumbel_noise, noise_key, speakers
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_BATCH = 32
 

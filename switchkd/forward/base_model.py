@@ -3,15 +3,12 @@
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from switchkd.forward.modes import evaluating
-
-if TYPE_CHECKING:
-    pass
 
 
 class BaseModel(nn.Module):

@@ -27,9 +27,7 @@ from switchkd.models.limits import check_patterns
 from switchkd.models.settings import cast_weights, quantised
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
     from switchkd.models.settings import ModelConfig
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from switchkd.data.texts import TokenizedExample
     from switchkd.models.settings import ModelConfig
 
-    pass
-
 
 @dataclass(frozen=True)
 class Pair:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from switchkd.data.texts import TokenizedExample
     from switchkd.decoding.metrics import Metrics
-    from switchkd.decoding.rollouts import DecodeCost, Rollout
-    from switchkd.decoding.settings import DecodeSettings
     from switchkd.models.pair import Pair
     from switchkd.training.reading import OnRound
 from switchkd.training.trainer import OnStep, Trainer

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from switchkd.base.settings import plain_values
 from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.rules import NOUNS
-
-if TYPE_CHECKING:
-    pass
-
 
 SCORE = "eval/"
 # Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from switchkd.evaluation.results import Evaluation
-    from switchkd.evaluation.statistics import Estimate
 
 
 LINES = {"teacher": (VERMILLION, "--"), "student before": (GREY, ":")}

@@ -35,7 +35,6 @@ from switchkd.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from switchkd.evaluation.results import Evaluation
-    from switchkd.training.settings import TrainConfig
     from switchkd.training.trainer import Trainer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import Annotated, TypedDict
 
 from switchkd.base.plain import (
     check_type,
@@ -12,10 +12,6 @@ from switchkd.base.plain import (
     json_object,
 )
 from switchkd.base.storage import sync, written
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
 METRICS, ROLLOUTS, SAMPLES = RECORDS = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl")
