@@ -80,8 +80,9 @@ def assert_equal_runs(ours, theirs):
     assert all(torch.equal(mine[name], other[name]) for name in other)
     for a, b in zip(ours.pair.student.parameters(), theirs.pair.student.parameters(), strict=True):
         for key, moment in theirs.learner.optimizer.state[b].items():
-            assert torch.equal(moment, ours.optimizer.state[a][key])
-    assert (ours.num_tokens, ours.replay, ours.mix_memory) == (theirs.num_tokens, theirs.replay, theirs.mix_memory)
+            assert torch.equal(moment, ours.learner.optimizer.state[a][key])
+    assert ours.num_tokens == theirs.num_tokens
+    assert (ours.reading.replay, ours.reading.memory) == (theirs.reading.replay, theirs.reading.memory)
     for name in ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl"):
         assert without_times(lines(ours.run, name)) == without_times(lines(theirs.run, name)), name
 
