@@ -29,7 +29,7 @@ from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.mixes import Adaptive
 from switchkd.teachers import store as teacher_store
 from switchkd.training import checkpoint
-from switchkd.training import trainer as trainer_module
+from switchkd.training import learner as learner_module
 from switchkd.training.checkpoint import MANIFEST, checkpoints
 from switchkd.training.optimizer import adamw
 from switchkd.training.restoring import whole_checkpoint
@@ -310,7 +310,7 @@ def without_moments(model, config):
 
 
 @pytest.mark.parametrize(
-    "mistake", [(Trainer, "_prove_room", lambda _: None), (trainer_module, "adamw", without_moments)]
+    "mistake", [(Trainer, "_prove_room", lambda _: None), (learner_module, "adamw", without_moments)]
 )
 def test_mutants_that_save_nothing_or_too_little_before_the_first_step(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(*mistake)

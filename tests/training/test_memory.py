@@ -23,7 +23,8 @@ from switchkd.methods.mixes import Adaptive, Generated
 from switchkd.methods.policy import Policy
 from switchkd.runs.distil import standing
 from switchkd.training.checkpoint import checkpoints
-from switchkd.training.trainer import Trainer
+from switchkd.training.learner import Learner
+from switchkd.training.reading import Reading
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
 
@@ -111,7 +112,7 @@ def test_mutant_that_goes_on_with_half_made_rows(monkeypatch):
 
 def micro_batches_of(patch, rows):
     """A student that cannot be trained on more rows at once; returns the rows of the forwards that went well."""
-    seen, loss = [], Trainer._loss
+    seen, loss = [], Learner.loss
 
     def limited(self, batch, objective):
         value = loss(self, batch, objective)
@@ -120,7 +121,7 @@ def micro_batches_of(patch, rows):
         seen.append(len(batch))
         return value
 
-    patch.setattr(Trainer, "_loss", limited)
+    patch.setattr(Learner, "loss", limited)
     return seen
 
 
@@ -129,7 +130,7 @@ SHORT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mi
 
 def second_too_many(patch):
     """Memory runs out in the second micro-batch and in no other; returns the sizes of all."""
-    real, calls = Trainer._loss, []
+    real, calls = Learner.loss, []
 
     def late(self, batch, objective):
         calls.append(len(batch))
@@ -137,7 +138,7 @@ def second_too_many(patch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, batch, objective)
 
-    patch.setattr(Trainer, "_loss", late)
+    patch.setattr(Learner, "loss", late)
     return calls
 
 
@@ -216,8 +217,8 @@ def readings_of(patch, rows, after=0):
     """More than ``rows`` references are too many to be read at once, but for the first ``after`` times; returns how many were."""
     seen, read = [], evaluation._token_losses
 
-    def limited(pair, model, heads, batch):
-        losses = read(pair, model, heads, batch)
+    def limited(teacher, scored, batch):
+        losses = read(teacher, scored, batch)
         seen.append(len(batch))
         if len(batch) > rows and len(seen) > after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -261,8 +262,8 @@ def check_validation(tmp_path, monkeypatch):
     ):
         calls = second_too_many(patch)
         short._look_at_validation()
-    assert calls == [4, 1, 2, 2, 1] and short.micro_rows == 2
-    assert short.mix_memory["loss"] == pytest.approx(whole.mix_memory["loss"], abs=1e-12)
+    assert calls == [4, 1, 2, 2, 1] and short.learner.micro_rows == 2
+    assert short.reading.memory["loss"] == pytest.approx(whole.reading.memory["loss"], abs=1e-12)
 
 
 CHECKS = [check_scores, check_validation]
@@ -346,13 +347,13 @@ def test_memory_is_flat_over_200_steps(tmp_path):
 
 
 def test_mutant_that_keeps_each_steps_text(tmp_path, monkeypatch):
-    kept, generate = [], Trainer._generate
+    kept, generate = [], Reading.generate
 
     def hoarding(self, *args):
         rollouts = generate(self, *args)
         kept.append(rollouts[0])
         return rollouts
 
-    monkeypatch.setattr(Trainer, "_generate", hoarding)
+    monkeypatch.setattr(Reading, "generate", hoarding)
     objects, size = growth(tmp_path, 20, 60)
     assert objects >= FEW_OBJECTS and size >= FEW_BYTES

@@ -12,7 +12,7 @@ from tiny import toy_examples
 from switchkd.base.errors import NonFiniteError
 from switchkd.methods.mixes import Generated
 from switchkd.training.checkpoint import checkpoints
-from switchkd.training.trainer import Trainer
+from switchkd.training.learner import Learner
 
 TOKEN = 7  # some of the rows have it where a model reads it
 
@@ -86,7 +86,7 @@ def test_a_generated_step_stops_and_says_why(tmp_path, cause):
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_mutant_that_does_not_check(tmp_path, monkeypatch, cause):
-    monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(Learner, "_check_finite", lambda *_: None)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_stop(tmp_path, cause)
 

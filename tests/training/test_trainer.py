@@ -162,7 +162,7 @@ def test_a_loss_over_texts_goes_with_pairs_and_with_returns(tmp_path, objective)
     metrics, _ = t.train_step()
     over_tokens = trainer(tmp_path, without_dropout(), stored, **more)
     rows = [row for part in seen for row in part]
-    means = [over_tokens._loss([row], objective).item() / len(row.completion_ids) for row in rows]
+    means = [over_tokens.learner.loss([row], objective).item() / len(row.completion_ids) for row in rows]
     assert len(rows) == 4 and metrics["loss"] == pytest.approx(sum(means) / 4, rel=1e-9)
 
 
