@@ -29,7 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from switchkd import runs
+from switchkd.runs import distil as runs
 from switchkd.cli.main import main
 from switchkd.training import processes, trainer
 from switchkd.base import signals

@@ -242,8 +242,8 @@ def test_steps_choose_data_or_generation_by_seed_and_step_alone(tmp_path):
     other = trainer(tmp_path / "other", mix=Generated(0.3))
     other.step = 17
     assert other.reading.source(other.step, other.schedule) == choices[17]
-    assert trainer(tmp_path, mix=Generated(0.0))._source() == "examples"
-    assert trainer(tmp_path, mix=Generated(1.0))._source() == "policy"
+    assert trainer(tmp_path, mix=Generated(0.0)).reading.source(0, 0.0) == "examples"
+    assert trainer(tmp_path, mix=Generated(1.0)).reading.source(0, 0.0) == "policy"
 
 
 def test_each_step_draws_other_text_for_the_same_prompts(tmp_path):
