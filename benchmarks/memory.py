@@ -208,7 +208,7 @@ def plot(rows: list[Row]) -> Figure:
         for name in LOSSES:
             shown = [r for r in rows if r.contender == name and r.cell["vocabulary"] == vocab and r.seconds]
             x = [row.cell["tokens"] for row in shown]
-            panels[0, column].plot(x, [row.number("peak MB") for row in shown], marker="o", label=name)
+            panels[0, column].plot(x, [max(row.number("peak MB"), 0.01) for row in shown], marker="o", label=name)
             panels[1, column].plot(x, [row.median for row in shown], marker="o", label=name)
         panels[0, column].set(title=f"vocabulary {vocab:,}", ylabel="peak MB")
         panels[1, column].set(xlabel="tokens", ylabel="seconds")
