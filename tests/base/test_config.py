@@ -129,3 +129,28 @@ def test_cuts_of_what_is_drawn_reach_decoding_and_evaluation_each_their_own():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().seed = 3
+
+
+def test_settings_made_in_python_are_read_as_those_of_a_recipe():
+    made = TrainConfig(policy="adaswitch", learning_rate="1e-4", eval_seeds=[1, 2], eval_temperature=1)
+    assert (made.policy, made.learning_rate, made.eval_seeds) == (AdaSwitch(), 1e-4, (1, 2))
+    assert type(made.eval_temperature) is float
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"policy": "adaswich"}, "policy: unknown policy 'adaswich'; did you mean 'adaswitch'"),
+        ({"policy": 3}, "policy must be a name or"),
+        ({"policy": StudentOnly}, "policy must be a name or"),
+        ({"seed": "3"}, "seed must be int, got '3'"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
+        ({"dtype": "int8"}, "dtype must be 'auto', 'float32', 'bfloat16', 'float64', got 'int8'"),
+        ({"report_to": "wandb"}, "report_to must be several values, got the text 'wandb'"),
+        ({"policy": AdaSwitch(require_full_window="no")}, "policy: require_full_window must be bool, got .no."),
+    ],
+)
+def test_settings_of_another_type_made_in_python_are_explained(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**settings)
