@@ -34,14 +34,21 @@ def _below(name: str, graph: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def _imports(file: Path) -> set[str]:
-    """The rooms that a file imports from, wherever in it an import stands."""
+def imported(source: str) -> set[str]:
+    """The dotted names that a file imports, or imports from, wherever in it an import stands."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, "an import is relative, which nobody can follow"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+    return names
+
+
+def _imports(file: Path) -> set[str]:
+    """The rooms that a file imports from."""
+    names = imported(file.read_text(encoding="utf-8"))
     return {name.split(".")[1] for name in names if name.startswith("switchkd.")}
 
 

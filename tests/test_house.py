@@ -12,6 +12,9 @@ import switchkd
 
 PACKAGE = Path(switchkd.__file__).parent
 DOCS = PACKAGE.parent / "docs"
+spec = importlib.util.spec_from_file_location("draw_architecture", DOCS / "draw_architecture.py")
+drawn = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
     "base", "methods", "data", "forward", "models", "teachers", "decoding", "evaluation", "training", "reports", "runs", "studies",
@@ -25,20 +28,10 @@ def modules(package=PACKAGE):
     return {".".join(own).removesuffix(".__init__"): file for file, own in parts.items()}
 
 
-def imported(name, source, known):
-    """The modules of the package that a file imports, wherever in it an import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{name} imports relatively, which nobody can follow"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return (found & known) - {name}
-
-
 def imports(files):
-    return {name: imported(name, file.read_text(encoding="utf-8"), set(files)) for name, file in files.items()}
+    """Which modules of the package each of them imports."""
+    found = {name: drawn.imported(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: (own & set(files)) - {name} for name, own in found.items()}
 
 
 def wrong_way(graph):
@@ -92,7 +85,7 @@ def test_an_import_that_points_upwards_or_back_is_seen(place, line):
     files = modules()
     graph = imports(files)
     name = next(name for name, file in files.items() if file == PACKAGE / place)
-    graph[name] |= imported(name, line, set(files))
+    graph[name] |= drawn.imported(line) & set(files)
     assert wrong_way(graph) or circle(graph)
 
 
@@ -129,8 +122,5 @@ def test_the_page_on_the_house_names_the_rooms_in_their_order():
 
 
 def test_the_drawing_is_of_these_imports():
-    spec = importlib.util.spec_from_file_location("draw_architecture", DOCS / "draw_architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert list(module.rooms()) == list(reversed(ROOMS))
-    assert (DOCS / "architecture.svg").read_text(encoding="utf-8") == module.drawing(), "run docs/draw_architecture.py"
+    assert list(drawn.rooms()) == list(reversed(ROOMS))
+    assert (DOCS / "architecture.svg").read_text(encoding="utf-8") == drawn.drawing(), "run docs/draw_architecture.py"

@@ -10,7 +10,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from reprlib import Repr
@@ -92,13 +92,8 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
     """
     shape = _shape(hint)
     if shape.kind is types.UnionType:
-        options = shape.parts
-        if len(options) == 2 and options[1] is types.NoneType:  # whose words are those of what stands there
-            return None if value is None else check_type(value, options[0], name)
-        fits = any(_fits(value, _shape(option)) for option in options)
-    else:
-        fits = _fits(value, shape)
-    if not fits:
+        return _check_options(value, hint, name)
+    if not _fits(value, shape):
         raise DataError(f"{name[:200] or 'it'} must be {_words(hint)}, got {shown(value)}")
     if missing := [key for key in shape.fields if key not in value and key in shape.required]:
         raise DataError(f"{name[:200] or 'it'} has no {missing[0]!r}")
@@ -113,6 +108,19 @@ def check_type(value: Any, hint: Any, name: str = "") -> None:
         if words := relation(value):
             raise DataError(f"{name[:200] or 'it'} does not fit together: {words}")
     return None
+
+
+def _check_options(value: Any, hint: Any, name: str) -> None:
+    """``check_type`` where several types will do. Of one that may be absent, the other type's own words say what is wrong."""
+    options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+    if value is None and len(options) < len(typing.get_args(hint)):
+        return None
+    if len(options) == 1:
+        return check_type(value, options[0], name)
+    for option in options:
+        with suppress(DataError):
+            return check_type(value, option, name)
+    raise DataError(f"{name[:200] or 'it'} must be {_words(hint)}, got {shown(value)}")
 
 
 def _fits(value: Any, shape: _Shape) -> bool:

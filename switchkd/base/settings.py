@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import types
 import typing
@@ -144,7 +145,9 @@ def _converted(value: Any, hint: Any, source: str) -> Any:
             return os.fspath(value)
         if option is type(value):
             return value
-    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if int in options and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # of numpy, say
+    if float in options and isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             return float(value)
     return value

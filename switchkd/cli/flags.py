@@ -22,7 +22,7 @@ from switchkd.training.settings import TrainConfig, load_recipe
 Config = TypeVar("Config")
 STUDENT_FLAGS = ("--student", "--student-model-name-or-path")
 # The settings in groups, as `--help` shows them, by the class that has them. A command's own stand first.
-GROUPS = {"ModelConfig": "model", "DataConfig": "data", "DecodeConfig": "decoding", "EvalConfig": "evaluation",
+GROUP_OF = {"ModelConfig": "model", "DataConfig": "data", "DecodeConfig": "decoding", "EvalConfig": "evaluation",
           "TrainConfig": "training"}  # fmt: skip
 RECIPE = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE|RUN]", help_behavior_hint="(optional)", help=(
     "A YAML file, a name that `switchkd methods` lists, or a run directory: its settings are the defaults."
@@ -43,7 +43,7 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
     parsed = vars(_tyro({command: _arguments(default, rules, command)}, args))
     if (late := parsed.pop("recipe", "")) != recipe:
         raise ConfigError(f"{late!r} is a recipe or a run if it comes first: switchkd {command} {late} …")
-    grouped = [vars(parsed[group]) for group in GROUPS.values() if group in parsed]
+    grouped = [vars(parsed[group]) for group in GROUP_OF.values() if group in parsed]
     given = parsed | {name: value for group in grouped for name, value in group.items()}
     values = {setting.name: given[setting.name] for setting in dataclasses.fields(cls)}  # type: ignore[arg-type]
     try:
@@ -75,7 +75,7 @@ def _tyro(arguments: dict[str, type], args: Sequence[str]) -> Any:
 def _arguments(default: Any, rules: dict[str, Any], command: str) -> type:
     """A dataclass of which tyro makes the arguments of a command: its own settings, a field for each group of others, and one
     for the settings of each rule."""
-    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in ("", *GROUPS.values())}
+    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in ("", *GROUP_OF.values())}
     described, hints = _groups_and_texts(type(default)), get_type_hints(type(default), include_extras=True)
     for name in [setting.name for setting in dataclasses.fields(default)]:
         (group, text), kind, value = described[name], hints[name], getattr(default, name)
@@ -104,7 +104,7 @@ def _groups_and_texts(cls: type) -> dict[str, tuple[str, str]]:
         for line, text in itertools.pairwise(tree.body):  # type: ignore[attr-defined]
             if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
                 name, words = ast.unparse(line.target), " ".join(ast.literal_eval(text.value).split())
-                found[name] = found.get(name, (GROUPS.get(owner.__name__, ""),))[0], words
+                found[name] = found.get(name, (GROUP_OF.get(owner.__name__, ""),))[0], words
     return found
 
 

@@ -46,7 +46,8 @@ class BlockEngine:
         pace: Pace,
     ):
         self.job, self.queue, self.pace = job, queue, pace
-        self.policy, self.keep_hidden = job.settings.policy, job.settings.keep_hidden
+        self.policy, self.sampling = job.settings.policy, job.settings.sampling
+        self.keep_hidden = job.settings.keep_hidden
         self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
         self.models = [  # indexed by STUDENT, TEACHER
             CachedModel(
@@ -60,7 +61,7 @@ class BlockEngine:
         fits = len(job.rows) * job.settings.max_new_tokens * width <= HIDDEN_BYTES
         self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
         self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
-        self.state: State = job.settings.policy.init(len(self.rows), self.device)
+        self.state: State = self.policy.init(len(self.rows), self.device)
         self.reads = self._reads()
         # Whether a row was broken in a forward that read drafts too; without them it will show whether they did it.
         self.in_doubt = False
@@ -128,7 +129,7 @@ class BlockEngine:
 
     def _draw(self, log_probs: Tensor, noise: Tensor) -> Tensor:
         """A token of each row ``[B]`` from the target distributions ``[B, V]``."""
-        return draw(self.job.settings.sampling.shape(log_probs), noise, self.job.settings.sampling.temperature)
+        return draw(self.sampling.shape(log_probs), noise, self.sampling.temperature)
 
     def _verify(self, block: _Block) -> None:
         """What the other model says about all positions, in one forward over the rows that read it.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from switchkd.base.errors import ConfigError
 from switchkd.base.settings import Settings
+from switchkd.methods import rules  # noqa: F401  # by which a policy is read from its name, and written down
 from switchkd.methods.policies import Switch
 from switchkd.methods.policy import Policy
 from switchkd.methods.sampling import Sampling
@@ -51,7 +53,7 @@ class DecodeSettings:
         if self.drafter not in get_args(Drafter):
             raise ConfigError(f"drafter must be 'auto', 'student' or 'teacher', got {self.drafter!r}")
 
-    @property
+    @cached_property
     def sampling(self) -> Sampling:
         """How a token is drawn from the target distribution."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.min_p)

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
 from switchkd.forward.architecture import has_router_logits, refuse_recurrent
-from switchkd.forward.modes import _JOINED, head_inputs
+from switchkd.forward.modes import head_inputs
 
 # What transformers calls the cache that a forward is given: another name since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -284,3 +284,7 @@ def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     return [(kind, window if kind == "sliding_attention" else None) for kind in kinds]
+
+
+# A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
+_JOINED = 2

@@ -6,9 +6,6 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
-_JOINED = 2
-
 
 @contextmanager
 def head_inputs(model: PreTrainedModel, passes_on: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Tensor]]:

@@ -109,7 +109,7 @@ class Objective:
             if weight != 1:
                 value = value.where(tokens.speakers != speaker, weight * value)
         if self.ce_weight:
-            mixed = value + self.ce_weight * _cross_entropy(logq, tokens)
+            mixed = value + self.ce_weight * cross_entropy(logq, tokens)
             value = mixed.where(tokens.speakers == REFERENCE, value)
         return value
 
@@ -130,7 +130,7 @@ class CrossEntropy(Objective):
             raise ConfigError(f"cross_entropy has no temperature, got {self.temperature}")
 
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
-        return _cross_entropy(logq, tokens)
+        return cross_entropy(logq, tokens)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class PlainText(CrossEntropy):
     over_tokens: ClassVar[bool] = True
 
 
-def _cross_entropy(logq: Tensor, tokens: Tokens) -> Tensor:
+def cross_entropy(logq: Tensor, tokens: Tokens) -> Tensor:
     return -of_text(logq, tokens)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from switchkd.base.errors import ConfigError
 from switchkd.methods import divergences
-from switchkd.methods.objective import CrossEntropy, Memory, Objective, Tokens, _cross_entropy, of_text, without
+from switchkd.methods.objective import CrossEntropy, Memory, Objective, Tokens, cross_entropy, of_text, without
 from switchkd.methods.policy import STUDENT, TEACHER
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
@@ -276,7 +276,7 @@ class ReplacedCE(Objective):
     def per_token(self, logp: Tensor, logq: Tensor, tokens: Tokens) -> Tensor:
         replaced = tokens.speakers == TEACHER
         p, q = without(replaced, logp, logq)
-        return self._kept(p, q).where(~replaced, _cross_entropy(logq, tokens))
+        return self._kept(p, q).where(~replaced, cross_entropy(logq, tokens))
 
     def _kept(self, logp: Tensor, logq: Tensor) -> Tensor:
         if self.divergence == "forward_kl" and 0 < self.top_k < logp.shape[-1]:

@@ -58,7 +58,7 @@ def decoder_layers(model: "PreTrainedModel") -> "tuple[str, nn.ModuleList]":
 
 
 @contextmanager
-def _turning(layers: "nn.ModuleList") -> "Iterator[list[torch.Tensor]]":
+def turning(layers: "nn.ModuleList") -> "Iterator[list[torch.Tensor]]":
     """While open, sums 1 - cos(input, output) over every token that passes each layer."""
     import torch
 

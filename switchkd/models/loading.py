@@ -51,17 +51,17 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     signals.check()
-    torch_device = _device(device)
+    torch_device = device_named(device)
     torch_dtype = _dtype(dtype, torch_device)
-    source, is_local = _locate(name)
-    if _is_adapter(source):
+    source, is_local = located(name)
+    if is_adapter(source):
         from switchkd.models.adapters import open_adapter
 
         model = load_model(adapter_base(source), dtype, device, load_in_4bit)
         open_adapter(model, Path(source))
         _take_generation_config(model, Path(source))
         return model
-    config = _load_config(source, is_local)
+    config = load_config(source, is_local)
     refuse_recurrent(config)
     if load_in_4bit and (method := quantised(config)):
         raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
@@ -109,11 +109,11 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
 
     if on_disk and name in MADE:
         raise ModelError(f"the tokenizer of {name!r} would have to be made first")
-    source, is_local = _locate(name)
+    source, is_local = located(name)
     if on_disk and not is_local:  # transformers would ask the hub all the same
         source, is_local = _in_cache(source), True
     own = any((Path(source) / file).is_file() for file in TOKENIZER_FILES)
-    if _is_adapter(source) and not own:
+    if is_adapter(source) and not own:
         return load_tokenizer(adapter_base(source), on_disk)
     if is_local and not own:
         raise ModelError(
@@ -140,7 +140,7 @@ def adapter_base(name: str) -> str:
 
     Raises ModelError if the adapter names no base, or another adapter as its base.
     """
-    if not _is_adapter(name):
+    if not is_adapter(name):
         return name
     file = Path(expanded(name)) / ADAPTER_CONFIG
     try:
@@ -148,7 +148,7 @@ def adapter_base(name: str) -> str:
         check_type(base, str | None, "base_model_name_or_path")
     except (OSError, DataError) as error:
         raise ModelError(f"{file} cannot be read: {error}; copy the adapter again") from error
-    if not base or _is_adapter(base):
+    if not base or is_adapter(base):
         what = f"the adapter {base} as its base; merge that one first" if base else "no base_model_name_or_path"
         raise ModelError(f"{file} names {what}; write the name or folder of a whole model there")
     return base
@@ -162,7 +162,7 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
     return str(teacher if role == "teacher" else student)
 
 
-def _is_adapter(name: str | Path) -> bool:
+def is_adapter(name: str | Path) -> bool:
     return (Path(expanded(name)) / ADAPTER_CONFIG).is_file()
 
 
@@ -179,10 +179,10 @@ def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
 def check_source(name: str) -> None:
     """Raise ModelError unless ``name`` may be a model's: a folder that holds one, or a name on the hub, which is not asked."""
     if name != BASE and name not in MADE:
-        _locate(name)
+        located(name)
 
 
-def _locate(name: str) -> tuple[str, bool]:
+def located(name: str) -> tuple[str, bool]:
     """The name to load and whether it is a local folder; a local folder is checked here."""
     name = made(name, "teacher")
     folder = Path(expanded(name))
@@ -196,7 +196,7 @@ def _locate(name: str) -> tuple[str, bool]:
 
 
 def _check_folder(folder: Path) -> None:
-    if _is_adapter(folder):
+    if is_adapter(folder):
         return  # its base is checked when it is loaded
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; name the folder that model.save_pretrained wrote")
@@ -228,7 +228,7 @@ def _check_shards(index: Path) -> None:
         )
 
 
-def _load_config(source: str, is_local: bool) -> "PretrainedConfig":
+def load_config(source: str, is_local: bool) -> "PretrainedConfig":
     from transformers import AutoConfig, PretrainedConfig
 
     with _as_model_error(source, is_local):
@@ -274,7 +274,7 @@ def default_device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device(name: str | None) -> "torch.device":
+def device_named(name: str | None) -> "torch.device":
     import torch
 
     if name is None:

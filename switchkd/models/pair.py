@@ -13,13 +13,13 @@ from switchkd.data.template_inputs import Template
 from switchkd.forward.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.models.loading import (
     MADE,
-    _device,
-    _is_adapter,
-    _load_config,
-    _locate,
     adapter_base,
+    device_named,
+    is_adapter,
+    load_config,
     load_model,
     load_tokenizer,
+    located,
     made,
 )
 from switchkd.models.saved_student import verify_saved
@@ -107,7 +107,7 @@ def load_pair(
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
     for source in dict.fromkeys([student_name, *sources.values()]):
         verify_saved(Path(expanded(source)))
-    if BASE in sources.values() and lora is None and not _is_adapter(student_name):
+    if BASE in sources.values() and lora is None and not is_adapter(student_name):
         raise ConfigError(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
             f"teacher (a folder of that name is './{BASE}')"
@@ -120,7 +120,9 @@ def load_pair(
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
-    models = _load_teachers(sources, chosen_teacher_dtype(teacher_dtype, dtype, _device(device)), device, student_model)
+    models = _load_teachers(
+        sources, chosen_teacher_dtype(teacher_dtype, dtype, device_named(device)), device, student_model
+    )
     for name, model in models.items():
         with _naming(name):
             vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
@@ -130,7 +132,7 @@ def load_pair(
     tokenizer = tokenizers.pop("")
     warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
     warnings += told
-    if teacher_name == BASE and not _is_adapter(student_name):
+    if teacher_name == BASE and not is_adapter(student_name):
         warnings += (
             "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
             "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
@@ -230,7 +232,7 @@ def _load_student(
 
         model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
         beside = freeze_beside_text(model)
-        if _is_adapter(name):
+        if is_adapter(name):
             open_adapter(model, Path(name), asked=lora)
             freeze_beside_text(model)  # what another hand has adapted there
         else:
@@ -240,8 +242,8 @@ def _load_student(
 
 def _folder_dtype(name: str) -> str:
     """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
-    source, is_local = _locate(adapter_base(name))
-    dtype = _load_config(source, is_local).dtype
+    source, is_local = located(adapter_base(name))
+    dtype = load_config(source, is_local).dtype
     return "float32" if dtype is None else dtype_name(dtype)
 
 

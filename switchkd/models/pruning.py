@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from switchkd.base.errors import ConfigError, NonFiniteError
 from switchkd.base.storage import expanded, staged_folder
 from switchkd.data.examples import load_examples
-from switchkd.models.layers import _turning, decoder_layers, prune_layers
+from switchkd.models.layers import decoder_layers, prune_layers, turning
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import save_tokenizer
 
@@ -79,7 +79,7 @@ def layer_influence(model: "PreTrainedModel", input_ids_rows: list[list[int]]) -
     tokens = sum(len(row) for row in input_ids_rows)
     if tokens == 0:
         raise ConfigError("the influence of layers is measured on texts, and there is no token in them; give some text")
-    with evaluating(model), torch.no_grad(), _turning(decoder_layers(model)[1]) as totals:
+    with evaluating(model), torch.no_grad(), turning(decoder_layers(model)[1]) as totals:
         for row in input_ids_rows:
             if row:
                 model(input_ids=torch.tensor([row], device=model.device), use_cache=False)

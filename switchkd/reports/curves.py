@@ -24,9 +24,10 @@ from switchkd.reports.panels import (
     Line,
     Metrics,
     Panel,
-    _dress,
     axis_label,
+    band_of,
     draw,
+    dress,
     has,
     legend,
     panel_notes,
@@ -118,7 +119,7 @@ def run_curves(runs: Mapping[str, Steps]) -> list[Curve]:
     if len(runs) > 1:  # the main one, and the first of each other unit: a panel for each would be many
         first_of_unit = {quantity(name)[1]: name for name in reversed(scores)}
         scores = [name for name in scores if name in first_of_unit.values()]
-    bands = [name for name in seen if name.removeprefix(BY_POSITION)[:1].isdigit()]
+    bands = [name for name in seen if band_of(name)]
     specs = (CURVES[0], ("scores", "Scores of held-out examples", tuple(scores)), *CURVES[1:])
     made = [
         _curve(runs, place, title, [each for name in names for each in (bands if name == BY_POSITION else [name])])
@@ -200,7 +201,7 @@ def _time_curve(runs: Mapping[str, Steps]) -> Curve | None:
     told = []
     for axes, (label, metrics) in zip(figure.subplots(len(timed), squeeze=False).flat, timed.items(), strict=True):
         sums = _stack(axes, metrics)
-        _dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
+        dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
         shares = ", ".join(f"{percent(share)} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
         told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
     told += [f"{label}: time has no value." for label in runs if label not in timed]

@@ -26,7 +26,7 @@ BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 # Steps that a curve of step metrics is averaged over; evaluations are drawn as they are.
 SMOOTH = 9
 POINTS = 400  # that a line has at most: more are not seen, and make a page heavy
-# With compare_report's, those of Okabe and Ito that can be read on white and on black; five colours and four styles
+# With those above, the ones of Okabe and Ito that can be read on white and on black; five colours and four styles
 # make twenty looks.
 COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", GREY)
 STYLES = ("-", "--", "-.", ":")
@@ -140,7 +140,7 @@ def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") 
     for axes, panel in zip(grid.flat, panels, strict=True):
         for line in panel.lines:
             _draw_line(axes, line, panel.x, looks[line.label])
-        _dress(axes, panel)
+        dress(axes, panel)
     for axes in grid.flat:
         axes.label_outer()
     legend(figure, " ".join(part for part in (panel_notes(panels), note) if part))
@@ -180,7 +180,7 @@ def _alone(values: Array) -> NDArray[np.bool_]:
     return there[1:-1] & ~there[:-2] & ~there[2:]
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def dress(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes.set_ylabel(plain(panel.label))
@@ -253,9 +253,15 @@ def quantity(name: str) -> tuple[str, str]:
     if name.startswith(SCORE):
         score = name.removeprefix(SCORE)
         return score, SCORE_UNITS.get(score.split("@")[0], SHARE)
-    if (band := name.removeprefix(BY_POSITION))[:1].isdigit():
+    if band := band_of(name):
         return f"divergence at positions {band}", OWN
     return QUANTITIES.get(name, (name, ""))
+
+
+def band_of(name: str) -> str:
+    """The band of positions that a metric is of, such as 11-50, under the name that the run gave it; "" for any other metric."""
+    band = name.removeprefix(BY_POSITION)
+    return band if band != name and band[:1].isdigit() else ""
 
 
 def series(metrics: Metrics, name: str) -> tuple[Array, Array]:

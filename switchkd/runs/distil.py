@@ -53,7 +53,7 @@ from switchkd.reports import live
 from switchkd.reports.tables import print_results
 from switchkd.runs.continuation import begun, check_origin, check_run, conditions, on_recorded_day, own_code
 from switchkd.runs.finishing import rehearse, save_student
-from switchkd.runs.heldout import Heldout, _check_metric, all_settings, eval_settings, load_heldout, score, write_scores
+from switchkd.runs.heldout import Heldout, all_settings, check_metric, eval_settings, load_heldout, score, write_scores
 from switchkd.runs.model_card import model_card
 from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
 from switchkd.runs.tracking import Trackers, check_trackers
@@ -115,13 +115,12 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
         check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
     )  # fmt: skip
-    _check_metric(config, heldout)
+    check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())
     texts = {"train_file": train, "eval_file": heldout.on_some_day, "validation_file": validation, "lm_file": corpus}
-    weights: Weights = (
-        trainer.learner.masters.whole() if config.merge else {}
-    )  # for the rehearsal: all ranks gather them
+    # For the rehearsal; all ranks gather them.
+    weights: Weights = trainer.learner.masters.whole() if config.merge else {}
     with whole(trainer.student):
         if main:
             check_place()

@@ -138,7 +138,7 @@ def run_of(student: str) -> Path | None:
     return folder.parent if folder.name == STUDENT and (folder.parent / CONFIG).is_file() else None
 
 
-def _check_metric(config: TrainConfig, heldout: Heldout) -> None:
+def check_metric(config: TrainConfig, heldout: Heldout) -> None:
     """Raise ConfigError if the best student is to be chosen by a score that there will not be."""
     name = config.metric_for_best_model
     if name and name not in (known := score_names(heldout.task, heldout.examples)):

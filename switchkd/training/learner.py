@@ -79,7 +79,7 @@ class Learner:
         own = [[sum(each) for each in lengths], [sum(map(bool, each)) for each in lengths]]
         tokens, rows = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
         counts = [row if text else token for text, row, token in zip(texts, rows, tokens, strict=True)]
-        sums = self.fitting(partial(self._gradients, parts, counts, tokens, step), "training")
+        sums = self._fitting(partial(self._gradients, parts, counts, tokens, step), "training")
         self.masters.sum_gradients(accelerator)
         losses = accelerator.reduce(sums, "sum").tolist()
         grad_norm = clip(list(self.masters.named.values()), self.config.max_grad_norm or math.inf)
@@ -134,14 +134,14 @@ class Learner:
         self.watch.lap(len(rows), start)
         return response_hidden(self.student, batch), batch, teacher
 
-    def log_likelihood(self, texts: Sequence[Text]) -> tuple[float, int]:
-        """The negative log-likelihood (nats) of all completions in sum, over all ranks, and their tokens."""
-        sums = self.fitting(partial(self._likelihood, texts), "validating")
+    def negative_log_likelihood(self, texts: Sequence[Text]) -> tuple[float, int]:
+        """Sum of the negative log-likelihood (nats) of all completions, over all ranks, and their tokens."""
+        sums = self._fitting(partial(self._likelihood_sums, texts), "validating")
         total_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return total_loss, int(tokens)
 
     @torch.no_grad()
-    def _likelihood(self, texts: Sequence[Text], size: int) -> torch.Tensor:
+    def _likelihood_sums(self, texts: Sequence[Text], size: int) -> torch.Tensor:
         """Negative log-likelihood (nats) and tokens of this rank's completions ``[2]``, ``size`` rows at a time."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -157,7 +157,7 @@ class Learner:
                     sums[1] += sum(len(row.completion_ids) for row in rows)
         return sums
 
-    def fitting(self, work: Callable[[int], torch.Tensor], what: str) -> torch.Tensor:
+    def _fitting(self, work: Callable[[int], torch.Tensor], what: str) -> torch.Tensor:
         """``work`` with as many rows at a time as memory allows."""
         if self.accelerator.num_processes > 1:  # a rank alone must not change how often it meets the others
             return work(self.micro_rows)

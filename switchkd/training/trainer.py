@@ -363,5 +363,5 @@ class Trainer:
         every = self.config.mix.validation_steps
         if not every or self.step % every:
             return
-        total_loss, tokens = self.learner.log_likelihood(self.validation)
+        total_loss, tokens = self.learner.negative_log_likelihood(self.validation)
         self.reading.memory = self.config.mix.remember(self.reading.memory, total_loss / max(tokens, 1))

@@ -1,12 +1,18 @@
 """Recipes: defaults, types, and errors with the nearest name."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import yaml
 
 from switchkd import AdaSwitch, StudentOnly, Switch
-from switchkd.base.errors import ConfigError
+from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.plain import check_type
 from switchkd.base.settings import from_dict, shipped, to_dict
 from switchkd.methods.mixes import Generated
 from switchkd.methods.objectives import ForwardKL, SkewReverseKL
@@ -154,3 +160,42 @@ def test_settings_made_in_python_are_read_as_those_of_a_recipe():
 def test_settings_of_another_type_made_in_python_are_explained(settings, words):
     with pytest.raises(ConfigError, match=words):
         TrainConfig(**settings)
+
+
+def test_a_policy_is_read_by_name_wherever_settings_have_one():
+    """Whatever else is imported: rules are known as soon as there are settings that name them."""
+    code = "from switchkd.decoding.settings import DecodeConfig; print(DecodeConfig(policy='adaswitch').policy.window)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "4\n"
+
+
+def test_numbers_of_numpy_and_paths_are_plain_settings():
+    made = TrainConfig(
+        seed=np.int64(3), learning_rate=np.float64(0.5), weight_decay=np.float32(0.25), output_dir=Path("x")
+    )
+    values = made.seed, made.learning_rate, made.weight_decay, made.output_dir
+    assert values == (3, 0.5, 0.25, "x") and [type(value) for value in values] == [int, float, float, str]
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        ([1, "a"], list[int] | dict[str, int], "n must be list or dict"),
+        ({"a": "b"}, list[int] | dict[str, int], "n must be list or dict"),
+        (["a"], list[int] | None, r"n\[0\] must be int"),
+        (True, int | float, "n must be int or float"),
+        ({1: 2}, dict[str, int], "n, the name must be str, got 1"),
+        ("b", Literal["a"], "n must be 'a', got 'b'"),
+    ],
+)
+def test_a_value_is_of_one_of_its_types_with_all_that_is_in_it(value, hint, words):
+    with pytest.raises(DataError, match=words):
+        check_type(value, hint, "n")
+
+
+def test_values_of_one_of_several_types():
+    for value, hint in [
+        ([1], list[int] | dict[str, int]),
+        ({"a": 1}, list[int] | dict[str, int]),
+        (None, list[int] | None),
+    ]:
+        check_type(value, hint)

@@ -1,10 +1,12 @@
 """Files to examples, examples to ids, ids to batches: on files and tokenizers made here."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, byte_level_tokenizer
+from tiny import CHATML, byte_level_tokenizer, toy_examples
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -297,3 +299,10 @@ def test_to_moves_every_tensor():
 def test_rows_that_cannot_be_a_batch(rows):
     with pytest.raises(DataError, match="needs rows with a prompt"):
         collate(rows)
+
+
+def test_a_text_has_a_speaker_for_each_of_its_tokens():
+    [example, *_] = toy_examples(1)
+    with pytest.raises(DataError, match=rf"{example.source}: 1 speakers for {len(example.completion_ids)} tokens"):
+        dataclasses.replace(example, speakers=[0])
+    assert dataclasses.replace(example, completion_ids=[4, 5], speakers=[0, 1]).speakers == [0, 1]

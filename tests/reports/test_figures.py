@@ -487,3 +487,9 @@ def test_several_runs_show_the_main_score_of_their_task():
             line |= values
     [scores] = [curve for curve in run_curves(runs) if curve.name == "scores"]
     assert [axes.get_ylabel() for axes in scores.figure.axes] == ["rouge_l (%)", "forward_kl\n(nats per token)"]
+
+
+def test_bands_of_an_older_run_are_drawn_under_its_own_names():
+    metrics = rows(loss=[1.0, 2.0], **{"switch__divergence_0+": [0.5, 0.4], "switch__divergence_16+": [0.3, 0.2]})
+    [curve] = [curve for curve in run_curves({"run": metrics}) if curve.name == "divergence"]
+    assert list(lines(curve.figure.axes[0])) == ["divergence at positions 0+", "divergence at positions 16+"]

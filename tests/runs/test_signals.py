@@ -275,7 +275,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written(settings, tmp_p
 @pytest.mark.parametrize(
     "place",
     [
-        "switchkd.models.loading._load_config",
+        "switchkd.models.loading.load_config",
         "switchkd.runs.distil.weights_sha256",
         "switchkd.runs.distil.save_student",
     ],
