@@ -96,6 +96,8 @@ def test_result_keeps_length_and_order_and_bad_rows_disturb_nobody(llamas):
 def test_a_prompt_that_just_fits_is_decoded(llamas):
     [row] = decode(*llamas, [[4] * 54], StudentOnly(), 10, eos_token_ids=[])
     assert row.stop_reason == "length" and len(row.completion_ids) == 10
+    [longer] = decode(*llamas, [[4] * 55], StudentOnly(), 10, eos_token_ids=[])
+    assert longer.stop_reason == "prompt_too_long" and not longer.completion_ids
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
