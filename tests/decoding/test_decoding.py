@@ -9,6 +9,9 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode, decode_reference
 from switchkd.base.errors import ConfigError
+from switchkd.decoding.pace import BLOCKS
+from switchkd.decoding.rows import row_bytes
+from switchkd.forward.architecture import cache_bytes_per_token
 from switchkd.methods.sampling import Sampling
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
@@ -98,6 +101,13 @@ def test_a_prompt_that_just_fits_is_decoded(llamas):
     assert row.stop_reason == "length" and len(row.completion_ids) == 10
     [longer] = decode(*llamas, [[4] * 55], StudentOnly(), 10, eos_token_ids=[])
     assert longer.stop_reason == "prompt_too_long" and not longer.completion_ids
+
+
+def test_a_row_is_reckoned_at_its_caches_and_the_logits_of_a_block(llamas):
+    """Keys and values of every token in each model, and four fp32 rows of the vocabulary for each position of a block."""
+    alone = [row_bytes(llamas, tokens, 100) - row_bytes(llamas, (0, 0), 100) for tokens in ((3, 0), (0, 5))]
+    assert alone == [3 * cache_bytes_per_token(llamas[0]), 5 * cache_bytes_per_token(llamas[1])]
+    assert row_bytes(llamas, (0, 0), 100) == max(BLOCKS) * 100 * 16
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
