@@ -33,11 +33,11 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.naive import left_padded, naive_decode
-from switchkd.decoding.linear import packed
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.methods.policies import SKD, AdaSwitch, Switch
 from switchkd.methods.policy import Policy, StudentOnly, TeacherOnly
 from switchkd.models.pair import Pair
+from switchkd.runner.fast_layers import FastLayers
 
 POLICIES: dict[str, Policy] = {"SWITCH": Switch(), "AdaSwitch": AdaSwitch(), "SKD": SKD()}
 
@@ -125,8 +125,10 @@ def contenders(pair: Pair, prompts: list[list[int]], new_tokens: int) -> dict[st
 def packed_loop(pair: Pair, loop: Contender) -> Contender:
     """The plain loop with the engine's CPU layers: what is left is the gain of drafting and verifying."""
 
+    student, teacher = FastLayers(pair.student), FastLayers(pair.teacher)
+
     def run() -> object:
-        with packed(pair.student, pair.teacher):
+        with student(), teacher():
             return loop()
 
     return run

@@ -57,7 +57,7 @@ def peak(prompt: int, rows: int, device: str, quick: bool, threads: int) -> tupl
     """(bytes in use at the peak over what the models take, bytes that a row is reckoned at, seconds)."""
     torch.set_num_threads(threads)
     pair = random_pair(device, quick)
-    settings = DecodeSettings(Switch(), NEW_TOKENS, batch_size=rows, repeatable=True)
+    settings = DecodeSettings(Switch(), NEW_TOKENS, batch_size=rows)
     jobs = [
         Job.of(pair.student, pair.teacher, [[2] * length] * count, settings, vocab_size=pair.vocab_size)
         for length, count in ((4, 1), (prompt, rows))

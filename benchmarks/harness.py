@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -33,11 +33,11 @@ from switchkd.data.settings import DataConfig
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode
 from switchkd.decoding.rollouts import DecodeCost
-from switchkd.forward.architecture import num_parameters
 from switchkd.methods.divergences import log_probs
 from switchkd.methods.policy import Policy
-from switchkd.methods.sampling import draw, gumbel_noise, noise_key
+from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key
 from switchkd.models.pair import Pair, load_pair
+from switchkd.runner.architecture import num_parameters
 from switchkd.runs.opening import load_task
 from switchkd.training.checkpoint import save_model
 from switchkd.training.trainer import Trainer
@@ -76,6 +76,9 @@ class Options:
     """Where all contenders run."""
 
 
+Told = TypeVar("Told", bound=Options)
+
+
 @dataclass(frozen=True)
 class Row:
     """One contender in one cell of a benchmark: every raw time, and beside it numbers or lists of raw values."""
@@ -96,13 +99,13 @@ class Row:
         return median(value) if isinstance(value, list) else value
 
 
-def parse(argv: Sequence[str] | None, name: str, doc: str | None) -> Options:
+def parse(argv: Sequence[str] | None, name: str, doc: str | None, options: type[Told] = Options) -> Told:
     """Options of a command line; also keeps the libraries from talking into the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return tyro.cli(Options, args=argv, prog=f"python -m benchmarks.{name}", description=doc, use_underscores=False)
+    return tyro.cli(options, args=argv, prog=f"python -m benchmarks.{name}", description=doc, use_underscores=False)
 
 
 def installed(package: str) -> bool:
@@ -183,12 +186,13 @@ def publish(name: str, options: Options, settings: dict[str, Any], rows: Sequenc
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Medians, their ratio to the first contender of the cell, and the spread."""
+    """Medians, their ratio to the first contender of the cell, and the spread, where something was timed; then the numbers."""
     table = Table(title=title, title_justify="left")
     keys, numbers = list(_ordered(row.cell for row in rows)), list(_ordered(row.numbers for row in rows))
+    timed = any(row.seconds or row.note for row in rows)
     for column in [*keys, "contender"]:
         table.add_column(column)
-    for column in ["median s", "speed-up", "min–max s", *numbers]:
+    for column in [*(["median s", "speed-up", "min–max s"] if timed else []), *numbers]:
         table.add_column(column, justify="right")
     for row in rows:
         base = next(other for other in rows if other.cell == row.cell)
@@ -196,9 +200,9 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         if row.seconds:
             ratio = f"{base.median / row.median:.2f}×" if base.seconds else ""
             times = [number(row.median), ratio, f"{number(min(row.seconds))}–{number(max(row.seconds))}"]
-        cells = [*(str(row.cell[key]) for key in keys), row.contender, *times]
+        cells = [*(str(row.cell[key]) for key in keys), row.contender, *(times if timed else [])]
         table.add_row(*cells, *(number(row.number(key)) if key in row.numbers else "" for key in numbers))
-    Console(width=None if console.is_terminal else 150).print(table)  # a log file is as wide as it needs to be
+    Console(width=None if console.is_terminal else 200).print(table)  # a log file is as wide as it needs to be
 
 
 def _ordered(mappings: Iterable[dict[str, Any]]) -> dict[str, None]:
@@ -272,8 +276,8 @@ def agreement(pair: Pair, examples: Sequence[TokenizedExample], draws: int = 8) 
         logs = [log_probs(m(ids).logits[0, :, : pair.vocab_size]) for m in (pair.student, pair.teacher)]
         variation.append((logs[0].exp() - logs[1].exp()).abs().sum(-1).div(2))
         for seed in range(draws):
-            keys = [noise_key(seed, example.id, t) for t in range(ids.shape[1])]
-            noise = gumbel_noise(keys, pair.vocab_size, ids.device)
+            keys = keys_tensor([noise_key(seed, example.id, t) for t in range(ids.shape[1])], ids.device)
+            noise = gumbel_noise(keys, pair.vocab_size)
             agreed.append((draw(logs[0], noise) == draw(logs[1], noise)).float())
     tv = float(torch.cat(variation).mean())
     return {"total_variation": tv, "bound": (1 - tv) / (1 + tv), "agreement": float(torch.cat(agreed).mean())}

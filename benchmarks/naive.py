@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from switchkd.forward.cache import CACHE
 from switchkd.methods.policy import Policy
+from switchkd.runner.cache import CACHE
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

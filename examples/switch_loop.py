@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from switchkd import load_pair
 from switchkd.data.examples import load_examples
-from switchkd.forward.cache import CACHE
+from switchkd.runner.cache import CACHE
 
 
 def jsd_in_bits(p: Tensor, q: Tensor) -> float:

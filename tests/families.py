@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from switchkd.base.errors import ModelError
-from switchkd.forward.architecture import exact_lengths, refuse_recurrent
 from switchkd.forward.proof import prove
 from switchkd.forward.twin import twin
 from switchkd.models.loading import _attention
+from switchkd.runner.architecture import exact_lengths, refuse_recurrent
 
 # What a default config leaves open, or what makes a decoder of it.
 _DECODER = {"is_decoder": True}

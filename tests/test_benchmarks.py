@@ -6,6 +6,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from switchkd.methods.policy import StudentOnly
 
 ROOT = Path(__file__).parents[1]
 CONTENDERS = {
@@ -16,7 +19,11 @@ CONTENDERS = {
     "methods": {"plain loop", "block engine"},
     "evaluate": {"generate", "engine"},
     "scaling": {"1", "2", "4", "auto", "0.0", "0.1", "60"},
+    "small": {"on-policy", "SWITCH", "AdaSwitch", "evaluate"},
+    "counts": {"StudentOnly", "SWITCH", "AdaSwitch", "SKD", "pieces for a GPU", "pieces for a CPU"},
+    "engines": {"switchkd decode", "transformers generate", "transformers continuous batching", "vLLM"},
 }
+UNTIMED = ("counts",)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
@@ -31,6 +38,39 @@ def test_quick_run_writes_every_contender(name, tmp_path, monkeypatch):
     assert program.main(arguments) == 0
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert {row["contender"] for row in record["rows"]} >= CONTENDERS[name]
-    assert all(len(row["seconds"]) == 1 or row["note"] == "not installed" for row in record["rows"])
+    runs = 0 if name in UNTIMED else 1
+    assert all(len(row["seconds"]) == runs or row["note"] == "not installed" for row in record["rows"])
     assert record["machine"]["torch"]
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_without_the_small_pair_its_benchmark_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+    assert import_module("benchmarks.small").main(["--output", str(tmp_path)]) == 0
+    assert "switchkd make-pair" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_does_not_come_up_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    program = import_module("benchmarks.engines")
+    threads = torch.get_num_threads()
+    arguments = ["--quick", "--repeats", "1", "--output", str(tmp_path), "--busy", "--vllm-python", sys.executable]
+    assert program.main(arguments) == 0
+    rows = json.loads((tmp_path / "engines_busy.json").read_text())["rows"]
+    notes = {row["contender"]: row["note"] for row in rows}
+    assert "No module named 'vllm'" in notes.pop("vLLM")
+    assert set(notes.values()) == {""}
+    assert torch.get_num_threads() == threads, "the number of threads is not put back"
+
+
+def test_the_page_on_a_gpu_has_the_tables_of_its_program():
+    program = import_module("benchmarks.roofline")
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for table in (program.limits, program.memory, program.training):
+        assert table() in page, f"run benchmarks.roofline and take its table of {table.__name__} into docs/gpu.md"
+    assert "nothing is measured" in page
+    counts = program.counted_round(StudentOnly(), 1)
+    assert counts["teacher"] == (0, 0)
+    assert counts["student"][0] > counts["student"][1] > 24 * 20, "a layer has more than twenty kernels"

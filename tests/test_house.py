@@ -17,8 +17,8 @@ drawn = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
-    "base", "methods", "data", "forward", "models", "teachers", "decoding", "evaluation", "training", "reports", "runs", "studies",
-    "cli",
+    "base", "methods", "data", "runner", "forward", "models", "teachers", "decoding", "evaluation", "training", "reports", "runs",
+    "studies", "cli",
 )  # fmt: skip
 
 

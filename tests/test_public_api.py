@@ -20,8 +20,8 @@ def test_decode_signature():
     assert {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty} == {
         "max_new_tokens": 128, "temperature": 1.0, "seed": 0, "sample_ids": None, "block_size": "auto",
         "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-        "eos_token_ids": None, "batch_size": None, "drafter": "auto", "repeatable": False,
-        "memory_gib": None, "keep_hidden": False, "static_step": False, "vocab_size": None,
+        "eos_token_ids": None, "batch_size": None, "drafter": "auto", "costs": (),
+        "memory_gib": None, "keep_hidden": False, "graphs": False, "vocab_size": None,
         "teacher_prompt_ids": None, "progress": None, "watch": None,
     }  # fmt: skip
     assert list(parameters)[:4] == ["student", "teacher", "prompt_ids", "policy"]

@@ -5,7 +5,8 @@ import gc
 import re
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -32,6 +33,39 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or bool(_WORDS.search(str(error))))
 
 
+def fits(work: Callable[[], Result], rows: int, what: str) -> tuple[bool, Result | None]:
+    """Whether ``work`` on so many rows came to its end, and its result; False where memory ran out, which is then cleared.
+
+    Raises:
+        NoMemoryError: one row is too many.
+    """
+    try:
+        return True, work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if rows == 1:
+            raise NoMemoryError(
+                f"memory runs out while {what} with a single row ({error}); shorten the text (max_new_tokens, "
+                "max_prompt_length, max_completion_length), set gradient_checkpointing, or take smaller models"
+            ) from error
+    # Not in the except clause: the error holds what the failed call had made.
+    gc.collect()
+    clear_device_cache()
+    return False, None
+
+
+def tell_fewer(what: str, setting: str, at_first: int, rows: int) -> None:
+    """One warning, where memory held fewer rows than it was asked to; ``setting`` would have it begin with these."""
+    if rows < at_first:
+        warnings.warn(
+            f"memory ran out while {what} with {at_first} rows at once: from here on {rows}; the result is the same but for "
+            f"rounding. {setting} {rows} would begin with that",
+            SwitchKDWarning,
+            stacklevel=3,
+        )
+
+
 def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -> tuple[Result, int]:
     """``work(rows)`` and the number of rows that it was done with: where memory runs out, it is called again with half of them.
 
@@ -43,26 +77,8 @@ def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -
     """
     at_first = rows
     while True:
-        try:
-            result = work(rows)
-            break
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if rows == 1:
-                raise NoMemoryError(
-                    f"memory runs out while {what} with a single row ({error}); shorten the text (max_new_tokens, "
-                    "max_prompt_length, max_completion_length), set gradient_checkpointing, or take smaller models"
-                ) from error
-        # Not in the except clause: the error holds what the failed call had made.
-        gc.collect()
-        clear_device_cache()
+        done, result = fits(partial(work, rows), rows, what)
+        if done:
+            tell_fewer(what, setting, at_first, rows)
+            return cast(Result, result), rows
         rows //= 2
-    if rows < at_first:
-        warnings.warn(
-            f"memory ran out while {what} with {at_first} rows at once: from here on {rows}; the result is the same but for "
-            f"rounding. {setting} {rows} would begin with that",
-            SwitchKDWarning,
-            stacklevel=2,
-        )
-    return result, rows

@@ -21,6 +21,8 @@ from switchkd.base.storage import expand_settings, expanded
 
 # Kinds of settings that are objects, how they are read from plain values (with the setting's name), and how they are written.
 _KINDS: dict[type, tuple[Callable[[Any, str], Any], Callable[[Any], dict[str, Any]]]] = {}
+# In files of earlier versions: they moved time alone, and nothing reads them now.
+RETIRED = ("repeatable", "static_step")
 INPUT_ONLY = ("bf16",)  # another name for a setting, under which nothing is recorded
 
 
@@ -74,6 +76,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], source: str) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold settings as `name: value`, got {shown(values)}")
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {name: value for name, value in values.items() if name not in RETIRED}
     for name in values:
         if name not in names:
             raise ConfigError(f"{source}: unknown setting {shown(name)}{nearest(name, names)}")

@@ -46,7 +46,7 @@ class PlayConfig(ModelConfig, DataConfig, DecodeConfig):
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.decoding.examples import decode_examples
+    from switchkd.decoding.decode import decode_examples
     from switchkd.reports.live import cost_line, print_rollout
     from switchkd.runs.opening import open_pair
 

@@ -11,29 +11,38 @@ Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the st
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError
-from switchkd.base.memory import halving
+from switchkd.base.memory import fits, tell_fewer
+from switchkd.data.texts import TokenizedExample, by_teacher
 from switchkd.decoding.engine import BlockEngine
-from switchkd.decoding.linear import packed
-from switchkd.decoding.pace import Pace
-from switchkd.decoding.rollouts import DecodeCost, Rollouts
-from switchkd.decoding.rows import Job
+from switchkd.decoding.pace import NO_COSTS
+from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.decoding.rows import Job, Row
 from switchkd.decoding.settings import DecodeSettings, Drafter
-from switchkd.forward.architecture import num_parameters
 from switchkd.forward.ends import Ends
-from switchkd.forward.modes import evaluating
 from switchkd.forward.proof import prove
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
-from switchkd.methods.sampling import draw, gumbel_noise, noise_key, speakers
+from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key, speakers
+from switchkd.models.pair import Pair
+from switchkd.runner.fast_layers import kept_layers
+from switchkd.runner.modes import evaluating
+from switchkd.runner.runner import Runner
+from switchkd.runner.threads import FittingThreads
 
 DEFAULT_BATCH = 32
+# Of all decodings of the process that need not be repeatable to the bit.
+threads = FittingThreads()
 
 
 @torch.no_grad()
@@ -70,9 +79,9 @@ def decode_reference(
             if not row.check_finite(logq, logp, [bool(read) for read in policy.reads(state)]):
                 break
             decision = policy.step(state, logq, logp, torch.tensor([t]))
-            key = noise_key(seed, row.id, t)
-            token = draw(settings.sampling.shape(decision.log_probs), gumbel_noise([key], job.vocab_size), temperature)
-            speaker = speakers(decision, token, [key])
+            key = keys_tensor([noise_key(seed, row.id, t)])
+            token = draw(settings.sampling.shape(decision.log_probs), gumbel_noise(key, job.vocab_size), temperature)
+            speaker = speakers(decision, token, key)
             state = policy.spoke(policy.observe(decision.state, token), speaker)
             seen = float(decision.divergence), float(decision.thresholds)
             row.append(int(token), int(speaker), *seen, bool(policy.ends(state)), job)
@@ -103,10 +112,10 @@ def decode(
     top_k: int = 0,
     min_p: float = 0.0,
     drafter: Drafter = "auto",
-    repeatable: bool = False,
+    costs: tuple[float, ...] = (),
     memory_gib: float | None = None,
     keep_hidden: bool = False,
-    static_step: bool = False,
+    graphs: bool = False,
     vocab_size: int | None = None,
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
     progress: Callable[[DecodeCost], None] | None = None,
@@ -126,16 +135,16 @@ def decode(
             never tokens.
         eos_token_ids: ids that end a row, or a pair's ``ends``, which also say whether they are one event (default: what the
             models' generation configs name, as ``load_pair`` leaves them).
-        batch_size: rows decoded together; a finished row's place goes to the next prompt. Where memory runs out, all rows are
-            decoded again with half as many together.
+        batch_size: rows decoded together; a finished row's place goes to the next prompt. Where memory runs out, half of the rows
+            go on and the others begin again later.
         top_p, top_k, min_p: what is left of the target distribution to draw from, as in transformers' ``generate`` (see
             ``sampling.Sampling``). The policy sees all of it; greedy text is not touched.
         drafter: which model proposes the block. It moves time, never tokens.
-        repeatable: take the models' sizes for their costs and do not look at the clock: rounding too is then the same each time.
+        costs: six numbers of seconds by which rounds are planned (`pace.Costs`), as a run's config.yaml holds them; by default a
+            model is timed when it is first used. With equal costs rounding too is the same each time.
         memory_gib: GiB that key/value caches and block buffers may take; fewer rows are then decoded together.
         keep_hidden: whether rollouts carry what the teacher ``said``: its hidden states.
-        static_step: run the student's one-token steps on buffers that never move, on CUDA as one graph. Worth a try where
-            the student is small; each change in the number of rows records the graph anew.
+        graphs: record drafts and verifying forwards as CUDA graphs, for batches of 1, 2, 4 … 64 rows; not yet run on a GPU.
         vocab_size: ids that may be drawn (default: the rows that both models' logits have). Padding rows lie beyond.
         teacher_prompt_ids: one list a prompt, which the teacher reads in its place: another instruction, or what the student may
             not see. Both read the completion; positions are counted in it, so noise and policy see no difference.
@@ -151,11 +160,47 @@ def decode(
         NoMemoryError: one row is too much for the memory. Stopped: a signal came between two rounds.
     """
     settings = DecodeSettings(
-        policy, max_new_tokens, temperature, seed, top_p, top_k, min_p, block_size, batch_size, drafter, repeatable, memory_gib,
-        keep_hidden, static_step,
+        policy, max_new_tokens, temperature, seed, top_p, top_k, min_p, block_size, batch_size, drafter, costs, memory_gib,
+        keep_hidden, graphs,
     )  # fmt: skip
     job = Job.of(student, teacher, prompt_ids, settings, sample_ids, eos_token_ids, vocab_size, teacher_prompt_ids)
-    return decode_job(job, progress, watch)
+    return decode_job(job, progress, watch, Runners(lasting=True))
+
+
+class Runners:
+    """The models of decodings that follow on each other, with what each has prepared; whoever decodes again keeps them.
+
+    ``lasting``: what was prepared of weights is kept as long as the models live. Not for models that are trained in between.
+    """
+
+    def __init__(self, lasting: bool = False) -> None:
+        self.lasting = lasting
+        self._of: dict[int, Runner] = {}
+
+    def of_pair(self, job: Job) -> tuple[Runner, Runner]:
+        """The runners of student and teacher, which are proved; two of them also where both are one model."""
+        student, teacher = self._runner(job.student), self._runner(job.teacher)
+        return student, Runner(job.teacher) if teacher is student else teacher
+
+    def _runner(self, model: PreTrainedModel) -> Runner:
+        prove(model)
+        runner = self._of.get(id(model))
+        if runner is None or runner.model is not model:
+            runner = self._of[id(model)] = Runner(model)
+            if self.lasting:
+                runner.fast = kept_layers(model)
+        return runner
+
+
+@torch.no_grad()
+def measured_costs(job: Job) -> tuple[float, ...]:
+    """What rounds of such a job are planned by, for the setting ``costs``; measured now, on its first rows."""
+    decodable = [row for row in job.rows if row.stop_reason is None]
+    if not decodable:
+        return NO_COSTS.plain()
+    student, teacher = pair = Runners().of_pair(job)
+    with evaluating(job.student, job.teacher), student.fast(), teacher.fast():
+        return _begun(job, decodable, _most(job, decodable), pair)[0].pace.costs.plain()
 
 
 @torch.no_grad()
@@ -163,44 +208,46 @@ def decode_job(
     job: Job,
     progress: Callable[[DecodeCost], None] | None = None,
     watch: Callable[[Rollouts], None] | None = None,
+    runners: Runners | None = None,
 ) -> Rollouts:
     """``decode`` of arguments that are checked."""
-    student, teacher, settings = job.student, job.teacher, job.settings
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)
-    sizes = (num_parameters(student), num_parameters(teacher))
     start = time.perf_counter()
-
-    def work(rows: int) -> DecodeCost:
-        """Decode from the prompts on; tokens do not depend on how many rows are decoded together."""
-        for model in (student, teacher):
-            prove(model)
-        for row in decodable:
-            row.restart()
-        pace = Pace(
-            sizes,
-            job.vocab_size,
-            next(student.parameters()).device,
-            settings.block_size,
-            settings.drafter,
-            not settings.repeatable,
-        )
-        engine = BlockEngine(job, deque(decodable), rows, pace)
-        with evaluating(student, teacher), packed(student, teacher):
-            while engine.rows:
-                signals.check()
-                engine.round()
-                cost = engine.cost(time.perf_counter() - start)
-                if progress is not None:
-                    progress(cost)
-                if watch is not None:
-                    watch(Rollouts([row.rollout() for row in job.rows], cost))
-        return cost
-
-    most = min(settings.batch_size or DEFAULT_BATCH, _rows_within(job), len(decodable))
-    cost, rows = halving(work, most, "decoding", "generation_batch_size")
+    pair = (runners or Runners()).of_pair(job)
+    most, (student, teacher) = _most(job, decodable), pair
+    fit = threads() if not job.settings.costs else nullcontext(lambda: 0)
+    with evaluating(job.student, job.teacher), student.fast(), teacher.fast(), fit as fitted:
+        engine, rows = _begun(job, decodable, most, pair)
+        while engine.rows:
+            signals.check()
+            fitted()
+            if not fits(engine.round, engine.board.count, "decoding")[0]:
+                rows = engine.shrink()
+                continue
+            cost = engine.cost(time.perf_counter() - start)
+            if progress is not None:
+                progress(cost)
+            if watch is not None:
+                engine.board.fetch(np.arange(engine.board.count))
+                watch(Rollouts([row.rollout() for row in job.rows], cost))
+    for runner in pair:
+        runner.close()
+    tell_fewer("decoding", "generation_batch_size", most, rows)
     return Rollouts([row.rollout() for row in job.rows], cost, rows if rows < most else None)
+
+
+def _begun(job: Job, decodable: Sequence[Row], rows: int, pair: Sequence[Runner]) -> tuple[BlockEngine, int]:
+    """An engine for ``rows`` rows at a time, or for as many as memory holds, and their number."""
+    while (engine := fits(partial(BlockEngine, job, deque(decodable), rows, pair), rows, "decoding")[1]) is None:
+        rows //= 2
+    return engine, rows
+
+
+def _most(job: Job, decodable: Sequence[Row]) -> int:
+    """Rows that may be decoded together."""
+    return min(job.settings.batch_size or DEFAULT_BATCH, _rows_within(job), len(decodable))
 
 
 def _rows_within(job: Job) -> int:
@@ -215,3 +262,56 @@ def _rows_within(job: Job) -> int:
             "raise it, shorten the prompts or lower max_new_tokens"
         )
     return int(memory_gib * 2**30 / row)
+
+
+# --- the examples of a pair ---------------------------------------------------------------------------------------
+
+
+def decode_examples(
+    pair: Pair,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    sample_ids: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None = None,
+    watch: Callable[[Rollouts], None] | None = None,
+    runners: Runners | None = None,
+) -> Rollouts:
+    """Complete examples as a pair's models read them, each with its own teacher, in their order; errors are ``decode``'s.
+
+    Each teacher's rows are decoded together; a row's text depends on its own sample id, prompts and teacher alone.
+    """
+    made: dict[int, Rollout] = {}
+    runners = runners or Runners()
+    cost, fitting = DecodeCost(), None
+    for name, places in by_teacher(examples).items():
+        mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
+        job = job_of(pair, name, mine, settings, ids)
+        rollouts = decode_job(job, progress and partial(_further, progress, cost), watch, runners)
+        if rollouts.rows_that_fit:
+            fitting = rollouts.rows_that_fit
+            settings = replace(settings, batch_size=fitting)
+        for place, example, rollout in zip(places, mine, rollouts, strict=True):
+            made[place] = replace(rollout, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids)
+        cost += rollouts.cost
+    return Rollouts((made[place] for place in range(len(examples))), cost, fitting)
+
+
+def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:
+    progress(before + now)
+
+
+def job_of(
+    pair: Pair, teacher: str, examples: Sequence[TokenizedExample], settings: DecodeSettings, sample_ids: Sequence[int]
+) -> Job:
+    """The examples of one teacher."""
+    own = any(example.teacher_prompt_ids is not None for example in examples)
+    return Job.of(
+        pair.student,
+        pair.teacher_named(teacher),
+        [example.prompt_ids for example in examples],
+        settings,
+        sample_ids,
+        pair.ends,
+        pair.vocab_size,
+        [example.teacher_reads for example in examples] if own else None,
+    )

@@ -1,299 +1,372 @@
-"""The block engine: one model drafts K tokens, the other scores them in one forward, the policy walks them in order.
+"""The scheduler of the block engine: which rows are decoded, round after round, and what each round costs.
 
-Shapes: B rows, K positions of a block, V vocabulary. p is the teacher, q the student.
+A round drafts, verifies, decides and rolls back. One summary comes home at its end; beside it the host waits only where rows end
+(their notes) and where prompts enter.
+
+Shapes: b rows of a round, K positions of a block, V vocabulary. p is the teacher, q the student.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from switchkd.decoding.pace import Pace, Plan, Stopwatch
+from switchkd.decoding.board import Board
+from switchkd.decoding.decide import Block, Said, Verdict, decide, spread, stacked
+from switchkd.decoding.pace import NO_COSTS, Costs, Pace, Plan, time_decision, time_forwards
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.rows import Job, Row
-from switchkd.forward.cache import CachedModel
-from switchkd.methods.policy import STUDENT, TEACHER, State
-from switchkd.methods.sampling import draw, gumbel_noise, noise_key, speakers
+from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.methods.sampling import draw, gumbel_noise
+from switchkd.runner.cache import Places
+from switchkd.runner.graphs import Work, bucket
+from switchkd.runner.runner import Runner
 
+# A forward of k − 1 drafts before: logits, from the draft behind them.
+Extend = Callable[[int, Tensor | None], Tensor]
 # Hidden states of a call that may stay on the teacher's device; larger ones go to the host.
 HIDDEN_BYTES = 2**30
 
 
-class _Block:
-    """What two models say about the K positions of a round. Lists are indexed by STUDENT, TEACHER, then by position."""
-
-    def __init__(self, plan: Plan, keys: list[list[int]], noise: list[Tensor], reads: list[Tensor]):
-        self.plan, self.keys, self.noise = plan, keys, noise
-        self.drafts: list[Tensor] = []  # [B] each; none for the last position if nobody asks the drafter about it
-        self.logs: list[list[Tensor]] = [[], []]  # [B, V] each
-        # For a row what entered the teacher's output layer, [positions, hidden size].
-        self.hidden: dict[int, Tensor] = {}
-        # [B] bool each: whether the row of ``logs`` is the model's own, and not the other's in its place
-        drafted = [torch.full_like(reads[STUDENT], k < plan.forwards) for k in range(plan.block)]
-        verified = [reads[1 - plan.drafter]] * plan.block
-        self.has = [drafted, verified] if plan.drafter == STUDENT else [verified, drafted]
-
-
 class BlockEngine:
-    """Rounds over a batch of rows: draft, verify, walk, roll back; finished rows give their place to waiting prompts."""
+    """Rounds over a batch of rows; finished rows give their place to waiting prompts."""
 
-    def __init__(
-        self,
-        job: Job,
-        queue: deque[Row],
-        batch_size: int,
-        pace: Pace,
-    ):
-        self.job, self.queue, self.pace = job, queue, pace
+    def __init__(self, job: Job, queue: deque[Row], places: int, runners: Sequence[Runner]):
+        self.job, self.queue, self.runners = job, queue, runners
         self.policy, self.sampling = job.settings.policy, job.settings.sampling
+        self.device = runners[STUDENT].device
+        wide = torch.promote_types(torch.promote_types(job.student.dtype, job.teacher.dtype), torch.float32)
+        self.board = Board(job, places, [runner.device for runner in runners], wide)
         self.keep_hidden = job.settings.keep_hidden
-        self.rows = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-        self.models = [  # indexed by STUDENT, TEACHER
-            CachedModel(
-                job.student, len(self.rows), job.capacity(STUDENT), job.vocab_size, static=job.settings.static_step
-            ),
-            CachedModel(job.teacher, len(self.rows), job.capacity(TEACHER), job.vocab_size, self.keep_hidden),
-        ]
-        self.device = self.models[STUDENT].device
-        self.watches = [Stopwatch(model.device, pace.timed) for model in self.models]
         width = job.teacher.config.get_text_config().hidden_size * job.teacher.dtype.itemsize
         fits = len(job.rows) * job.settings.max_new_tokens * width <= HIDDEN_BYTES
-        self.hidden_device = self.models[TEACHER].device if fits else torch.device("cpu")
-        self.eos = torch.tensor(job.ends.ids, dtype=torch.int64, device=self.device)
-        self.state: State = self.policy.init(len(self.rows), self.device)
-        self.reads = self._reads()
+        self.hidden_device = runners[TEACHER].device if fits else torch.device("cpu")
         # Whether a row was broken in a forward that read drafts too; without them it will show whether they did it.
         self.in_doubt = False
-        self.rounds = self.blocks = self.block_positions = self.compared = self.equal = 0
+        self.settled = True  # whether all of the board is of one moment
+        self.total = DecodeCost()
+        self._open(places)
+        self._admit(np.arange(places))
+        self.pace = Pace(self._costs(), job.settings.block_size, job.settings.drafter)
+
+    def _open(self, places: int) -> None:
+        """Room in both caches for so many rows, of which nothing has been read yet."""
+        self.places = places
+        for who, runner in enumerate(self.runners):
+            keep = self.keep_hidden and who == TEACHER
+            runner.open(
+                places,
+                self.board.slots[who],
+                self.job.vocab_size,
+                self.board.texts[who],
+                keep,
+                self.job.settings.graphs,
+            )
+
+    def shrink(self) -> int:
+        """Go on with half as many rows, which it returns, after memory ran out: the others begin again later.
+
+        What the rows that stay have written is read again, as nothing is in the caches any more.
+        """
+        board, places = self.board, max(self.board.count // 2, 1)
+        first = places if self.settled else 0
+        begun = [place for place in range(first, board.count) if self.rows[place].stop_reason is None]
+        self.total = self.cost(0.0)  # with what the runners have counted, which begin again
+        self.total.kept_tokens -= int(board.written_n[begun].sum())
+        self.queue.extendleft(self.rows[place] for place in reversed(begun))
+        del self.rows[first:]
+        self.settled = True
+        self._open(places)
+        if not self.rows:
+            self._admit(np.arange(places))
+        return places
+
+    # --- what rounds cost -----------------------------------------------------------------------------------------
+
+    def _costs(self) -> Costs:
+        """What rounds are planned by: given, or measured where there is something to plan."""
+        settings = self.job.settings
+        if settings.costs:
+            return Costs.of(settings.costs)
+        if settings.block_size != "auto" and settings.drafter != "auto":
+            return NO_COSTS
+        read = [bool(self.board.state) or first for first in self.board.first_reads]
+        rows, nothing = self.board.count, NO_COSTS.student
+        student, teacher = (
+            time_forwards(runner, rows) if it else nothing for runner, it in zip(self.runners, read, strict=True)
+        )
+        decision = time_decision(self.policy, self.sampling, self.job.ends, self.job.vocab_size, rows, self.device)
+        return Costs(student, teacher, decision)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that are being decoded."""
+        return self.board.rows
 
     def round(self) -> None:
-        """Decide up to K tokens of every row, then retire finished rows and admit new ones."""
-        watch = Stopwatch(self.device, self.pace.timed)
-        start = watch.now()
-        reads = torch.stack(self.reads, 1).tolist()
-        left = max(self.job.settings.max_new_tokens - len(row.completion) for row in self.rows)
-        plan = self.pace.plan(reads, 1 if self.in_doubt else left)
+        """Decide up to K tokens of the rows that the plan serves, then retire finished rows and admit new ones."""
+        board = self.board
+        left = self.job.settings.max_new_tokens - board.written_n[: board.count]
+        plan = self.pace.plan(board.reading(), 1 if self.in_doubt else int(left.max()))
         self.in_doubt = False
-        keys = [self._keys(k) for k in range(plan.block)]
-        block = _Block(plan, keys, [gumbel_noise(each, self.job.vocab_size, self.device) for each in keys], self.reads)
-        before = [list(model.lengths) for model in self.models]
-        self._draft(block)
-        self._verify(block)
-        self._keep(block, self._walk(block), before)
-        watch.lap(plan.block, start)
-        if self.pace.timed:
-            self._measure(plan, watch)
+        rows = board.serving(plan.served)
+        reads = board.reads_n[rows.host]
+        start = rows.of(board.written)
+        said = self._hear(plan, rows, board.keys_of(rows, start, plan.block))
+        block = said.block(start, self.job.settings.max_new_tokens - start)
+        verdict = decide(self.policy, board.state_of(rows), self.sampling, self.job.ends, block)
+        self.settled = False
+        board.write(rows, verdict)
+        self._keep(plan, rows, reads, self._summary(plan, block, said, verdict))
         self._retire()
-        self.rounds += 1
+        self.settled = True
 
     def cost(self, seconds: float) -> DecodeCost:
-        student, teacher = self.models
-        kept = sum(len(row.completion) for row in self.job.rows)
-        by_teacher = sum(sum(row.speakers) for row in self.job.rows)
-        return DecodeCost(
-            seconds, kept, by_teacher, student.forwards, teacher.forwards,
-            student.prefill_tokens, teacher.prefill_tokens, self.rounds,
-            self.blocks, self.block_positions, self.compared, self.equal,
-        )  # fmt: skip
+        """What decoding has cost so far; the teacher's tokens are those of rows that came home."""
+        student, teacher = self.runners
+        own = DecodeCost(
+            seconds,
+            student_forwards=student.forwards,
+            teacher_forwards=teacher.forwards,
+            student_prefill_tokens=student.prefill_tokens,
+            teacher_prefill_tokens=teacher.prefill_tokens,
+        )
+        return own + self.total
 
-    def _reads(self) -> list[Tensor]:
-        """Which model the policy looks at next, for each row: two ``[B]`` bool tensors."""
-        return [self._spread(read) for read in self.policy.reads(self.state)]
+    # --- what the models say --------------------------------------------------------------------------------------
 
-    def _spread(self, answer: Tensor | bool) -> Tensor:
-        """A policy's answer for all rows or for each, ``[B]``."""
-        return torch.as_tensor(answer, device=self.device).expand(len(self.rows)).clone()
+    def _hear(self, plan: Plan, rows: Places, keys: Tensor) -> Said:
+        """Draft and verify."""
+        said = Said(keys, plan.drafter)
+        if plan.forwards:
+            said.drafted(*self._draft(plan, rows, keys))
+        else:
+            said.noise = gumbel_noise(keys, self.job.vocab_size)
+        which = np.flatnonzero(self.board.reads_n[rows.host, 1 - plan.drafter])
+        if len(which) == len(rows.host):
+            said.verified(self._verify(plan, rows, said.drafts))
+        elif len(which):
+            index = self.board.index(which)
+            said.verified(self._verify(plan, self.board.at(rows.host[which]), said.drafts[index]), index)
+        return said
 
-    def _keys(self, offset: int) -> list[int]:
-        """The keys of every row's draw ``offset`` positions from here."""
-        return [noise_key(self.job.settings.seed, row.id, len(row.completion) + offset) for row in self.rows]
+    def _draft(self, plan: Plan, rows: Places, keys: Tensor) -> tuple[Tensor, ...]:
+        """Draws of one model, each read by it before the next: log-distributions, drafts, and the noise of all positions."""
+        who, runner = plan.drafter, self.runners[plan.drafter]
+        ends_b, ends = self.board.ends(who, rows)
+        there = rows.on(runner.device)
+        runner.catch_up(there, ends_b, ends)
+        steps = partial(self._steps, who, plan.forwards)
+        if (wide := self._recorded(who, rows, ends)) is None:
 
-    def _draft(self, block: _Block) -> None:
-        """Draws of one model, each read by it before the next."""
-        who, rows = block.plan.drafter, range(len(self.rows))
-        hidden = []
-        for k in range(block.plan.forwards):
-            draft = block.drafts[-1].unsqueeze(1) if k else None
-            logits = self._forward(who, rows, draft, texts=k == 0)
-            logs = self.job.ends.log_probs(logits[:, 0])
-            block.logs[who].append(logs)
-            block.drafts.append(self._own_draw(who, logs, block.noise[k]))
-            hidden.append(self.models[who].hidden)
-        if who == TEACHER and self.keep_hidden and hidden:
-            block.hidden = dict(enumerate(torch.cat(hidden, 1)))
+            def extend(k: int, last: Tensor | None) -> Tensor:
+                return runner.extend(there, ends_b + (k - 1) if k else ends_b, ends + max(k - 1, 0), last, tail=k == 0)
 
-    def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
-        """The token ``[B]`` that a model alone would write."""
-        return self._draw(self.policy.proposal(who, logs), noise)
+            said = steps(extend, keys)
+        else:
+            said = self._replayed(("draft", plan.forwards, plan.block), steps, who, wide, keys)
+            runner.count(rows, ends, 0)
+            for k in range(1, plan.forwards):
+                runner.count(rows, ends + (k - 1), 1, tail=False)
+        self._listen(who, rows, said[3:])
+        return said[:3]
 
-    def _draw(self, log_probs: Tensor, noise: Tensor) -> Tensor:
-        """A token of each row ``[B]`` from the target distributions ``[B, V]``."""
-        return draw(self.sampling.shape(log_probs), noise, self.sampling.temperature)
+    def _steps(self, who: int, forwards: int, extend: Extend, keys: Tensor) -> tuple[Tensor, ...]:
+        """So many drafts: log-distributions, drafts, noise, and, if it is kept, what entered the output layer."""
+        noise = gumbel_noise(keys, self.job.vocab_size)
+        logs: list[Tensor] = []
+        drafts: list[Tensor] = []
+        hidden: list[Tensor] = []
+        for k in range(forwards):
+            last = drafts[-1].unsqueeze(1).to(self.runners[who].device) if k else None
+            logs.append(self.job.ends.log_probs(extend(k, last)[:, 0]).to(self.device))
+            drafts.append(self._own_draw(who, logs[-1], noise[:, k]))
+            hidden += [self.runners[who].hidden] if self.runners[who].keep_hidden else []
+        return *(stacked(each) for each in (logs, drafts)), noise, *([torch.cat(hidden, 1)] if hidden else [])
 
-    def _verify(self, block: _Block) -> None:
-        """What the other model says about all positions, in one forward over the rows that read it.
+    def _verify(self, plan: Plan, rows: Places, drafts: Tensor) -> Tensor:
+        """What the other model says about all positions, ``[b, K, V]``, in one forward over the rows that read it.
 
         The K-th draft is not read: its successor lies outside the block.
         """
-        drafter, who = block.plan.drafter, 1 - block.plan.drafter
-        rows = self.reads[who].nonzero().flatten().tolist()
-        if rows:
-            index = torch.tensor(rows, device=self.device)
-            drafts = torch.stack(block.drafts, 1)[index, : block.plan.block - 1] if block.plan.block > 1 else None
-            logits = self._forward(who, rows, drafts, texts=True)
-            own = [self.job.ends.log_probs(logits[:, k]) for k in range(block.plan.block)]
-            if len(rows) < len(self.rows):
-                others = self._stand_ins(block, own[0].dtype)
-                own = [logs.index_copy(0, index, part) for logs, part in zip(others, own, strict=True)]
-            block.logs[who] = own
-            block.logs[drafter] += own[len(block.logs[drafter]) :]
-            if who == TEACHER and self.keep_hidden:
-                block.hidden = dict(zip(rows, self.models[who].hidden, strict=True))
+        who = 1 - plan.drafter
+        runner, (ends_b, ends) = self.runners[who], self.board.ends(who, rows)
+        there = rows.on(runner.device)
+        read = drafts[:, : plan.block - 1].to(runner.device) if plan.block > 1 else None
+        runner.catch_up(there, ends_b, ends)
+        if (wide := self._recorded(who, rows, ends)) is None:
+            said = self._words(who, runner.extend(there, ends_b, ends, read))
         else:
-            block.logs[drafter] = block.logs[who] = self._stand_ins(block, torch.float32)
+            inputs = () if read is None else (read,)
+            work = partial(self._all_words, who)
+            said = self._replayed(("verify", plan.block), work, who, wide, *inputs)
+            runner.count(rows, ends, plan.block - 1)
+        self._listen(who, rows, said[1:])
+        return said[0]
 
-    def _stand_ins(self, block: _Block, dtype: torch.dtype) -> list[Tensor]:
-        """What stands where a model was not run: the drafter's words, or any, where the drafter was not run either."""
-        drafted = block.logs[block.plan.drafter]
-        missing = block.plan.block - len(drafted)
-        if not missing:
-            return drafted
-        anything = torch.zeros(len(self.rows), self.job.vocab_size, dtype=dtype, device=self.device).log_softmax(1)
-        return drafted + [anything] * missing
+    def _all_words(self, who: int, extend: Extend, drafts: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self._words(who, extend(0, drafts))
 
-    def _forward(self, who: int, rows: Sequence[int], drafts_bT: Tensor | None, texts: bool) -> Tensor:
-        """Logits ``[b, T, V]`` after the rest of the rows' texts, if told to read them, and after each draft."""
-        model, watch = self.models[who], self.watches[who]
-        whole = [self.rows[row].tokens_of(who) for row in rows] if texts else None
-        limits = [len(self.rows[row].prompt_of(who)) + self.job.settings.max_new_tokens for row in rows]
-        if whole is not None:
-            start = watch.now()
-            model.catch_up(rows, whole)
-            watch.lap(0, start)
-        start = watch.now()
-        logits = model.extend(rows, whole, None if drafts_bT is None else drafts_bT.to(model.device), limits)
-        watch.lap(len(rows) * logits.shape[1], start)
-        return logits.to(self.device)
+    def _words(self, who: int, logits: Tensor) -> tuple[Tensor, ...]:
+        """Log-distributions, and, if it is kept, what entered the output layer."""
+        runner = self.runners[who]
+        return self.job.ends.log_probs(logits).to(self.device), *([runner.hidden] if runner.keep_hidden else [])
 
-    def _walk(self, block: _Block) -> list[list[list[float]]]:
-        """Decide the positions in order; a row stops at the first token that its draft did not foresee.
+    # --- what is recorded -----------------------------------------------------------------------------------------
 
-        Everything stays on the device until the end, where one transfer brings home for each position and row:
-        alive, token, speaker, divergence, threshold, whether the policy ends the text, whether student and teacher are broken
-        here, whether either is anywhere in the block, and ``_evidence``.
-        """
-        start = torch.tensor([len(row.completion) for row in self.rows], device=self.device)
-        alive = torch.ones_like(start, dtype=torch.bool)
-        reads, columns, wide = self.reads, [], torch.result_type(block.logs[STUDENT][0], block.logs[TEACHER][0])
-        spoilt = [torch.stack([logs[:, 0] for logs in block.logs[who]]).isnan().any(0) for who in (STUDENT, TEACHER)]
-        for k, g in enumerate(block.noise):
-            logq, logp = block.logs[STUDENT][k], block.logs[TEACHER][k]
-            # Log-softmax spreads one NaN or +inf over its whole row.
-            broken = [reads[s] & block.logs[s][k][:, 0].isnan() for s in (STUDENT, TEACHER)]
-            sound = alive & ~(broken[STUDENT] | broken[TEACHER])
-            decision = self.policy.step(self.state, logq, logp, start + k)
-            token = self._draw(decision.log_probs, g)
-            speaker = speakers(decision, token, block.keys[k])
-            self._keep_state(sound, self.policy.spoke(self.policy.observe(decision.state, token), speaker))
-            told = self._spread(self.policy.ends(self.state))
-            evidence = self._evidence(block, k, token, sound, reads)
-            seen = decision.divergence, decision.thresholds
-            numbers = (alive, token, speaker, *seen, told, *broken, *spoilt, *evidence)
-            columns.append(torch.stack([n.to(wide) for n in numbers], 1))  # ids and counts are exact in fp32 up to 2^24
-            ends = told | torch.isin(token, self.eos) | (start + k + 1 == self.job.settings.max_new_tokens)
-            if k + 1 == block.plan.block:
-                break
-            reads = self._reads()
-            # A policy may want a model again that this block did not run for the row: the block ends there.
-            lacks = [reads[s] & ~block.has[s][k + 1] for s in (STUDENT, TEACHER)]
-            alive = sound & ~ends & (token == block.drafts[k]) & ~(lacks[STUDENT] | lacks[TEACHER])
-            if self.device.type == "cpu" and not alive.any():  # elsewhere the question would cost more than the steps
-                break
-        return torch.stack(columns).tolist()
+    def _recorded(self, who: int, rows: Places, ends: np.ndarray) -> Places | None:
+        """The rows of a recording that serves these, if there may be one: the first rows, each with one token to read."""
+        runner = self.runners[who]
+        if runner.keeps is None or rows.device is not None or (runner.unread(rows, ends) != 1).any():
+            return None
+        return Places.first(bucket(len(ends), self.places))
 
-    def _evidence(self, block: _Block, k: int, token: Tensor, sound: Tensor, reads: list[Tensor]) -> list[Tensor]:
-        """``[B]`` bools: the policy asked both models, the student's draw is final, the teacher's is; both ran, draws equal."""
-        who = 1 - block.plan.drafter
-        if k == len(block.drafts) or block.logs[who] is block.logs[1 - who]:
-            return [torch.zeros_like(sound)] * 5  # one of the two was not run
-        draws = [block.drafts[k], self._own_draw(who, block.logs[who][k], block.noise[k])]
-        student, teacher = draws if who == TEACHER else draws[::-1]
-        ran = sound & block.has[STUDENT][k] & block.has[TEACHER][k]
-        asked = ran & reads[STUDENT] & reads[TEACHER]
-        return [asked, asked & (student == token), asked & (teacher == token), ran, ran & (student == teacher)]
+    def _replayed(
+        self, name: tuple[Hashable, ...], work: Work, who: int, wide: Places, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``work(extend, *inputs)`` as it was recorded for so many rows, of which those behind the inputs' ride along."""
+        runner, count = self.runners[who], len(wide.host)
+        ends_b, _ = self.board.ends(who, wide)
+        last = wide.of(runner.texts).gather(1, (ends_b - 1).clamp(min=0).unsqueeze(1))
+        padded = [nn.functional.pad(each, (0, 0, 0, count - len(each))) for each in inputs]
 
-    def _keep(self, block: _Block, columns: list[list[list[float]]], before: list[list[int]]) -> None:
-        """Write the decided tokens into their rows, and roll both models back to them.
+        def recorded(last: Tensor, ends_b: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            def extend(k: int, drafts: Tensor | None) -> Tensor:
+                if k and drafts is not None:
+                    return runner.step(drafts, ends_b + k, None)
+                return runner.step(last, ends_b, drafts)
 
-        A row that is in doubt goes back to what the models had read ``before``: text that stood in one forward with a broken draft
-        may be broken by it in a cache, too.
-        """
-        evidence, stale = [0] * 5, []
-        for b, row in enumerate(self.rows):
-            kept = 0
-            for alive, token, speaker, divergence, threshold, ends, *rest in (column[b] for column in columns):
-                broken, spoilt, seen = rest[:2], rest[2:4], rest[4:]
-                if not alive:
-                    break
-                if any(broken):
-                    if block.plan.block == 1:
-                        row.fail_non_finite("student" if broken[STUDENT] else "teacher")
-                    else:  # a draft behind this position may have broken it: its mask is a weight of 0, and 0 · NaN is NaN
-                        self.in_doubt = True
-                        for model, lengths in zip(self.models, before, strict=True):
-                            model.lengths[b] = min(model.lengths[b], lengths[b])
-                    break
-                row.append(int(token), int(speaker), divergence, threshold, bool(ends), self.job)
-                kept += 1
-                evidence = [n + int(m) for n, m in zip(evidence, seen, strict=True)]
-            stale += [(who, b) for who in (STUDENT, TEACHER) if spoilt[who]]
-            if self.keep_hidden:
-                hidden = block.hidden.get(b)
-                row.keep_hidden(None if hidden is None else hidden[:kept].to(self.hidden_device, copy=True), kept)
-        # Both models have read the last token but one at most; the last one may differ from what was drafted.
-        for who, model in enumerate(self.models):
-            model.lengths = [
-                min(length, len(row.tokens_of(who)) - 1) for length, row in zip(model.lengths, self.rows, strict=True)
-            ]
-        for who, b in stale:
-            self.models[who].clear_stale(b)
-        self.blocks += len(self.rows)
-        self.block_positions += block.plan.block * len(self.rows)
-        self.compared, self.equal = self.compared + evidence[-2], self.equal + evidence[-1]
-        self.pace.observe(*evidence)
+            return work(extend, *inputs)
 
-    def _keep_state(self, alive: Tensor, new: State) -> None:
-        """Rows whose block was cut keep the state of their last kept token."""
-        self.state = tuple(
-            torch.where(alive.view(-1, *[1] * (n.dim() - 1)), n, old) for n, old in zip(new, self.state, strict=True)
+        said = runner.graphs(
+            (*name, repr(self.policy), self.sampling, self.job.ends, count), recorded, last, ends_b, *padded
         )
+        rows = len(inputs[0]) if inputs else count
+        return tuple(each[:rows] for each in said)
 
-    def _measure(self, plan: Plan, watch: Stopwatch) -> None:
-        """Tell the pace what the forwards of this round cost, and what the rest of it did."""
-        laps = [each.take() for each in self.watches]
-        [(_, whole)] = watch.take()
-        rest = whole - sum(seconds for each in laps for _, seconds in each)
-        # Catching up, a lap of size 0, is not a block.
-        blocks = [[(tokens, seconds) for tokens, seconds in each if tokens] for each in laps]
-        self.pace.measure(blocks, rest, plan.block * len(self.rows))
+    def _own_draw(self, who: int, logs: Tensor, noise: Tensor) -> Tensor:
+        """The token that a model alone would write, from log-distributions ``[n, V]``."""
+        return draw(self.sampling.shape(self.policy.proposal(who, logs)), noise, self.sampling.temperature)
+
+    def _listen(self, who: int, rows: Places, hidden: Sequence[Tensor]) -> None:
+        for each in hidden if who == TEACHER else ():
+            self.board.listen(rows, each)
+
+    # --- what is kept ---------------------------------------------------------------------------------------------
+
+    def _summary(self, plan: Plan, block: Block, said: Said, verdict: Verdict) -> np.ndarray:
+        """All that the host learns of a round, in one transfer, ``[columns, b]``: tokens kept, then answers of yes or no, of which
+        five are counted over the kept tokens (``_evidence``)."""
+        reads = [spread(read, verdict.kept) for read in self.policy.reads(verdict.state)]
+        spoilt = [logs[..., 0].isnan().any(1) for logs in block.logs]
+        counts = [verdict.kept]
+        if said.both:
+            counts += self._evidence(plan, block, verdict).unbind()
+        flags = torch.stack([verdict.eos, verdict.told, *verdict.broken, *spoilt, *reads])
+        return torch.cat([flags.long(), torch.stack(counts)]).cpu().numpy()
+
+    def _evidence(self, plan: Plan, block: Block, verdict: Verdict) -> Tensor:
+        """``[5, b]`` kept positions at which the policy asked both models, and of these where the student's draw is final, and the
+        teacher's; at which both ran, and of these where their draws are equal."""
+        who, size = 1 - plan.drafter, block.drafts.shape[1]
+        logs, noise = (each[:, :size].flatten(0, 1) for each in (block.logs[who], block.noise))
+        draws = [block.drafts, self._own_draw(who, logs, noise).view_as(block.drafts)]
+        student, teacher = draws if who == TEACHER else draws[::-1]
+        tokens = verdict.tokens[:, :size]
+        ran = self.board.columns[:size] < verdict.kept.unsqueeze(1)
+        for each in block.ran:
+            ran = ran if each is None else ran & each[:, :size]
+        asked = ran & verdict.asked[:, :size]
+        return torch.stack(
+            [asked, asked & (student == tokens), asked & (teacher == tokens), ran, ran & (student == teacher)]
+        ).sum(2)
+
+    def _keep(self, plan: Plan, rows: Places, read: np.ndarray, summary: np.ndarray) -> None:
+        """Move on by what was kept of rows that ``read`` ``[b, 2]`` so, and roll both models back to it."""
+        board, here = self.board, rows.host
+        (eos, told, *broken, student, teacher), reads, (kept, *evidence) = summary[:6], summary[6:8], summary[8:]
+        board.written_n[here] += kept
+        board.reads_n[here] = reads.T.astype(bool)
+        self.pace.returned |= bool((board.reads_n[here].all(1) & ~read.all(1) & (kept > 0)).any())
+        if self.keep_hidden:
+            heard = plan.forwards if plan.drafter == TEACHER else plan.block * read[:, TEACHER]
+            board.heard[here] &= heard >= kept
+        for who, runner in enumerate(self.runners):
+            runner.read = np.minimum(
+                runner.read, np.maximum(board.prompts_n[who] + board.written_n - 1, 0)[: len(runner.read)]
+            )
+        bad = np.flatnonzero(broken[STUDENT] | broken[TEACHER])
+        assert kept.any() or len(bad), "a round keeps at least a token of each row"
+        for at in bad.tolist():
+            self._broken(plan, here[at], broken[STUDENT][at])
+        for who, spoilt in enumerate((student, teacher)):
+            for at in np.flatnonzero(spoilt).tolist():
+                self.runners[who].clear(here[at])
+        over = board.written_n[here] == self.job.settings.max_new_tokens
+        for at in np.flatnonzero(eos | told | over).tolist():
+            if kept[at]:
+                self.rows[here[at]].stop_reason = "eos" if eos[at] else "policy" if told[at] else "length"
+                board.ended[here[at]] = True
+        numbers = [int(each.sum()) for each in evidence] or [0] * 5
+        self.pace.observe(*numbers)
+        self.total += DecodeCost(
+            kept_tokens=int(kept.sum()), rounds=1, blocks=len(here), block_positions=plan.block * len(here),
+            compared=numbers[3], equal=numbers[4],
+        )  # fmt: skip
+
+    def _broken(self, plan: Plan, place: int, by_student: bool) -> None:
+        """A model that is read is not a number behind a row's tokens: the row's end, unless a draft behind them may have done it
+        (its mask is a weight of 0, and 0 · NaN is NaN).
+
+        Whatever stood in one forward with the draft may then be broken in a cache too, so that the row is read again from its
+        beginning.
+        """
+        if plan.block == 1:
+            at, name = int(self.board.written_n[place]), "student" if by_student else "teacher"
+            self.rows[place].fail_non_finite(name, at)
+            self.board.ended[place] = True
+            return
+        self.in_doubt = True
+        for runner in self.runners:
+            runner.read[place] = 0
+            runner.clear(place)
+
+    # --- who comes and goes ---------------------------------------------------------------------------------------
 
     def _retire(self) -> None:
-        """Give the places of finished rows to waiting prompts; when none waits, shrink the batch."""
-        for place, row in enumerate(self.rows):
-            if row.stop_reason is not None and self.queue:
-                self.rows[place] = self.queue.popleft()
-                for model in self.models:
-                    model.reset(place)
-                fresh = self.policy.init(1, self.device)
-                for whole, first in zip(self.state, fresh, strict=True):
-                    whole[place] = first[0]
-        left = [place for place, row in enumerate(self.rows) if row.stop_reason is None]
-        if left and len(left) < len(self.rows):
-            for model in self.models:
-                model.select(left)
-            index = torch.tensor(left, device=self.device)
-            self.state = tuple(part[index] for part in self.state)
-        self.rows = [self.rows[place] for place in left]
-        if self.rows:
-            self.reads = self._reads()
+        """Bring finished rows home, give their places to waiting prompts, and close the gaps that remain."""
+        done = np.flatnonzero(self.board.ended[: self.board.count])
+        if not len(done):
+            return
+        board = self.board
+        board.fetch(done)
+        for place in done.tolist():
+            row = self.rows[place]
+            row.said = board.hidden_of(place, self.hidden_device)
+            self.total.teacher_tokens += sum(row.speakers)
+            for runner in self.runners:
+                runner.read[place] = 0
+                if row.error:  # what is not a number must not stay for the next one
+                    runner.clear(place)
+        self._admit(done)
+
+    def _admit(self, free: np.ndarray) -> None:
+        """Fill ``free`` places from the queue, and move rows into the ones that stay free."""
+        board = self.board
+        entering = [self.queue.popleft() for _ in range(min(len(free), len(self.queue)))]
+        if entering:
+            board.admit(entering, free[: len(entering)])
+        free = free[len(entering) :]
+        if len(free) and board.rows:
+            count = board.count - len(free)
+            gaps = free[free < count]
+            movers = np.setdiff1d(np.arange(count, board.count), free)
+            if len(gaps):
+                to, source = (Places(each, board.index(each)) for each in (gaps, movers))
+                board.move(to, source)
+                for runner in self.runners:
+                    runner.move(to, source)
+            del board.rows[count:]

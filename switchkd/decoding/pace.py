@@ -1,74 +1,105 @@
-"""Who drafts, and how far: chosen before every round from the running agreement and from what each model's forwards cost.
+"""Which rows a round serves, who drafts for them, and how far: chosen from the running agreement and from what forwards cost.
 
 A round decides K positions. The drafter runs once for each of them, the other model once for all. If a draft is final with
-probability a, a row keeps ``1 + a + … + a^(K−1)`` tokens of the round. The choice that keeps the most tokens a second wins;
-the tokens themselves never depend on it.
+probability a, a row keeps ``1 + a + … + a^(K−1)`` tokens of the round. Rows that read both models and rows that read one want
+different rounds: a round may serve some of them, and the others wait. The choice that keeps the most tokens a second wins; the
+tokens themselves never depend on it.
 """
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from torch import nn
 
+from switchkd.base.errors import ConfigError
+from switchkd.decoding.decide import Block, decide
 from switchkd.decoding.settings import Drafter
-from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.forward.ends import Ends
+from switchkd.methods.policy import STUDENT, TEACHER, Policy
+from switchkd.methods.sampling import Sampling, gumbel_noise
+from switchkd.runner.cache import Places
+from switchkd.runner.runner import Runner
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 # Rows times positions of a round, each of which holds noise and two log-distributions over the vocabulary.
 _MAX_TOKENS = 256
-# First guesses, and all there is where no clock may be looked at: two runs on one machine then make equal choices.
-_SECONDS_PER_PARAMETER = 4e-10
-_SECONDS_PER_TOKEN_ID = 2.5e-8
+# The chance that a text goes on behind a token, where nobody checks the drafter: what runs past the end is lost.
+_GOES_ON = 0.98
+
+Reads = tuple[bool, bool]  # which models a row's next step looks at: student, teacher
+Line = tuple[float, float]  # seconds of n tokens: the first, and n times the second
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What decoding costs on a machine, in seconds: forwards of n tokens of student and teacher, and deciding n positions.
+
+    They are measured once and planned with from then on, so that equal costs and texts give equal rounds, to the last bit.
+    """
+
+    student: Line
+    teacher: Line
+    decision: Line
+
+    def __call__(self, who: int, tokens: int) -> float:
+        fixed, each = (self.student, self.teacher)[who]
+        return fixed + each * tokens
+
+    def deciding(self, positions: int) -> float:
+        return self.decision[0] + self.decision[1] * positions
+
+    def plain(self) -> tuple[float, ...]:
+        """As a setting holds them."""
+        return *self.student, *self.teacher, *self.decision
+
+    @staticmethod
+    def of(plain: tuple[float, ...]) -> "Costs":
+        """From what a setting holds; raises ConfigError for anything but six numbers that are at least 0."""
+        if len(plain) != 6 or not all(value >= 0 for value in plain):
+            raise ConfigError(
+                f"costs must be six numbers of seconds that are at least 0, as config.yaml of a run holds them, got {plain}"
+            )
+        return Costs((plain[0], plain[1]), (plain[2], plain[3]), (plain[4], plain[5]))
+
+
+# Where nothing is to be chosen, nothing is measured, and any costs do.
+NO_COSTS = Costs((1.0, 0.0), (1.0, 0.0), (0.0, 0.0))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A round: ``drafter`` runs ``forwards`` times for a block of ``block`` positions."""
+    """A round for the rows that read as ``served`` says: ``drafter`` runs ``forwards`` times for a block of ``block`` positions."""
 
     drafter: int
     block: int
     forwards: int
+    served: frozenset[Reads]
 
 
 class Pace:
-    """Plans rounds for two models with so many ``parameters`` (student, teacher) on one device.
+    """Plans rounds for two models of these costs."""
 
-    ``timed``: rounds may look at the clock. What forwards cost is then measured, where the length of blocks is to be chosen by it;
-    otherwise it is taken from the numbers of parameters.
-    """
-
-    def __init__(
-        self,
-        parameters: tuple[int, int],
-        vocab_size: int,
-        device: torch.device,
-        block_size: int | Literal["auto"] = "auto",
-        drafter: Drafter = "auto",
-        timed: bool = True,
-    ):
-        self.drafter, self.block_size, self.timed = drafter, block_size, timed
-        knee = 32 if device.type == "cpu" else 512
-        self.forward = [_ForwardTime(_SECONDS_PER_PARAMETER * size, knee) for size in parameters]
-        # Seconds that a position of a row takes beside the forwards: noise, policy, draws.
-        self.position = _Running(_SECONDS_PER_TOKEN_ID * vocab_size, seen=0, window=4)
+    def __init__(self, costs: Costs, block_size: int | Literal["auto"] = "auto", drafter: Drafter = "auto"):
+        self.costs, self.drafter, self.block_size = costs, drafter, block_size
         # How often the student's and the teacher's draw is the final token, and how often the two are equal.
         self.agreement = [_Running(0.7, seen=4, window=32) for _ in (STUDENT, TEACHER)]
         self.equal = _Running(0.7, seen=4, window=32)
+        self.returned = False  # whether a row that read one model, or none, has come to read both again
 
-    def plan(self, reads: Sequence[tuple[bool, bool]], left: int) -> Plan:
-        """The next round for rows that read (student, teacher), of which the longest has ``left`` tokens to go."""
-        fitting = [k for k in BLOCKS if k <= left and (k == 1 or k * len(reads) <= _MAX_TOKENS)]
-        blocks = fitting if self.block_size == "auto" else [min(self.block_size, left)]
-        # A teacher that nobody reads is never the cheaper drafter.
-        either = (STUDENT, TEACHER) if any(teacher for _, teacher in reads) else (STUDENT,)
-        drafters = {"auto": either, "student": (STUDENT,), "teacher": (TEACHER,)}[self.drafter]
-        if not any(map(any, reads)):
-            return Plan(drafters[0], 1, 0)  # the policy knows the next tokens by itself
-        plans = [self._plan(drafter, block, reads) for drafter in drafters for block in blocks]
-        return max(plans, key=lambda plan: self._rate(plan, reads))  # of equal ones the first, with the shortest block
+    def plan(self, rows: Mapping[Reads, int], left: int) -> Plan:
+        """The next round. ``rows`` counts those that read alike; the longest has ``left`` tokens to go."""
+        everyone = frozenset(rows)
+        groups = [everyone, *(frozenset([reads]) for reads in rows if len(rows) > 1)]
+        if (True, True) in rows and not self.returned:
+            # Those that still read both will read as the others do: served first, they share all that these have yet to do.
+            groups = [served for served in groups if (True, True) in served]
+        plans = [plan for group in groups for plan in self._plans(rows, group, left)]
+        return max(plans, key=lambda plan: self._rate(plan, rows))  # of equal ones the first, with the shortest block
 
     def observe(self, asked: int, student: int, teacher: int, ran: int, equal: int) -> None:
         """Where the policy ``asked`` both models, final draws of each; where both ``ran``, equal draws."""
@@ -78,33 +109,37 @@ class Pace:
             if positions:
                 running.add(hits / positions, positions)
 
-    def measure(self, forwards: Sequence[Sequence[tuple[int, float]]], rest: float, positions: int) -> None:
-        """Of a round: tokens and seconds of each model's forwards, and the other seconds, over positions of all rows."""
-        if self.timed and self.block_size == "auto":
-            for timing, laps in zip(self.forward, forwards, strict=True):
-                for tokens, seconds in laps:
-                    timing.observe(tokens, seconds)
-            self.position.add(max(rest, 0.0) / positions)
+    def _plans(self, rows: Mapping[Reads, int], served: frozenset[Reads], left: int) -> list[Plan]:
+        count = sum(rows[reads] for reads in served)
+        fitting = [k for k in BLOCKS if k <= left and (k == 1 or k * count <= _MAX_TOKENS)]
+        blocks = fitting if self.block_size == "auto" else [min(self.block_size, left)]
+        # A teacher that nobody reads is never the cheaper drafter.
+        either = (STUDENT, TEACHER) if any(teacher for _, teacher in served) else (STUDENT,)
+        drafters = {"auto": either, "student": (STUDENT,), "teacher": (TEACHER,)}[self.drafter]
+        if not any(map(any, served)):
+            return [Plan(drafters[0], 1, 0, served)]  # the policy knows the next tokens by itself
+        return [self.round_of(drafter, block, served) for drafter in drafters for block in blocks]
 
-    def _plan(self, drafter: int, block: int, reads: Sequence[tuple[bool, bool]]) -> Plan:
-        # The last position needs no draft, only the drafter's distribution, if someone looks at it.
-        read, verified = any(row[drafter] for row in reads), any(row[1 - drafter] for row in reads)
-        return Plan(drafter, block, block if read or not verified else block - 1)
+    @staticmethod
+    def round_of(drafter: int, block: int, served: frozenset[Reads]) -> Plan:
+        """A round of this length. The last position needs no draft, only the drafter's words, if someone looks at them."""
+        read, verified = any(reads[drafter] for reads in served), any(reads[1 - drafter] for reads in served)
+        return Plan(drafter, block, block if read or not verified else block - 1, served)
 
-    def _rate(self, plan: Plan, reads: Sequence[tuple[bool, bool]]) -> float:
+    def _rate(self, plan: Plan, rows: Mapping[Reads, int]) -> float:
         """Expected tokens kept a second."""
-        verified = sum(row[1 - plan.drafter] for row in reads)
-        seconds = plan.forwards * self.forward[plan.drafter](len(reads)) + plan.block * len(reads) * self.position.value
+        count = sum(rows[reads] for reads in plan.served)
+        verified = sum(rows[reads] for reads in plan.served if reads[1 - plan.drafter])
+        seconds = plan.forwards * self.costs(plan.drafter, count) + self.costs.deciding(plan.block * count)
         if verified:
-            seconds += self.forward[1 - plan.drafter](verified * plan.block)
-        elif self.block_size == "auto" and plan.block > 1:
-            return 0.0  # nothing to verify: a block would only run past the end of rows that stop in it
-        return sum(self._kept(plan, row) for row in reads) / seconds
+            seconds += self.costs(1 - plan.drafter, verified * plan.block)
+        kept = sum(rows[reads] * self._kept(plan, reads) for reads in plan.served)
+        return kept / seconds if seconds else kept
 
-    def _kept(self, plan: Plan, row: tuple[bool, bool]) -> float:
-        if not row[1 - plan.drafter]:
-            return plan.block  # the drafter's own text
-        a = (self.agreement[plan.drafter] if row[plan.drafter] else self.equal).value
+    def _kept(self, plan: Plan, reads: Reads) -> float:
+        a = _GOES_ON  # the drafter's own text
+        if reads[1 - plan.drafter]:
+            a = (self.agreement[plan.drafter] if reads[plan.drafter] else self.equal).value
         return (1 - a**plan.block) / (1 - a) if a < 1 else plan.block
 
 
@@ -124,45 +159,76 @@ class _Running:
         self.value += (self.first - self.value) / 1024
 
 
-class _ForwardTime:
-    """Seconds of a forward over n tokens: ``s · (1 + n / knee)`` with a scale s for each power of two of n.
+def line(work: Callable[[int], object], sizes: tuple[int, int], device: torch.device) -> Line:
+    """Seconds of ``work(n)``, taken for a straight line through its values at two sizes; each is called once before.
 
-    Sizes not met yet take the scale of the nearest that was; ``knee`` is where a forward begins to cost by its tokens.
+    Of several the shortest counts: whatever else the machine does only adds to it.
     """
-
-    def __init__(self, guess: float, knee: int):
-        self.knee, self.guess = knee, guess
-        self.scales: dict[int, _Running] = {}
-        self.met: set[int] = set()
-
-    def __call__(self, tokens: int) -> float:
-        size = _size(tokens)
-        nearest = min(self.scales, key=lambda known: abs(known - size), default=None)
-        scale = self.guess if nearest is None else self.scales[nearest].value
-        return scale * (1 + tokens / self.knee)
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        size, scale = _size(tokens), seconds / (1 + tokens / self.knee)
-        if size not in self.met:
-            self.met.add(size)  # the first forward of a size prepares kernels and says nothing of the next
-        else:
-            self.scales.setdefault(size, _Running(scale, seen=1, window=4)).add(scale)
+    few, many = (min(_seconds(work, size, device)) for size in sizes)
+    each = max(many - few, 0.0) / (sizes[1] - sizes[0])
+    # Two digits say what there is to know, and are readable where they are written down.
+    return float(f"{max(few - each * sizes[0], 0.0):.2g}"), float(f"{each:.2g}")
 
 
-def _size(tokens: int) -> int:
-    return round(math.log2(tokens))
+def _seconds(work: Callable[[int], object], size: int, device: torch.device) -> list[float]:
+    watch = Stopwatch(device)
+    for _ in range(4):
+        start = watch.now()
+        work(size)
+        watch.lap(size, start)
+    return [seconds for _, seconds in watch.take()][1:]  # the first prepares kernels and says nothing of the next
+
+
+# Positions of the longer of two blocks that are timed, and what the forwards of each model cost since it was first used.
+_TIMED = 4
+_lines: WeakKeyDictionary[nn.Module, dict[torch.device, Line]] = WeakKeyDictionary()
+_decisions: dict[object, Line] = {}
+
+
+def time_forwards(runner: Runner, rows: int) -> Line:
+    """Seconds of a model's forwards, measured once for each model on its empty cache; what that leaves there is written over."""
+    known = _lines.setdefault(runner.model, {})
+    if runner.device not in known:
+        places, ends = Places.first(rows), np.zeros(rows, dtype=np.int64)
+        forwards = runner.forwards
+
+        def forward(tokens: int) -> None:
+            ids = torch.zeros(rows, tokens // rows, dtype=torch.int64, device=runner.device)
+            runner.extend(places, ids[:, 0], ends, ids, tail=False)
+
+        known[runner.device] = line(forward, (rows, _TIMED * rows), runner.device)
+        runner.forwards, runner.read[:rows] = forwards, 0
+    return known[runner.device]
+
+
+def time_decision(
+    policy: Policy, sampling: Sampling, ends: Ends, vocab_size: int, rows: int, device: torch.device
+) -> Line:
+    """Seconds of noise, draws and the policy's step, measured once for each policy."""
+    known = repr(policy), sampling, vocab_size, device
+    if known not in _decisions:
+        state, start = policy.init(rows, device), torch.zeros(rows, dtype=torch.int64, device=device)
+
+        def decision(positions: int) -> None:
+            keys = torch.arange(positions, device=device).view(rows, -1)
+            noise = gumbel_noise(keys, vocab_size)
+            logits = torch.linspace(-3, 0, vocab_size, device=device).repeat(*keys.shape, 1)
+            logq, logp = logits.log_softmax(-1), (2 * logits).log_softmax(-1)
+            block = Block((logq, logp), (None, None), keys, keys, noise, start, start + positions)
+            decide(policy, state, sampling, ends, block)
+
+        _decisions[known] = line(decision, (rows, _TIMED * rows), device)
+    return _decisions[known]
 
 
 class Stopwatch:
-    """Time of work on a device: laps are marked as it is queued, and read later. One that is not ``on`` looks at no clock."""
+    """Time of work on a device: laps are marked as it is queued, and read later."""
 
-    def __init__(self, device: torch.device, on: bool = True):
-        self.cuda, self.on = device.type == "cuda", on
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
         self.laps: list[tuple[int, Any, Any]] = []
 
     def now(self) -> Any:
-        if not self.on:
-            return None
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -171,8 +237,7 @@ class Stopwatch:
 
     def lap(self, size: int, start: Any) -> None:
         """Work on ``size`` tokens that began at ``start`` has been queued."""
-        if self.on:
-            self.laps.append((size, start, self.now()))
+        self.laps.append((size, start, self.now()))
 
     def take(self) -> list[tuple[int, float]]:
         """Sizes and seconds of the laps since the last call. On CUDA it waits for the end of each."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,9 +11,9 @@ from switchkd.base.errors import ConfigError
 from switchkd.decoding.pace import BLOCKS
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.forward.architecture import beyond_context, cache_bytes_per_token
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER
+from switchkd.runner.architecture import beyond_context, cache_bytes_per_token
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Row:
 
     id: int
     prompt: list[int]
+    seed: int = 0
     teacher_prompt: list[int] | None = None
     completion: list[int] = field(default_factory=list)
     speakers: list[int] = field(default_factory=list)
@@ -29,7 +30,7 @@ class Row:
     thresholds: list[float] = field(default_factory=list)
     stop_reason: str | None = None
     error: str | None = None
-    hidden: list[Tensor] | None = field(default_factory=list)
+    said: Tensor | None = None
 
     def prompt_of(self, who: int) -> list[int]:
         """What STUDENT or TEACHER reads before the completion."""
@@ -52,10 +53,11 @@ class Row:
         elif len(self.completion) == job.settings.max_new_tokens:
             self.stop_reason = "length"
 
-    def restart(self) -> None:
-        """Go back to the prompt."""
-        self.completion, self.speakers, self.divergences, self.thresholds, self.hidden = [], [], [], [], []
-        self.stop_reason = self.error = None
+    def fill(self, notes: np.ndarray) -> None:
+        """Take what was noted of each token, ``[n, 4]``: the token, who wrote it, divergence and threshold."""
+        tokens, speakers, divergences, thresholds = notes.T
+        self.completion, self.speakers = tokens.astype(np.int64).tolist(), speakers.astype(np.int64).tolist()
+        self.divergences, self.thresholds = divergences.tolist(), thresholds.tolist()
 
     def fail(self, reason: str, error: str) -> None:
         self.stop_reason, self.error = reason, error
@@ -64,26 +66,19 @@ class Row:
         """Stop the row if a model that is read has NaN log-probabilities (log-softmax spreads one NaN or +inf to all)."""
         for name, logs, read in zip(("student", "teacher"), (logq, logp), reads, strict=True):
             if self.stop_reason is None and read and logs.isnan().any():
-                self.fail_non_finite(name)
+                self.fail_non_finite(name, len(self.completion))
         return self.stop_reason is None
 
-    def fail_non_finite(self, name: str) -> None:
-        where = f"sample {self.id}, response position {len(self.completion)}"
+    def fail_non_finite(self, name: str, position: int) -> None:
+        where = f"sample {self.id}, response position {position}"
         self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
-
-    def keep_hidden(self, hidden: Tensor | None, count: int) -> None:
-        """Note what entered the teacher's output layer for the last ``count`` tokens; a gap makes the whole useless."""
-        if hidden is None or len(hidden) < count:
-            self.hidden = None
-        elif self.hidden is not None:
-            self.hidden.append(hidden)
 
     def rollout(self) -> Rollout:
         """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
         return Rollout(
             self.id, self.prompt, self.completion[:], self.speakers[:], self.divergences[:], self.thresholds[:],
             self.stop_reason or "", self.error, teacher_prompt_ids=self.teacher_prompt,
-            said=torch.cat(self.hidden) if self.hidden else None,
+            said=self.said,
         )  # fmt: skip
 
 
@@ -119,8 +114,11 @@ class Job:
         eos_token_ids: Sequence[int] | Ends | None = None,
         vocab_size: int | None = None,
         teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> "Job":
-        """Raises ConfigError for arguments that do not go together; a row that cannot be decoded says so itself."""
+        """``seeds`` has one for each prompt, in place of the settings' own.
+
+        Raises ConfigError for arguments that do not go together; a row that cannot be decoded says so itself."""
         ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
         if len(ids) != len(prompt_ids):
             raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")
@@ -133,7 +131,11 @@ class Job:
             raise ConfigError(f"vocab_size must lie in 1..{shared} (rows both models have), got {vocab_size}")
         ends = Ends.asked(eos_token_ids, vocab_size or shared, student, teacher)
         own = [None] * len(ids) if teacher_prompt_ids is None else map(list, teacher_prompt_ids)
-        rows = [Row(i, list(prompt), other) for i, prompt, other in zip(ids, prompt_ids, own, strict=True)]
+        noise = [settings.seed] * len(ids) if seeds is None else seeds
+        rows = [
+            Row(i, list(prompt), seed, other)
+            for i, prompt, seed, other in zip(ids, prompt_ids, noise, own, strict=True)
+        ]
         job = Job(student, teacher, rows, settings, ends, vocab_size or shared)
         for row in rows:
             _check_row(row, job)

@@ -37,10 +37,10 @@ class DecodeSettings:
     block_size: int | Literal["auto"] = "auto"
     batch_size: int | None = None
     drafter: Drafter = "auto"
-    repeatable: bool = False
+    costs: tuple[float, ...] = ()
     memory_gib: float | None = None
     keep_hidden: bool = False
-    static_step: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         _ = self.sampling  # which raises
@@ -81,10 +81,14 @@ class DecodeConfig(Settings):
     """Rows decoded together. Moves time, never tokens."""
     generation_memory_gib: float = 0.0
     """GiB for key/value caches and block buffers, which may allow fewer rows; 0 sets no limit."""
-    static_step: bool = False
-    """Run the student's one-token steps on buffers that never move, on CUDA as one graph."""
-    repeatable: bool = True
-    """Plan rounds without looking at the clock, so that equal runs are equal to the last bit; false measures costs."""
+    graphs: bool = False
+    """Record drafts and verifying forwards as CUDA graphs, for batches of 1, 2, 4 … 64 rows. Not yet run on a GPU."""
+    costs: tuple[float, ...] = ()
+    """Seconds that forwards take, by which rounds are planned; measured at the start and written into config.yaml.
+
+    Runs with equal costs are equal to the last bit. They are six: of a forward of n tokens of the student a + b n, of the teacher's
+    c + d n, of deciding n positions e + f n.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +96,7 @@ class DecodeConfig(Settings):
 
     def decoding(self, **more: Any) -> DecodeSettings:
         """What these settings say to ``decode``; ``more`` of its settings win."""
-        same = ("policy", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "static_step", "repeatable")
+        same = ("policy", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "graphs", "costs")
         own = {name: getattr(self, name) for name in same} | {
             "block_size": self.block_size or "auto",
             "batch_size": self.generation_batch_size,

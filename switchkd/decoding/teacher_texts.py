@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.decode import DEFAULT_BATCH
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import DEFAULT_BATCH, decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policy import TEACHER, TeacherOnly

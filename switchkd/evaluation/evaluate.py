@@ -140,10 +140,9 @@ def complete(
     progress: Progress = lambda *_: None,
 ) -> tuple[list[list[Completion]], list[list[list[int]]]]:
     """The model's own completions under each seed, ``[S][N]``, and their token ids."""
+    write = _by_generate if settings.backend == "generate" else _by_engine
     completions, ids = [], []
-    for seed in settings.passes:
-        write = _by_generate if settings.backend == "generate" else _by_engine
-        written = write(pair, model, examples, settings, seed or 0, progress)
+    for seed, written in zip(settings.passes, write(pair, model, examples, settings, progress), strict=True):
         texts = pair.tokenizer.batch_decode(
             [pair.ends.answer(own, pair.tokenizer) for own, _ in written], skip_special_tokens=True
         )
@@ -160,9 +159,9 @@ def _by_engine(
     model: PreTrainedModel,
     examples: Sequence[TokenizedExample],
     settings: EvalSettings,
-    seed: int,
     progress: Progress,
-) -> Sequence[tuple[list[int], str]]:
+) -> Iterator[Sequence[tuple[list[int], str]]]:
+    """Under each seed, of which each row carries its own: all are decoded in one job, so that the batch stays full."""
     told = 0
 
     def on_round(cost: DecodeCost) -> None:
@@ -172,13 +171,17 @@ def _by_engine(
         progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
         told = done
 
-    prompts, ids = [example.prompt_ids for example in examples], [example.id for example in examples]
-    job = Job.of(model, pair.teacher, prompts, settings.decoding(seed), ids, pair.ends, pair.vocab_size)
+    passes = settings.passes
+    seeds = [seed or 0 for seed in passes for _ in examples]
+    prompts, ids = [e.prompt_ids for _ in passes for e in examples], [e.id for _ in passes for e in examples]
+    job = Job.of(model, pair.teacher, prompts, settings.decoding(0), ids, pair.ends, pair.vocab_size, seeds=seeds)
     rollouts = decode_job(job, on_round)
     if failed := [rollout for rollout in rollouts if rollout.error]:
-        raise failed[0].failure(f"{len(failed)} of {len(examples)} held-out prompts cannot be completed")
-    progress(len(examples) - told, None)
-    return [(rollout.completion_ids, rollout.stop_reason) for rollout in rollouts]
+        broken = len({rollout.id for rollout in failed})
+        raise failed[0].failure(f"{broken} of {len(examples)} held-out prompts cannot be completed")
+    progress(len(rollouts) - told, None)
+    for start in range(0, len(rollouts), len(examples)):
+        yield [(rollout.completion_ids, rollout.stop_reason) for rollout in rollouts[start : start + len(examples)]]
 
 
 def _by_generate(
@@ -186,13 +189,19 @@ def _by_generate(
     model: PreTrainedModel,
     examples: Sequence[TokenizedExample],
     settings: EvalSettings,
-    seed: int,
     progress: Progress,
-) -> Sequence[tuple[list[int], str]]:
+) -> Iterator[Sequence[tuple[list[int], str]]]:
+    """Under each seed, one after the other: ``generate`` draws for a whole batch from one generator."""
     prompts = [example.prompt_ids for example in examples]
-    return complete_by_generate(
-        model, prompts, settings.decoding(seed), pair.ends, pair.vocab_size, lambda count: progress(count, None)
-    )
+    for seed in settings.passes:
+        yield complete_by_generate(
+            model,
+            prompts,
+            settings.decoding(seed or 0),
+            pair.ends,
+            pair.vocab_size,
+            lambda count: progress(count, None),
+        )
 
 
 # --- distributions ------------------------------------------------------------------------------------------------

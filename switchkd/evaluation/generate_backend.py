@@ -18,11 +18,11 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.decoding.decode import DEFAULT_BATCH
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.forward.architecture import beyond_context
 from switchkd.forward.ends import Ends
-from switchkd.forward.modes import evaluating
 from switchkd.methods.policy import StudentOnly
 from switchkd.methods.sampling import Use, noise_key
+from switchkd.runner.architecture import beyond_context
+from switchkd.runner.modes import evaluating
 
 Completion = tuple[list[int], Literal["eos", "length"]]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from switchkd.forward.modes import evaluating
+from switchkd.runner.modes import evaluating
 
 
 class BaseModel(nn.Module):

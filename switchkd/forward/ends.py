@@ -62,7 +62,9 @@ class Ends:
             return logs
         import torch
 
-        index = torch.tensor([self.merged_into, *self._others], device=logs.device)
+        from switchkd.methods.policy import ids_on
+
+        index = ids_on((self.merged_into, *self._others), logs.device)
         own = logs.index_select(-1, index)
         # A model that can write none of them: the gradient of logsumexp would be NaN there.
         none = (own == -math.inf).all(-1, keepdim=True)
@@ -74,9 +76,15 @@ class Ends:
         """Token ids as the events that the merged law is over: every end is the one id."""
         if self.merged_into is None:
             return ids
+        return ids.masked_fill(self.among(ids), self.merged_into)
+
+    def among(self, ids: Tensor) -> Tensor:
+        """Which of the token ids end a text, bool of their shape."""
         import torch
 
-        return ids.masked_fill(torch.isin(ids, torch.tensor(self.ids, device=ids.device)), self.merged_into)
+        from switchkd.methods.policy import ids_on
+
+        return torch.isin(ids, ids_on(self.ids, ids.device))
 
     def answer(self, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """A completion without an end that stands outside the text: one that the tokenizer added, special or not."""

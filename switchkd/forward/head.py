@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ModelError
 from switchkd.data.texts import Batch, collate
-from switchkd.forward.architecture import batch_inputs, beyond_context
 from switchkd.forward.ends import NO_ENDS, Ends
-from switchkd.forward.modes import evaluating, head_inputs
 from switchkd.forward.proof import prove
+from switchkd.runner.architecture import batch_inputs, beyond_context
+from switchkd.runner.modes import evaluating, head_inputs
 
 
 class Sizes(NamedTuple):

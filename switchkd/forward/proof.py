@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,11 +18,12 @@ from transformers import PreTrainedModel
 from switchkd.base.errors import ModelError, SwitchKDError
 from switchkd.base.memory import out_of_memory
 from switchkd.data.texts import collate
-from switchkd.forward.architecture import batch_inputs, context_length, has_router_logits, refuse_recurrent
 from switchkd.forward.base_model import BaseModel
-from switchkd.forward.cache import CachedModel
-from switchkd.forward.modes import evaluating
 from switchkd.forward.twin import positions, twin
+from switchkd.runner.architecture import batch_inputs, context_length, has_router_logits, refuse_recurrent
+from switchkd.runner.cache import Places
+from switchkd.runner.modes import evaluating
+from switchkd.runner.runner import Runner
 
 # Relative error of logits (root mean square over the vocabulary) that rounding may explain; and the most that it may be where the
 # model's plain forward differs a tenth or a hundredth of it from itself, on the same text in another shape.
@@ -215,30 +217,36 @@ def _decoded(
     Wrong drafts are rejected, right ones kept, one row is left behind for a round, and the last block goes beyond the budget.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    cached = CachedModel(model, len(rows), len(rows[0]), vocab_size, dtype=dtype)
-    every, limits = range(len(rows)), [len(row) for row in rows]
+    runner, room = Runner(model, dtype), len(rows[0]) + _NEW
+    runner.open(len(rows), room, vocab_size)
+    runner.texts.copy_(torch.tensor([[*row, *[0] * (room - len(row))] for row in rows]))
     new = min(_NEW, len(rows[-1]) - 1)
-    read = [len(row) - new for row in rows]
-    texts = [list(row[:end]) for row, end in zip(rows, read, strict=True)]
-    cached.catch_up(every, texts)
-    wrong = torch.full((len(rows), new // 2), vocab_size // 2, device=cached.device)
-    cached.extend(every, texts, wrong, limits)
-    cached.lengths = [max(end - 1 - row % 2, 0) for row, end in enumerate(read)]  # some are further behind than others
+    read = np.array([len(row) - new for row in rows])
+
+    def extend(here: np.ndarray, drafts: Tensor) -> Tensor:
+        places, ends = Places(here, torch.tensor(here, device=runner.device)), read[here]
+        ends_b = torch.tensor(ends, device=runner.device)
+        runner.catch_up(places, ends_b, ends)
+        return runner.extend(places, ends_b, ends, drafts)
+
+    every = np.arange(len(rows))
+    wrong = torch.full((len(rows), new // 2), vocab_size // 2, device=runner.device)
+    extend(every, wrong)
+    runner.read = np.maximum(read - 1 - every % 2, 0)  # some are further behind than others
     steps = 3 if len(rows) > 2 else 1  # of two rows none is left behind
     for step in range(steps):
-        here = [row for row in every if not (step == 1 and row == 1)]
-        texts = [list(rows[row][: read[row]]) for row in here]
-        cached.catch_up(here, texts)
+        here = every[every != 1] if step == 1 else every
         block = new // 3
-        drafts = torch.tensor([rows[row][read[row] : read[row] + block] for row in here], device=cached.device)
+        drafts = torch.tensor(
+            [list(rows[row][read[row] : read[row] + block]) for row in here.tolist()], device=runner.device
+        )
         # Where a budget ends within a block, drafts behind it are read and not kept.
         behind = wrong[: len(here)] if step + 1 == steps else wrong[: len(here), :0]
-        until = [read[row] + block for row in here]
-        logits = cached.extend(here, texts, torch.cat([drafts, behind], 1), until)
-        for row, own in zip(here, logits, strict=True):
-            read[row] += block
-            yield row, read[row], own[: block + 1]
-        cached.lengths = [min(length, end - 1) for length, end in zip(cached.lengths, read, strict=True)]
+        logits = extend(here, torch.cat([drafts, behind], 1))
+        read[here] += block
+        for row, own in zip(here.tolist(), logits, strict=True):
+            yield row, int(read[row]), own[: block + 1]
+        runner.read = np.minimum(runner.read, read - 1)
 
 
 def _plain(model: PreTrainedModel, row: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from switchkd.forward.modes import evaluating
+from switchkd.runner.modes import evaluating
 
 
 def freeze_beside_text(model: PreTrainedModel) -> tuple[str, ...]:

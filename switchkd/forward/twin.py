@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from switchkd.forward.architecture import ropes
+from switchkd.runner.architecture import ropes
 
 LAYERS, HIDDEN, HEADS, HEAD, INNER, VOCAB, CONTEXT = 2, 32, 4, 8, 48, 61, 512
 WINDOW = 8  # tokens that a layer of a twin sees, where it does not see all

@@ -147,15 +147,14 @@ class AdaSwitch(Policy):
         window, seen, switched = state
         d = divergences.by_name(self.divergence)(logp_teacher, logp_student)
         enough = seen >= (self.window if self.require_full_window else 1)
-        limit = (self.ratio * (window.sum(1) / seen.clamp(1, self.window))).clamp(min=self.floor)
-        compared = ~switched & enough
-        jump = compared & (d > limit)
-        teacher = switched | jump if self.switch_token_by == "teacher" else switched
+        limit = (window.sum(1) / seen.clamp(1, self.window) * self.ratio).clamp(min=self.floor)
+        compared = enough & ~switched
+        jumped = switched | (compared & (d > limit))
         oldest = (seen % self.window).unsqueeze(1)
-        recorded = d.float().masked_fill(switched, 0.0).unsqueeze(1)
-        new_state = (window.scatter(1, oldest, recorded), seen + 1, switched | jump)
-        d, limit = d.masked_fill(switched, math.nan), limit.masked_fill(~compared, math.nan)
-        return spoken_where(teacher, logp_student, logp_teacher, d, new_state, limit)
+        new_state = (window.scatter(1, oldest, d.float().unsqueeze(1)), seen + 1, jumped)
+        teacher = jumped if self.switch_token_by == "teacher" else switched
+        seen_d, seen_limit = d.masked_fill(switched, math.nan), limit.where(compared, math.nan)
+        return spoken_where(teacher, logp_student, logp_teacher, seen_d, new_state, seen_limit)
 
 
 @dataclass(frozen=True)

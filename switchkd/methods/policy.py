@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` answers without loading torch
@@ -136,7 +137,15 @@ def spoken_where(
 
 def one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     """``[B]`` bool: which of ``tokens`` ``[B]`` are among ``ids``."""
-    return (tokens.unsqueeze(1) == tokens.new_tensor(ids)).any(1)
+    return (tokens.unsqueeze(1) == ids_on(ids, tokens.device)).any(1)
+
+
+@lru_cache(maxsize=64)
+def ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Token ids as int64 on a device, copied there once: a copy waits for all that the device has still to do."""
+    import torch
+
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def blended(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:

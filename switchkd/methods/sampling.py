@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from switchkd.base.errors import ConfigError
@@ -86,6 +87,9 @@ class Sampling:
         return log_probs.masked_fill(kept == -math.inf, -math.inf).log_softmax(-1)
 
 
+_GOLDEN64 = 0x9E3779B97F4A7C15
+
+
 def _mix64(x: int) -> int:
     """SplitMix64's finaliser: a bijection of 64-bit words whose output bits all depend on all input bits."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
@@ -95,29 +99,77 @@ def _mix64(x: int) -> int:
 
 def noise_key(seed: int, sample_id: int, position: int, use: Use = Use.TOKEN) -> int:
     """The 64-bit key of one draw; a change in any of the three, or another use, gives an unrelated key."""
-    key = _mix64(use)
-    for word in (seed, sample_id, position):
-        key = _mix64((key + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64)
-    return key
+    return _next_key(row_key(seed, sample_id, use), position)
 
 
-def gumbel_noise(keys: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard Gumbel noise, one row for each key: ``[B, V]`` fp32, each row a pure function of its key.
+def row_key(seed: int, sample_id: int, use: Use = Use.TOKEN) -> int:
+    """What the keys of all positions of a row have in common."""
+    return _next_key(_next_key(_mix64(use), seed), sample_id)
+
+
+def _next_key(key: int, word: int) -> int:
+    return _mix64((key + (word & _MASK64) + _GOLDEN64) & _MASK64)
+
+
+def keys_at(row_keys: Tensor, positions: Tensor) -> Tensor:
+    """``noise_key`` as tensors, where ``row_keys`` are of ``row_key``: int64 of equal bits, broadcast over ``positions``."""
+    x = row_keys + positions + as_int64(_GOLDEN64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * as_int64(factor)
+    return x
+
+
+def keys_tensor(keys: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Keys as int64 ``[B]`` of equal bits."""
+    import torch
+
+    return torch.tensor([as_int64(key) for key in keys], dtype=torch.int64, device=device)
+
+
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, one row for each of the int64 ``keys`` ``[...]``: ``[..., V]`` fp32, a pure function of its key.
 
     The uniforms have 32 bits and full relative precision near 0, the end that wins an argmax, so tokens down to a
     probability of 1e-9 are drawn at their rate.
     """
     import torch
 
-    words = [(_int32(key), _int32(key >> 32)) for key in keys]
-    low, high = torch.tensor(words, dtype=torch.int32, device=device).view(-1, 2, 1).unbind(1)
-    counter = torch.arange(vocab_size, dtype=torch.int32, device=device) * _int32(0x9E3779B9)
+    flat, counter = keys.reshape(-1, 1), _counter(vocab_size, keys.device)
+    noise = torch.empty(len(flat), vocab_size, device=keys.device)
+    rows, columns = len(flat), vocab_size
+    if keys.device.type == "cpu":  # piece by piece in the cache: some forty passes are four times as fast there
+        columns = min(vocab_size, _CACHED)
+        rows = _CACHED // columns
+    for row in range(0, len(flat), max(rows, 1)):
+        here = slice(row, row + rows)
+        low, high = flat[here].to(torch.int32), (flat[here] >> 32).to(torch.int32)
+        for column in range(0, vocab_size, columns):
+            there = slice(column, column + columns)
+            _gumbel(counter[there], low, high, noise[here, there])
+    return noise.view(*keys.shape, vocab_size)
+
+
+# Numbers of a piece of noise that is worked on at once on a CPU.
+_CACHED = 2**16
+
+
+def _gumbel(counter: Tensor, low: Tensor, high: Tensor, out: Tensor) -> None:
+    """The noise ``[b, v]`` of keys whose two halves are ``[b, 1]``, at the places of ``counter`` ``[v]``."""
+    import torch
+
     bits = _mix32(_mix32(counter + low).bitwise_xor_(high))
     # int32 in [−2^31, 2^31) to (0, 1), rounded once: both addends are exact in fp32. float64, which would be simpler, is not
     # there on every device. The clamp keeps log1p(−u) finite where u is rounded up to 1.
     high_bits, low_bits = (bits >> 8).float().add_(2.0**23), bits.bitwise_and_(255).float().add_(0.5)
-    uniform = low_bits.add_(high_bits, alpha=256).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    negative = low_bits.add_(high_bits, alpha=256).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
+    torch.neg(negative.log1p_().neg_().log_(), out=out)
+
+
+@lru_cache(maxsize=4)
+def _counter(vocab_size: int, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.arange(vocab_size, dtype=torch.int32, device=device) * _int32(0x9E3779B9)
 
 
 def draw(log_probs: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
@@ -135,18 +187,26 @@ def keyed_uniform(seed: int, sample_id: int, position: int, use: Use = Use.TOKEN
     return noise_key(seed, sample_id, position, use) / 2.0**64
 
 
-def speakers(decision: Decision, token: Tensor, keys: Sequence[int]) -> Tensor:
+def speakers(decision: Decision, token: Tensor, keys: Tensor) -> Tensor:
     """Who wrote ``token`` ``[B]``: the policy's word, or, for a blended target, a draw with the odds of the two parts there.
 
-    ``keys`` are those of the tokens' noise; the draw is independent of it.
+    ``keys`` ``[B]`` are those of the tokens' noise; the draw is independent of it.
     """
     if decision.teacher_part is None:
         return decision.speaker
     whole, part = (logs.gather(1, token.unsqueeze(1))[:, 0] for logs in (decision.log_probs, decision.teacher_part))
     odds = (part - whole).exp()
-    uniform = odds.new_tensor([keyed_uniform(key, 0, 0, Use.SPEAKER) for key in keys])
-    uniform = uniform.clamp(max=1 - 2.0**-24)  # rounded to 1, it would not be below the odds of a sure teacher
-    return (uniform < odds).long()
+    return (_speaker_uniform(keys) < odds).long()
+
+
+def _speaker_uniform(keys: Tensor) -> Tensor:
+    """``keyed_uniform(key, 0, 0, Use.SPEAKER)`` of each key, cut to the 24 bits that fp32 holds.
+
+    Rounded, it might be 1, and not below the odds of a sure teacher.
+    """
+    zero = keys.new_zeros(())
+    key = keys_at(keys_at(keys_at(zero + as_int64(_mix64(Use.SPEAKER)), keys), zero), zero)
+    return ((key >> 40) & 0xFFFFFF).float().mul_(2.0**-24)
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -161,3 +221,8 @@ def _mix32(x: Tensor) -> Tensor:
 def _int32(word: int) -> int:
     """The low 32 bits of ``word`` as a signed integer."""
     return (word + 2**31) % 2**32 - 2**31
+
+
+def as_int64(word: int) -> int:
+    """The signed integer of the same 64 bits."""
+    return (word + 2**63) % 2**64 - 2**63

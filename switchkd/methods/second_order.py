@@ -27,6 +27,8 @@ def summed(terms: Terms, logp: Tensor, logq: Tensor) -> Tensor:
     """Sum over the last dimension of ``terms(logp, logq, …)``; gradients reach both arguments."""
     if torch.is_grad_enabled() and (logp.requires_grad or logq.requires_grad):
         return _Summed.apply(terms, logp, logq)
+    if logp is logq:
+        return logp.new_zeros(logp.shape[:-1])  # of a distribution and itself
     return terms(logp, logq, False)[0].sum(-1)
 
 

@@ -16,11 +16,11 @@ from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
 from switchkd.data.small_data import small_pair_paths
-from switchkd.forward.architecture import model_class, refuse_recurrent
 from switchkd.models import demo_pair
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.models.settings import BASE, chosen_dtype, quantised
+from switchkd.runner.architecture import model_class, refuse_recurrent
 
 if TYPE_CHECKING:
     import torch

@@ -74,7 +74,7 @@ def layer_influence(model: "PreTrainedModel", input_ids_rows: list[list[int]]) -
     """
     import torch
 
-    from switchkd.forward.modes import evaluating
+    from switchkd.runner.modes import evaluating
 
     tokens = sum(len(row) for row in input_ids_rows)
     if tokens == 0:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.base.terminal import console, harmless, number, percent, visible
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.reports.tables import scores_line, step_line

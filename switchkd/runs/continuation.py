@@ -94,7 +94,7 @@ def check_run(run: Path, config: TrainConfig) -> None:
     """Raise ConfigError for a directory that holds something, or one to resume that was started with other settings."""
     if config.resumes:
         before, now = (
-            to_dict(with_dtypes(each, default_device())) for each in (read_config(run), on_recorded_day(run, config))
+            to_dict(with_dtypes(each, default_device())) for each in (read_config(run), as_recorded(run, config))
         )
         free = FREE_ON_RESUME | set(config.allow_change)
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
@@ -102,11 +102,15 @@ def check_run(run: Path, config: TrainConfig) -> None:
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")
 
 
-def on_recorded_day(run: Path, config: TrainConfig) -> TrainConfig:
-    """``config`` with the day that the prompts of a run to resume are of, unless it names another."""
-    if not config.resumes or config.template_date:
+def as_recorded(run: Path, config: TrainConfig) -> TrainConfig:
+    """``config`` with what a run to resume found out at its start, unless it says otherwise: the day that its prompts are of, and
+    what its rounds cost."""
+    if not config.resumes or (config.template_date and config.costs):
         return config
-    return replace(config, template_date=read_config(run).template_date)
+    before = read_config(run)
+    return replace(
+        config, template_date=config.template_date or before.template_date, costs=config.costs or before.costs
+    )
 
 
 def begun(run: Path) -> bool:

@@ -51,7 +51,7 @@ from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent
 from switchkd.models.settings import with_dtypes
 from switchkd.reports import live
 from switchkd.reports.tables import print_results
-from switchkd.runs.continuation import begun, check_origin, check_run, conditions, on_recorded_day, own_code
+from switchkd.runs.continuation import as_recorded, begun, check_origin, check_run, conditions, own_code
 from switchkd.runs.finishing import rehearse, save_student
 from switchkd.runs.heldout import Heldout, all_settings, check_metric, eval_settings, load_heldout, score, write_scores
 from switchkd.runs.model_card import model_card
@@ -99,7 +99,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
-    config = on_recorded_day(run, config)
+    config = as_recorded(run, config)
     check_run(run, config)
     check_trackers(config.report_to)
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
@@ -115,6 +115,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
         check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
     )  # fmt: skip
+    config = trainer.config  # with what rounds cost here
     check_metric(config, heldout)
     accelerator.wait_for_everyone()  # every rank has found the run directory free
     results, settings = {}, eval_settings(config, StudentOnly())

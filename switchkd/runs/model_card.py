@@ -24,12 +24,12 @@ from switchkd.base.storage import expanded
 from switchkd.base.terminal import number
 from switchkd.data.lines import PREFIX, SAMPLE
 from switchkd.evaluation.statistics import FEW_EXAMPLES
-from switchkd.forward.architecture import num_parameters
 from switchkd.methods.rules import name_of
 from switchkd.models.adapters import ADAPTER_CONFIG, has_adapter
 from switchkd.models.loading import MADE, adapter_base
 from switchkd.models.settings import BASE, dtype_name, quantised
 from switchkd.reports.tables import FEW, estimate_text
+from switchkd.runner.architecture import num_parameters
 from switchkd.runs.continuation import conditions
 from switchkd.training.settings import TrainConfig
 

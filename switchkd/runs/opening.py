@@ -19,12 +19,12 @@ from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
 from switchkd.decoding.teacher_texts import teacher_texts
-from switchkd.forward.architecture import beyond_context
 from switchkd.forward.proof import prove
 from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
 from switchkd.models.settings import ModelConfig
+from switchkd.runner.architecture import beyond_context
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
 

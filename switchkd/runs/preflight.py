@@ -6,12 +6,12 @@ from switchkd.base.settings import to_dict
 from switchkd.data.settings import with_date
 from switchkd.data.templates import Encoder, named
 from switchkd.decoding.rows import row_bytes
-from switchkd.forward.architecture import num_parameters, parameter_bytes
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import sizes_on
 from switchkd.methods.rules import name_of
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
+from switchkd.runner.architecture import num_parameters, parameter_bytes
 from switchkd.runs.heldout import load_heldout
 from switchkd.runs.opening import (
     check_context,

@@ -25,7 +25,7 @@ from switchkd.evaluation.samples import TOP, Reader, judged
 from switchkd.evaluation.tasks import Task
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
-from switchkd.methods.sampling import noise_key, speakers
+from switchkd.methods.sampling import keys_tensor, noise_key, speakers
 from switchkd.models.pair import Pair
 from switchkd.reports.record import RunRecord, TextLine
 from switchkd.runs.distil import sample_policy
@@ -212,7 +212,7 @@ def replayed(logs: Sequence[Tensor], policy: Policy, rollout: Rollout, seed: int
     }
     for t, token in enumerate(torch.tensor(rollout.completion_ids).unsqueeze(1)):
         decision = policy.step(state, logq[t : t + 1], logp[t : t + 1], torch.tensor([t]))
-        speaker = speakers(decision, token, [noise_key(seed, rollout.id, t)])
+        speaker = speakers(decision, token, keys_tensor([noise_key(seed, rollout.id, t)]))
         found["speakers"] += speaker.tolist()
         found["divergences"] += decision.divergence.tolist()
         found["thresholds"] += decision.thresholds.tolist()

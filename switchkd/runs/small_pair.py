@@ -251,7 +251,7 @@ def _measure(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedToken
     from switchkd.evaluation.evaluate import evaluate, work
     from switchkd.evaluation.settings import EvalSettings
     from switchkd.evaluation.tasks import TASKS as EVALUATED
-    from switchkd.forward.architecture import num_parameters
+    from switchkd.runner.architecture import num_parameters
 
     found: dict[str, Any] = {"parameters": num_parameters(model)}
     settings = EvalSettings(MAX_COMPLETION)

@@ -18,12 +18,12 @@ from switchkd.base.memory import halving
 from switchkd.data.texts import Batch, Text, collate
 from switchkd.decoding.pace import Stopwatch
 from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import evaluating, restoring_modes
 from switchkd.forward.sharding import clip, is_sharded, local, reduce_in_next_backward, shard, whole
 from switchkd.forward.text_path import freeze_beside_text, frozen_note
 from switchkd.methods.objective import Objective, PlainText
 from switchkd.methods.sampling import Use, noise_key
 from switchkd.models.pair import Pair
+from switchkd.runner.modes import evaluating, restoring_modes
 from switchkd.teachers.asked import Rows, Teachers
 from switchkd.teachers.said import Teacher
 from switchkd.training.loss import balance_coefficient, balancing, response_tokens, total

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError
 from switchkd.data.texts import Batch
-from switchkd.forward.architecture import has_router_logits
 from switchkd.forward.head import Head, sizes_on
-from switchkd.forward.modes import evaluating
 from switchkd.methods.objective import Objective, Tokens
+from switchkd.runner.architecture import has_router_logits
+from switchkd.runner.modes import evaluating
 from switchkd.teachers.said import Teacher
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 from accelerate import Accelerator
 
 from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import Runners, decode_examples, job_of, measured_costs
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.mixes import Source
 from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.pair import Pair
 from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
-from switchkd.training.processes import all_rollouts
+from switchkd.training.processes import all_rollouts, from_main
 from switchkd.training.settings import TrainConfig
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
@@ -39,7 +40,7 @@ class Reading:
         self.memory = config.mix.memory()
         self.replay: list[Rollout] = []
         self.rows_read = 0
-        self.generation_rows = config.generation_batch_size
+        self.generation_rows, self.runners = config.generation_batch_size, Runners()
         self.share(self.rows_by_settings * accelerator.num_processes)
 
     def share(self, rows: int) -> None:
@@ -95,16 +96,30 @@ class Reading:
     ) -> Rollouts:
         """Complete the prompts of the whole accumulation window at once."""
         first = self.rows_read + self.mine.start
-        settings = self.config.decoding(
+        settings, ids = self.decoding(step, schedule), range(first, first + len(examples))
+        rollouts = decode_examples(self.pair, examples, settings, ids, on_round, runners=self.runners)
+        self.generation_rows = rollouts.rows_that_fit or self.generation_rows
+        for rollout, example in zip(rollouts, examples, strict=True):
+            if rollout.error:
+                raise rollout.failure(f"step {step + 1}, {example.source}")
+        return rollouts
+
+    def decoding(self, step: int, schedule: float) -> DecodeSettings:
+        """How the text of a step is decoded."""
+        return self.config.decoding(
             policy=self.policy.at(schedule, step),
             max_new_tokens=self.config.token_budget(schedule),
             seed=self.config.seed,
             keep_hidden=self.config.objective.reads_teacher,
             batch_size=self.generation_rows,
         )
-        rollouts = decode_examples(self.pair, examples, settings, range(first, first + len(examples)), on_round)
-        self.generation_rows = rollouts.rows_that_fit or self.generation_rows
-        for rollout, example in zip(rollouts, examples, strict=True):
-            if rollout.error:
-                raise rollout.failure(f"step {step + 1}, {example.source}")
-        return rollouts
+
+    def costs(self) -> tuple[float, ...]:
+        """What rounds of this run are planned by: given, or measured now; the same on every rank."""
+        config = self.config
+        if config.costs or not config.mix.generates:
+            return config.costs
+        rows = self.examples[: self.generation_rows]
+        settings, ids = self.decoding(0, 0.0), range(len(rows))
+        job = job_of(self.pair, rows[0].teacher, rows, settings, ids)
+        return from_main(self.accelerator, lambda: measured_costs(job)) or ()

@@ -27,7 +27,7 @@ from switchkd.models.settings import ModelConfig
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
-    "block_size", "generation_batch_size", "generation_memory_gib", "repeatable", "static_step", "method", "teacher_store_dir",
+    "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
     "report_to", "quiet", "allow_change", "save_dtype",
 }  # fmt: skip
@@ -160,8 +160,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if self.merge and (not self.use_peft or self.load_in_4bit):
             why = "there is no adapter: set use_peft" if not self.use_peft else "weights in 4 bits would round it away"
             raise ConfigError(f"merge adds an adapter to the student's weights, and {why}; or drop merge")
-        if self.fsdp and (self.use_peft or self.static_step):
-            why = "use_peft: an adapter is small" if self.use_peft else "static_step: its weights may never move"
+        if self.fsdp and (self.use_peft or self.graphs):
+            why = "use_peft: an adapter is small" if self.use_peft else "graphs: its weights may never move"
             raise ConfigError(f"fsdp does not go with {why}; drop one of them")
         if self.metric_for_best_model and not (self.eval_steps and self.eval_samples):
             raise ConfigError(

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ class Trainer:
         self.due: Metrics | None = {}
         self.run = Path(config.output_dir)
         self.learner = Learner(pair, config, self.accelerator)
+        with whole(self.student):
+            self.config = self.reading.config = replace(config, costs=self.reading.costs())
 
     @property
     def total_steps(self) -> float:

@@ -199,3 +199,11 @@ def test_values_of_one_of_several_types():
         (None, list[int] | None),
     ]:
         check_type(value, hint)
+
+
+def test_settings_that_are_gone_are_passed_over_in_files_of_before():
+    """They moved time alone; a run that was begun with them can be read and gone on with. What is mistyped is still told."""
+    config = from_dict(TrainConfig, {"repeatable": False, "static_step": True, "seed": 3}, "config.yaml")
+    assert config == TrainConfig(seed=3) and not {"repeatable", "static_step"} & set(to_dict(config))
+    with pytest.raises(ConfigError, match="unknown setting 'repeatabel'"):
+        from_dict(TrainConfig, {"repeatabel": False}, "config.yaml")

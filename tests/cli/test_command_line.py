@@ -226,9 +226,9 @@ def test_settings_that_contradict_each_other_are_wrong_usage(capfd):
 
 
 def test_flags_win_over_the_recipe_and_may_be_written_with_underscores():
-    config = parse(TrainConfig, ["train", "adaswitch", "--learning_rate", "0.5", "--teacher=a", "--no_repeatable"])
+    config = parse(TrainConfig, ["train", "adaswitch", "--learning_rate", "0.5", "--teacher=a", "--no_eval_on_start"])
     recipe = load_recipe("adaswitch")
-    assert (config.learning_rate, config.teacher_model_name_or_path, config.repeatable) == (0.5, "a", False)
+    assert (config.learning_rate, config.teacher_model_name_or_path, config.eval_on_start) == (0.5, "a", False)
     assert (config.policy, config.objective, config.max_new_tokens) == (
         recipe.policy,
         recipe.objective,

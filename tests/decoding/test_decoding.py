@@ -11,8 +11,8 @@ from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode, decode
 from switchkd.base.errors import ConfigError
 from switchkd.decoding.pace import BLOCKS
 from switchkd.decoding.rows import row_bytes
-from switchkd.forward.architecture import cache_bytes_per_token
 from switchkd.methods.sampling import Sampling
+from switchkd.runner.architecture import cache_bytes_per_token
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
 
@@ -161,7 +161,7 @@ def test_a_rejected_draft_that_breaks_a_model_leaves_no_trace(family, value, rea
     for block, batch, static in ((4, 3, False), (6, 2, True)):
         out = decode(
             *models.values(), PROMPTS, policy, 12, eos_token_ids=[], block_size=block, batch_size=batch, drafter=drafter,
-            static_step=static,
+            graphs=static,
         )  # fmt: skip
         assert [(r.stop_reason, r.error) for r in out] == [("length", None)] * 3
         assert texts(out) == texts(free)

@@ -13,8 +13,8 @@ import torch
 from tiny import POLICIES, Quota, Spell, TabularModel
 
 from switchkd import AdaSwitch, Switch, decode, decode_reference
+from switchkd.decoding import board, decide, engine, pace
 from switchkd.decoding import decode as decoding
-from switchkd.decoding import engine
 from switchkd.forward.ends import Ends
 from switchkd.methods.policies import CAOPD, Hysteresis
 from switchkd.methods.relay import Relay
@@ -43,17 +43,20 @@ def quartered_noise(monkeypatch):
 def known_noise(monkeypatch, parts):
     """Noise of (sample, position) is the position-th digit of the sample id in base ``parts``; a draw inverts the CDF at it."""
 
-    def gumbel_noise(keys, vocab_size, device="cpu"):
-        digits = [(sample // parts**position) % parts for sample, position in keys]
-        return torch.tensor([[(digit + 0.5) / parts] for digit in digits])
+    def gumbel_noise(keys, vocab_size):
+        sample, position = keys // 64, keys % 64
+        return (((sample // parts ** position.clamp(max=9)) % parts + 0.5) / parts).unsqueeze(-1)
 
     def draw(log_probs, noise, temperature=1.0):
         return (noise > log_probs.exp().cumsum(-1)).sum(-1)
 
-    monkeypatch.setattr("switchkd.methods.sampling.keyed_uniform", lambda *_: 0.5)
-    for module in (decoding, engine):
-        monkeypatch.setattr(module, "noise_key", lambda seed, sample_id, position: (sample_id, position))
+    monkeypatch.setattr("switchkd.methods.sampling._speaker_uniform", lambda keys: torch.full(keys.shape, 0.5))
+    monkeypatch.setattr(board, "row_key", lambda seed, sample_id: sample_id * 64)
+    monkeypatch.setattr(board, "keys_at", torch.add)
+    monkeypatch.setattr(decoding, "noise_key", lambda seed, sample_id, position: sample_id * 64 + position)
+    for module in (decoding, engine, pace):
         monkeypatch.setattr(module, "gumbel_noise", gumbel_noise)
+    for module in (decoding, engine, decide):
         monkeypatch.setattr(module, "draw", draw)
 
 
@@ -70,7 +73,7 @@ def exact_law(policy, first, length=LENGTH, sampling=None):
         chances = (sampling or Sampling()).shape(decision.log_probs)[0].exp().tolist()
         for token in (token for token, chance in enumerate(chances) if chance > 0):
             drawn = torch.tensor([token])
-            told = policy.spoke(policy.observe(decision.state, drawn), speakers(decision, drawn, [0]))
+            told = policy.spoke(policy.observe(decision.state, drawn), speakers(decision, drawn, torch.tensor([0])))
             goes_on((*text, token), told, token, probability * chances[token])
 
     goes_on((), policy.init(1), first, 1.0)

@@ -163,7 +163,7 @@ def test_steps_on_static_buffers(family, policy):
     for block, batch, drafter in (("auto", 3, "auto"), (3, 5, "student"), (2, 2, "teacher")):
         out = decode(
             student, teacher, PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=batch, drafter=drafter,
-            static_step=True,
+            graphs=True,
         )  # fmt: skip
         assert_same(out, reference)
 
@@ -171,11 +171,12 @@ def test_steps_on_static_buffers(family, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_choice_of_drafter_and_length_gives_the_same_text(llamas, policy, seed, monkeypatch):
-    """Every round another drafter and another length, drawn at random, whatever they cost."""
+    """Every round other rows, another drafter and another length, drawn at random, whatever they cost."""
     choices = random.Random(seed)
 
-    def plan(self, reads, left):
-        return self._plan(choices.choice([STUDENT, TEACHER]), choices.randint(1, min(6, left)), reads)
+    def plan(self, rows, left):
+        served = choices.sample(sorted(rows), choices.randint(1, len(rows)))
+        return self.round_of(choices.choice([STUDENT, TEACHER]), choices.randint(1, min(6, left)), frozenset(served))
 
     monkeypatch.setattr(Pace, "plan", plan)
     reference = decode_reference(*llamas, PROMPTS, POLICIES[policy], BUDGET, seed=seed)

@@ -10,126 +10,146 @@ import torch
 from tiny import POLICIES, VOCAB, assert_same, tiny_model
 
 from switchkd import Switch, TeacherOnly, decode_reference
+from switchkd.decoding import board, decide, engine
 from switchkd.decoding import decode as decoding
-from switchkd.decoding import engine
 from switchkd.forward.ends import Ends
 from switchkd.methods.policies import SKD
+from switchkd.runner import runner
 
-SOURCE = Path(engine.__file__).read_text(encoding="utf-8")
-PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5]]
+PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5], [6, 9]]
 # Longer and shorter ones of the same rows.
-TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6]]
+TEACHER_PROMPTS = [[5, 6], [8, 9, 10, 2, 3, 7, 7, 4], [12], [7], [9, 3, 4, 5, 6], [8, 8, 2]]
 BUDGET = 10
 ENDS = Ends((5, 13, 14), 13)  # one event
 
-HEARS = "self.policy.spoke(self.policy.observe(decision.state, token), speaker)"
-STEP = "decision = self.policy.step(self.state, logq, logp, start + k)"
-ROLLBACK = "min(length, len(row.tokens_of(who)) - 1)"
-READ = "whole = [self.rows[row].tokens_of(who) for row in rows]"
+# Where what a module makes is used.
+USERS = {
+    decide: [(engine, "decide"), (engine, "Said")],
+    engine: [(decoding, "BlockEngine")],
+    board: [(engine, "Board")],
+    runner: [(decoding, "Runner")],
+}
+STEP = "decision = policy.step(state, logq, logp, positions)"
+HEARS = "state = policy.spoke(policy.observe(decision.state, token), speaker)"
+OWN_DRAW = "return draw(self.sampling.shape(self.policy.proposal(who, logs)), noise, self.sampling.temperature)"
+LAST = "eos, told = (each.gather(1, last)[:, 0] for each in (eos, steps.told))"
+ROLLBACK = "board.prompts_n[who] + board.written_n - 1"
 MUTANTS = {
-    "accept every draft": [("token = self._draw(decision.log_probs, g)", "token = (block.drafts + [start])[k]")],
-    "speaker decided once per block": [
+    "accept every draft": (
+        decide,
+        (
+            "eos = ends.among(steps.tokens)",
+            "steps = steps._replace(tokens=block.drafts)\n    eos = ends.among(steps.tokens)",
+        ),
+    ),
+    "speaker decided once per block": (
+        decide,
         (
             STEP,
             f"{STEP}\n"
-            "            first = decision.speaker if k == 0 else first\n"
-            "            target = torch.where(first.bool().unsqueeze(1), logp, logq)\n"
-            "            decision = decision._replace(log_probs=target, speaker=first)",
-        )
-    ],
-    "threshold by block instead of position": [(STEP, STEP.replace("start + k", "start"))],
-    "state not rolled back over discarded drafts": [
-        (
-            f"self._keep_state(sound, {HEARS})",
-            f"self.state = {HEARS}",
-        )
-    ],
-    "the state does not hear the token": [
-        (
-            f"self._keep_state(sound, {HEARS})",
-            "self._keep_state(sound, decision.state)",
-        )
-    ],
-    "the state hears the draft": [
-        ("observe(decision.state, token)", "observe(decision.state, (block.drafts + [token])[k])")
-    ],
-    "the state does not hear who spoke": [(HEARS, "self.policy.observe(decision.state, token)")],
-    "a text that the policy ends goes on": [("ends = told | ", "ends = "), ("bool(ends), self.job", "False, self.job")],
-    "the policy is asked for the end before the token": [
-        ("told = self._spread(self.policy.ends(self.state))", "told = before"),
-        (
-            "speaker = speakers(decision",
-            "before = self._spread(self.policy.ends(self.state))\n            speaker = speakers(decision",
+            "    first = decision.speaker.view(rows, size)[:, :1].expand(rows, size).flatten()\n"
+            "    target = torch.where(first.bool().unsqueeze(1), logp, logq)\n"
+            "    decision = decision._replace(log_probs=target, speaker=first)",
         ),
-    ],
-    "drafts and tokens from different cuts": [
-        (
-            "return self._draw(self.policy.proposal(who, logs), noise)",
-            "return draw(logs, noise, self.job.settings.sampling.temperature)",
-        )
-    ],
-    "the decision sees what the cuts leave": [
-        (
-            STEP,
-            STEP.replace(
-                "logq, logp,", "self.job.settings.sampling.shape(logq), self.job.settings.sampling.shape(logp),"
-            ),
-        )
-    ],
-    "a draft that broke a cache stays in it": [("self.models[who].clear_stale(b)", "pass")],
-    "a row is given up for a draft behind it": [("if block.plan.block == 1:", "if True:")],
-    "speakers of a blend by another position": [("block.keys[k])", "block.keys[0])")],
-    "cache one long after a rejection": [(ROLLBACK, "min(length, len(row.tokens_of(who)))")],
-    # Catching up mends a short cache by itself, so this mutant also leaves that out after the prompt.
-    "cache one short after a rejection": [
-        (ROLLBACK, "min(length, len(row.tokens_of(who)) - 2)"),
-        (
-            READ,
-            "read = self.models[who].lengths\n"
-            f"        {READ}\n"
-            "        whole = [text[: read[row]] + text[-1:] if read[row] else text for row, text in zip(rows, whole)]\n"
-            "        whole = whole",
-        ),
-    ],
-    "policy sees the draft at another temperature": [("log_probs(logits[:, 0])", "log_probs(logits[:, 0], 0.8)")],
-    "another temperature in the draft than reported": [
-        (
-            "return self._draw(self.policy.proposal(who, logs), noise)",
-            "return draw(self.policy.proposal(who, logs), noise, 1.5 * self.job.settings.sampling.temperature)",
-        )
-    ],
-    "drafts of the plain model where the policy sharpens it": [
-        ("return self._draw(self.policy.proposal(who, logs), noise)", "return self._draw(logs, noise)")
-    ],
-    "noise shared between rows": [
-        ("noise_key(self.job.settings.seed, row.id,", "noise_key(self.job.settings.seed, 0,")
-    ],
-    "the teacher's cache rolled back to the student's length": [(ROLLBACK, ROLLBACK.replace("(who)", "(STUDENT)"))],
-    "the teacher read with the student's prompt": [(READ, READ.replace("(who)", "(STUDENT)"))],
-    "the teacher's drafts stored up to the student's budget": [("prompt_of(who)", "prompt_of(STUDENT)")],
-    "the ends of the drafter not merged": [
-        ("self.job.ends.log_probs(logits[:, 0])", "logits[:, 0].log_softmax(-1)"),
-    ],
-    "the ends of the verifier not merged": [
-        ("self.job.ends.log_probs(logits[:, k])", "logits[:, k].log_softmax(-1)"),
-    ],
-    "a block goes on without a distribution that the policy wants": [("& ~(lacks[STUDENT] | lacks[TEACHER])", "")],
+    ),
+    "threshold by block instead of position": (decide, (STEP, STEP.replace("positions", "positions // size * size"))),
+    "state not rolled back over discarded drafts": (decide, ("torch.stack(parts, 1)[rows, last]", "parts[-1]")),
+    "the state does not hear the token": (decide, (HEARS, "state = policy.spoke(decision.state, speaker)")),
+    "the state hears the draft": (
+        decide,
+        (HEARS, HEARS.replace("token", "block.drafts[:, k] if k < block.drafts.shape[1] else token")),
+    ),
+    "the state does not hear who spoke": (decide, (HEARS, "state = policy.observe(decision.state, token)")),
+    "a text that the policy ends goes on": (
+        decide,
+        ("sound & ~eos & ~steps.told", "sound & ~eos"),
+        (LAST, f"{LAST}\n    told = told & False"),
+    ),
+    "the policy is asked for the end before the token": (
+        decide,
+        ("reads = policy.reads(state)\n", "reads, before = policy.reads(state), policy.ends(state)\n"),
+        ("policy.ends(state), *reads)", "before, *reads)"),
+    ),
+    "drafts and tokens from different cuts": (
+        engine,
+        (OWN_DRAW, "return draw(self.policy.proposal(who, logs), noise, self.sampling.temperature)"),
+    ),
+    "the decision sees what the cuts leave": (
+        decide,
+        (STEP, STEP.replace("logq, logp", "sampling.shape(logq), sampling.shape(logp)")),
+    ),
+    "a row is given up for a draft behind it": (engine, ("if plan.block == 1:", "if True:")),
+    "speakers of a blend by another position": (
+        decide,
+        ("block.keys.flatten())", "block.keys[:, :1].expand(rows, size).flatten())"),
+    ),
+    "cache one long after a rejection": (engine, (ROLLBACK, ROLLBACK.removesuffix(" - 1"))),
+    "drafts counted as read text after a rejection": (
+        engine,
+        ("runner.read = np.minimum(", "runner.read = np.maximum("),
+    ),
+    "policy sees the draft at another temperature": (
+        engine,
+        ("log_probs(extend(k, last)[:, 0])", "log_probs(extend(k, last)[:, 0], 0.8)"),
+    ),
+    "another temperature in the draft than reported": (
+        engine,
+        (OWN_DRAW, OWN_DRAW.replace("self.sampling.temperature", "1.5 * self.sampling.temperature")),
+    ),
+    "drafts of the plain model where the policy sharpens it": (
+        engine,
+        (OWN_DRAW, OWN_DRAW.replace("self.policy.proposal(who, logs)", "logs")),
+    ),
+    "noise shared between rows": (board, ("row_key(row.seed, row.id)", "row_key(row.seed, 0)")),
+    "noise of the first place for all": (board, ("rows.of(self.keys)", "self.keys[: len(start)]")),
+    "the teacher's cache rolled back to the student's length": (engine, (ROLLBACK, ROLLBACK.replace("who", "STUDENT"))),
+    "the teacher read with the student's prompt": (
+        board,
+        ("prompt = row.prompt_of(who)", "prompt = row.prompt"),
+    ),
+    "the teacher's text written at the student's places": (
+        board,
+        ("(at + rows.of(prompts).unsqueeze(1))", "(at + rows.of(self.prompts[0]).unsqueeze(1))"),
+    ),
+    "the ends of the drafter not merged": (
+        engine,
+        ("self.job.ends.log_probs(extend(k, last)[:, 0])", "extend(k, last)[:, 0].log_softmax(-1)"),
+    ),
+    "the ends of the verifier not merged": (
+        engine,
+        ("self.job.ends.log_probs(logits)", "logits.log_softmax(-1)"),
+    ),
+    "a block goes on without a distribution that the policy wants": (
+        decide,
+        ("goes_on = goes_on & (ran | ~read)[:, 1:]", "pass"),
+    ),
+    "a verifier's words given to other rows": (
+        decide,
+        ("index_copy(0, index, logs)", "index_copy(0, index.flip(0), logs)"),
+    ),
+    "a row that moves leaves its state behind": (board, ("self.notes, *self.state]", "self.notes]")),
+    "a row that moves leaves its keys behind": (
+        board,
+        ("self.written, self.keys, self.notes,", "self.written, self.notes,"),
+    ),
+    "a row that moves leaves its cache behind": (runner, ("layer.move(to.device, source.device)", "pass")),
 }
 
 
-def mutated_decode(edits):
-    """``decode`` over an engine with the edits in its source."""
-    source = SOURCE
+def mutated_decode(module, edits):
+    """``decode`` over a module with the edits in its source."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
     for old, new in edits:
         assert source.count(old) == 1, f"the mutant no longer fits the source: {old}"
         source = source.replace(old, new)
-    module = types.ModuleType("switchkd_mutant")
-    sys.modules[module.__name__] = module
-    exec(compile(source, "mutant", "exec"), module.__dict__)
+    mutant = types.ModuleType("switchkd_mutant")
+    sys.modules[mutant.__name__] = mutant
+    exec(compile(source, "mutant", "exec"), mutant.__dict__)
 
     def decode(*args, **settings):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "BlockEngine", module.BlockEngine)
+            for user, name in USERS[module]:
+                patch.setattr(user, name, vars(mutant)[name])
             return decoding.decode(*args, **settings)
 
     return decode
@@ -191,6 +211,7 @@ def test_the_engine_passes():
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name):
-    mutant = mutated_decode(MUTANTS[name])
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+    module, *edits = MUTANTS[name]
+    mutant = mutated_decode(module, edits)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
         check_engine(mutant)

@@ -1,5 +1,7 @@
 """Who drafts and how far: the plan with the most tokens a second, from what was seen and measured."""
 
+import itertools
+import math
 import random
 import time
 
@@ -8,19 +10,24 @@ import torch
 from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 
 from switchkd import AdaSwitch, Switch, TeacherOnly, decode
+from switchkd.base.errors import ConfigError
 from switchkd.decoding import decode as decoding
-from switchkd.decoding.pace import BLOCKS, Pace, Plan, Stopwatch
+from switchkd.decoding import engine
+from switchkd.decoding import pace as pacing
+from switchkd.decoding.pace import BLOCKS, Costs, Pace, Plan, Stopwatch
 from switchkd.methods.mixes import Generated
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-BOTH, ONLY_STUDENT, ONLY_TEACHER = (True, True), (True, False), (False, True)
+LINE = pacing.line  # which conftest replaces
+BOTH, ONLY_STUDENT, ONLY_TEACHER, NEITHER = (True, True), (True, False), (False, True), (False, False)
 
 
-def pace(student=1e8, teacher=1e9, **settings):
-    return Pace((int(student), int(teacher)), 1000, CPU, **settings)
+def pace(student=0.04, teacher=0.4, **settings):
+    """Of models whose forwards take so long, and a thirtieth more for each token."""
+    return Pace(Costs((student, student / 30), (teacher, teacher / 30), (1e-4, 1e-5)), **settings)
 
 
 def settle(p, student, teacher, equal):
@@ -33,7 +40,7 @@ def settle(p, student, teacher, equal):
 def test_the_plan_is_the_one_of_most_tokens_a_second():
     """Against a simulation: rows keep tokens until their first draft that fails, forwards take their time."""
     p = settle(pace(), 80, 30, 30)
-    plan = p.plan([BOTH] * 4, left=100)
+    plan = p.plan({BOTH: 4}, left=100)
     assert plan.drafter == STUDENT and plan.forwards == plan.block > 1
     coin = random.Random(0)
 
@@ -41,7 +48,7 @@ def test_the_plan_is_the_one_of_most_tokens_a_second():
         kept = 0
         for _ in range(4000):
             kept += next((k for k in range(1, block) if coin.random() > 0.8), block)
-        seconds = block * p.forward[STUDENT](4) + p.forward[TEACHER](4 * block) + block * 4 * p.position.value
+        seconds = block * p.costs(STUDENT, 4) + p.costs(TEACHER, 4 * block) + p.costs.deciding(4 * block)
         return kept / seconds
 
     rates = {block: rate(block) for block in BLOCKS}
@@ -49,45 +56,79 @@ def test_the_plan_is_the_one_of_most_tokens_a_second():
 
 
 def test_who_agrees_drafts():
-    assert settle(pace(1e9, 1e9), 90, 40, 40).plan([BOTH], 50).drafter == STUDENT
-    assert settle(pace(1e9, 1e9), 40, 90, 40).plan([BOTH], 50).drafter == TEACHER
+    assert settle(pace(1, 1), 90, 40, 40).plan({BOTH: 1}, 50).drafter == STUDENT
+    assert settle(pace(1, 1), 40, 90, 40).plan({BOTH: 1}, 50).drafter == TEACHER
     # A teacher ten times as dear may agree more often and still not pay.
-    assert settle(pace(1e8, 1e9), 85, 95, 80).plan([BOTH], 50).drafter == STUDENT
+    assert settle(pace(), 85, 95, 80).plan({BOTH: 1}, 50).drafter == STUDENT
 
 
 def test_hopeless_drafts_are_not_made():
-    assert settle(pace(), 0, 0, 0).plan([BOTH] * 8, 50).block == 1
+    assert settle(pace(), 0, 0, 0).plan({BOTH: 8}, 50).block == 1
+
+
+def test_a_round_serves_rows_that_go_together():
+    """Where a few rows explore and most are the teacher's, whoever keeps more tokens a second is served, and the others wait."""
+    dear = settle(Pace(Costs((0.05, 0.05), (2.0, 0.1), (0.0, 0.0))), 90, 60, 5)
+    assert dear.plan({BOTH: 4, ONLY_TEACHER: 4}, 50).served == {BOTH}
+    hopeless = settle(pace(0.3, 0.4), 0, 0, 5)
+    assert BOTH in hopeless.plan({BOTH: 1, ONLY_TEACHER: 7}, 50).served  # who will join the others
+    hopeless.returned = True
+    assert hopeless.plan({BOTH: 1, ONLY_TEACHER: 7}, 50).served == {ONLY_TEACHER}
+    # Where the teacher is all that costs, one forward for everybody is cheaper than two.
+    cheap = settle(pace(1e-4, 0.4), 0, 0, 0)
+    assert cheap.plan({BOTH: 4, ONLY_TEACHER: 4}, 50).served == {BOTH, ONLY_TEACHER}
+
+
+@pytest.mark.parametrize("rows", [{BOTH: 3}, {BOTH: 1, ONLY_TEACHER: 5}, {ONLY_STUDENT: 2, BOTH: 2, NEITHER: 1}])
+def test_no_plan_keeps_more_tokens_a_second_than_the_one_chosen(rows):
+    """Of all groups, drafters and lengths."""
+    p = settle(pace(0.1, 0.3), 70, 60, 50)
+    p.returned = True
+    rate = p._rate(p.plan(rows, 40), rows)
+    for count in range(1, len(rows) + 1):
+        for served in itertools.combinations(rows, count):
+            if 1 < count < len(rows) or not any(map(any, served)):
+                continue  # groups are of one kind, or all
+            for drafter, block in itertools.product((STUDENT, TEACHER), BLOCKS):
+                if block * sum(rows[kind] for kind in served) <= 256 and block <= 40:
+                    if drafter == TEACHER and not any(teacher for _, teacher in served):
+                        continue
+                    assert p._rate(p.round_of(drafter, block, frozenset(served)), rows) <= rate
 
 
 def test_exploration_grows_while_the_student_goes_on():
     p = pace()
     blocks = []
     for _ in range(12):
-        blocks.append(p.plan([BOTH] * 2, 200).block)
+        blocks.append(p.plan({BOTH: 2}, 200).block)
         p.observe(40, 40, 10, 40, 10)
     assert blocks == sorted(blocks) and blocks[-1] > 2 * blocks[0]
 
 
 def test_a_resting_student_is_asked_for_drafts_only_if_they_pay():
-    assert settle(pace(), 90, 90, 85).plan([ONLY_TEACHER] * 2, 50).drafter == STUDENT
-    assert settle(pace(), 90, 90, 5).plan([ONLY_TEACHER] * 2, 50).block == 1
-    assert settle(pace(1e9, 1e9), 90, 90, 60).plan([ONLY_TEACHER] * 2, 50).block == 1
+    assert settle(pace(), 90, 90, 85).plan({ONLY_TEACHER: 2}, 50).drafter == STUDENT
+    for p in (settle(pace(), 90, 90, 5), settle(pace(1, 1), 90, 90, 60)):
+        plan = p.plan({ONLY_TEACHER: 2}, 50)
+        assert plan.drafter == TEACHER or plan.forwards == 0
 
 
 def test_the_last_draft_of_a_block_is_not_made_where_nobody_asks_for_its_distribution():
-    plan = settle(pace(drafter="student", block_size=5), 50, 50, 50).plan([ONLY_TEACHER], 50)
-    assert plan == Plan(STUDENT, 5, 4)
-    assert pace(drafter="student", block_size=5).plan([ONLY_TEACHER, BOTH], 50).forwards == 5
+    plan = settle(pace(drafter="student", block_size=5), 50, 50, 50).plan({ONLY_TEACHER: 1}, 50)
+    assert plan == Plan(STUDENT, 5, 4, frozenset([ONLY_TEACHER]))
+    assert pace(drafter="student", block_size=5).round_of(STUDENT, 5, frozenset([ONLY_TEACHER, BOTH])).forwards == 5
 
 
-def test_a_lone_student_writes_one_token_a_round_and_never_runs_the_teacher():
-    for p in (pace(), settle(pace(1e9, 1), 90, 90, 99)):
-        assert p.plan([ONLY_STUDENT] * 3, 50) == Plan(STUDENT, 1, 1)
+def test_a_lone_student_never_runs_the_teacher_and_writes_as_far_as_a_decision_costs():
+    """What is drafted behind an end is lost, so that blocks stay short unless deciding is dear."""
+    for teacher in (0.4, 1e-9):
+        plan = settle(pace(teacher=teacher), 90, 90, 99).plan({ONLY_STUDENT: 3}, 50)
+        assert (plan.drafter, plan.block) == (STUDENT, 1)
+    dear = Pace(Costs((1e-3, 0.0), (1e-3, 0.0), (1e-3, 0.0))).plan({ONLY_STUDENT: 3}, 50)
+    assert dear.drafter == STUDENT and 4 <= dear.block <= 12
 
 
 def test_where_nobody_is_read_nobody_runs():
-    assert pace().plan([(False, False)] * 2, 50) == Plan(STUDENT, 1, 0)
-    assert pace(block_size=4).plan([(False, False), ONLY_TEACHER], 50).block == 4
+    assert pace().plan({NEITHER: 2}, 50) == Plan(STUDENT, 1, 0, frozenset([NEITHER]))
 
 
 def test_rows_that_have_switched_say_nothing_of_those_that_explore():
@@ -103,83 +144,93 @@ def test_rows_that_have_switched_say_nothing_of_those_that_explore():
 
 def test_blocks_end_with_the_budget():
     p = settle(pace(), 99, 99, 99)
-    assert p.plan([BOTH], 3).block == 3 and p.plan([BOTH], 1).block == 1
-    assert pace(block_size=7).plan([BOTH], 4).block == 4
+    assert p.plan({BOTH: 1}, 3).block == 3 and p.plan({BOTH: 1}, 1).block == 1
+    assert pace(block_size=7).plan({BOTH: 1}, 4).block == 4
 
 
 def test_wide_batches_take_shorter_blocks():
     """What a round holds grows with rows times positions times the vocabulary."""
     p = settle(pace(), 99, 99, 99)
-    assert p.plan([BOTH] * 64, 100).block <= 4 < p.plan([BOTH] * 4, 100).block
-    assert p.plan([BOTH] * 1000, 100).block == 1
+    assert p.plan({BOTH: 64}, 100).block <= 4 < p.plan({BOTH: 4}, 100).block
+    assert p.plan({BOTH: 1000}, 100).block == 1
 
 
 def test_what_is_not_seen_for_long_is_tried_again():
     p = settle(pace(), 90, 90, 0)
     for _ in range(4000):
         p.observe(0, 0, 0, 0, 0)
-    assert p.plan([ONLY_TEACHER], 50).drafter == STUDENT
+    assert p.plan({ONLY_TEACHER: 1}, 50).drafter == STUDENT
 
 
-def test_measured_forwards_change_the_plan_and_sizes_not_met_take_the_nearest():
-    p = settle(pace(), 90, 90, 90)
-    assert p.plan([BOTH], 50).drafter == STUDENT
-    for _ in range(20):  # the small model turns out to be the slow one
-        p.measure([[(1, 1.0)], [(1, 0.01)]], 0.0, 1)
-    assert p.plan([BOTH], 50).drafter == TEACHER
-    assert p.forward[STUDENT](64) == pytest.approx(1.0 * (1 + 64 / 32) / (1 + 1 / 32))
+def test_a_line_goes_through_the_shortest_times_of_two_sizes(monkeypatch):
+    """The first call of a size prepares kernels, and whatever else the machine does only adds."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(pacing.time, "perf_counter", lambda: clock[0])
+
+    def work(size):
+        calls.append(size)
+        first, busy = calls.count(size) == 1, calls.count(size) == 3
+        clock[0] += 0.2 + 0.01 * size + 5.0 * first + 1.0 * busy
+
+    assert LINE(work, (10, 40), CPU) == (0.2, 0.01)
+    assert len(calls) == 8
 
 
-def test_the_first_forward_of_a_size_is_not_measured():
-    """It prepares kernels; as a measurement it would keep the size from ever being tried again."""
-    p = pace()
-    before = p.forward[TEACHER](8)
-    p.measure([[], [(8, 100.0)]], 0.0, 1)
-    assert p.forward[TEACHER](8) == before
-    p.measure([[], [(8, 0.5)]], 0.0, 1)
-    assert p.forward[TEACHER](8) == pytest.approx(0.5)
+def test_what_forwards_and_decisions_cost_is_measured_once_and_leaves_nothing(monkeypatch):
+    """Once for a model, whatever is decoded with it afterwards; the text is that of a call that measured nothing."""
+    pair, timed = (tiny_model("llama", 1), tiny_model("llama", 2)), []
+    monkeypatch.setattr(pacing, "line", lambda work, sizes, _: timed.append(sizes) or work(sizes[1]) or (1e-3, 1e-4))
+    monkeypatch.setattr(pacing, "_decisions", {})
+    settings = {"max_new_tokens": 9, "eos_token_ids": []}
+    first = decode(*pair, [[3, 4, 5, 6], [7, 8]], Switch(), **settings)
+    assert timed == [(2, 8)] * 3
+    second = decode(*pair, [[3, 4, 5, 6], [7, 8]], Switch(), **settings)
+    given = decode(*pair, [[3, 4, 5, 6], [7, 8]], Switch(), costs=(1e-3, 1e-4) * 3, **settings)
+    assert len(timed) == 3
+    for other in (second, given):
+        assert [r.completion_ids for r in other] == [r.completion_ids for r in first]
+        assert other.cost.student_forwards == first.cost.student_forwards
+        assert other.cost.student_prefill_tokens == first.cost.student_prefill_tokens == 4 or other is given
 
 
-def test_a_repeatable_run_does_not_look_at_the_clock(monkeypatch):
-    """The same plans whatever the clock says, also with a block size of one's own; otherwise the clock is heard."""
-    measure, plan = Pace.measure, Pace.plan
+def test_nothing_is_measured_where_nothing_is_chosen_and_no_model_that_is_never_read(monkeypatch):
+    pair, timed = (tiny_model("llama", 1), tiny_model("llama", 2)), []
+    monkeypatch.setattr(pacing, "time_forwards", lambda runner, rows: timed.append(runner.model) or (1e-3, 1e-4))
+    monkeypatch.setattr(engine, "time_forwards", pacing.time_forwards)
+    decode(*pair, [[3]], Switch(), 4, block_size=2, drafter="student")
+    assert not timed
+    decode(*pair, [[3]], POLICIES["student_only"], 4)
+    assert timed == [pair[0]]
 
-    def plans(slow, **settings):
-        """Plans of a run on whose clock the model ``slow`` takes a thousand times as long as the other."""
+
+def test_equal_costs_give_equal_rounds_whatever_the_clock_says(monkeypatch):
+    """A run that is planned by given costs does not look at the clock at all."""
+    plan, pair = Pace.plan, (tiny_model("llama", 1), tiny_model("llama", 2))
+
+    def plans(**settings):
         made = []
-
-        def clock(self, forwards, rest, positions):
-            laps = [[(n, 1.0 if who == slow else 1e-3) for n, _ in each] for who, each in enumerate(forwards)]
-            measure(self, laps, 1e-6, positions)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Pace, "measure", clock)
             patch.setattr(Pace, "plan", lambda *args: made.append(plan(*args)) or made[-1])
-            pair = tiny_model("llama", 1), tiny_model("llama", 2)
             decode(*pair, [[3], [4, 5]], Switch(), 30, eos_token_ids=[], **settings)
         return made
 
-    assert plans(STUDENT) != plans(TEACHER)
-    assert plans(STUDENT, repeatable=True) == plans(TEACHER, repeatable=True)
-    assert plans(STUDENT, block_size=3) == plans(TEACHER, block_size=3)
+    dear_teacher, dear_student = (1e-3, 1e-5, 1.0, 1e-2, 1e-4, 1e-6), (1.0, 1e-2, 1e-3, 1e-5, 1e-4, 1e-6)
+    assert plans(costs=dear_teacher) != plans(costs=dear_student)
+    monkeypatch.setattr(pacing, "time", None)
+    assert plans(costs=dear_teacher) == plans(costs=dear_teacher)
 
 
-def test_forwards_and_the_rest_of_a_round_are_measured(monkeypatch):
-    seen = []
-    monkeypatch.setattr(Pace, "measure", lambda self, *args: seen.append(args))
-    pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    decode(*pair, [[3, 4, 5, 6]] * 2, Switch(), 8, block_size=3, drafter="student", eos_token_ids=[])
-    forwards, rest, positions = seen[0]
-    assert [tokens for tokens, _ in forwards[STUDENT]] == [2, 2, 2] and [n for n, _ in forwards[TEACHER]] == [6]
-    assert positions == 6 and rest > 0 and all(s > 0 for each in forwards for _, s in each)
+@pytest.mark.parametrize("costs", [(1.0,), (1.0,) * 7, (-1.0,) * 6, (math.nan,) * 6])
+def test_costs_that_are_none_are_refused(costs):
+    with pytest.raises(ConfigError, match="six numbers of seconds"):
+        decode(tiny_model("llama", 1), tiny_model("llama", 2), [[3]], Switch(), 4, costs=costs)
 
 
 @pytest.mark.parametrize("policy", [Switch(), AdaSwitch(window=2, ratio=1.5), TeacherOnly(), POLICIES["student_only"]])
 def test_automatic_choices_decode_to_the_end(policy):
     pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    for settings in ({}, {"repeatable": True}):
-        rollouts = decode(*pair, [[3], [4, 5], [6]] * 3, policy, 40, eos_token_ids=[], batch_size=4, **settings)
-        assert all(len(r.completion_ids) == 40 for r in rollouts)
+    rollouts = decode(*pair, [[3], [4, 5], [6]] * 3, policy, 40, eos_token_ids=[], batch_size=4)
+    assert all(len(r.completion_ids) == 40 for r in rollouts)
 
 
 def test_a_memory_budget_sets_the_batch():
@@ -250,19 +301,8 @@ def test_on_cuda_laps_are_waited_for(on_cuda):
     assert [size for size, _ in watch.take()] == [0, 1] and watch.take() == []
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_size": 3}, {"keep_hidden": True}])
-def test_rounds_that_are_timed_wait_for_their_events(on_cuda, settings):
-    pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    decode(*pair, [[3], [4, 5]], Switch(), 6, eos_token_ids=[], **settings)
-    assert Event.made > 0
-
-
-def test_a_repeatable_round_makes_no_event_and_reads_no_clock(on_cuda, monkeypatch):
-    pair = tiny_model("llama", 1), tiny_model("llama", 2)
-    monkeypatch.setattr(Stopwatch, "take", lambda self: pytest.fail("a lap was read"))
-    monkeypatch.setattr("switchkd.decoding.pace.time", None)
-    decode(*pair, [[3], [4, 5]], Switch(), 6, eos_token_ids=[], repeatable=True)
-    assert Event.made == 0
+def test_what_is_timed_on_cuda_is_waited_for(on_cuda):
+    assert len(LINE(lambda _: None, (1, 4), CPU)) == 2 and Event.made == 16
 
 
 def test_the_trainers_laps_wait_for_their_events(on_cuda, tmp_path):

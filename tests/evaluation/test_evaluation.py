@@ -11,6 +11,7 @@ from tiny import VOCAB, retold, toy_examples, toy_pair
 
 from switchkd import StudentOnly, TeacherOnly, decode
 from switchkd.base.errors import ConfigError, DataError
+from switchkd.evaluation import evaluate as evaluation
 from switchkd.evaluation.evaluate import evaluate, score_names, work
 from switchkd.evaluation.results import completions_file, read_results, write_results
 from switchkd.evaluation.settings import EvalConfig, EvalSettings
@@ -105,6 +106,28 @@ def test_sampled_text_is_that_of_each_seed(pair):
     assert [c.text for c in result.completions] == expected
     assert [(c.seed, c.example) for c in result.completions] == [(s, e.id) for s in SAMPLED.seeds for e in examples]
     assert result.summary["length"].std > 0
+
+
+def test_all_seeds_are_one_job_which_keeps_the_batch_full(pair, monkeypatch):
+    """Rows that end late under one seed stand beside rows of the next; in passes of their own each would end alone."""
+    calls, decode_job = [], evaluation.decode_job
+    monkeypatch.setattr(evaluation, "decode_job", lambda job, *rest: calls.append(decode_job(job, *rest)) or calls[-1])
+    examples = toy_examples(6)
+    evaluate(pair, pair.student, examples, TASK, dataclasses.replace(SAMPLED, batch_size=9, max_new_tokens=12))
+    alone = [
+        evaluate(
+            pair,
+            pair.student,
+            examples,
+            TASK,
+            dataclasses.replace(SAMPLED, seeds=(seed,), batch_size=9, max_new_tokens=12),
+        )
+        for seed in SAMPLED.seeds
+    ]
+    together, *passes = calls
+    assert len(passes) == len(alone) == 3
+    assert [r.completion_ids for r in together] == [r.completion_ids for each in passes for r in each]
+    assert together.cost.rounds < sum(each.cost.rounds for each in passes)
 
 
 def test_neither_batch_size_nor_the_other_examples_move_a_score(pair):

@@ -27,7 +27,7 @@ from switchkd import StudentOnly, Switch, decode, decode_reference, load_pair
 from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.cli.main import main
 from switchkd.data.texts import collate, tokenize
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate

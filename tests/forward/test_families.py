@@ -8,8 +8,8 @@ from tiny import assert_same
 
 from switchkd import Switch, decode, decode_reference
 from switchkd.data.texts import collate
-from switchkd.forward.architecture import cache_bytes_per_token, context_length
 from switchkd.forward.head import Head, response_hidden
+from switchkd.runner.architecture import cache_bytes_per_token, context_length
 
 # Read at every test run; the others under `-m slow`.
 QUICK = (
@@ -65,7 +65,7 @@ def check_exact(name):
     ]
     policy = Switch(schedule="constant", tau_0=0.85)
     reference = decode_reference(student, teacher, prompts, policy, new, eos_token_ids=[])
-    for settings in ({}, {"drafter": "teacher", "block_size": 4}, {"static_step": True, "drafter": "student"}):
+    for settings in ({}, {"drafter": "teacher", "block_size": 4}, {"graphs": True, "drafter": "student"}):
         assert_same(
             decode(student, teacher, prompts, policy, new, batch_size=3, eos_token_ids=[], **settings), reference
         )

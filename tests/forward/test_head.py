@@ -5,8 +5,8 @@ import torch
 from tiny import VOCAB, tiny_model
 
 from switchkd.base.errors import ModelError
-from switchkd.forward.architecture import beyond_context, context_length
 from switchkd.forward.head import Scorer
+from switchkd.runner.architecture import beyond_context, context_length
 
 ROWS = [([3, 4, 5], [6, 7]), ([9], [8, 2, 4, 1]), ([2, 2, 3], [5])]
 

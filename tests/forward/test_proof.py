@@ -163,12 +163,12 @@ def test_the_twin_finds_what_a_short_probe_does_not(broken, monkeypatch):
     if broken == "window":
         model = tiny_mistral(4096)
         monkeypatch.setattr(
-            "switchkd.forward.cache.attention_windows",
+            "switchkd.runner.runner.attention_windows",
             lambda model: [("full_attention", None)] * model.config.num_hidden_layers,
         )
     else:
         model = phi(4096)
-        monkeypatch.setattr("switchkd.forward.architecture.exact_lengths", lambda config: {})
+        monkeypatch.setattr("switchkd.runner.architecture.exact_lengths", lambda config: {})
     proof._compare(model, None, model.dtype)  # the short probe of the model itself
     with pytest.raises(ModelError, match=r"exactly|in batches|more text"):
         prove(model)
@@ -196,7 +196,7 @@ class Unshrinkable(MistralForCausalLM):
 def test_a_class_without_a_twin_is_read_itself_across_its_window(monkeypatch):
     prove(tiny_mistral(100, Unshrinkable))
     monkeypatch.setattr(
-        "switchkd.forward.cache.attention_windows",
+        "switchkd.runner.runner.attention_windows",
         lambda model: [("full_attention", None)] * model.config.num_hidden_layers,
     )
     with pytest.raises(ModelError, match="exactly"):

@@ -31,7 +31,7 @@ def test_lossless_on_cuda(family, policy):
                 block_size=4,
                 drafter=drafter,
                 batch_size=2,
-                static_step=static,
+                graphs=static,
             )
             assert_same(out, reference)
 

@@ -219,7 +219,7 @@ def test_policies_get_the_training_step_and_the_length(tmp_path, monkeypatch, po
     used = []
     monkeypatch.setattr(
         "switchkd.training.reading.decode_examples",
-        lambda *arguments: used.append(arguments[2].policy) or Rollouts(),
+        lambda *arguments, **_: used.append(arguments[2].policy) or Rollouts(),
     )
     t = trainer(tmp_path, policy=policy, mix=Generated(1.0), max_steps=9, max_new_tokens_start=2)
     for t.step in (0, 4, 8):

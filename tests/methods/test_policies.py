@@ -11,7 +11,7 @@ from switchkd.base.errors import ConfigError
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.methods.policies import CAOPD, SKD, SSD, TRB, Hysteresis, MixIn
 from switchkd.methods.relay import Relay
-from switchkd.methods.sampling import noise_key, speakers
+from switchkd.methods.sampling import keys_tensor, noise_key, speakers
 
 
 def logs(*rows):
@@ -212,13 +212,13 @@ def test_skd_shapes_what_each_proposes_and_tests_against_the_plain_teacher():
 def test_who_spoke_is_drawn_with_the_odds_of_the_two_parts():
     q, p = (x.repeat(4000, 1) for x in ROWS)
     decision = MixIn(0.2).step((), q, p, torch.zeros(4000))
-    keys = [noise_key(5, sample, 0) for sample in range(4000)]
+    keys = keys_tensor([noise_key(5, sample, 0) for sample in range(4000)])
     for y in range(5):
         token = torch.full((4000,), y)
         share = speakers(decision, token, keys).double().mean().item()
         expected = (0.2 * p[0, y].exp() / decision.log_probs[0, y].exp()).item()
         assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
-    again = speakers(decision, token, keys[::-1])
+    again = speakers(decision, token, keys.flip(0))
     assert torch.equal(again, speakers(decision, token, keys).flip(0))
 
 

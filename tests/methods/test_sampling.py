@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from switchkd.methods import sampling
-from switchkd.methods.sampling import Use, draw, gumbel_noise, keyed_uniform, noise_key
+from switchkd.methods.sampling import Use, draw, gumbel_noise, keyed_uniform, keys_at, keys_tensor, noise_key, row_key
+
+
+def noise_of(keys, vocab_size):
+    return gumbel_noise(keys_tensor(keys), vocab_size)
 
 
 def plain_python_noise(key, token):
@@ -29,17 +33,17 @@ def plain_python_noise(key, token):
 
 def test_bits_are_those_of_the_plain_loop():
     keys = [noise_key(0, 0, 0), noise_key(1, 2, 3), 0, 2**64 - 1]
-    noise = gumbel_noise(keys, 50)
+    noise = noise_of(keys, 50)
     for row, key in zip(noise.tolist(), keys, strict=True):
         assert row == pytest.approx([plain_python_noise(key, token) for token in range(50)], rel=1e-4, abs=1e-5)
 
 
 def test_rows_depend_on_their_own_key_alone():
     keys = [noise_key(7, sample, 4) for sample in range(6)]
-    together = gumbel_noise(keys, 100)
+    together = noise_of(keys, 100)
     for i, key in enumerate(keys):
-        assert torch.equal(gumbel_noise([key], 100)[0], together[i])
-    assert torch.equal(gumbel_noise(keys, 60), together[:, :60])
+        assert torch.equal(noise_of([key], 100)[0], together[i])
+    assert torch.equal(noise_of(keys, 60), together[:, :60])
 
 
 def test_each_part_of_the_key_matters():
@@ -48,7 +52,7 @@ def test_each_part_of_the_key_matters():
 
 
 def test_noise_is_gumbel_and_uncorrelated():
-    noise = gumbel_noise([noise_key(0, i, 0) for i in range(40)], 5000).double()
+    noise = noise_of([noise_key(0, i, 0) for i in range(40)], 5000).double()
     uniform = torch.exp(-torch.exp(-noise)).flatten().sort().values
     steps = (torch.arange(uniform.numel()) + 0.5) / uniform.numel()
     assert (uniform - steps).abs().max() < 1.95 / math.sqrt(uniform.numel())  # Kolmogorov-Smirnov at 0.1 %
@@ -62,7 +66,7 @@ def test_noise_is_gumbel_and_uncorrelated():
 def test_draws_have_the_law(temperature):
     logp = torch.tensor([0.6, 0.3, 0.09, 0.01]).log()
     count = 60_000
-    noise = gumbel_noise([noise_key(3, i, 2) for i in range(count)], 4)
+    noise = noise_of([noise_key(3, i, 2) for i in range(count)], 4)
     seen = torch.bincount(draw(logp.expand(count, 4), noise, temperature), minlength=4).double()
     expected = count * torch.softmax(logp.double() / temperature, -1)
     chi_squared = ((seen - expected) ** 2 / expected).sum()
@@ -74,13 +78,13 @@ def test_rare_tokens_are_drawn_at_their_rate():
     vocab = 50_001
     logp = torch.full((vocab,), math.log(0.02 / 50_000))
     logp[0] = math.log(0.98)
-    tail = sum(int(draw(logp.unsqueeze(0), gumbel_noise([noise_key(0, i, 0)], vocab))) > 0 for i in range(1500))
+    tail = sum(int(draw(logp.unsqueeze(0), noise_of([noise_key(0, i, 0)], vocab))) > 0 for i in range(1500))
     assert 12 < tail < 52  # mean 30, standard deviation 5.4
 
 
 def test_certain_and_impossible_tokens():
     logp = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(2000, 3)
-    assert (draw(logp, gumbel_noise(range(2000), 3)) == 1).all()
+    assert (draw(logp, noise_of(range(2000), 3)) == 1).all()
 
 
 def test_greedy_ignores_the_noise():
@@ -90,7 +94,7 @@ def test_greedy_ignores_the_noise():
 
 def test_no_global_random_state_is_touched():
     before = torch.get_rng_state()
-    gumbel_noise([1, 2], 10)
+    noise_of([1, 2], 10)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -98,7 +102,7 @@ def test_noise_is_what_it_was_when_it_was_made_with_float64():
     """To the last bit, at every residue of the 32 bits that fp32 cannot hold: otherwise a seed would give another text."""
     keys = [noise_key(0, 0, 0), noise_key(7, 3, 2)]
     assert keys == [0x238275BC38FCBE91, 0x8490C52F93C7DF65]
-    noise = gumbel_noise(keys, 50257)
+    noise = noise_of(keys, 50257)
     # exp and log may differ in the last bit between machines; the numbers they are taken of may not.
     assert noise[:, [0, 1, 2, 50256]].flatten().tolist() == pytest.approx([
         0.41302406787872314, 0.4919813275337219, -0.4195909798145294, -0.5030237436294556,
@@ -107,8 +111,8 @@ def test_noise_is_what_it_was_when_it_was_made_with_float64():
     uniform = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "log1p_", lambda x: uniform.append(x.neg()) or torch.log1p(x))
-        gumbel_noise(keys, 50257)
-    digest = hashlib.sha256(uniform[0].numpy().tobytes()).hexdigest()
+        noise_of(keys, 50257)
+    digest = hashlib.sha256(torch.cat(uniform).numpy().tobytes()).hexdigest()
     assert digest == "a9f06ce716771f04979f088432dca9141358138624a5b2e6b2b1320e7c215ea3"
 
 
@@ -133,3 +137,19 @@ def test_each_use_in_the_package_names_itself():
                 "replay.py",
             ):
                 assert "Use." in line or "sample_id, position, use" in line, f"{file.name}: {line}"
+
+
+def test_keys_as_tensors_are_the_same_keys():
+    """Also of words that fill 64 bits, whose products wrap."""
+    words = (0, 1, -1, 7, 2**40, 2**63, 2**64 - 1, -(2**63))
+    positions = torch.arange(5)
+    for seed, sample in product(words, words):
+        expected = keys_tensor([noise_key(seed, sample, position) for position in range(5)])
+        assert torch.equal(keys_at(keys_tensor([row_key(seed, sample)]), positions), expected)
+
+
+def test_who_wrote_a_token_is_drawn_by_a_key_of_its_own():
+    keys = [noise_key(*words) for words in product((0, 1, 5), (0, 3), range(40))]
+    drawn = sampling._speaker_uniform(keys_tensor(keys)).tolist()
+    for key, own in zip(keys, drawn, strict=True):
+        assert 0 <= keyed_uniform(key, 0, 0, Use.SPEAKER) - own < 2.0**-24 and own < 1

@@ -40,7 +40,9 @@ def policies_of(t, steps):
     """The rules that a run of so many steps decodes with, without one word decoded."""
     used = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("switchkd.training.reading.decode_examples", lambda *given: used.append(given[2]) or Rollouts())
+        patch.setattr(
+            "switchkd.training.reading.decode_examples", lambda *given, **_: used.append(given[2]) or Rollouts()
+        )
         for t.step in range(steps):
             t.reading.generate([], t.step, t.schedule, None)
     return [(settings.policy, settings.max_new_tokens) for settings in used]

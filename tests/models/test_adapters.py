@@ -34,10 +34,8 @@ from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
-from switchkd.forward.architecture import num_parameters
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import Head, response_hidden
-from switchkd.forward.modes import head_inputs
 from switchkd.forward.proof import prove
 from switchkd.methods.mixes import Generated
 from switchkd.methods.objectives import ForwardKL
@@ -47,6 +45,8 @@ from switchkd.models.adapters import add_adapter, has_adapter, merged
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import Pair, load_pair
 from switchkd.models.settings import ModelConfig
+from switchkd.runner.architecture import num_parameters
+from switchkd.runner.modes import head_inputs
 from switchkd.runs import finishing as rehearsal
 from switchkd.runs.preflight import memory_estimate
 from switchkd.teachers.said import TeacherStates

@@ -24,10 +24,10 @@ from transformers import (
 
 from switchkd import TeacherOnly, decode
 from switchkd.base.errors import ConfigError, DataError, ModelError, VocabularyError
-from switchkd.forward.architecture import num_parameters, parameter_bytes, refuse_recurrent
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
 from switchkd.models.vocabulary import check_vocabulary, left_out_note
+from switchkd.runner.architecture import num_parameters, parameter_bytes, refuse_recurrent
 from switchkd.runs.opening import load_train, open_pair
 from switchkd.training.settings import TrainConfig
 

@@ -10,9 +10,9 @@ from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
 from switchkd.data.small_data import FILES, FOLDER
 from switchkd.data.texts import tokenize
-from switchkd.forward.architecture import num_parameters
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
+from switchkd.runner.architecture import num_parameters
 from switchkd.runs.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, _settings, make_pair, new_model
 
 

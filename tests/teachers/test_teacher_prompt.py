@@ -34,13 +34,13 @@ from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
-from switchkd.forward.architecture import cache_bytes_per_token
 from switchkd.forward.head import response_hidden
 from switchkd.methods.divergences import forward_kl, log_probs
 from switchkd.methods.mixes import Adaptive, Generated, GroundTruth, Pairs
 from switchkd.methods.objectives import DistiLLM2, ForwardKL
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.models.pair import load_pair
+from switchkd.runner.architecture import cache_bytes_per_token
 from switchkd.runs.opening import check_context, load_task
 from switchkd.runs.preflight import memory_estimate
 from switchkd.teachers.states import TeacherCache
@@ -77,7 +77,7 @@ def test_every_policy(family, policy):
     for block, batch, drafter in combinations:
         out = decode(
             student, teacher, PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=batch, drafter=drafter,
-            teacher_prompt_ids=OWN, static_step=block == 4,
+            teacher_prompt_ids=OWN, graphs=block == 4,
         )  # fmt: skip
         assert_same(out, reference)
         assert [r.teacher_prompt_ids for r in out] == OWN
@@ -87,8 +87,8 @@ def test_every_policy(family, policy):
 def test_any_choice_of_drafter_and_length_gives_the_same_text(policy, monkeypatch):
     pair, choices = (tiny_model("llama", 1), tiny_model("gemma3-hybrid", 2)), random.Random(4)
 
-    def plan(self, reads, left):
-        return self._plan(choices.choice([STUDENT, TEACHER]), choices.randint(1, min(6, left)), reads)
+    def plan(self, rows, left):
+        return self.round_of(choices.choice([STUDENT, TEACHER]), choices.randint(1, min(6, left)), frozenset(rows))
 
     monkeypatch.setattr(Pace, "plan", plan)
     reference = decode_reference(*pair, PROMPTS, POLICIES[policy], BUDGET, teacher_prompt_ids=OWN)

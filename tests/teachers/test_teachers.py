@@ -21,7 +21,7 @@ from switchkd.cli.main import main
 from switchkd.data.examples import Example, load_examples
 from switchkd.data.formats import Message
 from switchkd.data.texts import by_teacher, tokenize
-from switchkd.decoding.examples import decode_examples
+from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts

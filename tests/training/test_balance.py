@@ -67,7 +67,7 @@ def test_router_logits_in_the_config_do_not_stop_decoding(kind, policy):
     prompts = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8]]
     reference = decode_reference(student, teacher, prompts, POLICIES[policy], 6)
     for static in (False, True):
-        assert_same(decode(student, teacher, prompts, POLICIES[policy], 6, batch_size=3, static_step=static), reference)
+        assert_same(decode(student, teacher, prompts, POLICIES[policy], 6, batch_size=3, graphs=static), reference)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])

@@ -13,18 +13,21 @@ from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 from switchkd import decode, decode_reference
 from switchkd.base.errors import NoMemoryError, SwitchKDWarning
 from switchkd.base.memory import halving, out_of_memory
-from switchkd.decoding.rows import Row
+from switchkd.decoding.board import Board
+from switchkd.decoding.engine import BlockEngine
 from switchkd.evaluation import evaluate as evaluation
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
-from switchkd.forward.cache import CachedModel
 from switchkd.methods.mixes import Adaptive, Generated
 from switchkd.methods.policy import Policy
+from switchkd.runner.runner import Runner
 from switchkd.runs.distil import standing
 from switchkd.training.checkpoint import checkpoints
 from switchkd.training.learner import Learner
 from switchkd.training.reading import Reading
+from switchkd.training.settings import TrainConfig
+from switchkd.training.trainer import Trainer
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7, 9], [3, 4, 5], [], [8, 2]]
 
@@ -66,15 +69,15 @@ def ours(warned):
 
 def short_of_memory(patch, rows, after=0):
     """Caches for more rows than ``rows`` do not fit; the first ``after`` rounds go well."""
-    seen, extend = [], CachedModel.extend
+    seen, extend = [], Runner.extend
 
     def limited(self, places, *args, **more):
-        seen.append(len(places))
-        if len(seen) > after and len(places) > rows:
+        seen.append(len(places.host))
+        if len(seen) > after and len(places.host) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return extend(self, places, *args, **more)
 
-    patch.setattr(CachedModel, "extend", limited)
+    patch.setattr(Runner, "extend", limited)
     return seen
 
 
@@ -103,11 +106,44 @@ def test_decoding_with_fewer_rows_gives_the_same_tokens_and_one_warning(monkeypa
     check_tokens(monkeypatch)
 
 
-def test_mutant_that_goes_on_with_half_made_rows(monkeypatch):
-    """The policy's state is not that of the text any more."""
-    monkeypatch.setattr(Row, "restart", lambda _: None)
-    with pytest.raises(AssertionError):
+def test_mutant_that_takes_what_was_read_for_read_again(monkeypatch):
+    """The caches of the rows that go on are new, and empty."""
+    start = BlockEngine._open
+
+    def forgetful(self, places):
+        before = [runner.read for runner in self.runners if hasattr(runner, "read")]
+        start(self, places)
+        for runner, read in zip(self.runners, before, strict=False):
+            runner.read = read[:places]
+
+    monkeypatch.setattr(BlockEngine, "_open", forgetful)
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
         check_tokens(monkeypatch)
+
+
+def test_mutant_that_keeps_half_made_rows(monkeypatch):
+    """Where memory ran out while a round was written down, texts and states are not of one moment."""
+    models, writes = (tiny_model("llama", 1), tiny_model("llama", 2)), []
+    expected = decode_reference(*models, PROMPTS, POLICIES["parity"], 10, eos_token_ids=[])
+    write = Board.write
+
+    def late(self, rows, verdict):
+        write(self, rows, verdict)
+        writes.append(rows)
+        if len(writes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def decoded():
+        writes.clear()
+        with pytest.warns(SwitchKDWarning, match="from here on 3"):
+            return decode(*models, PROMPTS, POLICIES["parity"], 10, eos_token_ids=[], block_size=3)
+
+    monkeypatch.setattr(Board, "write", late)
+    assert_same(decoded(), expected)
+    shrink = BlockEngine.shrink
+    monkeypatch.setattr(BlockEngine, "shrink", lambda self: setattr(self, "settled", True) or shrink(self))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        assert_same(decoded(), expected)
 
 
 def micro_batches_of(patch, rows):
@@ -357,3 +393,10 @@ def test_mutant_that_keeps_each_steps_text(tmp_path, monkeypatch):
     monkeypatch.setattr(Reading, "generate", hoarding)
     objects, size = growth(tmp_path, 20, 60)
     assert objects >= FEW_OBJECTS and size >= FEW_BYTES
+
+
+def test_measuring_what_rounds_cost_goes_on_with_fewer_rows_too(monkeypatch, tmp_path):
+    """A run measures before its first step: a lack of memory there is the one that decoding knows."""
+    pair, config = toy_pair(), TrainConfig(output_dir=str(tmp_path), **SHORT)
+    short_of_memory(monkeypatch, rows=2)
+    assert len(Trainer(pair, toy_examples(), config).config.costs) == 6

@@ -237,7 +237,7 @@ def test_a_run_by_two_processes_with_half_a_student_each_is_scored_and_saved_who
     assert_equal(*(load_file(run / "student" / "model.safetensors") for run in (one, two)))
 
 
-@pytest.mark.parametrize("other", ["use_peft", "static_step"])
+@pytest.mark.parametrize("other", ["use_peft", "graphs"])
 def test_what_does_not_go_with_a_student_in_shards_is_refused(other):
     with pytest.raises(ConfigError, match=f"fsdp does not go with {other}: .*; drop one of them"):
         TrainConfig(fsdp=True, **{other: True})

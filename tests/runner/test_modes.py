@@ -14,10 +14,10 @@ from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import Head
-from switchkd.forward.modes import evaluating
 from switchkd.methods.mixes import Generated
 from switchkd.methods.policy import StudentOnly
 from switchkd.models.pruning import layer_influence
+from switchkd.runner.modes import evaluating
 from switchkd.teachers.asked import Teachers
 from switchkd.teachers.states import TeacherCache
 
