@@ -203,6 +203,7 @@ def settings(tmp_path_factory):
     return TrainConfig(
         **pair_on_disk(tmp_path_factory.mktemp("pair")), template="none", max_new_tokens=8, max_steps=5000,
         per_device_train_batch_size=2, eval_samples=2, eval_max_new_tokens=4, save_steps=1000, sample_steps=0,
+        costs=(1e-3, 1e-5) * 3,
     )  # fmt: skip
 
 

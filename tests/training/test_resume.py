@@ -411,7 +411,7 @@ def test_twenty_times_killed_a_run_ends_in_the_same_bytes(tmp_path):
     recipe = {
         "template": "none", "max_new_tokens": 6, "max_steps": 100, "per_device_train_batch_size": 2, "save_steps": 1, "quiet": True,
         "eval_samples": 2, "eval_max_new_tokens": 4, "sample_steps": 5, "sample_prompts": 2, "eval_steps": 4,
-        "metric_for_best_model": "forward_kl",
+        "metric_for_best_model": "forward_kl", "costs": [1e-3, 1e-5, 1e-3, 1e-5, 1e-3, 1e-5],
     }  # fmt: skip
     recipe |= pair_on_disk(tmp_path)
     for name in ("straight", "killed"):

@@ -103,6 +103,7 @@ def settings(tmp_path_factory):
     return TrainConfig(
         **pair_on_disk(tmp_path_factory.mktemp("pair")), template="none", dtype="float64", max_new_tokens=6, max_steps=5,
         per_device_train_batch_size=4, learning_rate=3e-3, eval_samples=0, save_steps=0, sample_steps=0, seed=3, quiet=True,
+        costs=(1e-3, 1e-5) * 3,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ config = TrainConfig(
     policy=Switch(tau_0=0.6, decay=0.05), mix={mix}, objective=ForwardKL(), max_new_tokens=6, max_steps=5, save_steps=3,
     per_device_train_batch_size=4 // accelerator.num_processes, gradient_accumulation_steps=2, learning_rate=3e-3, seed=3,
     output_dir={output!r}, fsdp={fsdp}, dtype={dtype!r}, loss_over={loss_over!r}, eval_steps=2,
-    metric_for_best_model="score", sample_steps=2,
+    metric_for_best_model="score", sample_steps=2, costs=(1e-3, 1e-5) * 3,
 )
 pair = toy_pair({family!r}, torch.float32 if {dtype!r} == "bfloat16" else torch.float64)
 trainer = Trainer(pair, toy_examples(), config, accelerator, validation=toy_examples(5), corpus=toy_examples(9))
