@@ -63,26 +63,20 @@ class Board:
 
     def reading(self) -> dict[Reads, int]:
         """How many rows read (student, teacher) at their next step."""
-        kinds, counts = np.unique(self.reads_n[: self.count] @ (2, 1), return_counts=True)
-        return {
-            (bool(kind & 2), bool(kind & 1)): int(n) for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)
-        }
+        kinds, counts = np.unique(self.reads_n[: self.count], axis=0, return_counts=True)
+        return {(student, teacher): n for (student, teacher), n in zip(kinds.tolist(), counts.tolist(), strict=True)}
 
     def serving(self, served: frozenset[Reads]) -> Places:
         """The places of the rows that read so."""
-        kinds = self.reads_n[: self.count] @ (2, 1)
-        chosen = np.flatnonzero(np.isin(kinds, [2 * student + teacher for student, teacher in served]))
-        return self.at(chosen)
+        reads = self.reads_n[: self.count, None] == np.array(list(served))
+        return self.at(np.flatnonzero(reads.all(2).any(1)))
 
     def at(self, places: np.ndarray) -> Places:
         """Places by number."""
-        if np.array_equal(places, np.arange(len(places))):
-            return Places(places)
-        return Places(places, self.index(places))
+        return Places.at(places, self.columns)
 
-    def index(self, places: np.ndarray) -> Tensor:
-        """Places as a tensor, put together on the device: a copy from the host would wait for all that is queued before it."""
-        return torch.cat([self.columns[place : place + 1] for place in places])
+    def _numbers(self, rows: Places) -> Tensor:
+        return self.columns[: len(rows.host)] if rows.device is None else rows.device
 
     def state_of(self, rows: Places) -> State:
         return tuple(rows.of(part) for part in self.state)
@@ -95,7 +89,7 @@ class Board:
         """Put down what was decided, all K positions, and move every row on by what it keeps."""
         tokens = verdict.tokens
         steps, start = self.columns[: tokens.shape[1]], rows.of(self.written)
-        first = self.columns[: len(tokens)] if rows.device is None else rows.device
+        first = self._numbers(rows)
         place, at = first.unsqueeze(1), start.unsqueeze(1) + steps
         for text, prompts in zip(self.own_texts, self.prompts, strict=True):
             there = text.device
@@ -111,7 +105,7 @@ class Board:
         """Note what entered the teacher's output layer for the next tokens, ``[b, T, H]``."""
         if self.hidden is None:
             self.hidden = hidden.new_zeros(len(self.keys), self.budget, hidden.shape[-1])
-        first = self.columns[: len(hidden)] if rows.device is None else rows.device
+        first = self._numbers(rows)
         at = rows.of(self.written).unsqueeze(1) + self.columns[: hidden.shape[1]]
         self.hidden[first.unsqueeze(1).to(hidden.device), at.to(hidden.device)] = hidden
 

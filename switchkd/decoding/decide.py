@@ -119,15 +119,14 @@ def decide(policy: Policy, state: State, sampling: Sampling, ends: Ends, block: 
     said = steps.tokens, steps.speakers, steps.divergences, steps.thresholds
     asked = steps.reads[STUDENT] & steps.reads[TEACHER]
     if block.size == 1:
-        flags = (each[:, 0] for each in (broken[STUDENT], broken[TEACHER], eos, steps.told))
-        by_student, by_teacher, eos, told = flags
+        by_student, by_teacher, eos, told = (each[:, 0] for each in (*broken, eos, steps.told))
         kept = sound[:, 0].long()
         return Verdict(*said, kept, (by_student, by_teacher), eos, told, asked, steps.states[0])
     goes_on = (sound & ~eos & ~steps.told)[:, :-1] & (steps.tokens[:, :-1] == block.drafts[:, : block.size - 1])
     for read, ran in zip(steps.reads, block.ran, strict=True):
         if ran is not None:  # a model that the policy wants again and that was not run: the block ends there
             goes_on = goes_on & (ran | ~read)[:, 1:]
-    reached = torch.cat([sound[:, :1] | True, goes_on.cumprod(1).bool()], 1)
+    reached = torch.cat([torch.ones_like(sound[:, :1]), goes_on.cumprod(1).bool()], 1)
     kept = torch.minimum((reached & sound).sum(1), block.left)
     last, behind = (kept - 1).clamp(min=0).unsqueeze(1), kept.clamp(max=block.size - 1).unsqueeze(1)
     open_ = reached.gather(1, behind) & (kept < block.left).unsqueeze(1)

@@ -21,11 +21,11 @@ from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.rows import Job, Row
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.methods.sampling import draw, gumbel_noise
-from switchkd.runner.cache import Places
+from switchkd.runner.cache import Places, index
 from switchkd.runner.graphs import Work, bucket
 from switchkd.runner.runner import Runner
 
-# A forward of k − 1 drafts before: logits, from the draft behind them.
+# From how many forwards of a draft came before, and the drafts to be read, to logits.
 Extend = Callable[[int, Tensor | None], Tensor]
 # Hidden states of a call that may stay on the teacher's device; larger ones go to the host.
 HIDDEN_BYTES = 2**30
@@ -149,8 +149,8 @@ class BlockEngine:
         if len(which) == len(rows.host):
             said.verified(self._verify(plan, rows, said.drafts))
         elif len(which):
-            index = self.board.index(which)
-            said.verified(self._verify(plan, self.board.at(rows.host[which]), said.drafts[index]), index)
+            some = index(which, self.board.columns)
+            said.verified(self._verify(plan, self.board.at(rows.host[which]), said.drafts[some]), some)
         return said
 
     def _draft(self, plan: Plan, rows: Places, keys: Tensor) -> tuple[Tensor, ...]:
@@ -168,9 +168,7 @@ class BlockEngine:
             said = steps(extend, keys)
         else:
             said = self._replayed(("draft", plan.forwards, plan.block), steps, who, wide, keys)
-            runner.count(rows, ends, 0)
-            for k in range(1, plan.forwards):
-                runner.count(rows, ends + (k - 1), 1, tail=False)
+            runner.has_read(rows, ends, plan.forwards - 1, plan.forwards)
         self._listen(who, rows, said[3:])
         return said[:3]
 
@@ -197,23 +195,20 @@ class BlockEngine:
         there = rows.on(runner.device)
         read = drafts[:, : plan.block - 1].to(runner.device) if plan.block > 1 else None
         runner.catch_up(there, ends_b, ends)
+        words = partial(self._words, who)
         if (wide := self._recorded(who, rows, ends)) is None:
-            said = self._words(who, runner.extend(there, ends_b, ends, read))
+            said = words(lambda _, drafts: runner.extend(there, ends_b, ends, drafts), read)
         else:
-            inputs = () if read is None else (read,)
-            work = partial(self._all_words, who)
-            said = self._replayed(("verify", plan.block), work, who, wide, *inputs)
-            runner.count(rows, ends, plan.block - 1)
+            said = self._replayed(("verify", plan.block), words, who, wide, *([] if read is None else [read]))
+            runner.has_read(rows, ends, plan.block - 1)
         self._listen(who, rows, said[1:])
         return said[0]
 
-    def _all_words(self, who: int, extend: Extend, drafts: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self._words(who, extend(0, drafts))
-
-    def _words(self, who: int, logits: Tensor) -> tuple[Tensor, ...]:
-        """Log-distributions, and, if it is kept, what entered the output layer."""
+    def _words(self, who: int, extend: Extend, drafts: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Log-distributions behind a text and its drafts, and, if it is kept, what entered the output layer."""
         runner = self.runners[who]
-        return self.job.ends.log_probs(logits).to(self.device), *([runner.hidden] if runner.keep_hidden else [])
+        logs = self.job.ends.log_probs(extend(0, drafts)).to(self.device)
+        return logs, *([runner.hidden] if runner.keep_hidden else [])
 
     # --- what is recorded -----------------------------------------------------------------------------------------
 
@@ -258,8 +253,12 @@ class BlockEngine:
     # --- what is kept ---------------------------------------------------------------------------------------------
 
     def _summary(self, plan: Plan, block: Block, said: Said, verdict: Verdict) -> np.ndarray:
-        """All that the host learns of a round, in one transfer, ``[columns, b]``: tokens kept, then answers of yes or no, of which
-        five are counted over the kept tokens (``_evidence``)."""
+        """All that the host learns of a round, in one transfer, ``[columns, b]``.
+
+        Yes or no: an end token, an end by the policy, student and teacher not a number behind the kept tokens, student and teacher
+        not a number anywhere, student and teacher read at the next step. Then counts: tokens kept, and, where both models ran,
+        the five of ``_evidence``.
+        """
         reads = [spread(read, verdict.kept) for read in self.policy.reads(verdict.state)]
         spoilt = [logs[..., 0].isnan().any(1) for logs in block.logs]
         counts = [verdict.kept]
@@ -298,18 +297,16 @@ class BlockEngine:
             runner.read = np.minimum(
                 runner.read, np.maximum(board.prompts_n[who] + board.written_n - 1, 0)[: len(runner.read)]
             )
-        bad = np.flatnonzero(broken[STUDENT] | broken[TEACHER])
-        assert kept.any() or len(bad), "a round keeps at least a token of each row"
-        for at in bad.tolist():
+        assert kept.any() or any(each.any() for each in broken), "a round keeps at least a token of each row"
+        for at in np.flatnonzero(broken[STUDENT] | broken[TEACHER]).tolist():
             self._broken(plan, here[at], broken[STUDENT][at])
-        for who, spoilt in enumerate((student, teacher)):
-            for at in np.flatnonzero(spoilt).tolist():
-                self.runners[who].clear(here[at])
+        for runner, spoilt in zip(self.runners, (student, teacher), strict=True):
+            for place in here[spoilt.astype(bool)].tolist():
+                runner.clear(place)
         over = board.written_n[here] == self.job.settings.max_new_tokens
-        for at in np.flatnonzero(eos | told | over).tolist():
-            if kept[at]:
-                self.rows[here[at]].stop_reason = "eos" if eos[at] else "policy" if told[at] else "length"
-                board.ended[here[at]] = True
+        for at in np.flatnonzero((eos | told | over) & (kept > 0)).tolist():
+            self.rows[here[at]].stop_reason = "eos" if eos[at] else "policy" if told[at] else "length"
+            board.ended[here[at]] = True
         numbers = [int(each.sum()) for each in evidence] or [0] * 5
         self.pace.observe(*numbers)
         self.total += DecodeCost(
@@ -365,7 +362,7 @@ class BlockEngine:
             gaps = free[free < count]
             movers = np.setdiff1d(np.arange(count, board.count), free)
             if len(gaps):
-                to, source = (Places(each, board.index(each)) for each in (gaps, movers))
+                to, source = (Places(each, index(each, board.columns)) for each in (gaps, movers))
                 board.move(to, source)
                 for runner in self.runners:
                     runner.move(to, source)

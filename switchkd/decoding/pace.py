@@ -208,12 +208,13 @@ def time_decision(
     known = repr(policy), sampling, vocab_size, device
     if known not in _decisions:
         state, start = policy.init(rows, device), torch.zeros(rows, dtype=torch.int64, device=device)
+        logits = torch.linspace(-3, 0, vocab_size, device=device).repeat(rows, _TIMED, 1)
+        softer = logits / 2
 
         def decision(positions: int) -> None:
             keys = torch.arange(positions, device=device).view(rows, -1)
             noise = gumbel_noise(keys, vocab_size)
-            logits = torch.linspace(-3, 0, vocab_size, device=device).repeat(*keys.shape, 1)
-            logq, logp = logits.log_softmax(-1), (2 * logits).log_softmax(-1)
+            logq, logp = (each[:, : keys.shape[1]].log_softmax(-1) for each in (logits, softer))
             block = Block((logq, logp), (None, None), keys, keys, noise, start, start + positions)
             decide(policy, state, sampling, ends, block)
 

@@ -37,6 +37,11 @@ class Places(NamedTuple):
         """The first rows, in order, which need no copy to be read."""
         return Places(np.arange(rows))
 
+    @staticmethod
+    def at(places: np.ndarray, numbers: Tensor) -> "Places":
+        """Places by number; ``numbers`` counts from 0 on the device."""
+        return Places(places, None if np.array_equal(places, np.arange(len(places))) else index(places, numbers))
+
     def on(self, device: torch.device) -> "Places":
         """The same for another device."""
         return self if self.device is None else self._replace(device=self.device.to(device))
@@ -46,6 +51,11 @@ class Places(NamedTuple):
         if self.device is not None:
             return values[self.device]
         return values if len(values) == len(self.host) else values[: len(self.host)]
+
+
+def index(places: np.ndarray, numbers: Tensor) -> Tensor:
+    """Places as a tensor, put together from ``numbers``: a copy from the host would wait for all that is queued before it."""
+    return torch.cat([numbers[place : place + 1] for place in places])
 
 
 class _Layer(CacheLayerMixin):
@@ -108,9 +118,8 @@ class RaggedCache(Cache):
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.rows, self.slots, self.end = rows, slots, 0
         self.forward_rows, self.places_bT = Places.first(rows), torch.empty(0)
-        self.first_slot = (torch.arange(rows, device=device) * (slots + 1)).unsqueeze(
-            1
-        )  # of each row, in the flat buffer
+        # Of each row, in the flat buffer.
+        self.first_slot = (torch.arange(rows, device=device) * (slots + 1)).unsqueeze(1)
 
     def aim(self, rows: Places, slots_bT: Tensor, end: int) -> None:
         """Say what the next forward reads and writes."""

@@ -112,7 +112,9 @@ class Runner:
         while len(far):  # in groups of nearly equal length, so that little padding is read
             count = max(1, min(int((behind[far] >= 0.8 * behind[far[0]]).sum()), PREFILL_TOKENS))
             group, far = np.sort(far[:count]), far[count:]
-            self._read_on(self.some(rows, group), self.some_of(ends_b, group), ends[group] - 1)
+            some = Places.at(group, self.columns)
+            here = rows if len(group) == len(ends) else Places.at(rows.host[group], self.columns)
+            self._read_on(here, some.of(ends_b), ends[group] - 1)
 
     def _read_on(self, rows: Places, ends_b: Tensor, ends: np.ndarray) -> None:
         """Read rows up to ``ends`` (on the device, one token more), in pieces."""
@@ -136,16 +138,16 @@ class Runner:
         width = int(self.unread(rows, ends).max()) if tail else 0
         drafts = 0 if drafts_bT is None else drafts_bT.shape[1]
         logits = self._forward(rows, ends_b, ends, width, drafts_bT, drafts + tail)
-        self.count(rows, ends, drafts, tail)
+        self.has_read(rows, ends, drafts, tail=tail)
         return logits
 
     def unread(self, rows: Places, ends: np.ndarray) -> np.ndarray:
         """Tokens of each row's first ``ends`` that are left to read."""
         return ends - self.read[rows.host]
 
-    def count(self, rows: Places, ends: np.ndarray, drafts: int, tail: bool = True) -> None:
-        """Note what ``extend`` has read, here or as it was recorded."""
-        self.forwards += len(ends)
+    def has_read(self, rows: Places, ends: np.ndarray, drafts: int, forwards: int = 1, tail: bool = True) -> None:
+        """Note what was read in so many forwards, by ``extend`` or as it was recorded."""
+        self.forwards += forwards * len(ends)
         if tail:
             self.prefill_tokens += int(self.unread(rows, ends).sum()) - len(ends)
         self.read[rows.host] = ends + drafts
@@ -163,21 +165,6 @@ class Runner:
         most = min(self.context, self.cache.slots) - 1
         ends_b = ends_b + drafts_bT.shape[1] if drafts_bT is not None else ends_b
         return self.run(tokens, positions.clamp(min=0, max=int(most)), ends_b, tokens.shape[1])
-
-    def some(self, rows: Places, which: np.ndarray) -> Places:
-        """Those of ``rows`` that stand at ``which`` among them."""
-        if len(which) == len(rows.host):
-            return rows
-        host = rows.host[which]
-        return Places(host, self.index(host))
-
-    def some_of(self, values: Tensor, which: np.ndarray) -> Tensor:
-        """The same of values ``[b]``."""
-        return values if len(which) == len(values) else values[self.index(which)]
-
-    def index(self, places: np.ndarray) -> Tensor:
-        """Places as a tensor on the device: put together there, since a copy from the host would wait for all before it."""
-        return torch.cat([self.columns[place : place + 1] for place in places])
 
     def _forward(
         self, rows: Places, ends_b: Tensor, ends: np.ndarray, width: int, drafts_bT: Tensor | None, keep: int

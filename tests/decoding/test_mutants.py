@@ -117,7 +117,7 @@ MUTANTS = {
     ),
     "the ends of the verifier not merged": (
         engine,
-        ("self.job.ends.log_probs(logits)", "logits.log_softmax(-1)"),
+        ("self.job.ends.log_probs(extend(0, drafts))", "extend(0, drafts).log_softmax(-1)"),
     ),
     "a block goes on without a distribution that the policy wants": (
         decide,
