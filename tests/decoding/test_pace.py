@@ -220,6 +220,17 @@ def test_equal_costs_give_equal_rounds_whatever_the_clock_says(monkeypatch):
     assert plans(costs=dear_teacher) == plans(costs=dear_teacher)
 
 
+@pytest.mark.parametrize("name,comes_back", [("adaswitch", False), ("switch_constant", False), ("spell", True)])
+def test_whether_rows_come_back_to_both_models_is_seen(name, comes_back, monkeypatch):
+    """After AdaSwitch's switch nobody does; behind a spell of the teacher's every row does."""
+    paces, init = [], Pace.__init__
+    monkeypatch.setattr(Pace, "__init__", lambda self, *rest: paces.append(self) or init(self, *rest))
+    pair = tiny_model("llama", 1), tiny_model("llama", 2)
+    rollouts = decode(*pair, [[3], [4, 5], [6]], POLICIES[name], 30, eos_token_ids=[])
+    assert any(rollout.speakers.count(TEACHER) for rollout in rollouts)
+    assert [each.returned for each in paces] == [comes_back]
+
+
 @pytest.mark.parametrize("costs", [(1.0,), (1.0,) * 7, (-1.0,) * 6, (math.nan,) * 6])
 def test_costs_that_are_none_are_refused(costs):
     with pytest.raises(ConfigError, match="six numbers of seconds"):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 
+from switchkd import Switch, decode
 from switchkd.runner import threads
 from switchkd.runner.threads import FittingThreads
 
@@ -78,6 +80,18 @@ def test_one_thread_is_left_alone(monkeypatch):
     monkeypatch.setattr(threads, "_work", lambda: pytest.fail("looked"))
     with FittingThreads()() as fit:
         assert fit() == 1
+
+
+def test_decoding_looks_between_rounds_unless_it_must_be_repeatable(monkeypatch):
+    """Results may differ in the last bits with the number of threads, so that a run with given costs keeps its number."""
+    looked = []
+    monkeypatch.setattr(FittingThreads, "_look", lambda self: looked.append(1))
+    pair, settings = (tiny_model("llama", 1), tiny_model("llama", 2)), {"max_new_tokens": 6, "eos_token_ids": []}
+    cost = decode(*pair, [[3, 4]], Switch(), **settings).cost
+    assert len(looked) == 1 + cost.rounds  # at first, and before every round
+    looked.clear()
+    decode(*pair, [[3, 4]], Switch(), costs=(1e-3, 1e-5) * 3, **settings)
+    assert not looked
 
 
 def test_where_nobody_tells_the_number_stays(monkeypatch):

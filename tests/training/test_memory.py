@@ -10,7 +10,7 @@ import torch
 from test_trainer import gradient_step, lines, trainer, weights
 from tiny import POLICIES, assert_same, tiny_model, toy_examples, toy_pair
 
-from switchkd import decode, decode_reference
+from switchkd import Switch, decode, decode_reference
 from switchkd.base.errors import NoMemoryError, SwitchKDWarning
 from switchkd.base.memory import halving, out_of_memory
 from switchkd.decoding.board import Board
@@ -119,6 +119,22 @@ def test_mutant_that_takes_what_was_read_for_read_again(monkeypatch):
     monkeypatch.setattr(BlockEngine, "_open", forgetful)
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
         check_tokens(monkeypatch)
+
+
+def test_forwards_before_the_lack_of_memory_are_counted_too(monkeypatch):
+    models, done, extend = (tiny_model("llama", 1), tiny_model("llama", 2)), [], Runner.extend
+
+    def limited(self, places, *rest, **more):
+        if len(done) > 9 and len(places.host) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        logits = extend(self, places, *rest, **more)
+        done.append(len(places.host))
+        return logits
+
+    monkeypatch.setattr(Runner, "extend", limited)
+    with pytest.warns(SwitchKDWarning, match="from here on"):
+        cost = decode(*models, PROMPTS, Switch(), 10, eos_token_ids=[], block_size=3, drafter="student").cost
+    assert cost.student_forwards + cost.teacher_forwards == sum(done)
 
 
 def test_mutant_that_keeps_half_made_rows(monkeypatch):

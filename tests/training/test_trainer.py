@@ -18,6 +18,7 @@ from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.mixes import Adaptive, Generated, Pairs
 from switchkd.methods.objective import CrossEntropy
 from switchkd.methods.objectives import DistiLLM2, ForwardKL, MiniLLM
+from switchkd.runner.runner import Runner
 from switchkd.training.checkpoint import checkpoints
 from switchkd.training.learner import Part
 from switchkd.training.optimizer import learning_rate
@@ -460,3 +461,12 @@ def test_a_run_ends_when_its_time_is_over_and_remembers_it(tmp_path):
 def test_a_best_student_needs_evaluations():
     with pytest.raises(ConfigError, match="give eval_steps, eval_samples"):
         dataclasses.replace(SETTINGS, metric_for_best_model="rouge_l")
+
+
+def test_what_decoding_has_prepared_is_kept_from_step_to_step(tmp_path, monkeypatch):
+    """Of both models one runner serves all steps of a run: the teacher's packed weights are made once."""
+    t, made, init = trainer(tmp_path, mix=Generated(1.0), max_steps=3), [], Runner.__init__
+    monkeypatch.setattr(Runner, "__init__", lambda self, model, *rest: made.append(model) or init(self, model, *rest))
+    for _ in range(3):
+        t.train_step()
+    assert made == [t.pair.student, t.pair.teacher]
