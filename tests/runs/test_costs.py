@@ -32,10 +32,17 @@ def test_a_run_that_goes_on_plans_by_what_it_measured_at_its_start(run, monkeypa
     assert main(["train", "switch", *flags(settings), "--quiet"]) == 0
     assert read_config(folder).costs == (1e-3, 1e-5) * 3
     costing(monkeypatch, 0.5)
+    again = [
+        "train",
+        "switch",
+        *flags(settings | {"max_steps": 3}),
+        "--resume",
+        "--allow-change",
+        "max_steps",
+        "--quiet",
+    ]
     with pytest.warns(SwitchKDWarning, match="set-aside"):
-        assert (
-            main(["train", str(folder), "--resume", "--max-steps", "3", "--allow-change", "max_steps", "--quiet"]) == 0
-        )
+        assert main(again) == 0
     assert read_config(folder).costs == (1e-3, 1e-5) * 3
 
 

@@ -413,6 +413,7 @@ def test_mutant_that_keeps_each_steps_text(tmp_path, monkeypatch):
 
 def test_measuring_what_rounds_cost_goes_on_with_fewer_rows_too(monkeypatch, tmp_path):
     """A run measures before its first step: a lack of memory there is the one that decoding knows."""
-    pair, config = toy_pair(), TrainConfig(output_dir=str(tmp_path), **SHORT)
-    short_of_memory(monkeypatch, rows=2)
+    pair, config = toy_pair(), TrainConfig(output_dir=str(tmp_path), max_new_tokens=6, **SHORT)
+    seen = short_of_memory(monkeypatch, rows=2)
     assert len(Trainer(pair, toy_examples(), config).config.costs) == 6
+    assert seen[0] == 12 and max(seen[-2:]) <= 2
