@@ -118,7 +118,8 @@ class Job:
     ) -> "Job":
         """``seeds`` has one for each prompt, in place of the settings' own.
 
-        Raises ConfigError for arguments that do not go together; a row that cannot be decoded says so itself."""
+        Raises ConfigError for arguments that do not go together; a row that cannot be decoded says so itself.
+        """
         ids = list(range(len(prompt_ids))) if sample_ids is None else list(sample_ids)
         if len(ids) != len(prompt_ids):
             raise ConfigError(f"{len(ids)} sample_ids for {len(prompt_ids)} prompts; give one id for each prompt")

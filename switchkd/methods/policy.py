@@ -145,7 +145,8 @@ def ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Token ids as int64 on a device, copied there once: a copy waits for all that the device has still to do."""
     import torch
 
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # whoever asks first may be in that mode, and autograd keeps no tensor made in it
+        return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def blended(target: Tensor, teacher_part: Tensor, d: Tensor, state: State) -> Decision:

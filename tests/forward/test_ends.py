@@ -600,3 +600,13 @@ def test_an_adapter_says_where_its_texts_end(tmp_path):
         assert opened.generation_config.eos_token_id == [CHAT_END, TEXT_END]
         assert generated(folder, opened) == list(ROWS.values())
     assert evaluated(settings, tmp_path / "adapted")["forward_kl"] == pytest.approx(scores["forward_kl"], rel=1e-5)
+
+
+def test_ends_that_were_merged_in_inference_mode_first_can_be_learned_from_later():
+    """What is kept of them from call to call is a tensor that autograd may save."""
+    ends = Ends((3, 8, 9), 8)
+    with torch.inference_mode():
+        ends.log_probs(torch.zeros(1, 12))
+    logits = torch.zeros(1, 12, requires_grad=True)
+    ends.log_probs(logits)[0, 8].backward()
+    assert logits.grad[0, [3, 8, 9]].gt(0).all()
