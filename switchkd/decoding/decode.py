@@ -41,7 +41,7 @@ from switchkd.runner.runner import Runner
 from switchkd.runner.threads import FittingThreads
 
 DEFAULT_BATCH = 32
-# Of all decodings of the process that need not be repeatable to the bit.
+# Of all decodings of the process whose texts do not depend on it.
 threads = FittingThreads()
 
 
@@ -217,7 +217,10 @@ def decode_job(
     start = time.perf_counter()
     pair = (runners or Runners()).of_pair(job)
     most, (student, teacher) = _most(job, decodable), pair
-    fit = threads() if not job.settings.costs else nullcontext(lambda: 0)
+    free = not job.settings.costs or (
+        student.fast.steady and teacher.fast.steady
+    )  # whether any number of threads will do
+    fit = threads() if free else nullcontext(lambda: 0)
     with evaluating(job.student, job.teacher), student.fast(), teacher.fast(), fit as fitted:
         engine, rows = _begun(job, decodable, most, pair)
         while engine.rows:

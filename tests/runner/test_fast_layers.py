@@ -20,10 +20,9 @@ from switchkd.runner.fast_layers import FastLayers
 @pytest.fixture
 def packs(monkeypatch):
     """The shapes of the weights that were copied."""
-    made, original = [], torch.ops.mkldnn._reorder_linear_weight
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_reorder_linear_weight", lambda w, rows: made.append(tuple(w.shape)) or original(w, rows)
-    )
+    fast_layers._packs()  # makes one of its own, once
+    made, original = [], fast_layers._packed
+    monkeypatch.setattr(fast_layers, "_packed", lambda weight: made.append(tuple(weight.shape)) or original(weight))
     return made
 
 
@@ -47,7 +46,7 @@ def test_layers_give_the_same_numbers_for_every_shape():
         for size in (24, 25):
             layer = nn.Linear(size, 41, bias=bias)
             fast = FastLayers(layer)
-            for shape in ((1, size), (8, size), (2, 3, size), (0, size), (5, 1, size)):
+            for shape in ((1, size), (8, size), (2, 3, size), (0, size), (5, 1, size), (300, size)):
                 x = torch.randn(*shape, generator=generator)
                 expected = layer(x)
                 with fast():
@@ -236,11 +235,18 @@ def test_what_decode_has_prepared_is_kept_as_long_as_the_model(packs):
     assert gone() is None
 
 
+@pytest.mark.parametrize("wrong", ["few rows", "many rows", "nothing"])
 @torch.no_grad()
-def test_one_row_alone_is_read_from_the_weight_as_it_is(packs):
-    """A vector's product is bound by reading the weight, which needs no other layout for it, and is sooner without."""
-    layer, x = nn.Linear(4, 6), torch.ones(1, 1, 4)
+def test_a_library_that_packs_for_one_number_of_rows_only_is_not_used(wrong, monkeypatch):
+    """torch itself takes a packed weight for the number that it was packed for alone, so the others are tried first."""
+    product = fast_layers._product
+
+    def spoilt(x, *weights):
+        said, rows = product(x, *weights), x.numel() // x.shape[-1]
+        return said + (rows < 4 if wrong == "few rows" else rows > 256 if wrong == "many rows" else 0)
+
+    monkeypatch.setattr(fast_layers, "_product", spoilt)
+    monkeypatch.setattr(fast_layers, "_packs", fast_layers._packs.__wrapped__)
+    layer = nn.Linear(4, 6)
     with FastLayers(layer)():
-        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) and not packs
-        layer(x.expand(2, 1, 4))
-        assert packs == [(6, 4)]
+        assert ("forward" in vars(layer)) == (wrong == "nothing")

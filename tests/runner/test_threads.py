@@ -3,10 +3,14 @@
 import pytest
 import torch
 from tiny import tiny_model
+from torch import nn
 
 from switchkd import Switch, decode
 from switchkd.runner import threads
+from switchkd.runner.fast_layers import FastLayers
 from switchkd.runner.threads import FittingThreads
+
+COSTS = (1e-3, 1e-5) * 3
 
 
 @pytest.fixture(autouse=True)
@@ -82,16 +86,34 @@ def test_one_thread_is_left_alone(monkeypatch):
         assert fit() == 1
 
 
-def test_decoding_looks_between_rounds_unless_it_must_be_repeatable(monkeypatch):
-    """Results may differ in the last bits with the number of threads, so that a run with given costs keeps its number."""
+@pytest.mark.parametrize(
+    ("family", "dtype", "costs", "looks"),
+    [
+        ("llama", torch.float64, (), True),
+        ("llama", torch.float64, COSTS, False),
+        ("llama", torch.float32, COSTS, True),  # of whose products no bit depends on the number
+        ("gpt2", torch.float32, COSTS, False),  # whose layers are not packed
+    ],
+)
+def test_decoding_looks_between_rounds_unless_its_text_might_depend_on_it(family, dtype, costs, looks, monkeypatch):
     looked = []
     monkeypatch.setattr(FittingThreads, "_look", lambda self: looked.append(1))
-    pair, settings = (tiny_model("llama", 1), tiny_model("llama", 2)), {"max_new_tokens": 6, "eos_token_ids": []}
-    cost = decode(*pair, [[3, 4]], Switch(), **settings).cost
-    assert len(looked) == 1 + cost.rounds  # at first, and before every round
-    looked.clear()
-    decode(*pair, [[3, 4]], Switch(), costs=(1e-3, 1e-5) * 3, **settings)
-    assert not looked
+    pair = [tiny_model(family, seed, dtype) for seed in (1, 2)]
+    cost = decode(*pair, [[3, 4]], Switch(), max_new_tokens=6, eos_token_ids=[], costs=costs).cost
+    assert len(looked) == (1 + cost.rounds if looks else 0)  # at first, and before every round
+
+
+@torch.no_grad()
+def test_no_bit_of_packed_products_depends_on_the_number():
+    generator = torch.Generator().manual_seed(0)
+    for size, out, rows in ((576, 1536, 8), (1536, 576, 1), (576, 192, 40), (640, 5000, 300)):
+        layer, x = nn.Linear(size, out), torch.randn(rows, size, generator=generator)
+        said = []
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            with FastLayers(layer)():
+                said.append(layer(x))
+        assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
 
 
 def test_where_nobody_tells_the_number_stays(monkeypatch):
