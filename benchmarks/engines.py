@@ -4,7 +4,7 @@ The student of the demo pair in fp32 on a CPU writes 64 tokens a row, sampled at
 tokens do not end a row. Equal for all: the model, the prompts as token ids, new tokens, threads and the cores that they may use. A
 contender is timed from token ids to token ids, reading the prompts included; each runs once on few tokens before. What is kept
 between two calls of it is only the model and its buffers: prefixes are not cached. ``decode`` is timed as training calls it, so
-it packs the weights anew in each call. Continuous batching has a manager that waits for requests all the time, as a server has.
+it packs the weights anew in each call. Continuous batching is asked of a manager that has answered a request before.
 
 vLLM runs in its own environment and process (``--vllm-python``; its CPU build pins other versions), in fp32 without compilation,
 its engine in the process that asks. It answers over a pipe and looks at its own clock, so that the pipe is not timed. Its
@@ -25,6 +25,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from logging import ERROR, getLogger
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -151,10 +152,7 @@ def contenders(
     writers = {GENERATE: by_generate(pair.student), OURS: by_decode(pair)}
     notes, versions = {VLLM: NOT_INSTALLED}, {}
     with ExitStack() as stack:
-        try:
-            writers[CONTINUOUS] = stack.enter_context(continuous_batching(deepcopy(pair.student), prompts, new_tokens))
-        except Exception as error:  # of any kind: the row says so, and the others are measured
-            notes[CONTINUOUS] = f"{type(error).__name__}: {error}"
+        writers[CONTINUOUS] = by_continuous_batching(deepcopy(pair.student), prompts, new_tokens)
         if options.vllm_python:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             pair.student.save_pretrained(folder)
@@ -191,38 +189,41 @@ def by_generate(model: PreTrainedModel) -> Writes:
     return write
 
 
-@contextmanager
-def continuous_batching(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> Iterator[Writes]:
-    """transformers' continuous batching, which runs within the context, with room for all ``prompts`` in its cache."""
+def by_continuous_batching(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> Writes:
+    """transformers' continuous batching, with room for all ``prompts`` in its cache.
+
+    Its manager lives for one call: beside it torch's threads in this process would be more than the cores, for whoever comes next.
+    """
     pages = -(-(max(map(len, prompts)) + new_tokens) // PAGE)
     config = ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=pages * (len(prompts) + 2), max_batch_tokens=2048, allow_block_sharing=False, seed=0
     )
     sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
-    running = model.continuous_batching_context_manager(
-        sampling, continuous_batching_config=config, timeout=5, warmup=False
-    )
-    with running as manager:
 
-        def write(prompts: list[list[int]], new_tokens: int) -> float:
+    def write(prompts: list[list[int]], new_tokens: int) -> float:
+        with model.continuous_batching_context_manager(
+            sampling, continuous_batching_config=config, timeout=5, warmup=False
+        ) as manager:
+            answered(manager, prompts[:1], 1)  # the first is slower
             texts: dict[str, int] = {}
+            seconds = timed(lambda: texts.update(answered(manager, prompts, new_tokens)))
+        check([*texts.values()], [new_tokens] * len(prompts))
+        return seconds
 
-            def run() -> None:
-                asked = manager.add_requests(prompts, max_new_tokens=new_tokens)
-                while len(texts) < len(asked):
-                    if (text := manager.get_result(timeout=60)) is None:
-                        raise RuntimeError("continuous batching gave no answer")
-                    if text.error is not None:
-                        raise RuntimeError(f"continuous batching: {text.error}")
-                    if text.is_finished():
-                        texts[text.request_id] = len(text.generated_tokens)
+    return write
 
-            seconds = timed(run)
-            check([*texts.values()], [new_tokens] * len(prompts))
-            return seconds
 
-        write(prompts[:1], 1)
-        yield write
+def answered(manager: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, int]:
+    """How many tokens the manager wrote for each request."""
+    asked, texts = manager.add_requests(prompts, max_new_tokens=new_tokens), {}
+    while len(texts) < len(asked):
+        if (text := manager.get_result(timeout=60)) is None:
+            raise RuntimeError("continuous batching gave no answer")
+        if text.error is not None:
+            raise RuntimeError(f"continuous batching: {text.error}")
+        if text.is_finished():
+            texts[text.request_id] = len(text.generated_tokens)
+    return texts
 
 
 class Vllm:
