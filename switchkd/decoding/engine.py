@@ -50,7 +50,7 @@ class BlockEngine:
         self.total = DecodeCost()
         self._open(places)
         self._admit(np.arange(places))
-        self.pace = Pace(self._costs(), job.settings.block_size, job.settings.drafter)
+        self.pace = Pace(self._costs(), job.settings.block_size, job.settings.drafter, job.vocab_size)
 
     def _open(self, places: int) -> None:
         """Room in both caches for so many rows, of which nothing has been read yet."""

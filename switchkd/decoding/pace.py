@@ -26,8 +26,8 @@ from switchkd.runner.cache import Places
 from switchkd.runner.runner import Runner
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-# Rows times positions of a round, each of which holds noise and two log-distributions over the vocabulary.
-_MAX_TOKENS = 256
+# Rows times positions that a round may have with any vocabulary, and the numbers of a tensor over it up to which it may have more.
+_POSITIONS, _NUMBERS = 256, 2**23
 # The chance that a text goes on behind a token, where nobody checks the drafter: what runs past the end is lost.
 _GOES_ON = 0.98
 
@@ -82,10 +82,21 @@ class Plan:
 
 
 class Pace:
-    """Plans rounds for two models of these costs."""
+    """Plans rounds for two models of these costs.
 
-    def __init__(self, costs: Costs, block_size: int | Literal["auto"] = "auto", drafter: Drafter = "auto"):
+    A position of a row holds noise and two log-distributions over the vocabulary; a round of many rows has only as many
+    positions as that allows. A vocabulary is taken for large where nobody tells its size.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        block_size: int | Literal["auto"] = "auto",
+        drafter: Drafter = "auto",
+        vocab_size: int = _NUMBERS,
+    ):
         self.costs, self.drafter, self.block_size = costs, drafter, block_size
+        self.positions = max(_POSITIONS, _NUMBERS // vocab_size)
         # How often the student's and the teacher's draw is the final token, and how often the two are equal.
         self.agreement = [_Running(0.7, seen=4, window=32) for _ in (STUDENT, TEACHER)]
         self.equal = _Running(0.7, seen=4, window=32)
@@ -111,7 +122,7 @@ class Pace:
 
     def _plans(self, rows: Mapping[Reads, int], served: frozenset[Reads], left: int) -> list[Plan]:
         count = sum(rows[reads] for reads in served)
-        fitting = [k for k in BLOCKS if k <= left and (k == 1 or k * count <= _MAX_TOKENS)]
+        fitting = [k for k in BLOCKS if k <= left and (k == 1 or k * count <= self.positions)]
         blocks = fitting if self.block_size == "auto" else [min(self.block_size, left)]
         # A teacher that nobody reads is never the cheaper drafter.
         either = (STUDENT, TEACHER) if any(teacher for _, teacher in served) else (STUDENT,)

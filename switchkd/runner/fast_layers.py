@@ -26,13 +26,12 @@ class FastLayers:
     """
 
     def __init__(self, model: nn.Module, keep_trained: bool = False):
-        self.keep_trained = keep_trained
         self._products: list[_Product] = []
         self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         self._others = False  # whether there are products of other layers
         for module in model.modules():
             if type(module) is nn.Linear and _packs():  # a subclass may do more
-                self._products.append(product := _Product(module))
+                self._products.append(product := _Product(module, keep_trained))
                 self._forwards[module] = product
             elif (eps := _rms_eps(module)) is not None:
                 self._forwards[module] = partial(_rms_norm, module, eps)
@@ -57,8 +56,8 @@ class FastLayers:
                 vars(layer).pop("forward", None)
             for product in self._products if changed else ():
                 product.known = False
-                if product.layer.weight.requires_grad and not self.keep_trained:
-                    product.forget()  # it will be another one, and the copy takes room from its training
+                if not product.lasts:
+                    product.forget()
 
 
 def kept_layers(model: nn.Module) -> FastLayers:
@@ -85,11 +84,16 @@ def _is_plain(layer: nn.Module) -> bool:
 class _Product:
     """The product of one layer, with a packed copy of its weight."""
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = layer
+    def __init__(self, layer: nn.Linear, keep_trained: bool):
+        self.layer, self.keep_trained = layer, keep_trained
         self.known = False  # whether the copy is known to be of the weight as it is
         self._of: object = None
         self._copy = torch.empty(0)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the copy outlives a context: a trained weight will be another one, and has better use for the room."""
+        return self.keep_trained or not self.layer.weight.requires_grad
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -105,7 +109,8 @@ class _Product:
         self._of, self._copy = None, torch.empty(0)
 
     def _renew(self) -> None:
-        if (state := _state(self.layer.weight)) != self._of:
+        state = _state(self.layer.weight) if self.lasts else None
+        if state is None or state != self._of:
             self.forget()  # the old copy goes before the new one comes
             self._copy = _packed(self.layer.weight.detach())
             self._of = state

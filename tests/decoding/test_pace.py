@@ -127,6 +127,18 @@ def test_a_lone_student_never_runs_the_teacher_and_writes_as_far_as_a_decision_c
     assert dear.drafter == STUDENT and 4 <= dear.block <= 12
 
 
+def test_many_rows_have_longer_blocks_where_the_vocabulary_is_small():
+    """What a position holds grows with the vocabulary: 12 of 256 rows are 7 MB a tensor at 600 ids, and 600 MB at 49,152."""
+
+    def block(rows, vocab_size):
+        flat = Costs((1.0, 0.0), (1.0, 0.0), (0.0, 0.0))
+        return settle(Pace(flat, vocab_size=vocab_size), 99, 99, 99).plan({BOTH: rows}, 100).block
+
+    assert [block(rows, 600) for rows in (8, 64, 256)] == [12, 12, 12]
+    assert [block(rows, 49_152) for rows in (8, 64, 256)] == [12, 4, 1]
+    assert [block(rows, 151_936) for rows in (8, 64, 256)] == [12, 4, 1]
+
+
 def test_where_nobody_is_read_nobody_runs():
     assert pace().plan({NEITHER: 2}, 50) == Plan(STUDENT, 1, 0, frozenset([NEITHER]))
 

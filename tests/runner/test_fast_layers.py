@@ -115,8 +115,9 @@ def test_a_copy_outlives_its_context_and_a_weight_without_use_has_none(packs, mo
 
 
 @torch.no_grad()
-def test_a_copy_of_a_weight_that_is_trained_goes_with_its_context(packs):
-    """It will be another one by the next, and the copy would take room from its training."""
+def test_a_copy_of_a_weight_that_is_trained_goes_with_its_context(packs, monkeypatch):
+    """It will be another one by the next, so that nobody looks at its bits, and the copy would take room from its training."""
+    monkeypatch.setattr(fast_layers, "_state", lambda weight: pytest.fail("looked"))
     layer, x = nn.Linear(4, 6), torch.ones(2, 4)
     fast = FastLayers(layer)
     for _ in range(2):
