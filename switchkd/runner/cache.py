@@ -50,7 +50,7 @@ class Places(NamedTuple):
         """The rows ``[b, …]`` of ``values`` ``[B, …]``."""
         if self.device is not None:
             return values[self.device]
-        return values if len(values) == len(self.host) else values[: len(self.host)]
+        return values if values.shape[0] == len(self.host) else values[: len(self.host)]
 
 
 def index(places: np.ndarray, numbers: Tensor) -> Tensor:

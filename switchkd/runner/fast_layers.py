@@ -50,7 +50,8 @@ class FastLayers:
         try:
             for layer in changed:
                 layer.forward = self._forwards[layer]
-            yield
+            with torch.no_grad():  # once, as to enter it takes longer than a small product
+                yield
         finally:
             for layer in changed:
                 vars(layer).pop("forward", None)
@@ -95,14 +96,14 @@ class _Product:
         """Whether the copy outlives a context: a trained weight will be another one, and has better use for the room."""
         return self.keep_trained or not self.layer.weight.requires_grad
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         if x.dtype != torch.float32 or not x.numel():
             return nn.functional.linear(x, self.layer.weight, self.layer.bias)
         if not self.known:
             self._renew()
-        return _product(x, self._copy, self.layer.weight, self.layer.bias)
+        # torch takes a packed weight only for the number of rows that it is told: here that of x.
+        return torch.ops.mkl._mkl_linear(x, self._copy, self.layer.weight, self.layer.bias, x.numel() // x.shape[-1])
 
     def forget(self) -> None:
         """Let go of the copy."""
@@ -118,13 +119,8 @@ class _Product:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """A weight ``[out, in]`` as MKL wants it, in a tensor that only ``_product`` can read."""
+    """A weight ``[out, in]`` as MKL wants it, in a tensor that only its product can read."""
     return torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS)
-
-
-def _product(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[..., in]`` to ``[..., out]``. torch takes a packed weight only for the number of rows it is told: that of x."""
-    return torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1])
 
 
 # The number of rows that the layout is chosen for. Few rows lose nothing by a large one; many rows lose by a small one.
@@ -140,8 +136,9 @@ def _packs() -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 193, generator=generator) for rows in (131, 2 * _ROWS + 1))
     packed, expected = _packed(weight), x @ weight.T
-    said = (_product(x[:rows], packed, weight, None) for rows in (1, 2, 7, _ROWS, len(x)))
-    return all(torch.allclose(few, expected[: len(few)], rtol=1e-4, atol=1e-4) for few in said)
+    few = (1, 2, 7, _ROWS, len(x))
+    said = [torch.ops.mkl._mkl_linear(x[:rows], packed, weight, None, rows) for rows in few]
+    return all(torch.allclose(each, expected[: len(each)], rtol=1e-4, atol=1e-4) for each in said)
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
@@ -157,7 +154,6 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), version, weight.shape, total
 
 
-@torch.no_grad()
 def _rms_norm(norm: Any, eps: Tensor, x: Tensor) -> Tensor:
     """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension, in five operations."""
     if x.dtype != torch.float32:

@@ -45,7 +45,6 @@ from switchkd.models.adapters import add_adapter, has_adapter, merged
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import Pair, load_pair
 from switchkd.models.settings import ModelConfig
-from switchkd.runner import fast_layers
 from switchkd.runner.architecture import num_parameters
 from switchkd.runner.modes import head_inputs
 from switchkd.runs import finishing as rehearsal
@@ -281,8 +280,8 @@ def test_single_precision_pairs_decode_through_packed_layers(monkeypatch):
     """Both models, the adapter's layers among them; afterwards nothing is left on the layers."""
     pair = self_pair(dtype=torch.float32)
     calls = []
-    original = fast_layers._product
-    monkeypatch.setattr(fast_layers, "_product", lambda *args: calls.append(1) or original(*args))
+    original = torch.ops.mkl._mkl_linear
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", lambda *args: calls.append(1) or original(*args))
     [row] = decode(pair.student, pair.teacher, [[3, 4, 5]], TeacherOnly(), 6, eos_token_ids=[])
     [again] = decode(pair.teacher, pair.teacher, [[3, 4, 5]], TeacherOnly(), 6, eos_token_ids=[])
     [plain] = decode_reference(

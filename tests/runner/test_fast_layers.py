@@ -240,13 +240,13 @@ def test_what_decode_has_prepared_is_kept_as_long_as_the_model(packs):
 @torch.no_grad()
 def test_a_library_that_packs_for_one_number_of_rows_only_is_not_used(wrong, monkeypatch):
     """torch itself takes a packed weight for the number that it was packed for alone, so the others are tried first."""
-    product = fast_layers._product
+    product = torch.ops.mkl._mkl_linear
 
-    def spoilt(x, *weights):
-        said, rows = product(x, *weights), x.numel() // x.shape[-1]
+    def spoilt(x, packed, weight, bias, rows):
+        said = product(x, packed, weight, bias, rows)
         return said + (rows < 4 if wrong == "few rows" else rows > 256 if wrong == "many rows" else 0)
 
-    monkeypatch.setattr(fast_layers, "_product", spoilt)
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", spoilt)
     monkeypatch.setattr(fast_layers, "_packs", fast_layers._packs.__wrapped__)
     layer = nn.Linear(4, 6)
     with FastLayers(layer)():
