@@ -94,6 +94,7 @@ class BlockEngine:
         if settings.block_size != "auto" and settings.drafter != "auto":
             return NO_COSTS
         read = [bool(self.board.state) or first for first in self.board.first_reads]
+        read[STUDENT] |= read[TEACHER] and settings.drafter != "teacher"  # it may draft where nobody else reads it
         rows, nothing = self.board.count, NO_COSTS.student
         student, teacher = (
             time_forwards(runner, rows) if it else nothing for runner, it in zip(self.runners, read, strict=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import POLICIES, tiny_model, toy_examples, toy_pair
 
-from switchkd import AdaSwitch, Switch, TeacherOnly, decode
+from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly, decode
 from switchkd.base.errors import ConfigError
 from switchkd.decoding import decode as decoding
 from switchkd.decoding import engine
@@ -241,6 +241,24 @@ def test_whether_rows_come_back_to_both_models_is_seen(name, comes_back, monkeyp
     rollouts = decode(*pair, [[3], [4, 5], [6]], POLICIES[name], 30, eos_token_ids=[])
     assert any(rollout.speakers.count(TEACHER) for rollout in rollouts)
     assert [each.returned for each in paces] == [comes_back]
+
+
+@pytest.mark.parametrize(
+    ("policy", "drafter", "measured"),
+    [
+        (Switch(), "auto", ["student", "teacher"]),
+        (StudentOnly(), "auto", ["student"]),
+        (TeacherOnly(), "auto", ["student", "teacher"]),  # the student may draft what the teacher writes
+        (TeacherOnly(), "student", ["student", "teacher"]),
+        (TeacherOnly(), "teacher", ["teacher"]),
+    ],
+)
+def test_models_that_may_run_are_measured(policy, drafter, measured, monkeypatch):
+    pair = {"student": tiny_model("llama", 1), "teacher": tiny_model("llama", 2)}
+    timed = []
+    monkeypatch.setattr(engine, "time_forwards", lambda runner, rows: timed.append(runner.model) or (1e-3, 1e-5))
+    decode(*pair.values(), [[3], [4, 5]], policy, 4, eos_token_ids=[], drafter=drafter)
+    assert timed == [pair[name] for name in measured]
 
 
 @pytest.mark.parametrize("costs", [(1.0,), (1.0,) * 7, (-1.0,) * 6, (math.nan,) * 6])
