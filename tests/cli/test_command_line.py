@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -251,3 +253,27 @@ def test_a_command_without_words_has_the_defaults_of_its_settings(name):
 def test_the_package_starts_a_command_as_a_module():
     done = subprocess.run([sys.executable, "-m", "switchkd.cli", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "") and "did you mean 'train'" in done.stderr
+
+
+def test_one_of_several_processes_ends_before_python_takes_itself_apart():
+    """What torch's threads let go of so late has aborted processes whose work was done; what is registered for the end runs."""
+    program = textwrap.dedent("""
+        import atexit, os, sys
+        from switchkd.cli.__main__ import leave
+
+        class Late:
+            def __del__(self, abort=os.abort):
+                abort()
+
+        sys.late = Late()
+        atexit.register(print, "registered")
+        sys.stdout.write("said, ")
+        leave(3)
+    """)
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+    one, of_two = (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        for environment in (alone, alone | {"RANK": "1"})
+    )
+    assert one.returncode == -signal.SIGABRT
+    assert (of_two.returncode, of_two.stdout) == (3, "said, registered\n")
