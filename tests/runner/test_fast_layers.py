@@ -251,3 +251,10 @@ def test_a_library_that_packs_for_one_number_of_rows_only_is_not_used(wrong, mon
     layer = nn.Linear(4, 6)
     with FastLayers(layer)():
         assert ("forward" in vars(layer)) == (wrong == "nothing")
+
+
+def test_no_gradient_flows_within_the_context():
+    layer, x = nn.Linear(4, 6), torch.ones(2, 4, requires_grad=True)
+    with FastLayers(layer)():
+        assert not layer(x).requires_grad
+    assert layer(x).requires_grad
