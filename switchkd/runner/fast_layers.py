@@ -131,7 +131,9 @@ _ROWS = 256
 @torch.no_grad()
 def _packs() -> bool:
     """Whether there is an MKL whose packed weights serve any number of rows: its manual allows that, torch does not rely on it."""
-    if not torch.backends.mkl.is_available():
+    if not (
+        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    ):  # which holds the packed weight
         return False
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 193, generator=generator) for rows in (131, 2 * _ROWS + 1))
