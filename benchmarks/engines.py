@@ -152,7 +152,7 @@ def contenders(
     writers = {GENERATE: by_generate(pair.student), OURS: by_decode(pair)}
     notes, versions = {VLLM: NOT_INSTALLED}, {}
     with ExitStack() as stack:
-        writers[CONTINUOUS] = by_continuous_batching(deepcopy(pair.student), prompts, new_tokens)
+        writers[CONTINUOUS] = by_continuous_batching(deepcopy(pair.student))
         if options.vllm_python:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             pair.student.save_pretrained(folder)
@@ -189,18 +189,24 @@ def by_generate(model: PreTrainedModel) -> Writes:
     return write
 
 
-def by_continuous_batching(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> Writes:
-    """transformers' continuous batching, with room for all ``prompts`` in its cache.
+def by_continuous_batching(model: PreTrainedModel) -> Writes:
+    """transformers' continuous batching, with room for all prompts in its cache.
 
-    Its manager lives for one call: beside it torch's threads in this process would be more than the cores, for whoever comes next.
+    Its manager lives for one call: as long as it lives, torch has more threads in this process than there are cores, and all wait.
     """
-    pages = -(-(max(map(len, prompts)) + new_tokens) // PAGE)
-    config = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=pages * (len(prompts) + 2), max_batch_tokens=2048, allow_block_sharing=False, seed=0
-    )
-    sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
 
     def write(prompts: list[list[int]], new_tokens: int) -> float:
+        pages = -(-(max(map(len, prompts)) + new_tokens) // PAGE)
+        config = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=pages * (len(prompts) + 2),
+            max_batch_tokens=2048,
+            allow_block_sharing=False,
+            seed=0,
+        )
+        sampling = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0
+        )
         with model.continuous_batching_context_manager(
             sampling, continuous_batching_config=config, timeout=5, warmup=False
         ) as manager:

@@ -8,10 +8,11 @@ from switchkd.cli.main import main
 
 
 def leave(code: int) -> None:
-    """End the process, as ``sys.exit`` does.
+    """End the process with this exit code.
 
-    One of several processes (torchrun sets RANK) ends behind what is registered for its end, before Python takes itself apart: a
-    thread of torch's process group may then still let go of a tensor, and abort a process whose work is done.
+    One of several processes (torchrun sets RANK) runs its exit handlers and then ends at once. While Python takes itself apart, a
+    thread of torch's process group may still let go of a tensor, which aborts a process whose work is done; that the handlers end
+    the group (`switchkd.forward.sharding`) has not always been enough.
     """
     if "RANK" not in os.environ:
         sys.exit(code)

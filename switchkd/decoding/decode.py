@@ -41,7 +41,7 @@ from switchkd.runner.runner import Runner
 from switchkd.runner.threads import FittingThreads
 
 DEFAULT_BATCH = 32
-# Of all decodings of the process whose texts do not depend on it.
+# One for all decodings of the process: it goes by what it has seen of the machine so far.
 threads = FittingThreads()
 
 
@@ -217,10 +217,9 @@ def decode_job(
     start = time.perf_counter()
     pair = (runners or Runners()).of_pair(job)
     most, (student, teacher) = _most(job, decodable), pair
-    free = not job.settings.costs or (
-        student.fast.steady and teacher.fast.steady
-    )  # whether any number of threads will do
-    fit = threads() if free else nullcontext(lambda: 0)
+    # Given costs ask for the same text each time, which another number of threads may round otherwise, or cannot.
+    any_number = not job.settings.costs or (student.fast.steady and teacher.fast.steady)
+    fit = threads() if any_number else nullcontext(lambda: 0)
     with evaluating(job.student, job.teacher), student.fast(), teacher.fast(), fit as fitted:
         engine, rows = _begun(job, decodable, most, pair)
         while engine.rows:

@@ -26,7 +26,8 @@ from switchkd.runner.cache import Places
 from switchkd.runner.runner import Runner
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-# Rows times positions that a round may have with any vocabulary, and the numbers of a tensor over it up to which it may have more.
+# A round may have so many positions of all of its rows together whatever the vocabulary, and more as long as a tensor over
+# positions and vocabulary has at most so many numbers.
 _POSITIONS, _NUMBERS = 256, 2**23
 # The chance that a text goes on behind a token, where nobody checks the drafter: what runs past the end is lost.
 _GOES_ON = 0.98
@@ -84,8 +85,8 @@ class Plan:
 class Pace:
     """Plans rounds for two models of these costs.
 
-    A position of a row holds noise and two log-distributions over the vocabulary; a round of many rows has only as many
-    positions as that allows. A vocabulary is taken for large where nobody tells its size.
+    Each position of each row takes memory for noise and two log-distributions over the vocabulary, so that many rows get short
+    blocks, and shorter ones the larger the vocabulary is. Without ``vocab_size`` it is taken for large.
     """
 
     def __init__(

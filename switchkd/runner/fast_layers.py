@@ -2,8 +2,8 @@
 
 A decoding step multiplies a handful of rows by every weight of the model. torch hands that product to a BLAS, which lays out the
 weight anew each time; with the weight laid out for it once (MKL calls that packing) the same product takes two thirds of the time.
-An RMS norm in five operations takes a third of what the model's own takes. Nothing changes on a GPU, in other dtypes than fp32, in
-training, or where torch comes without MKL, but for the norms.
+An RMS norm in five operations takes a third of what the model's own takes. Nothing changes on a GPU, in other dtypes than fp32, or
+in training. Where torch comes without MKL, only the norms change.
 """
 
 from collections.abc import Callable, Iterator
@@ -131,9 +131,8 @@ _ROWS = 256
 @torch.no_grad()
 def _packs() -> bool:
     """Whether there is an MKL whose packed weights serve any number of rows: its manual allows that, torch does not rely on it."""
-    if not (
-        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    ):  # which holds the packed weight
+    # The packed weight is a tensor of torch's oneDNN backend.
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 193, generator=generator) for rows in (131, 2 * _ROWS + 1))

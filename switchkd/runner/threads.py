@@ -18,7 +18,7 @@ class FittingThreads:
     """Chooses torch's number of threads by what other processes leave; keep one for all of a process's work.
 
     Results may differ in the last bits with the number of threads (of large sums and unpacked products, and with them of
-    gradients), so a run that must be repeatable to the bit stays with one number.
+    gradients): what must be repeatable to the bit uses it only where all products are packed.
     """
 
     def __init__(self) -> None:
