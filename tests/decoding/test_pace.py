@@ -139,6 +139,14 @@ def test_many_rows_have_longer_blocks_where_the_vocabulary_is_small():
     assert [block(rows, 151_936) for rows in (8, 64, 256)] == [12, 4, 1]
 
 
+@pytest.mark.parametrize("vocab_size", [7, 23])
+def test_decoding_plans_by_its_own_vocabulary(vocab_size, monkeypatch):
+    paces, init, expected = [], Pace.__init__, pace(vocab_size=vocab_size).positions
+    monkeypatch.setattr(Pace, "__init__", lambda self, *rest: paces.append(self) or init(self, *rest))
+    decode(tiny_model("llama", 1), tiny_model("llama", 2), [[3]], Switch(), 2, vocab_size=vocab_size)
+    assert [each.positions for each in paces] == [expected]
+
+
 def test_where_nobody_is_read_nobody_runs():
     assert pace().plan({NEITHER: 2}, 50) == Plan(STUDENT, 1, 0, frozenset([NEITHER]))
 
