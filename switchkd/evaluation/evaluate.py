@@ -25,9 +25,9 @@ from switchkd.evaluation.results import Completion, Evaluation
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
-from switchkd.forward.head import Scorer
 from switchkd.methods.divergences import forward_kl
 from switchkd.models.pair import Pair
+from switchkd.teachers.asked import TextReader, text_reader
 
 # Response tokens whose two distributions over the vocabulary are held at a time.
 _TOKENS_AT_ONCE = 512
@@ -231,8 +231,8 @@ def _token_sums(
     Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
     """
     sums = np.zeros((3, len(BANDS), len(rows)))
-    teacher = Scorer(pair.teacher, pair.vocab_size, pair.ends)
-    scored = teacher if model is pair.teacher else Scorer(model, pair.vocab_size, pair.ends)
+    teacher = text_reader(pair.teacher, pair.vocab_size, pair.ends)
+    scored = teacher if model is pair.teacher else text_reader(model, pair.vocab_size, pair.ends)
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
     def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -255,7 +255,7 @@ def _token_sums(
     return sums[0], sums[1], sums[2]
 
 
-def _token_losses(teacher: Scorer, scored: Scorer, rows: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
     hidden_q = scored.hidden(rows)
     hidden_p = hidden_q if scored is teacher else teacher.hidden(rows)

@@ -18,9 +18,9 @@ from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
-from switchkd.forward.head import Scorer
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.models.pair import Pair
+from switchkd.teachers.asked import TextReader, text_reader
 
 TOP = 5
 
@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, pair: Pair):
         self.pair = pair
-        self._scorers: dict[PreTrainedModel, Scorer] = {}
+        self._readers: dict[PreTrainedModel, TextReader] = {}
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[Tensor]:
@@ -56,10 +56,10 @@ class Reader:
     def _log_probs(self, model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
         if not completion:
             return torch.empty(0, self.pair.vocab_size)
-        if model not in self._scorers:
-            self._scorers[model] = Scorer(model, self.pair.vocab_size, self.pair.ends)
-        scorer = self._scorers[model]
-        return scorer.log_probs(scorer.hidden([(prompt, completion)])).cpu()
+        if model not in self._readers:
+            self._readers[model] = text_reader(model, self.pair.vocab_size, self.pair.ends)
+        reader = self._readers[model]
+        return reader.log_probs(reader.hidden([(prompt, completion)])).cpu()
 
 
 def trace(read: Reader, rollout: Rollout) -> Trace:

@@ -21,9 +21,10 @@ from torch import Tensor
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, NonFiniteError, nearest
 from switchkd.data.texts import TokenizedExample
-from switchkd.forward.head import Head, Scorer, sizes_on
+from switchkd.forward.head import Head, sizes_on
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
+from switchkd.teachers.asked import TextReader, text_reader
 from switchkd.teachers.store import Header, Part, Progress, Store, fingerprint
 
 Kind = Literal["hidden", "top_k"]
@@ -81,12 +82,12 @@ class TeacherCache:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
 
         @cache  # asked for when the first part is made
-        def scorer() -> Scorer:
-            return Scorer(pair.teacher, pair.vocab_size, pair.ends)
+        def reader() -> TextReader:
+            return text_reader(pair.teacher, pair.vocab_size, pair.ends)
 
         def made(places: range) -> bytes:
-            part, record = examples[places.start : places.stop], _recorder(scorer(), kind, top_k)
-            return save(_read_teacher(scorer(), part, record, batch_size))
+            part, record = examples[places.start : places.stop], _recorder(reader(), kind, top_k)
+            return save(_read_teacher(reader(), part, record, batch_size))
 
         return _opened(kind, examples, _store(pair, examples, folder, kind, top_k).fill(made, progress))
 
@@ -172,12 +173,12 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
 # --- what the teacher says ----------------------------------------------------------------------------------------
 
 
-def _recorder(scorer: Scorer, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str, Tensor]]:
+def _recorder(reader: TextReader, kind: Kind, top_k: int) -> Callable[[Tensor], dict[str, Tensor]]:
     """What is kept of hidden states ``[N, H]``: tensors ``[N, …]`` on the host, by name."""
     if kind == "hidden":
-        dtype = scorer.head.linear.weight.dtype
+        dtype = reader.head.linear.weight.dtype
         return lambda hidden: {"hidden": hidden.to(dtype).cpu()}
-    return partial(_largest, scorer.head, top_k)
+    return partial(_largest, reader.head, top_k)
 
 
 def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
@@ -190,15 +191,18 @@ def _largest(head: Head, k: int, hidden: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _read_teacher(
-    scorer: Scorer, examples: Sequence[TokenizedExample], record: Callable[[Tensor], dict[str, Tensor]], batch_size: int
+    reader: TextReader,
+    examples: Sequence[TokenizedExample],
+    record: Callable[[Tensor], dict[str, Tensor]],
+    batch_size: int,
 ) -> dict[str, Tensor]:
     """The tensors of one part: what is kept of all examples' completion positions, end to end."""
-    nothing = record(scorer.head.linear.weight[:0])  # no tokens: of the right dtypes and shapes
+    nothing = record(reader.head.linear.weight[:0])  # no tokens: of the right dtypes and shapes
     kept = [nothing] * len(examples)
     for places in _batches(examples, batch_size):
         signals.check()
         rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
-        tensors = record(scorer.hidden(rows))
+        tensors = record(reader.hidden(rows))
         lengths = [len(completion) for _, completion in rows]
         by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
         for place, parts in zip(places, by_row, strict=True):
