@@ -14,7 +14,8 @@ from switchkd.base.errors import ModelError
 from switchkd.forward.proof import prove
 from switchkd.forward.twin import twin
 from switchkd.models.loading import _attention
-from switchkd.runner.architecture import exact_lengths, refuse_recurrent
+from switchkd.runner.architecture import check_layers, exact_lengths
+from switchkd.runner.runner import ONE_BY_ONE
 
 # What a default config leaves open, or what makes a decoder of it.
 _DECODER = {"is_decoder": True}
@@ -35,6 +36,8 @@ SETTINGS = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "cohere_compass_text": {
@@ -73,8 +76,12 @@ def config_of(name: str) -> PretrainedConfig:
 def small_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A small random float64 model of a family; raises ModelError for one that is refused by its config."""
     config = config_of(name)
-    refuse_recurrent(config)
-    return twin(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+    check_layers(config)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is type(text := config.get_text_config(decoder=True)):
+        text._attn_implementation = config._attn_implementation
+        config = text  # as transformers do for the language model of a larger one
+    return twin(kind, config, seed)
 
 
 def names() -> list[str]:
@@ -84,7 +91,7 @@ def names() -> list[str]:
 
 # Why a family is refused: what the docs say, and what the error says.
 REASONS = {
-    "state": ("has layers whose state cannot be rolled back when a draft is rejected", r"cannot be rolled back"),
+    "state": ("keeps of a text what cannot be taken back when a draft is rejected", r"does not know how to take back"),
     "chunks": ("attends in chunks", r"attends in chunks"),
     "encoder": ("is half of an encoder-decoder", r"encoder-decoder"),
     "mask": ("does not take explicit masks and positions", r"cannot be called with the ragged cache"),
@@ -93,38 +100,43 @@ REASONS = {
     "ids": ("cannot be called with token ids alone", r"cannot be called by itself"),
     "class": ("cannot be made from its config alone", r"cannot load"),
 }
-# What becomes of each family: "exact", or the reason why it is refused.
+# What becomes of each family: "exact", "one by one" (exact too, but it reads drafts one token after the other, and gains nothing
+# by them), or the reason why it is refused.
 VERSION = "5.24.0"  # of transformers
 TABLE = {
     **dict.fromkeys(
         (
-            "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "beam", "bert", "bert-generation",
-            "big_bird", "biogpt", "bitnet", "codegen", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text",
-            "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "electra", "ernie",
-            "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon", "falcon, new decoder", "flex_olmo",
-            "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text",
-            "gemma4_unified", "gemma4_unified_text", "git", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "got_ocr2",
-            "gpt2", "gpt_bigcode", "gpt_bigcode, many keys", "gpt_neox", "gpt_neox_japanese", "gpt_oss",
-            "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium",
-            "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe",
-            "kolibri1", "laguna", "lfm2", "llama", "llama, dynamic rope", "llama, yarn", "longcat_flash",
-            "megatron-bert", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral",
-            "ministral3", "mistral", "mixtral", "mllama", "modernbert-decoder", "moss_transcribe_diarize", "mpt",
-            "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3",
-            "phi3, longrope", "phi4_multimodal", "phimoe", "qwen2", "qwen2, sliding window", "qwen2_moe", "qwen3",
-            "qwen3_moe", "rembert", "roc_bert", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open",
-            "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
+            "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bailing_hybrid", "bamba", "beam", "bert",
+            "bert-generation", "big_bird", "biogpt", "bitnet", "codegen", "cohere", "cohere2", "cohere2_moe",
+            "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1",
+            "electra", "emu3", "ernie", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon",
+            "falcon, new decoder", "falcon_h1", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text",
+            "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "git", "glm", "glm4",
+            "glm4_moe", "glm4_moe_lite", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_bigcode, many keys", "gpt_neox",
+            "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa",
+            "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+            "internlm3", "iquestcoder", "jais2", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2",
+            "lfm2, conv layers", "lfm2_moe", "lfm3", "llama", "llama, dynamic rope", "llama, yarn", "longcat_flash",
+            "mamba2", "megatron-bert", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text",
+            "ministral", "ministral3", "mistral", "mixtral", "mllama", "modernbert-decoder", "moss_transcribe_diarize",
+            "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt",
+            "persimmon", "phi", "phi3", "phi3, longrope", "phi4_multimodal", "phimoe", "qwen2", "qwen2, sliding window",
+            "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+            "rembert", "roc_bert", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+            "starcoder2", "vaultgemma", "xglm", "youtu", "zaya",
         ),
         "exact",
     ),
     **dict.fromkeys(
         (
-            "axk2", "bailing_hybrid", "bamba", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text",
-            "falcon_h1", "falcon_mamba", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_loop_text",
-            "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lara_mini", "lfm2, conv layers", "lfm2_moe",
-            "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
-            "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv",
-            "xlstm", "zamba", "zamba2", "zaya",
+            "falcon_mamba", "jamba", "mamba", "zamba",
+        ),
+        "one by one",
+    ),
+    **dict.fromkeys(
+        (
+            "axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp",
+            "qwen4_exp_text", "rwkv", "xlstm",
         ),
         "state",
     ),
@@ -136,21 +148,21 @@ TABLE = {
     ),
     **dict.fromkeys(
         (
-            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen",
-            "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "whisper",
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody",
+            "mvp", "pegasus", "plbart", "prophetnet", "whisper",
         ),
         "encoder",
     ),
     **dict.fromkeys(
         (
-            "bloom", "dory", "falcon, ALiBi", "openai-gpt",
+            "bloom", "dory", "falcon, ALiBi", "minimax", "openai-gpt",
         ),
         "mask",
     ),
     **dict.fromkeys(
         (
-            "camembert", "data2vec-text", "gpt_neo", "moshi", "roberta", "roberta-prelayernorm", "roformer", "trocr",
-            "xlm-roberta", "xlm-roberta-xl", "xmod",
+            "camembert", "data2vec-text", "gpt_neo", "inkling2_text", "inkling_text", "moshi", "recurrent_gemma", "roberta",
+            "roberta-prelayernorm", "roformer", "trocr", "xlm-roberta", "xlm-roberta-xl", "xmod", "zamba2",
         ),
         "places",
     ),
@@ -162,13 +174,13 @@ TABLE = {
     ),
     **dict.fromkeys(
         (
-            "blt", "gemma4_unified_assistant", "hrm_text",
+            "blt", "gemma4_unified_assistant", "hrm_text", "inkling2_loop_text",
         ),
         "ids",
     ),
     **dict.fromkeys(
         (
-            "emu3", "gemma3n", "gemma4_assistant",
+            "gemma3n", "gemma4_assistant",
         ),
         "class",
     ),
@@ -181,6 +193,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 def docs() -> str:
     """The table as a page."""
     exact = [_limited(name) for name, outcome in TABLE.items() if outcome == "exact"]
+    one_by_one = [f"`{name}`" for name, outcome in TABLE.items() if outcome == "one by one"]
     lines = [
         "# Model families",
         "",
@@ -194,6 +207,13 @@ def docs() -> str:
         f"## Exact: {len(exact)}",
         "",
         *_wrapped(exact),
+        "",
+        f"## Exact, one token at a time: {len(one_by_one)}",
+        "",
+        "These go on from a state only one token after the other. They are decoded exactly, and everything works with them, but",
+        "drafts that are read one by one gain no time, so the engine makes short blocks or none.",
+        "",
+        *_wrapped(one_by_one),
     ]
     for reason, (words, _) in REASONS.items():
         if names_ := [f"`{name}`" for name, outcome in TABLE.items() if outcome == reason]:
@@ -219,7 +239,7 @@ def outcome(name: str) -> str:
         return next(why for why, (_, pattern) in REASONS.items() if re.search(pattern, str(error))) + f": {error}"
     except Exception as error:  # as any class raises
         return f"class: {error!r}"
-    return "exact"
+    return "one by one" if model in ONE_BY_ONE else "exact"
 
 
 if __name__ == "__main__":

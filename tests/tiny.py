@@ -352,7 +352,7 @@ POLICIES = {
 }
 
 
-def assert_same(decoded: list[Rollout], reference: list[Rollout]) -> None:
+def assert_same(decoded: list[Rollout], reference: list[Rollout], tolerance: float = 1e-6) -> None:
     """Token by token equality of two decodings, and of who spoke and what the policy saw."""
     assert [r.completion_ids for r in decoded] == [r.completion_ids for r in reference]
     assert [r.speakers for r in decoded] == [r.speakers for r in reference]
@@ -360,7 +360,7 @@ def assert_same(decoded: list[Rollout], reference: list[Rollout]) -> None:
     for ours, theirs in zip(decoded, reference, strict=True):
         for name in ("divergences", "thresholds"):
             values = [torch.tensor(getattr(each, name)) for each in (ours, theirs)]
-            torch.testing.assert_close(*values, equal_nan=True, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(*values, equal_nan=True, atol=tolerance, rtol=tolerance)
 
 
 TOKENS = ["<pad>", "<eos>", "2", "0", "20", "4", "42", "a", "b", "c", "d", "e", "f", "s", "t", "<unk>"]

@@ -50,7 +50,10 @@ class BlockEngine:
         self.total = DecodeCost()
         self._open(places)
         self._admit(np.arange(places))
-        self.pace = Pace(self._costs(), job.settings.block_size, job.settings.drafter, job.vocab_size)
+        student, teacher = (runner.keeps_state for runner in runners)
+        self.pace = Pace(
+            self._costs(), job.settings.block_size, job.settings.drafter, job.vocab_size, (student, teacher)
+        )
 
     def _open(self, places: int) -> None:
         """Room in both caches for so many rows, of which nothing has been read yet."""
@@ -295,9 +298,7 @@ class BlockEngine:
             heard = plan.forwards if plan.drafter == TEACHER else plan.block * read[:, TEACHER]
             board.heard[here] &= heard >= kept
         for who, runner in enumerate(self.runners):
-            runner.read = np.minimum(
-                runner.read, np.maximum(board.prompts_n[who] + board.written_n - 1, 0)[: len(runner.read)]
-            )
+            runner.roll_back(np.maximum(board.prompts_n[who] + board.written_n - 1, 0)[: len(runner.read)])
         assert kept.any() or any(each.any() for each in broken), "a round keeps at least a token of each row"
         for at in np.flatnonzero(broken[STUDENT] | broken[TEACHER]).tolist():
             self._broken(plan, here[at], broken[STUDENT][at])
@@ -329,7 +330,7 @@ class BlockEngine:
             return
         self.in_doubt = True
         for runner in self.runners:
-            runner.read[place] = 0
+            runner.restart(place)
             runner.clear(place)
 
     # --- who comes and goes ---------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ class BlockEngine:
             row.said = board.hidden_of(place, self.hidden_device)
             self.total.teacher_tokens += sum(row.speakers)
             for runner in self.runners:
-                runner.read[place] = 0
+                runner.restart(place)
                 if row.error:  # what is not a number must not stay for the next one
                     runner.clear(place)
         self._admit(done)

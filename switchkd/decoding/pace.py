@@ -86,7 +86,8 @@ class Pace:
     """Plans rounds for two models of these costs.
 
     Each position of each row takes memory for noise and two log-distributions over the vocabulary, so that many rows get short
-    blocks, and shorter ones the larger the vocabulary is. Without ``vocab_size`` it is taken for large.
+    blocks, and shorter ones the larger the vocabulary is. Without ``vocab_size`` it is taken for large. ``keep_state`` says of
+    student and teacher whether a row whose block is cut must read again what is kept of it.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Pace:
         block_size: int | Literal["auto"] = "auto",
         drafter: Drafter = "auto",
         vocab_size: int = _NUMBERS,
+        keep_state: tuple[bool, bool] = (False, False),
     ):
         self.costs, self.drafter, self.block_size = costs, drafter, block_size
+        self.keep_state = keep_state
         self.positions = max(_POSITIONS, _NUMBERS // vocab_size)
         # How often the student's and the teacher's draw is the final token, and how often the two are equal.
         self.agreement = [_Running(0.7, seen=4, window=32) for _ in (STUDENT, TEACHER)]
@@ -145,13 +148,31 @@ class Pace:
         seconds = plan.forwards * self.costs(plan.drafter, count) + self.costs.deciding(plan.block * count)
         if verified:
             seconds += self.costs(1 - plan.drafter, verified * plan.block)
+        if verified and plan.block > 1:
+            cut = sum(
+                rows[reads] * (1 - self._final(plan, reads) ** (plan.block - 1))
+                for reads in plan.served
+                if reads[1 - plan.drafter]
+            )
+            seconds += sum(
+                self._reading_again(who, cut, plan.block) for who in (STUDENT, TEACHER) if self.keep_state[who]
+            )
         kept = sum(rows[reads] * self._kept(plan, reads) for reads in plan.served)
         return kept / seconds if seconds else kept
 
+    def _reading_again(self, who: int, cut: float, block: int) -> float:
+        """Seconds that a model takes to read again what so many cut rows keep of a block: half of it, in pieces (``Runner``)."""
+        fixed, each = (self.costs.student, self.costs.teacher)[who]
+        return fixed * min(cut, 1.0) * (block - 1).bit_length() + each * cut * block / 2
+
+    def _final(self, plan: Plan, reads: Reads) -> float:
+        """The chance that a draft is final, or of the drafter's own text, that it goes on."""
+        if not reads[1 - plan.drafter]:
+            return _GOES_ON
+        return (self.agreement[plan.drafter] if reads[plan.drafter] else self.equal).value
+
     def _kept(self, plan: Plan, reads: Reads) -> float:
-        a = _GOES_ON  # the drafter's own text
-        if reads[1 - plan.drafter]:
-            a = (self.agreement[plan.drafter] if reads[plan.drafter] else self.equal).value
+        a = self._final(plan, reads)
         return (1 - a**plan.block) / (1 - a) if a < 1 else plan.block
 
 
@@ -209,7 +230,9 @@ def time_forwards(runner: Runner, rows: int) -> Line:
             runner.extend(places, ids[:, 0], ends, ids, tail=False)
 
         known[runner.device] = line(forward, (rows, _TIMED * rows), runner.device)
-        runner.forwards, runner.read[:rows] = forwards, 0
+        runner.forwards = forwards
+        for row in range(rows):
+            runner.restart(row)
     return known[runner.device]
 
 

@@ -14,6 +14,7 @@ from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.runner.architecture import beyond_context, cache_bytes_per_token
+from switchkd.runner.runner import state_bytes
 
 
 @dataclass
@@ -144,8 +145,10 @@ class Job:
 
 
 def row_bytes(models: Sequence[PreTrainedModel], tokens: Sequence[int], vocab_size: int) -> int:
-    """Bytes that decoding one row takes: keys and values of so many ``tokens`` in each model, and what a block is decided from."""
-    caches = sum(count * cache_bytes_per_token(model) for count, model in zip(tokens, models, strict=True))
+    """Bytes that decoding one row takes: keys and values of so many ``tokens`` in each model, states, and what a block is decided
+    from."""
+    each = zip(tokens, models, strict=True)
+    caches = sum(count * cache_bytes_per_token(model) + state_bytes(model) for count, model in each)
     # Noise and two log-distributions of a block, and the logits they are made of.
     return caches + max(BLOCKS) * vocab_size * 4 * 4
 

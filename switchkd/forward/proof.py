@@ -20,14 +20,22 @@ from switchkd.base.memory import out_of_memory
 from switchkd.data.texts import collate
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.twin import positions, twin
-from switchkd.runner.architecture import batch_inputs, context_length, has_router_logits, refuse_recurrent
+from switchkd.runner.architecture import (
+    batch_inputs,
+    check_layers,
+    context_length,
+    has_router_logits,
+    keeps_state,
+)
 from switchkd.runner.cache import Places
 from switchkd.runner.modes import evaluating
-from switchkd.runner.runner import Runner
+from switchkd.runner.runner import ONE_BY_ONE, Runner
 
 # Relative error of logits (root mean square over the vocabulary) that rounding may explain; and the most that it may be where the
 # model's plain forward differs a tenth or a hundredth of it from itself, on the same text in another shape.
 TOLERANCES = {torch.float64: (1e-6, 1e-6, 1), torch.float32: (1e-3, 1e-2, 100)}
+# Of layers that keep a state, which many compute in fp32 whatever the rest is in, and otherwise for one token than for several.
+STATES = (1e-2, 1e-2, 1)
 HALF = (2e-2, 5e-2, 10)  # of a model that cannot be read in fp32: quantised, or on its way between devices
 # A model without a twin is itself read up to here; that takes a while.
 LONGEST = 8192
@@ -36,7 +44,7 @@ _SHORT = 7
 
 # What each model was when it was proved, and the architectures of which a twin has been.
 _proved: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
-_architectures: set[str] = set()
+_architectures: dict[str, bool] = {}  # and whether these are read one token after the other
 
 
 @torch.no_grad()
@@ -53,7 +61,7 @@ def prove(model: PreTrainedModel) -> None:
     state = model.dtype, weight.device.type, getattr(model.config, "_attn_implementation", None)
     if _proved.get(model) == state:
         return
-    refuse_recurrent(model)
+    check_layers(model)
     with evaluating(model), torch.autocast(weight.device.type, enabled=False):
         numbers = None if _prove_twin(model) else _straddled(model)
         try:
@@ -81,16 +89,18 @@ def _prove_twin(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     key = f"{type(model)} {model.config._attn_implementation} {model.config.to_json_string(use_diff=False)}"
-    if key in _architectures:
-        return True
-    if (small := _usable_twin(model)) is None:
-        return False
-    numbers = sorted(set(positions(small.config.get_text_config(decoder=True)).values()))
-    try:
-        _compare(small, numbers, small.dtype)
-    except ModelError:  # perhaps of float64 alone, which few have in mind
-        _compare(small.float(), numbers, torch.float32)
-    _architectures.add(key)
+    if key not in _architectures:
+        if (small := _usable_twin(model)) is None:
+            return False
+        numbers = sorted(set(positions(small.config.get_text_config(decoder=True)).values()))
+        try:
+            _compare(small, numbers, small.dtype)
+        except ModelError:  # perhaps of float64 alone, which few have in mind
+            ONE_BY_ONE.discard(small)
+            _compare(small.float(), numbers, torch.float32)
+        _architectures[key] = small in ONE_BY_ONE
+    if _architectures[key]:
+        ONE_BY_ONE.add(model)
     return True
 
 
@@ -163,6 +173,8 @@ def _compare(model: PreTrainedModel, numbers: Sequence[int] | None, dtype: torch
     own = _error(again, alone[0][: len(again)])
     exact = not getattr(model, "is_quantized", False)
     floor, most, times = TOLERANCES.get(alone[0].dtype, HALF) if exact else HALF
+    if keeps_state(model.config) and floor < STATES[0]:
+        floor, most, times = STATES
     if not own <= most:
         raise ModelError(
             f"{name} gives other logits for a text when more text follows it: on a probe they are off by {own:.2g} (relative), "
@@ -170,10 +182,12 @@ def _compare(model: PreTrainedModel, numbers: Sequence[int] | None, dtype: torch
             "config?); choose another model"
         )
     tolerance = min(max(floor, times * own), most)
-    way_out = "its attention is not plain full or sliding-window attention; choose another model"
+    way_out = "its attention is neither full nor sliding-window, or it keeps a state outside of its cache; choose another model"
     with _explained(name, "with the ragged cache", way_out):
-        decoded = _decoded(model, rows, dtype)
-        error = _worst(_error(logits, alone[row][end - len(logits) : end]) for row, end, logits in decoded)
+        error = _decoding_error(model, rows, alone, dtype)
+        if not error <= tolerance and keeps_state(model.config) and model not in ONE_BY_ONE:
+            ONE_BY_ONE.add(model)
+            error = _decoding_error(model, rows, alone, dtype)
     if not error <= tolerance:
         raise ModelError(
             f"{name} cannot be decoded exactly with the ragged cache: on a probe its logits are off by {error:.2g} (relative). "
@@ -187,6 +201,13 @@ def _compare(model: PreTrainedModel, numbers: Sequence[int] | None, dtype: torch
             f"{name} cannot be read in batches: on a probe a row's logits beside a longer one are off by {error:.2g} "
             f"(relative); {way_out}"
         )
+
+
+def _decoding_error(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], alone: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    decoded = _decoded(model, rows, dtype)
+    return _worst(_error(logits, alone[row][end - len(logits) : end]) for row, end, logits in decoded)
 
 
 def _by_itself(model: PreTrainedModel) -> str:
@@ -232,7 +253,7 @@ def _decoded(
     every = np.arange(len(rows))
     wrong = torch.full((len(rows), new // 2), vocab_size // 2, device=runner.device)
     extend(every, wrong)
-    runner.read = np.maximum(read - 1 - every % 2, 0)  # some are further behind than others
+    runner.roll_back(np.maximum(read - 1 - every % 2, 0))  # some are further behind than others
     steps = 3 if len(rows) > 2 else 1  # of two rows none is left behind
     for step in range(steps):
         here = every[every != 1] if step == 1 else every
@@ -246,7 +267,7 @@ def _decoded(
         read[here] += block
         for row, own in zip(here.tolist(), logits, strict=True):
             yield row, int(read[row]), own[: block + 1]
-        runner.read = np.minimum(runner.read, read - 1)
+        runner.roll_back(read - 1)
 
 
 def _plain(model: PreTrainedModel, row: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from switchkd.runner.architecture import ropes
+from switchkd.runner.architecture import layer_kinds, ropes
 
 LAYERS, HIDDEN, HEADS, HEAD, INNER, VOCAB, CONTEXT = 2, 32, 4, 8, 48, 61, 512
 WINDOW = 8  # tokens that a layer of a twin sees, where it does not see all
@@ -31,7 +31,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (_WINDOWS, WINDOW),
     (r"(.*_)?vocab_size(_per_layer_input|_base)?", VOCAB),
     (r"(max_|n_)?(position_embeddings|positions|target_positions|source_positions|seq_len)|n_ctx|model_max_length", CONTEXT),
-    (r"((swa|qk|v|index|attention|global|vision)_)?head_dim|dim_head|kv_channels|attention_head_size|d_head", HEAD),
+    (r"((swa|qk|v|index|attention|global|vision|mamba)_)?head_dim|dim_head|kv_channels|attention_head_size|d_head", HEAD),
+    (r"(mamba_)?expand", 1),  # so that the heads of a recurrence fill its width
+    (r"mamba_(d_head|headdim)|(\w+_)?(d_state|state_size)", HEAD),
+    (r"mamba_d_ssm|lru_width", HEADS * HEAD),
     (r"qk_(rope|nope)_head_dim|rotary_dim", HEAD // 2),
     (r"(kv|q|o)_lora_rank|laurel_rank|adapter_rank|gated_norm_rank", HEAD),
     (r"(\w+_)?(num|n)_(\w+_)?heads?|(decoder_|encoder_)?attention_heads|kv_n_heads|num_query_groups", HEADS),
@@ -99,6 +102,10 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
 def _layers(config: PretrainedConfig) -> int:
     """Layers, from the first on, until there is one of each kind that any list with an entry a layer names."""
     layers, most = getattr(config, "num_hidden_layers", LAYERS), LAYERS
+    kinds = layer_kinds(config) if hasattr(config, "num_hidden_layers") else []
+    if kinds.count("hybrid") > 1:  # these may share their weights
+        most = 1 + kinds.index("hybrid", kinds.index("hybrid") + 1)
+    most = max([most, *(1 + kinds.index(kind) for kind in kinds)])
     for value in vars(config).values():
         if isinstance(value, list) and len(value) == layers and all(isinstance(kind, int | str) for kind in value):
             firsts = [value.index(kind) for kind in value]
@@ -157,6 +164,9 @@ def _fit(config: PretrainedConfig) -> None:
     values = vars(config)
     if values.get("n_recurrent_layers"):
         config.n_recurrent_layers = config.num_hidden_layers - 2
+    if values.get("attention_hidden_size"):  # Zamba's attention reads two texts side by side
+        config.attention_hidden_size = 2 * config.hidden_size
+        config.attention_head_dim = config.attention_hidden_size // config.num_attention_heads
     if values.get("num_kv_shared_layers"):
         config.num_kv_shared_layers = config.num_hidden_layers // 2
     if values.get("qk_rope_head_dim"):  # MLA: a query has a part with and one without positions

@@ -20,7 +20,7 @@ from switchkd.models import demo_pair
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.models.settings import BASE, chosen_dtype, quantised
-from switchkd.runner.architecture import model_class, refuse_recurrent
+from switchkd.runner.architecture import check_layers, model_class
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def load_model(
         _take_generation_config(model, Path(source))
         return model
     config = load_config(source, is_local)
-    refuse_recurrent(config)
+    check_layers(config)
     if load_in_4bit and (method := quantised(config)):
         raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
     in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from switchkd.data.texts import Batch
 
 
-ROLLBACK_LAYERS = ("full_attention", "sliding_attention")
+# Kinds of layers, in transformers' words, by what a cache keeps of a text for them: keys and values of its tokens, a state, both,
+# or nothing.
+ATTENDING = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
+KEEPS_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+KEEPS_NOTHING = ("mlp", "moe")
 
 
 def context_length(model: "PreTrainedModel") -> float:
@@ -74,10 +78,29 @@ def ropes(config: "PretrainedConfig") -> "list[dict[str, Any]]":
     return [own] if "rope_type" in own else [part for part in own.values() if isinstance(part, dict)]
 
 
-def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:
-    """Raise ModelError for a model whose drafts cannot be rolled back by lowering a cache length.
+def layer_kinds(config: "PretrainedConfig") -> list[str]:
+    """The kind of each layer, in transformers' words."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        kinds = ["sliding_attention" if window else "full_attention"] * getattr(config, "num_hidden_layers", 0)
+    return list(kinds)
 
-    Those are models with recurrent, linear, convolutional, chunked or compressed layers, and encoder-decoders.
+
+def keeps_state(config: "PretrainedConfig") -> bool:
+    """Whether some layers keep a state of the text that they have read, in place of its tokens' keys and values."""
+    return any(kind in KEEPS_STATE for kind in layer_kinds(config))
+
+
+def number_of_states(config: "PretrainedConfig") -> int:
+    """States of each layer that keeps one, of each sort."""
+    return getattr(config.get_text_config(decoder=True), "number_of_conv_states", 1)
+
+
+def check_layers(model_or_config: "PreTrainedModel | PretrainedConfig") -> None:
+    """Raise ModelError for a model that cannot be decoded here, by what its config says: what it keeps of a text can neither be
+    shortened to fewer tokens nor copied and put back, or it is an encoder-decoder.
     """
     from transformers import PretrainedConfig
 
@@ -87,17 +110,17 @@ def refuse_recurrent(model_or_config: "PreTrainedModel | PretrainedConfig") -> N
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder model; switchkd decodes decoder-only models: choose one")
     kind = model_class(config) if given_config else type(model_or_config)
-    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - set(ROLLBACK_LAYERS)
+    kinds = set(layer_kinds(config)) - {*ATTENDING, *KEEPS_STATE, *KEEPS_NOTHING}
     if kinds == {"chunked_attention"}:
         raise ModelError(
             f"{name} attends in chunks (chunked_attention), so a row's cache slots do not follow its token positions; "
             "choose a model with full or sliding-window attention"
         )
-    if kinds or kind._is_stateful:
-        found = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "recurrent layers"
+    if kinds or (kind._is_stateful and not keeps_state(config)):
+        found = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "a recurrent state in a form of its own"
         raise ModelError(
-            f"{name} has {found}: their state cannot be rolled back when a draft is rejected; "
-            "choose a model with full or sliding-window attention"
+            f"{name} has {found}, which switchkd does not know how to take back when a draft is rejected; choose a model whose "
+            f"layers are of the kinds {', '.join(dict.fromkeys((*ATTENDING, *KEEPS_STATE)))}"
         )
 
 
@@ -113,10 +136,11 @@ def parameter_bytes(model: "torch.nn.Module") -> int:
 
 def cache_bytes_per_token(model: "PreTrainedModel") -> int:
     """Bytes that the keys and values of one token take."""
-    text = model.config.get_text_config()
+    text, kinds = model.config.get_text_config(), layer_kinds(model.config)
     # Of some models (Gemma 4) layers differ in their heads.
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
-    return sum(2 * _kv_numbers(layer) for layer in layers) * model.dtype.itemsize
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(kinds)
+    attending = [layer for layer, kind in zip(layers, kinds, strict=True) if kind in ATTENDING]
+    return sum(2 * _kv_numbers(layer) for layer in attending) * model.dtype.itemsize
 
 
 def _kv_numbers(layer: "PretrainedConfig") -> int:

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from switchkd.runner.architecture import ATTENDING
 from switchkd.runner.modes import evaluating
 
 NAME = "switchkd_ragged"
 KEYWORD = "ragged_ends"  # of a model's forward, which hands it down to its attention
+# What transformers call the mask of a layer that attends and keeps a state.
+_OF_BOTH = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 Windows = Sequence[tuple[str, int | None]]  # of each layer: its kind, and how many tokens it sees (None: all)
 
 
@@ -54,7 +57,12 @@ class MaskAttention:
 
     def inputs(self, positions_bT: Tensor, ends_b: Tensor, slots: int, even: bool = False) -> dict[str, Any]:
         """What the model's forward is given: one mask ``[b, 1, T, S]``, or one for each kind of layer of a hybrid model."""
-        masks = {kind: _seen(positions_bT, slots, window, self.dtype) for kind, window in dict(self.windows).items()}
+        masks = {
+            _OF_BOTH.get(kind, kind): _seen(positions_bT, slots, window, self.dtype) if kind in ATTENDING else None
+            for kind, window in dict(self.windows).items()
+        }
+        if any(kind in _OF_BOTH for kind, _ in self.windows):
+            masks["linear_attention"] = None
         return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
     @contextmanager
@@ -122,7 +130,8 @@ def _takes_ends(model: PreTrainedModel, windows: Windows) -> bool:
             return False
     error = (logits - expected).square().mean(-1).sqrt() / expected.std(-1).clamp(min=1e-6)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 2e-2
-    return inputs[KEYWORD].layers == len(windows) and bool((error <= tolerance).all())
+    attending = sum(kind in ATTENDING for kind, _ in windows)
+    return inputs[KEYWORD].layers == attending and bool((error <= tolerance).all())
 
 
 def _seen(positions_bT: Tensor, slots: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -5,22 +5,26 @@ the mask is ``slot <= position``, and the next tokens overwrite them (what is no
 with 0, and 0 · NaN is NaN). Positions and masks are always explicit, which is
 what keeps learned positions (GPT-2, OPT), rotary positions and sliding windows right without any padding on the left.
 
+Recurrent, linear-attention and convolution layers keep a state in place of slots, and a state cannot be rolled back. Such a row's
+state is copied before it reads drafts (``mark``), and comes back where a draft is cut (``restore``).
+
 Buffers are made once and never move, so that what a GPU has recorded stays true.
 
 Shapes: B rows in the cache, b rows in a forward, T new tokens, S slots, H key/value heads, D head size.
 """
 
 import inspect
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
-from switchkd.runner.architecture import refuse_recurrent
+from switchkd.runner.architecture import ATTENDING, KEEPS_NOTHING, KEEPS_STATE, check_layers, layer_kinds
 
 # What transformers calls the cache that a forward is given: another name since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -107,19 +111,102 @@ class _Layer(CacheLayerMixin):
         return self.cache.slots
 
 
+class _StateLayer(LinearAttentionLayer):
+    """The states of one layer, ``[B, …]`` each, and their copies of an earlier moment.
+
+    While a forward runs the attributes of transformers' class hold the states of its rows alone.
+    """
+
+    def __init__(self, cache: "RaggedCache", states: int):
+        super().__init__(number_of_states=states)
+        self.cache = cache
+        self.now: dict[tuple[str, int], Tensor] = {}
+        self.marked: dict[tuple[str, int], Tensor] = {}
+
+    def begin(self, rows: Places, begun: bool) -> None:
+        """Hand out the states of a forward's rows; nothing where none of them has read anything yet (not ``begun``)."""
+        for i in range(self.number_of_states):
+            self.has_previous_state[i] = begun
+            for name in _STATES:
+                own = self.now.get((name, i)) if begun else None
+                getattr(self, name)[i] = None if own is None else rows.of(own)
+                getattr(self, f"is_{name}_initialized")[i] = own is not None
+
+    def end(self, rows: Places) -> None:
+        """Take the states that the forward has left."""
+        for i in range(self.number_of_states):
+            for name in _STATES:
+                if (new := getattr(self, name)[i]) is not None:
+                    if (name, i) not in self.now:
+                        self.now[name, i] = new.new_zeros(self.cache.rows, *new.shape[1:])
+                        self.marked[name, i] = torch.zeros_like(self.now[name, i])
+                    _put(self.now[name, i], rows, new)
+                getattr(self, name)[i] = None
+
+    def mark(self, rows: Places) -> None:
+        for key, own in self.now.items():
+            _put(self.marked[key], rows, rows.of(own))
+
+    def restore(self, rows: Places) -> None:
+        for key, own in self.now.items():
+            _put(own, rows, rows.of(self.marked[key]))
+
+    def restart(self, row: int) -> None:
+        for own in self.now.values():
+            own[row].zero_()
+
+    def move(self, to: Tensor, source: Tensor) -> None:
+        for own in (*self.now.values(), *self.marked.values()):
+            own[to] = own[source]
+
+    def clear(self, row: int, start: int) -> None:
+        pass  # there are no slots behind a row's tokens
+
+
+_STATES = ("conv_states", "recurrent_states")  # as transformers call them
+
+
+class _BothLayer(_StateLayer, _Layer):
+    """A layer that attends and keeps a state."""
+
+    def __init__(self, cache: "RaggedCache", states: int):
+        _Layer.__init__(self, cache)
+        _StateLayer.__init__(self, cache, states)
+
+    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
+        kind: Any = _Layer if keys_and_values else LinearAttentionLayer
+        kind.lazy_initialization(self, *keys_and_values, **states)
+
+    def move(self, to: Tensor, source: Tensor) -> None:
+        _Layer.move(self, to, source)
+        _StateLayer.move(self, to, source)
+
+    def clear(self, row: int, start: int) -> None:
+        _Layer.clear(self, row, start)
+
+
 class RaggedCache(Cache):
-    """Cache of ``rows`` rows of at most ``slots`` tokens for a stock Hugging Face causal model.
+    """Cache of ``rows`` rows of at most ``slots`` tokens for a stock Hugging Face causal model with these kinds of layers.
 
     Before a forward it is told of which rows that is, where their new tokens go (``places_bT``, flat, row by row), and how many
     slots are looked at.
     """
 
-    def __init__(self, layers: int, rows: int, slots: int, device: torch.device):
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+    def __init__(self, kinds: Sequence[str], states: int, rows: int, slots: int, device: torch.device):
+        super().__init__(layers=[self._layer(kind, states) for kind in kinds])
+        self.stores = [layer for layer in self.layers if not isinstance(layer, DummyLayer)]
+        self.states = [layer for layer in self.layers if isinstance(layer, _StateLayer)]
         self.rows, self.slots, self.end = rows, slots, 0
         self.forward_rows, self.places_bT = Places.first(rows), torch.empty(0)
         # Of each row, in the flat buffer.
         self.first_slot = (torch.arange(rows, device=device) * (slots + 1)).unsqueeze(1)
+
+    def _layer(self, kind: str, states: int) -> Any:
+        if kind in KEEPS_NOTHING:
+            return DummyLayer()
+        if kind not in KEEPS_STATE:
+            return _Layer(self)
+        return (_BothLayer if kind in ATTENDING else _StateLayer)(self, states)
 
     def aim(self, rows: Places, slots_bT: Tensor, end: int) -> None:
         """Say what the next forward reads and writes."""
@@ -127,16 +214,23 @@ class RaggedCache(Cache):
         self.places_bT = (slots_bT + rows.of(self.first_slot)).flatten()
 
 
+def _put(own: Tensor, rows: Places, new: Tensor) -> None:
+    """Write the rows of a forward, unless they were written in place."""
+    if rows.device is not None:
+        own[rows.device] = new
+    elif new.data_ptr() != own.data_ptr():
+        own[: len(new)] = new
+
+
 def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
-    """For each layer its kind, in transformers' words, and how many tokens it sees (None: all of them).
+    """For each layer its kind, in transformers' words, and how many tokens its attention sees (None: all of them).
 
     Raises:
-        ModelError: for layers that are neither full nor sliding-window attention; their state cannot be rolled back.
+        ModelError: for layers whose text cannot be taken back, as ``check_layers`` says.
     """
-    refuse_recurrent(model)
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    return [(kind, window if kind == "sliding_attention" else None) for kind in kinds]
+    check_layers(model)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return [
+        (kind, window if kind in ("sliding_attention", "hybrid_sliding") else None)
+        for kind in layer_kinds(model.config)
+    ]

@@ -8,18 +8,19 @@ Shapes: B rows, b rows of a forward, T tokens of each, V vocabulary.
 
 from contextlib import ExitStack
 from functools import cached_property
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from switchkd.runner.architecture import context_length, has_router_logits
+from switchkd.runner.architecture import context_length, has_router_logits, keeps_state, number_of_states
 from switchkd.runner.attention import attention_of
-from switchkd.runner.cache import CACHE, Places, RaggedCache, attention_windows
+from switchkd.runner.cache import CACHE, Places, RaggedCache, attention_windows, index
 from switchkd.runner.fast_layers import FastLayers
 from switchkd.runner.graphs import Graphs
-from switchkd.runner.modes import head_inputs
+from switchkd.runner.modes import evaluating, head_inputs
 
 # A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
 _JOINED = 2
@@ -27,6 +28,8 @@ _JOINED = 2
 PREFILL_TOKENS = 8192
 # Slots of buffers that are kept are a multiple of this.
 _ROUND = 256
+# Models whose layers go on from a state by one token at a time alone, as their proof has found.
+ONE_BY_ONE: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class Runner:
@@ -43,6 +46,7 @@ class Runner:
         self.model, self.dtype = model, dtype or model.dtype
         self.device = next(model.parameters()).device
         self.windows = attention_windows(model)
+        self.keeps_state = keeps_state(model.config)
         self.attention = attention_of(model, self.windows, self.dtype)
         self.context = context_length(model)
         # A balancing loss of the routers, for which a mask of four dimensions would be too many.
@@ -73,16 +77,19 @@ class Runner:
         so does what was recorded on them.
         """
         self.forwards = self.prefill_tokens = 0
+        graphs &= not self.keeps_state  # whose pieces of a text have many lengths
         kept = self.cache if graphs and self.keeps == (vocab_size, keep_hidden) else None
         if kept is None or kept.rows < rows or kept.slots < slots:
             self.graphs.forget()
             slots = -(-slots // _ROUND) * _ROUND if graphs else slots  # the next texts may be somewhat longer
-            self.cache = RaggedCache(len(self.windows), rows, slots, self.device)
+            kinds = [kind for kind, _ in self.windows]
+            self.cache = RaggedCache(kinds, number_of_states(self.model.config), rows, slots, self.device)
             self.columns = torch.arange(max(slots + 1, rows), device=self.device)
         self.vocab_size, self.keep_hidden = vocab_size, keep_hidden
         self.keeps = (vocab_size, keep_hidden) if graphs else None
         self.texts = torch.zeros(rows, slots, dtype=torch.int64, device=self.device) if texts is None else texts
-        self.read = np.zeros(rows, dtype=np.int64)
+        self.read, self.marks = np.zeros((2, rows), dtype=np.int64)
+        self.marked = np.zeros(rows, dtype=bool)
 
     def close(self) -> None:
         """Let go of the buffers, but of those that are kept for graphs; what is counted stays."""
@@ -92,20 +99,55 @@ class Runner:
 
     def clear(self, row: int) -> None:
         """Zero what lies behind a row's tokens. A masked slot that holds NaN or infinity would still give 0 · NaN = NaN."""
-        for layer in self.cache.layers:
+        for layer in self.cache.stores:
             layer.clear(row, int(self.read[row]))
+
+    def restart(self, row: int) -> None:
+        """Nothing of a row counts as read any more."""
+        self.read[row] = 0
+        for layer in self.cache.states:
+            layer.restart(row)
+
+    def roll_back(self, most: np.ndarray) -> None:
+        """Of each row's text at most so many tokens count as read, ``[rows]``.
+
+        Slots are simply written over. A state goes back to where it was marked; what of the text it had read since is read again.
+        """
+        if not self.keeps_state:
+            self.read = np.minimum(self.read, most)
+            return
+        cut = np.flatnonzero(self.read > most)
+        for row in cut[self.marks[cut] > most[cut]].tolist():
+            self.restart(row)
+        cut = cut[self.marks[cut] <= most[cut]]
+        if len(cut):
+            rows = Places.at(cut, self.columns)
+            for layer in self.cache.states:
+                layer.restore(rows)
+            self.read[cut] = self.marks[cut]
+
+    def _mark(self, rows: Places) -> None:
+        """Copy the states of rows that are about to read drafts, unless that was done since they caught up."""
+        if self.keeps_state and not self.marked[rows.host].all():
+            for layer in self.cache.states:
+                layer.mark(rows)
+            self.marks[rows.host], self.marked[rows.host] = self.read[rows.host], True
 
     def move(self, to: Places, source: Places) -> None:
         """Rows go to other places, where nobody needs what was there; ``texts`` are moved by whoever shares them out."""
-        for layer in self.cache.layers:
+        for layer in self.cache.stores:
             layer.move(to.device, source.device)
-        self.read[to.host] = self.read[source.host]
+        for numbers in (self.read, self.marks, self.marked):
+            numbers[to.host] = numbers[source.host]
 
     def catch_up(self, rows: Places, ends_b: Tensor, ends: np.ndarray) -> None:
         """Read what rows that are far behind have not read of their text, the first ``ends`` tokens, but the last of it.
 
         A new prompt catches up from nothing. A row that lags by a token or two is left to ``extend``.
         """
+        if self.keeps_state:
+            self._catch_up_in_step(rows, ends - 1)
+            return
         behind = ends - 1 - self.read[rows.host]
         far = np.flatnonzero(behind >= _JOINED)
         far = far[np.argsort(-behind[far], kind="stable")]
@@ -115,6 +157,31 @@ class Runner:
             some = Places.at(group, self.columns)
             here = rows if len(group) == len(ends) else Places.at(rows.host[group], self.columns)
             self._read_on(here, some.of(ends_b), ends[group] - 1)
+
+    def _catch_up_in_step(self, rows: Places, ends: np.ndarray) -> None:
+        """Read rows up to ``ends``, in forwards whose rows all read as many tokens: a state would take up padding."""
+        self.marked[rows.host] = False
+        while (behind := ends - self.read[rows.host]).any():
+            group, width = self._in_step(behind, self.read[rows.host] == 0)
+            here = rows if len(group) == len(ends) else Places.at(rows.host[group], self.columns)
+            until = self.read[here.host] + width
+            self.prefill_tokens += width * len(group)
+            self._forward(here, index(until, self.columns), until, width, None, keep=1)
+            self.read[here.host] = until
+
+    def _in_step(self, behind: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, int]:
+        """Which rows the next forward reads on, and how many tokens of each."""
+        if (
+            self.model not in ONE_BY_ONE
+        ):  # a power of two, for all that have so much left, so that there are few forwards
+            width = min(2 ** int(behind.max()).bit_length() // 2, PREFILL_TOKENS)
+            group = behind >= width
+        elif (new & (behind > 0)).any():
+            width = int(behind[new].max())
+            group = new & (behind == width)
+        else:
+            width, group = 1, behind > 0
+        return np.flatnonzero(group)[: max(PREFILL_TOKENS // width, 1)], width
 
     def _read_on(self, rows: Places, ends_b: Tensor, ends: np.ndarray) -> None:
         """Read rows up to ``ends`` (on the device, one token more), in pieces."""
@@ -136,10 +203,26 @@ class Runner:
         ``ends``: logits ``[b, T, V]``.
         """
         width = int(self.unread(rows, ends).max()) if tail else 0
+        if drafts_bT is not None:
+            self._mark(rows)
         drafts = 0 if drafts_bT is None else drafts_bT.shape[1]
-        logits = self._forward(rows, ends_b, ends, width, drafts_bT, drafts + tail)
-        self.has_read(rows, ends, drafts, tail=tail)
+        if drafts_bT is not None and self.model in ONE_BY_ONE:
+            logits = self._one_by_one(rows, ends_b, ends, width, drafts_bT)
+            self.has_read(rows, ends, drafts, width + drafts, tail)
+        else:
+            logits = self._forward(rows, ends_b, ends, width, drafts_bT, drafts + tail)
+            self.has_read(rows, ends, drafts, tail=tail)
         return logits
+
+    def _one_by_one(self, rows: Places, ends_b: Tensor, ends: np.ndarray, width: int, drafts_bT: Tensor) -> Tensor:
+        """``extend`` by a forward for each token."""
+        logits, hidden = [], []
+        for at in range(-width, drafts_bT.shape[1]):
+            draft, read = drafts_bT[:, at : at + 1] if at >= 0 else None, max(at, 0)
+            logits.append(self._forward(rows, ends_b + read, ends + read, int(at < 0), draft, keep=1))
+            hidden.append(self.hidden)
+        self.hidden = torch.cat(hidden, 1) if self.keep_hidden else self.hidden
+        return torch.cat(logits, 1)
 
     def unread(self, rows: Places, ends: np.ndarray) -> np.ndarray:
         """Tokens of each row's first ``ends`` that are left to read."""
@@ -202,6 +285,10 @@ class Runner:
 
         ``ends_b`` are behind the last column of each row; ``even``: they are known to be equal.
         """
+        rows, states = self.cache.forward_rows, self.cache.states
+        begun = bool(states) and bool(self.read[rows.host].any())
+        for layer in states:
+            layer.begin(rows, begun)
         with ExitStack() as stack:
             entered = stack.enter_context(head_inputs(self.model)) if self.keep_hidden else []
             stack.enter_context(self.attention.active())
@@ -214,5 +301,22 @@ class Runner:
                 **self.extra,
                 **{CACHE: self.cache},
             )
+        for layer in states:
+            layer.end(rows)
         self.hidden = entered[-1] if entered else self.hidden
         return output.logits[..., : self.vocab_size]
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the states of one row take, and their copies; 0 for a model that keeps none."""
+    if not keeps_state(model.config):
+        return 0
+    runner = Runner(model)
+    runner.open(1, 2, 1)
+    with evaluating(model):
+        runner.extend(
+            Places.first(1), torch.ones(1, dtype=torch.int64, device=runner.device), np.ones(1, np.int64), None
+        )
+    states = [own for layer in runner.cache.states for own in layer.now.values()]
+    return sum(2 * own.numel() * own.element_size() for own in states)

@@ -14,7 +14,7 @@ from switchkd.decoding import board, decide, engine
 from switchkd.decoding import decode as decoding
 from switchkd.forward.ends import Ends
 from switchkd.methods.policies import SKD
-from switchkd.runner import runner
+from switchkd.runner import cache, runner
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [7], [3, 4, 5], [6, 9]]
 # Longer and shorter ones of the same rows.
@@ -28,6 +28,7 @@ USERS = {
     engine: [(decoding, "BlockEngine")],
     board: [(engine, "Board")],
     runner: [(decoding, "Runner")],
+    cache: [(runner, "RaggedCache")],
 }
 STEP = "decision = policy.step(state, logq, logp, positions)"
 HEARS = "state = policy.spoke(policy.observe(decision.state, token), speaker)"
@@ -85,8 +86,8 @@ MUTANTS = {
     ),
     "cache one long after a rejection": (engine, (ROLLBACK, ROLLBACK.removesuffix(" - 1"))),
     "drafts counted as read text after a rejection": (
-        engine,
-        ("runner.read = np.minimum(", "runner.read = np.maximum("),
+        runner,
+        ("self.read = np.minimum(", "self.read = np.maximum("),
     ),
     "policy sees the draft at another temperature": (
         engine,

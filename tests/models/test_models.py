@@ -10,15 +10,16 @@ from tiny import FAMILIES, TOKENS, VOCAB, byte_level_tokenizer, save, save_llama
 from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
+    DeepseekV32Config,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma2PreTrainedModel,
     GPT2Config,
-    Lfm2Config,
     Llama4TextConfig,
-    MambaConfig,
     PreTrainedTokenizerFast,
-    Qwen3NextConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    RwkvConfig,
     T5Config,
 )
 
@@ -27,7 +28,7 @@ from switchkd.base.errors import ConfigError, DataError, ModelError, VocabularyE
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
 from switchkd.models.vocabulary import check_vocabulary, left_out_note
-from switchkd.runner.architecture import num_parameters, parameter_bytes, refuse_recurrent
+from switchkd.runner.architecture import check_layers, num_parameters, parameter_bytes
 from switchkd.runs.opening import load_train, open_pair
 from switchkd.training.settings import TrainConfig
 
@@ -316,16 +317,15 @@ def test_special_tokens_around_a_text_that_differ_are_told(folder, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_models_are_accepted(family):
     model = tiny_model(family)
-    refuse_recurrent(model)
-    refuse_recurrent(model.config)
+    check_layers(model)
+    check_layers(model.config)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MambaConfig(num_hidden_layers=1), "mamba has (layers of kind linear_attention|recurrent layers)"),
-        (Qwen3NextConfig(num_hidden_layers=4), "qwen3_next has layers of kind linear_attention"),
-        (Lfm2Config(num_hidden_layers=2, full_attn_idxs=[1]), "lfm2 has layers of kind conv"),
+        (RwkvConfig(num_hidden_layers=1), "rwkv has a recurrent state in a form of its own"),
+        (DeepseekV32Config(num_hidden_layers=1), "deepseek_v32 has layers of kind indexed_attention"),
         (Llama4TextConfig(num_hidden_layers=4), "llama4_text attends in chunks"),
         (BartConfig(), "bart is an encoder-decoder"),
         (T5Config(), "t5 is an encoder-decoder"),
@@ -334,7 +334,7 @@ def test_attention_models_are_accepted(family):
 )
 def test_models_that_cannot_roll_back_are_refused_by_name(config, words):
     with pytest.raises(ModelError, match=words):
-        refuse_recurrent(config)
+        check_layers(config)
 
 
 def test_a_stateful_class_is_refused_without_layer_types():
@@ -342,13 +342,13 @@ def test_a_stateful_class_is_refused_without_layer_types():
         _is_stateful = True
         config = GPT2Config()
 
-    with pytest.raises(ModelError, match="gpt2 has recurrent layers"):
-        refuse_recurrent(Stateful())
+    with pytest.raises(ModelError, match="gpt2 has a recurrent state in a form of its own"):
+        check_layers(Stateful())
 
 
 def test_a_recurrent_folder_is_refused_before_its_weights_are_read(folder):
-    MambaConfig(num_hidden_layers=1).save_pretrained(folder)
-    with pytest.raises(ModelError, match="cannot be rolled back"):
+    RwkvConfig(num_hidden_layers=1).save_pretrained(folder)
+    with pytest.raises(ModelError, match="does not know how to take back"):
         load_model(str(folder))
 
 
@@ -358,3 +358,19 @@ def test_sizes_count_tied_parameters_once():
     names = {name: parameter for name, parameter in model.state_dict().items() if name != "lm_head.weight"}
     assert num_parameters(model) == sum(parameter.numel() for parameter in names.values())
     assert parameter_bytes(model) == 2 * num_parameters(model)
+
+
+def test_the_language_model_of_a_larger_one_is_opened(tmp_path):
+    """A folder of Qwen3.5 holds a vision tower, which nobody asks: its language model is what distils."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    text = {
+        "vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "max_position_embeddings": 256, "full_attention_interval": 2, "eos_token_id": 1,
+    }  # fmt: skip
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text | sizes, vision_config=vision | sizes)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.config.model_type == "qwen3_5_text"
+    assert decode(model, model, [[3, 4], [5, 6, 7]], TeacherOnly(), 4)[0].error is None

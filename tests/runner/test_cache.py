@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, tiny_model
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from switchkd import Switch, decode
 from switchkd.base.errors import ModelError
@@ -173,14 +173,13 @@ def test_the_probe_refuses_attention_that_is_not_what_its_config_says():
 
 def test_models_that_cannot_be_rolled_back_are_refused_by_name():
     """Also by ``decode``, for a model that its caller loaded."""
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    mamba = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2)).eval()
     for refuse in (attention_windows, lambda model: decode(model, tiny_model(), [[3]], Switch(), 4)):
         with pytest.raises(
-            ModelError, match=r"mamba has layers of kind linear_attention.*full or sliding-window attention"
+            ModelError, match=r"rwkv has a recurrent state.*take back.*full_attention, sliding_attention"
         ):
-            refuse(mamba)
+            refuse(rwkv)
     model = tiny_model("qwen3")
-    model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ModelError, match=r"qwen3 has layers of kind linear_attention"):
+    model.config.layer_types = ["indexed_attention", "full_attention"]
+    with pytest.raises(ModelError, match=r"qwen3 has layers of kind indexed_attention"):
         attention_windows(model)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from families import small_model
 from tiny import VOCAB, retold, toy_examples, toy_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -345,6 +346,33 @@ def test_checkpoints_open_with_transformers_alone_and_the_oldest_go(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), t.pair.student.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint-6").eos_token == "<|im_end|>"
+
+
+def test_models_that_keep_a_state_resume_bit_for_bit(tmp_path):
+    """Qwen3.5 teaches Qwen3.5: text is switched, the student learns from it, and a run that stopped goes on."""
+
+    def pair():
+        return toy_pair(make=lambda _, seed, dtype: small_model("qwen3_5_text", seed).to(dtype))
+
+    straight = trainer(tmp_path / "straight", pair(), mix=Generated(1.0), max_steps=3, save_steps=1)
+    before = weights(straight)
+    straight.train()
+    assert any(not torch.equal(before[name], after) for name, after in weights(straight).items())
+    speakers = {speaker for row in lines(tmp_path / "straight", "rollouts.jsonl") for speaker in row["speakers"]}
+    assert speakers == {0, 1}
+
+    def stop(metrics, _):
+        if metrics["step"] == 2:
+            raise KeyboardInterrupt
+
+    part = trainer(tmp_path / "parts", pair(), mix=Generated(1.0), max_steps=3, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        part.train(stop)
+    part = trainer(tmp_path / "parts", pair(), mix=Generated(1.0), max_steps=3, save_steps=1)
+    part.resume()
+    part.train()
+    expected, ours = weights(straight), weights(part)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_no_checkpoint_to_resume_from(tmp_path):
