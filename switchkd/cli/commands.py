@@ -29,7 +29,7 @@ class Command(typing.NamedTuple):
 GROUPS = {
     "train and look": {
         "train": Command("train.train", "distil a student as a recipe says"),
-        "check": Command("train.check", "check pair, data, memory and settings, and of a run its records; train nothing"),
+        "check": Command("train.check", "check pair, data, memory, settings, a run's records; --estimate for GPUs; train nothing"),
         "demo": Command("train.demo", "distil a real student on this machine, no hub needed"),
         "generate": Command("generate.generate", "complete prompts under a policy and show who wrote what"),
         "play": Command("generate.play", "watch one completion being written, with the divergence under it"),

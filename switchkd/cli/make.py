@@ -42,6 +42,6 @@ def prune(config: PruneConfig) -> None:
 
 
 def make_pair(config: MakePairConfig) -> None:
-    from switchkd.runs.small_pair import make_pair as make_small_pair
+    from switchkd.studies.small_pair import make_pair as make_small_pair
 
     make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
