@@ -4,6 +4,7 @@ right way. What a GPU would really take is not tested here, and nowhere: no run 
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,3 +354,16 @@ def test_a_tokenizer_is_not_needed(tmp_path):
     models, _ = shapes(config)
     assert models.teacher_prompt == 256 + 256 + len(words.encode())
     assert models.vocab_size == len(byte_level_tokenizer())
+
+
+def test_the_page_has_what_the_command_prints(qwen):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    names = {
+        qwen.teacher_model_name_or_path: "Qwen/Qwen2.5-7B-Instruct",
+        qwen.student_model_name_or_path: "Qwen/Qwen2.5-0.5B-Instruct",
+    }
+    text = "\n".join(estimate_run(qwen, ONE, "A100-80GB"))
+    for folder, name in names.items():
+        text = text.replace(folder, name)
+    assert text in page, f"put this into docs/scale.md:\n{text}"
+    assert len(page.splitlines()) <= 110
