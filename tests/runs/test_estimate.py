@@ -23,7 +23,7 @@ from switchkd.runner.architecture import num_parameters
 from switchkd.runner.modes import head_inputs
 from switchkd.runs import estimate
 from switchkd.runs.estimate import GPUS, Spread, activation_bytes, on_one_gpu, seconds
-from switchkd.runs.preflight import estimate_run, memory_estimate, shapes
+from switchkd.runs.preflight import _holds, estimate_run, memory_estimate, shapes
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig
 
@@ -288,6 +288,7 @@ def test_ways_out_take_less_and_are_named_with_what_they_fit(qwen):
     checkpointed = needs(dataclasses.replace(qwen, gradient_checkpointing=True))
     line = next(line for line in ways if "--gradient-checkpointing:" in line)
     assert float(line.split()[0]) == round(sum(checkpointed.values()) / 1e9, 2) and "L40S" in line
+    assert _holds("H100", 0.9 * 80e9) and not _holds("H100", 0.91 * 80e9)
     assert "With one of these changes" not in "\n".join(estimate_run(qwen, ONE, "H200"))
 
 
