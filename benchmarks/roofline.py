@@ -25,18 +25,15 @@ from switchkd.decoding.pace import NO_COSTS
 from switchkd.forward.head import DEVICE_SIZES
 from switchkd.methods.policies import Switch
 from switchkd.methods.policy import Policy, StudentOnly
+from switchkd.runs.estimate import AGREEMENT, BLOCK, IN_GRAPH, LAUNCH
 
 ROWS, PROMPT, NEW_TOKENS = 64, 256, 1024
 # What decoding has behind it half way, which is the mean.
 CONTEXT = PROMPT + NEW_TOKENS // 2
-BLOCK = 4
 UPDATE_ROWS = 8
-AGREEMENT = 0.7  # of drafts with the tokens that become final: the engine's own first guess
 VOCABULARY = 152_064
 # NVIDIA's published figures of an H200 (SXM): memory, bandwidth, dense bf16 products, fp32 products without tensor cores.
 MEMORY, BANDWIDTH, BF16, FP32 = 141e9, 4.8e12, 989e12, 67e12
-# Assumed: seconds of the host for an operator in eager mode, and of the GPU for the smallest kernel in a recorded graph.
-LAUNCH, IN_GRAPH = 5e-6, 1.5e-6
 
 
 @dataclass(frozen=True)

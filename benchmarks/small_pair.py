@@ -12,7 +12,7 @@ from switchkd.data.small_data import NOT_MADE, TASKS, small_pair_folder
 from switchkd.data.texts import TokenizedExample
 from switchkd.models.pair import Pair, load_pair
 from switchkd.runs.opening import load_task
-from switchkd.runs.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, new_model, train_tokenizer
+from switchkd.studies.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, new_model, train_tokenizer
 
 DATA = DataConfig(template="chat", max_prompt_length=MAX_PROMPT, max_completion_length=MAX_COMPLETION)
 # As many rows of a task as its words need to be met: the tokenizer is then that of the pair.

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps")),
+    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps", "scale")),
 ]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
@@ -108,7 +108,15 @@ def workplace(pair, tmp_path, monkeypatch):
 def typed(command):
     """Run a documented command line, shortened, with the demo in place of models from a hub."""
     words = [re.sub(r"^Qwen/.*", "demo", word) for word in shlex.split(command)]
-    if words[1] == "lm-eval":  # its benchmarks come from a hub: the flags are read, and the run is there
+    if words[0] in (
+        "torchrun",
+        "srun",
+    ):  # several processes, perhaps on several machines: the flags behind the launcher's are read
+        own = words[words.index("switchkd.cli") + 1 :]
+        assert parse(CLI[own[0]].settings, own), command
+    elif words[1] == "push":  # to a hub: the name is read, and the run is there
+        assert Path(parse(CLI["push"].settings, words[1:]).run, "student").is_dir(), command
+    elif words[1] == "lm-eval":  # its benchmarks come from a hub: the flags are read, and the run is there
         assert Path(parse(CLI["lm-eval"].settings, words[1:]).model_name_or_path, "student").is_dir(), command
     elif words[0] in ("switchkd", "./run"):
         assert main([*words[1:], *SHORT[words[1]]]) == 0, command

@@ -39,6 +39,10 @@ class DiskError(SwitchKDError, OSError):
     """A file or folder cannot be written: the disk is full, fails, or does not allow it."""
 
 
+class HubError(SwitchKDError, ConnectionError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+
 class InUseError(SwitchKDError, BlockingIOError):
     """Another process works in a folder."""
 

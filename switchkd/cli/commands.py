@@ -29,7 +29,7 @@ class Command(typing.NamedTuple):
 GROUPS = {
     "train and look": {
         "train": Command("train.train", "distil a student as a recipe says"),
-        "check": Command("train.check", "check pair, data, memory and settings, and of a run its records; train nothing"),
+        "check": Command("train.check", "check pair, data, memory, settings, a run's records; --estimate for GPUs; train nothing"),
         "demo": Command("train.demo", "distil a real student on this machine, no hub needed"),
         "generate": Command("generate.generate", "complete prompts under a policy and show who wrote what"),
         "play": Command("generate.play", "watch one completion being written, with the divergence under it"),
@@ -38,6 +38,7 @@ GROUPS = {
         "methods": Command("lists.methods", "list the recipes: who writes, what is trained, on which text, source"),
         "tasks": Command("lists.tasks", "list the tasks: what is scored, the main score, data by default, source"),
         "prune": Command("make.prune", "make a student by dropping a model's least influential layers"),
+        "push": Command("make.push", "put a run's student on the Hugging Face Hub, private unless told otherwise"),
         "make-pair": Command("make.make_pair", "make the small pair `small` and its data, for studies on a CPU"),
     },
     "score, compare and study": {
@@ -54,7 +55,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 # Commands before whose flags a recipe or a run directory may stand.
 TAKE_RECIPE = ("train", "check", "generate", "play", "evaluate")
 # What these leave are files; what they print is to look on while they work.
-LASTING = ("train", "demo", "study", "prune", "make-pair")
+LASTING = ("train", "demo", "study", "prune", "make-pair", "push")
 # Settings that a command has of its own, and does not take from a recipe or run.
 NOT_FROM_RECIPE = {"evaluate": ("policy", "eval_samples")}
 # What a command means by a run, whose training had another policy: its student, which writes alone.

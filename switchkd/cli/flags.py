@@ -135,7 +135,7 @@ def _defaults(cls: type[Config], command: str, path: str, names_student: bool) -
 
         recipe = dataclasses.replace(read_config(folder).anew(), output_dir=path)  # the run may have been moved
         own = {noun: rule(noun, name, noun) for noun, name in OF_A_RUN.get(command, {}).items()}
-        if cls is not TrainConfig and not names_student:
+        if not issubclass(cls, TrainConfig) and not names_student:
             recipe = _with_student(recipe, trained_student(folder))
     settings = [setting.name for setting in dataclasses.fields(cls)]  # type: ignore[arg-type]
     taken = [name for name in settings if hasattr(recipe, name) and name not in NOT_FROM_RECIPE.get(command, ())]

@@ -1,4 +1,6 @@
-"""The commands that make models: `prune` a student out of a model, `make-pair` a small teacher and student from nothing."""
+"""The commands that make models, and give one away: `prune` a student out of a model, `make-pair` a small teacher and student from
+nothing, `push` the student of a run to the hub.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
+from switchkd.base.errors import ConfigError
 from switchkd.base.settings import Settings
 
 
@@ -35,6 +40,18 @@ class MakePairConfig(Settings):
     """`tiny` makes untrained models in seconds, to try the command."""
 
 
+@dataclass(frozen=True)
+class PushConfig(Settings):
+    """Put the student of a run, and nothing else of it, on the Hugging Face Hub."""
+
+    run: tyro.conf.Positional[str] = ""
+    """The run directory, or its student/."""
+    name: tyro.conf.Positional[str] = ""
+    """The name on the hub, my-name/my-student."""
+    private: bool = True
+    """What is made there is private; one that is there already stays as it is."""
+
+
 def prune(config: PruneConfig) -> None:
     from switchkd.models.pruning import prune as prune_model
 
@@ -42,6 +59,17 @@ def prune(config: PruneConfig) -> None:
 
 
 def make_pair(config: MakePairConfig) -> None:
-    from switchkd.runs.small_pair import make_pair as make_small_pair
+    from switchkd.studies.small_pair import make_pair as make_small_pair
 
     make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
+
+
+def push(config: PushConfig) -> None:
+    from switchkd.base.terminal import console
+    from switchkd.runs.finishing import push as push_student
+
+    if not config.run or not config.name:
+        raise ConfigError("a run and a name on the hub are needed: switchkd push runs/mine my-name/my-student")
+    console.print(
+        f"student put on the hub: {push_student(Path(config.run), config.name, config.private)}", soft_wrap=True
+    )

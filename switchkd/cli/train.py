@@ -8,13 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.base.errors import DataError
+from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.settings import Settings
 from switchkd.base.terminal import bar, console
 from switchkd.training.settings import TrainConfig, load_recipe
 
 if TYPE_CHECKING:
     from switchkd.models.pair import Pair
+
+
+@dataclass(frozen=True)
+class CheckConfig(TrainConfig):
+    """Check what a run would do and need, or, before anything is loaded, estimate what it would take on GPUs."""
+
+    estimate: bool = False
+    """Load nothing: calculate memory and seconds of a step on GPUs from the models' configs, all that a hub is asked for."""
+    gpu: str = ""
+    """With estimate: the GPU that it is calculated for, such as H100 or RTX-4090; without, all that are known."""
+    processes: int = 1
+    """With estimate: processes that the run goes over, one on each GPU."""
+    teacher_tensor_parallel: int = 1
+    """With estimate: of these, how many each teacher is split over."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.estimate and (self.gpu or self.processes != 1):
+            raise ConfigError("gpu and processes are of an estimate: give --estimate too, or leave them out")
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,24 @@ def train(config: TrainConfig) -> None:
     distil(config)
 
 
-def check(config: TrainConfig) -> None:
+def check(config: CheckConfig) -> None:
+    # What a run has settings for; those of the estimate are the command's own.
+    run = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
+    if config.estimate:
+        _estimate(run, config)
+    else:
+        _check(run)
+
+
+def _estimate(config: TrainConfig, asked: CheckConfig) -> None:
+    from switchkd.runs.estimate import Spread
+    from switchkd.runs.preflight import estimate_run
+
+    for line in estimate_run(config, Spread(asked.processes, asked.teacher_tensor_parallel), asked.gpu):
+        console.print(line, soft_wrap=True)
+
+
+def _check(config: TrainConfig) -> None:
     from switchkd.models.loading import default_device
     from switchkd.models.settings import with_dtypes
     from switchkd.runs.opening import open_pair

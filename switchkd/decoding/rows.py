@@ -14,7 +14,7 @@ from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.runner.architecture import beyond_context, cache_bytes_per_token
-from switchkd.runner.runner import state_bytes
+from switchkd.runner.cache import state_bytes
 
 
 @dataclass

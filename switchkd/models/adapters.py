@@ -67,7 +67,7 @@ def add_adapter(model: PreTrainedModel, config: "ModelConfig", seed: int, beside
         except ValueError as error:  # such as dropout on experts
             raise ConfigError(
                 f"no adapter of these settings can be put on the student, {model.config.model_type}: {error} Change lora_dropout, "
-                "or name other layers in lora_target_modules"
+                "or name other layers in lora_target_modules, such as in_proj of a Mamba"
             ) from error
     _widen(model)
 

@@ -90,6 +90,31 @@ def load_model(
     return model.eval().to(torch_device)
 
 
+def load_shapes(name: str) -> "PreTrainedModel":
+    """The model of ``name`` without its weights: its modules and their shapes, in float32, on torch's meta device.
+
+    ``name`` is a folder with a config.json, such a file, or a hub name, which is asked for that one file. Raises ModelError where
+    that describes no causal language model that can be decoded here, or an adapter.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = Path(expanded(name))
+    if is_adapter(path):
+        raise ModelError(f"{name} is an adapter, which has no config.json; name its base, {adapter_base(name)}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name} holds no config.json; name a folder that has one, such a file, or a hub name")
+    if not path.exists() and not HUB_NAME.fullmatch(name):
+        raise ModelError(f"{name} does not exist; name a folder that holds a config.json, such a file, or a hub name")
+    source = str(path) if path.exists() else name
+    config = load_config(source, path.exists())
+    check_layers(config)
+    with _as_model_error(source, path.exists()), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+        ).eval()
+
+
 def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
     """What is saved beside an adapter says where its texts end; its base may end them otherwise."""
     from transformers import GenerationConfig

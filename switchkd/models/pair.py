@@ -22,7 +22,7 @@ from switchkd.models.loading import (
     located,
     made,
 )
-from switchkd.models.saved_student import verify_saved
+from switchkd.models.saved_student import settle_generation, verify_saved
 from switchkd.models.settings import BASE, chosen_teacher_dtype, dtype_name
 from switchkd.models.vocabulary import (
     check_logits_rows,
@@ -131,7 +131,7 @@ def load_pair(
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
     tokenizer = tokenizers.pop("")
     warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
-    warnings += told
+    warnings += told + settle_generation(student_model, tokenizer)
     if teacher_name == BASE and not is_adapter(student_name):
         warnings += (
             "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "

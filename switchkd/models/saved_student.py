@@ -10,10 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from switchkd.base.errors import CheckpointError
+from switchkd.base.errors import CheckpointError, ModelError
 from switchkd.base.manifest import MANIFEST, STAMP, file_sha256, read_manifest, read_record, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 STUDENT = "student"
 SCORED = ("student after", "student")  # a run's student in its own evaluation, and in one that was made later
@@ -56,6 +60,40 @@ class SavedStudent:
     def mark(self) -> dict[str, str]:
         """What scores say of the student that they are of."""
         return {"student_sha256": self.sha256, "step": str(self.step)}
+
+
+# Of a generation config: what matters to sampling alone, and to beams alone.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty")
+
+
+def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Make a model's generation config one that can be saved, and that ``generate`` obeys as before; returns what there is to say.
+
+    transformers reads a config that names a temperature and does not sample, with a warning, and writes none. What has no effect is
+    taken out of it. Where it names no token to pad with, the tokenizer's own is taken. Raises ModelError for what it cannot be.
+    """
+    config = model.generation_config
+    idle: tuple[str, ...] = () if config.do_sample else _OF_SAMPLING
+    idle += _OF_BEAMS if (config.num_beams or 1) == 1 else ()
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+        return ()
+    except ValueError:
+        known = {name: value for name in idle if (value := getattr(config, name, None)) is not None}
+    for name in known:
+        setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(f"the student's generation_config.json could not be saved: {error}; correct it") from error
+    said = ", ".join(f"{name} {value}" for name, value in known.items())
+    return (
+        f"note: the student's generation_config.json names {said}, and switches off what that is for (do_sample, num_beams): it "
+        "has no effect, cannot be saved, and is left out. Set do_sample to true there if texts are to be sampled",
+    )
 
 
 def way_out(run: Path) -> str:

@@ -134,11 +134,18 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save a tokenizer for ``from_pretrained``, without a word on where it was found."""
+    """Save a tokenizer for ``from_pretrained``, without a word on where it was found.
+
+    Its chat template is written into chat_template.jinja, and into tokenizer_config.json too, where older programs look for it.
+    """
     tokenizer.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8"))
     kept = {name: value for name, value in settings.items() if name not in HOW_FOUND and not is_path(value)}
+    if isinstance(tokenizer.chat_template, dict):
+        kept["chat_template"] = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]
+    elif tokenizer.chat_template is not None:
+        kept["chat_template"] = tokenizer.chat_template
     file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
-from switchkd.runner.architecture import ATTENDING, KEEPS_NOTHING, KEEPS_STATE, check_layers, layer_kinds
+from switchkd.runner.architecture import ATTENDING, KEEPS_NOTHING, KEEPS_STATE, check_layers, keeps_state, layer_kinds
+from switchkd.runner.modes import evaluating
 
 # What transformers calls the cache that a forward is given: another name since 5.24.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -156,7 +158,7 @@ class _StateLayer(LinearAttentionLayer):
             own[row].zero_()
 
     def move(self, to: Tensor, source: Tensor) -> None:
-        for own in (*self.now.values(), *self.marked.values()):
+        for own in self.now.values():  # marks are of one round, and rows move between rounds
             own[to] = own[source]
 
     def clear(self, row: int, start: int) -> None:
@@ -234,3 +236,16 @@ def attention_windows(model: PreTrainedModel) -> list[tuple[str, int | None]]:
         (kind, window if kind in ("sliding_attention", "hybrid_sliding") else None)
         for kind in layer_kinds(model.config)
     ]
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the states of one row take, and their copies; 0 for a model that keeps none. Its weights need not be there."""
+    if not keeps_state(model.config):
+        return 0
+    with evaluating(model), FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone
+        cache = DynamicCache(config=model.config)
+        token = torch.ones(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
+    kept = [own for layer in cache.layers for name in _STATES for own in getattr(layer, name, {}).values()]
+    return sum(2 * own.numel() * own.element_size() for own in kept if own is not None)

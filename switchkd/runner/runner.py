@@ -20,7 +20,7 @@ from switchkd.runner.attention import attention_of
 from switchkd.runner.cache import CACHE, Places, RaggedCache, attention_windows, index
 from switchkd.runner.fast_layers import FastLayers
 from switchkd.runner.graphs import Graphs
-from switchkd.runner.modes import evaluating, head_inputs
+from switchkd.runner.modes import head_inputs
 
 # A row with so many unread tokens before its last catches up in a forward of its own; with fewer, within the block's.
 _JOINED = 2
@@ -137,8 +137,7 @@ class Runner:
         """Rows go to other places, where nobody needs what was there; ``texts`` are moved by whoever shares them out."""
         for layer in self.cache.stores:
             layer.move(to.device, source.device)
-        for numbers in (self.read, self.marks, self.marked):
-            numbers[to.host] = numbers[source.host]
+        self.read[to.host] = self.read[source.host]
 
     def catch_up(self, rows: Places, ends_b: Tensor, ends: np.ndarray) -> None:
         """Read what rows that are far behind have not read of their text, the first ``ends`` tokens, but the last of it.
@@ -216,11 +215,13 @@ class Runner:
 
     def _one_by_one(self, rows: Places, ends_b: Tensor, ends: np.ndarray, width: int, drafts_bT: Tensor) -> Tensor:
         """``extend`` by a forward for each token."""
-        logits, hidden = [], []
+        logits, hidden, before = [], [], self.read[rows.host]
         for at in range(-width, drafts_bT.shape[1]):
             draft, read = drafts_bT[:, at : at + 1] if at >= 0 else None, max(at, 0)
             logits.append(self._forward(rows, ends_b + read, ends + read, int(at < 0), draft, keep=1))
             hidden.append(self.hidden)
+            self.read[rows.host] += 1  # the next one goes on from this one's state
+        self.read[rows.host] = before
         self.hidden = torch.cat(hidden, 1) if self.keep_hidden else self.hidden
         return torch.cat(logits, 1)
 
@@ -305,18 +306,3 @@ class Runner:
             layer.end(rows)
         self.hidden = entered[-1] if entered else self.hidden
         return output.logits[..., : self.vocab_size]
-
-
-@torch.no_grad()
-def state_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the states of one row take, and their copies; 0 for a model that keeps none."""
-    if not keeps_state(model.config):
-        return 0
-    runner = Runner(model)
-    runner.open(1, 2, 1)
-    with evaluating(model):
-        runner.extend(
-            Places.first(1), torch.ones(1, dtype=torch.int64, device=runner.device), np.ones(1, np.int64), None
-        )
-    states = [own for layer in runner.cache.states for own in layer.now.values()]
-    return sum(2 * own.numel() * own.element_size() for own in states)

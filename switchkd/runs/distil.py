@@ -52,7 +52,7 @@ from switchkd.models.settings import with_dtypes
 from switchkd.reports import live
 from switchkd.reports.tables import print_results
 from switchkd.runs.continuation import as_recorded, begun, check_origin, check_run, conditions, own_code
-from switchkd.runs.finishing import rehearse, save_student
+from switchkd.runs.finishing import check_push, push, rehearse, save_student
 from switchkd.runs.heldout import Heldout, all_settings, check_metric, eval_settings, load_heldout, score, write_scores
 from switchkd.runs.model_card import model_card
 from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
@@ -75,6 +75,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     Raises:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
         InUseError: another process works in the directory.
+        HubError: the run is done, and its student, which lies in the directory, could not be pushed.
         NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
     """
     accelerator, run = new_accelerator(), Path(config.output_dir)
@@ -102,6 +103,8 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     config = as_recorded(run, config)
     check_run(run, config)
     check_trackers(config.report_to)
+    if main and config.push_to_hub:
+        check_push(config.push_to_hub, config)
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
     config = with_date(config, pair.tokenizer, from_main(accelerator, today))
     check_context(config, pair)
@@ -142,6 +145,9 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
             _finish(trainer, weights, heldout, settings, trackers, results, quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
+    if main and config.push_to_hub:
+        address = push(run, config.push_to_hub, config.hub_private_repo)
+        console.print(f"student put on the hub: {address}", soft_wrap=True)
     return results
 
 

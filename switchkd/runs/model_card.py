@@ -23,10 +23,12 @@ from switchkd.base.settings import to_dict
 from switchkd.base.storage import expanded
 from switchkd.base.terminal import number
 from switchkd.data.lines import PREFIX, SAMPLE
+from switchkd.data.templates import alpaca_prompt
 from switchkd.evaluation.statistics import FEW_EXAMPLES
 from switchkd.methods.rules import name_of
 from switchkd.models.adapters import ADAPTER_CONFIG, has_adapter
 from switchkd.models.loading import MADE, adapter_base
+from switchkd.models.saved_student import STUDENT
 from switchkd.models.settings import BASE, dtype_name, quantised
 from switchkd.reports.tables import FEW, estimate_text
 from switchkd.runner.architecture import num_parameters
@@ -81,6 +83,7 @@ def model_card(
     manifest = f"\n- the files that this card is of are those of a `{MANIFEST}` with the SHA-256 {_code(sha256)}"
     parts = {
         "": _pair(trainer) + (manifest if sha256 else ""),
+        "## Use\n\n": _use(trainer),
         "## Method\n\n": _method(config),
         "## Data and cost\n\n": _cost(trainer, data),
         "## Scores\n\n": _scores(results, evaluated),
@@ -194,6 +197,48 @@ def _pair(trainer: Trainer) -> str:
         score = f"{_code(config.metric_for_best_model)} {number(trainer.best['score'])}"
         lines.append(f"- the weights are those of step {trainer.best['step']}, the best of the run by {score}")
     return "\n".join(lines)
+
+
+QUESTION = "What is 12 plus 30?"
+
+
+def _use(trainer: Trainer) -> str:
+    """How the student is opened and asked, as it was trained to be."""
+    config, adapter = trainer.config, _is_adapter(trainer)
+    own = config.prompts
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"name = {config.push_to_hub or STUDENT!r}  # this folder, or its name on the hub",
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)",
+    ]
+    if own.name == "chat":
+        lines += [
+            f'messages = [{{"role": "user", "content": {QUESTION!r}}}]',
+            "prompt = tokenizer.apply_chat_template(",
+            "    messages, add_generation_prompt=True, return_dict=True, return_tensors='pt'"
+            f"{f', **{dict(own.variables)!r}' if own.variables else ''}",
+            ")",
+        ]
+    else:
+        text = alpaca_prompt(QUESTION) if own.name == "alpaca" else QUESTION
+        lines.append(f"prompt = tokenizer({text!r}, return_tensors='pt')")
+    lines += [
+        f"written = model.generate(**prompt, max_new_tokens={config.max_new_tokens})",
+        "print(tokenizer.decode(written[0, prompt['input_ids'].shape[1] :], skip_special_tokens=True))",
+    ]
+    code = "\n".join(lines)
+    fence, generation = _fence(code, 3), trainer.student.generation_config
+    names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
+    cuts = ", ".join(f"{name} {value:g}" for name in names if (value := getattr(generation, name, None)) is not None)
+    how = f"samples ({cuts or 'as it is'})" if generation.do_sample else f"is greedy{f' ({cuts})' if cuts else ''}"
+    packages = f"transformers 5 or later{' and peft' if adapter else ''}"
+    return (
+        f"With {packages}; earlier versions of transformers look for parts of `config.json` in other places.\n\n"
+        f"{fence}python\n{code}\n{fence}\n\n"
+        f"It was trained under the template `{own.name}`. Without settings of its own `generate` {how}, as "
+        "`generation_config.json` says, which the student has from the model that it was made from."
+    )
 
 
 def _method(config: TrainConfig) -> str:

@@ -1,17 +1,27 @@
-"""``switchkd check``: what a run would do and need, before it does anything."""
+"""``switchkd check``: what a run would do and need, before it does anything, and with ``--estimate`` before anything is loaded."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
+from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.settings import to_dict
 from switchkd.data.settings import with_date
 from switchkd.data.templates import Encoder, named
-from switchkd.decoding.rows import row_bytes
 from switchkd.forward.base_model import BaseModel
-from switchkd.forward.head import sizes_on
+from switchkd.forward.text_path import beside_text, freeze_beside_text
 from switchkd.methods.rules import name_of
+from switchkd.models.adapters import add_adapter
+from switchkd.models.loading import load_shapes, made
 from switchkd.models.pair import Pair
-from switchkd.models.settings import dtype_name
-from switchkd.runner.architecture import num_parameters, parameter_bytes
+from switchkd.models.settings import AUTO, BASE, cast_weights, dtype_name, quantised
+from switchkd.runner.architecture import num_parameters
+from switchkd.runs.estimate import GPUS, OF_MEMORY, Models, Spread, held, labelled, on_one_gpu, seconds, splits
 from switchkd.runs.heldout import load_heldout
 from switchkd.runs.opening import (
     check_context,
@@ -66,28 +76,156 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
 
 def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    weights = list(masters.named.values())
-    trained = sum(weight.numel() * weight.element_size() for weight in weights)
-    own = {id(weight) for weight in weights}
-    held = sum(p.numel() * p.element_size() for p in pair.student.parameters() if id(p) not in own)
-    rows = min(config.generation_batch_size, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    teachers = [model for model in dict.fromkeys(pair.named_teachers.values()) if not isinstance(model, BaseModel)]
-    tokens = [n + config.max_new_tokens for n in (config.max_prompt_length, longest_teacher_prompt(config, pair))]
-    # One teacher writes at a time.
-    row = max(row_bytes((pair.student, each), tokens, pair.vocab_size) for each in pair.named_teachers.values())
-    wide, sizes, head = (
-        dtype_name(masters.dtype),
-        sizes_on(weights[0].device),
-        pair.student.get_output_embeddings().weight,
+    models = Models(pair.student, pair.named_teachers, pair.vocab_size, longest_teacher_prompt(config, pair))
+    return labelled(held(config, models, masters), models, masters)
+
+
+# --- before anything is loaded ------------------------------------------------------------------------------------
+
+
+def estimate_run(config: TrainConfig, spread: Spread, gpu: str = "") -> list[str]:
+    """What a run would take on each GPU of the table, or on the one that is named, from configs alone, in lines.
+
+    Raises:
+        ConfigError: there is no such GPU in the table, or the models cannot be spread so.
+        ModelError: a config describes no causal language model that can be distilled here.
+    """
+    if gpu and gpu not in GPUS:
+        raise ConfigError(f"gpu {gpu!r} is not in the table{nearest(gpu, GPUS)}; leave it out to see all of them")
+    config = replace(config, **_on_a_gpu(config))
+    models, masters = shapes(config)
+    need = on_one_gpu(config, models, masters, spread)
+    total, cards = sum(need.values()), [gpu] if gpu else list(GPUS)
+    fitting = [card for card in cards if _holds(card, total)]
+    lines = [
+        "Calculated from the models' configs and the published figures of GPUs; none of this was measured on a GPU.",
+        *_about(config, models, masters, spread),
+        "",
+        f"GB on each of {spread.processes} GPUs" if spread.processes > 1 else "GB on the GPU",
+        *(f"  {part:<66}{size / 1e9:>8.2f}" for part, size in need.items() if size),
+        f"  {'in all':<66}{total / 1e9:>8.2f}",
+        "",
+        *_times(config, models, masters, spread, {card: card in fitting for card in cards}),
+        "",
+        f"It is said to fit where it takes at most {OF_MEMORY:.0%} of the memory: {', '.join(fitting) or 'none of these'}.",
+    ]
+    return lines if len(fitting) == len(cards) else [*lines, *_ways_out(config, models, masters, spread, total)]
+
+
+def shapes(config: TrainConfig) -> tuple[Models, Masters]:
+    """The models of a run without their weights, the student as it would be trained, and its masters."""
+    student = load_shapes(made(config.student_model_name_or_path, "student"))
+    beside, unreached = _frozen_beside_text(student)
+    compute = getattr(torch, config.dtype)
+    if config.use_peft:
+        cast_weights(student, compute)
+        with torch.device("meta"):
+            add_adapter(student, config, config.seed, beside)
+    masters = Masters(student, compute)
+    known: dict[str, PreTrainedModel] = {}
+    teachers: dict[str, PreTrainedModel] = {}
+    for name, source in {"": config.teacher_model_name_or_path, **config.teachers}.items():
+        if source not in known:
+            known[source] = BaseModel(student) if source == BASE else load_shapes(made(source, "teacher"))
+            if source != BASE:
+                unreached |= _frozen_beside_text(known[source])[1]
+                cast_weights(known[source].requires_grad_(False), getattr(torch, config.teacher_dtype))
+        teachers[name] = known[source]
+    vocabularies = [model.config.get_text_config().vocab_size for model in (student, *teachers.values())]
+    prompt = config.max_prompt_length
+    if config.teacher_prompt:  # its words are at most as many tokens as bytes
+        prompt += config.max_completion_length + len(config.teacher_prompt.encode())
+    return Models(student, teachers, min(vocabularies), prompt, frozenset(unreached)), masters
+
+
+def _frozen_beside_text(model: PreTrainedModel) -> tuple[tuple[str, ...], set[int]]:
+    """Freeze what text does not reach, such as a vision tower; returns its modules, and the ids of its parameters."""
+    if model.config.get_text_config() is model.config:
+        return (), set()
+    # Tensors without values, in whose place a forward may still ask for a number.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unreached = {id(parameter) for parameter in beside_text(model).values()}
+        return freeze_beside_text(model), unreached
+
+
+def _on_a_gpu(config: TrainConfig) -> dict[str, Any]:
+    """The dtypes that ``auto`` means on the GPUs of the table, all of which are good at bfloat16."""
+    dtype = "bfloat16" if config.dtype == AUTO else config.dtype
+    wide = "float64" if dtype == "float64" else "bfloat16"
+    teacher = dtype if config.teacher_is_base else wide if config.teacher_dtype == AUTO else config.teacher_dtype
+    return {"dtype": dtype, "teacher_dtype": teacher}
+
+
+def _holds(card: str, total: float) -> bool:
+    return total <= OF_MEMORY * GPUS[card].memory * 1e9
+
+
+def _about(config: TrainConfig, models: Models, masters: Masters, spread: Spread) -> Iterator[str]:
+    """What is reckoned with: the models, and the lengths that stand in for the data's."""
+    sources = {"": config.teacher_model_name_or_path, **config.teachers}
+    for name, model in models.teachers.items():
+        split = f", each over {spread.teacher} GPUs" if spread.teacher > 1 else ""
+        yield f"{role_of(name)}: {sources[name]}, {_size(model)}, in {dtype_name(model.dtype)}{split}"
+    trained = sum(weight.numel() for weight in masters.named.values())
+    yield (
+        f"student: {config.student_model_name_or_path}, {_size(models.student)}, {trained:,} of them trained, multiplied in "
+        f"{dtype_name(models.student.dtype)}"
     )
-    # A chunk's logits of both models, in the dtype that each multiplies in, and what autograd holds of a piece of them.
-    logits = sum(sizes.chunk / 4 * model.dtype.itemsize for model in (pair.student, pair.teacher))
-    return {
-        f"teacher, in {dtype_name(pair.teacher.dtype)}": float(sum(map(parameter_bytes, teachers))),
-        f"the student's trained weights, as they are updated, in {wide}": trained,
-        f"the student as it multiplies, in {dtype_name(pair.student.dtype)}": held,
-        f"gradients, in {wide}": trained,
-        f"the optimizer's moments, in {wide}": 2 * trained,
-        "loss": logits + 16.0 * sizes.piece + head.numel() * max(4, head.element_size()),
-        "decoding": rows * row if config.mix.generates else 0.0,
-    }
+    rows, kind = config.per_device_train_batch_size * config.gradient_accumulation_steps, "of the data's text"
+    length, setting = config.max_completion_length, "max_completion_length"
+    if config.mix.generates:
+        length, setting, kind = config.max_new_tokens, "max_new_tokens", "that writes its text"
+    yield (
+        f"a step {kind}: {rows} rows on each GPU, {config.per_device_train_batch_size} at a time in the update, every row as long "
+        f"as it may be, since the data are not looked at: {config.max_prompt_length} tokens of prompt (max_prompt_length) and "
+        f"{length} of completion ({setting})"
+    )
+
+
+def _size(model: PreTrainedModel) -> str:
+    method = quantised(model.config)
+    as_if = f" (counted as if they were not quantised by {method})" if method else ""
+    return f"{model.config.model_type}, {num_parameters(model):,} parameters{as_if}"
+
+
+def _times(
+    config: TrainConfig, models: Models, masters: Masters, spread: Spread, cards: dict[str, bool]
+) -> Iterator[str]:
+    """A table of the seconds of a step, by GPU and part."""
+    found = {card: seconds(config, models, masters, spread, GPUS[card]) for card in cards}
+    titles = ["GB", "fits", *next(iter(found.values())), "in all"]
+    widths = [max(8, len(title) + 3) for title in titles]
+    yield f"{'seconds of a step':<18}" + "".join(f"{title:>{w}}" for title, w in zip(titles, widths, strict=True))
+    for card, parts in found.items():
+        cells = [f"{GPUS[card].memory:g}", "yes" if cards[card] else "no"]
+        cells += [f"{value:.2f}" for value in (*parts.values(), sum(parts.values()))]
+        yield f"  {card:<16}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+
+
+def _ways_out(config: TrainConfig, models: Models, masters: Masters, spread: Spread, total: float) -> Iterator[str]:
+    """Changes of the settings that take less memory, each by itself."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    ways: dict[str, tuple[dict[str, Any], Spread]] = {
+        "--gradient-checkpointing": ({"gradient_checkpointing": True}, spread),
+        f"--per-device-train-batch-size 1 --gradient-accumulation-steps {rows}": (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}, spread,
+        ),
+        "--generation-batch-size 8": ({"generation_batch_size": min(8, config.generation_batch_size)}, spread),
+    }  # fmt: skip
+    if not config.use_peft:
+        ways["--use-peft"] = {"use_peft": True, "fsdp": False}, spread
+        more = max(2, spread.processes)
+        ways[f"--fsdp on {more} GPUs"] = {"fsdp": True, "graphs": False}, replace(spread, processes=more)
+    if spread.teacher == 1 and all(splits(model, 2) for model in models.own_weights):
+        more = spread.processes * (1 + spread.processes % 2)
+        ways[f"--teacher-tensor-parallel 2 on {more} GPUs"] = {}, Spread(more, 2)
+    yield "With one of these changes each GPU would hold, in GB:"
+    for words, (changes, other) in ways.items():
+        changed = replace(config, **changes)
+        try:
+            own = shapes(changed) if changed.use_peft != config.use_peft else (models, masters)
+        except ConfigError:  # of some models peft does not adapt all layers of the body
+            continue
+        need = sum(on_one_gpu(changed, *own, other).values())
+        if need < 0.99 * total:
+            yield f"  {need / 1e9:>8.2f}  {words}: fits {', '.join(c for c in GPUS if _holds(c, need)) or 'none of them'}"

@@ -29,7 +29,7 @@ FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet", "allow_change", "save_dtype",
+    "report_to", "quiet", "allow_change", "save_dtype", "push_to_hub", "hub_private_repo",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -126,6 +126,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     trained in. The student is rounded to it before it is scored for the last time. Checkpoints are not rounded."""
     merge: bool = False
     """Save `student/` as a whole model with the adapter added to its weights, which opens without peft."""
+    push_to_hub: str = ""
+    """Put `student/`, and nothing else, on the Hugging Face Hub under this name when the run is done. A run that goes on, or is
+    made again from its settings, does so only if it is told so again."""
+    hub_private_repo: bool = True
+    """What push_to_hub makes there is private; one that is there already stays as it is."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir that is whole."""
     resume_from: str = ""
@@ -189,8 +194,8 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         return round(start + (end - start) * progress) if start else end
 
     def anew(self) -> TrainConfig:
-        """The same settings for a run that begins, and that somebody looks at."""
-        return dataclasses.replace(self, resume=False, resume_from="", allow_change=(), quiet=False)
+        """The same settings for a run that begins, that somebody looks at, and that goes nowhere unasked."""
+        return dataclasses.replace(self, resume=False, resume_from="", allow_change=(), quiet=False, push_to_hub="")
 
     def _check_learning_rate(self) -> None:
         if self.warmup_ratio >= 1:

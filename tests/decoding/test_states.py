@@ -16,8 +16,8 @@ from switchkd.decoding.pace import Costs, Pace
 from switchkd.decoding.rows import row_bytes
 from switchkd.forward.head import Scorer
 from switchkd.runner import cache, runner
-from switchkd.runner.cache import Places
-from switchkd.runner.runner import Runner, state_bytes
+from switchkd.runner.cache import Places, state_bytes
+from switchkd.runner.runner import Runner
 
 # Of several lengths, so that a forward may not hold all of them; one is of a single token.
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [7], [30, 31]]
@@ -29,7 +29,7 @@ PAIRS = {
     "falcon_h1": ("falcon_h1", "falcon_h1"),
     "lfm2": ("lfm2, conv layers", "lfm2, conv layers"),
     "student": ("granitemoehybrid", "llama"),
-    "teacher": ("llama", "olmo_hybrid"),
+    "teacher": ("llama", "mamba2"),
     "one by one": ("jamba", "mamba"),
 }
 TOLERANCE = 2e-3  # of divergences: states are in fp32, beside weights in fp64
@@ -48,17 +48,11 @@ def pairs():
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("policy", ["student_only", "teacher_only", "switch_exponential", "adaswitch", "quota"])
+@pytest.mark.parametrize("policy", ["switch_exponential", "adaswitch"])
 def test_every_pair_block_and_batch(pairs, name, policy):
     settings = {"eos_token_ids": [5, 13, 14]}
     reference = decode_reference(*pairs(name), PROMPTS, POLICIES[policy], BUDGET, **settings)
-    for block, batch, drafter in (
-        (1, 3, "auto"),
-        (4, 3, "student"),
-        (5, 2, "teacher"),
-        (3, 1, "auto"),
-        ("auto", 7, "auto"),
-    ):
+    for block, batch, drafter in ((4, 3, "student"), (5, 2, "teacher"), (3, 1, "auto")):
         out = decode(
             *pairs(name),
             PROMPTS,
@@ -74,9 +68,11 @@ def test_every_pair_block_and_batch(pairs, name, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy(pairs, policy):
-    reference = decode_reference(*pairs("student"), PROMPTS, POLICIES[policy], BUDGET)
-    for drafter in ("student", "teacher"):
-        out = decode(*pairs("student"), PROMPTS, POLICIES[policy], BUDGET, block_size=4, batch_size=3, drafter=drafter)
+    reference = decode_reference(*pairs("teacher"), PROMPTS, POLICIES[policy], BUDGET)
+    for block, drafter in ((4, "student"), (3, "teacher"), (1, "auto"), ("auto", "auto")):
+        out = decode(
+            *pairs("teacher"), PROMPTS, POLICIES[policy], BUDGET, block_size=block, batch_size=3, drafter=drafter
+        )
         assert_same(out, reference, TOLERANCE)
 
 
@@ -140,7 +136,7 @@ def test_a_block_that_must_be_read_again_counts_as_dearer():
     for states in ((False, False), (False, True), (True, True)):
         pace = Pace(flat, keep_state=states)
         for _ in range(99):
-            pace.observe(100, 80, 100, 100, 80)
+            pace.observe(100, 80, 60, 100, 60)
         blocks.append(pace.plan({(True, True): 8}, 100).block)
     assert blocks[0] > blocks[1] >= blocks[2] >= 1
 
@@ -157,16 +153,12 @@ MUTANTS = {
         runner,
         ("self.marks[rows.host], self.marked[rows.host] = self.read[rows.host], True", "self.marked[rows.host] = True"),
     ),
-    "rows of different lengths in one forward": (runner, ("group = behind >= width\n", "group = behind > 0\n")),
-    "a new prompt goes on from the row before": (runner, ("layer.restart(row)", "pass")),
-    "a row that moves leaves its mark behind": (
+    "rows of different lengths in one forward": (
         runner,
-        ("(self.read, self.marks, self.marked)", "(self.read, self.marked)"),
+        ("self._catch_up_in_step(rows, ends - 1)\n            return", "self.marked[rows.host] = False"),
     ),
-    "a row that moves leaves its states behind": (
-        cache,
-        ("for own in (*self.now.values(), *self.marked.values()):\n            own[to] = own[source]", "pass"),
-    ),
+    "a new prompt goes on from the row before": (runner, ("layer.restart(row)", "pass")),
+    "a row that moves leaves its states behind": (cache, ("            own[to] = own[source]", "            pass")),
     "states of the first rows for all": (
         cache,
         ("own is None else rows.of(own)", "own is None else own[: len(rows.host)].clone()"),
@@ -183,7 +175,7 @@ REFERENCES = {}
 
 def check_states(pairs, decode):
     for name in ("mamba2", "student"):
-        for policy in ("switch_exponential", "adaswitch", "quota"):
+        for policy in ("switch_exponential", "adaswitch"):
             settings = {"eos_token_ids": [5, 13, 14]}
             if (name, policy) not in REFERENCES:
                 REFERENCES[name, policy] = decode_reference(*pairs(name), PROMPTS, POLICIES[policy], BUDGET, **settings)

@@ -13,7 +13,7 @@ from switchkd.data.texts import tokenize
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
 from switchkd.runner.architecture import num_parameters
-from switchkd.runs.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, _settings, make_pair, new_model
+from switchkd.studies.small_pair import MAX_COMPLETION, MAX_PROMPT, SCALES, _settings, make_pair, new_model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_pair_that_was_not_made_is_an_error_that_says_how(tmp_path, monkeypatc
 def test_a_taken_folder_and_a_failure_leave_what_was_there(found, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="already exists"):
         make_pair(scale="tiny")
-    monkeypatch.setattr("switchkd.runs.small_pair._train", lambda *_: 1 / 0)
+    monkeypatch.setattr("switchkd.studies.small_pair._train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_pair(tmp_path / "pair", scale="tiny")
     assert list(tmp_path.iterdir()) == []
