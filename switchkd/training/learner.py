@@ -30,6 +30,8 @@ from switchkd.training.loss import balance_coefficient, balancing, response_toke
 from switchkd.training.optimizer import Masters, adamw
 from switchkd.training.settings import TrainConfig
 
+Read = tuple[torch.Tensor, Batch, Teacher | None]  # as of ``Learner.read``
+
 
 @dataclass(frozen=True)
 class Part:
@@ -122,11 +124,15 @@ class Learner:
 
     def loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch, or of its mean over each text."""
-        hidden, batch, teacher = self.read(rows, objective)
+        return self.total(self.read(rows, objective), rows, objective)
+
+    def total(self, read: Read, rows: Rows, objective: Objective) -> torch.Tensor:
+        """``loss`` of what is read already."""
+        hidden, batch, teacher = read
         tokens = response_tokens(batch, [r.speakers for r in rows])
         return total(objective, teacher, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
 
-    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
+    def read(self, rows: Rows, objective: Objective) -> Read:
         """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
@@ -221,16 +227,16 @@ def blame(learner: Learner, parts: Sequence[Part]) -> str:
 
 
 def _broken(learner: Learner, row: Text, objective: Objective) -> str:
+    hidden, _, teacher = read = learner.read([row], objective)  # of an empty row too: other ranks may wait for it
     if not row.completion_ids:
         return ""
-    hidden, _, teacher = learner.read([row], objective)
     logq = learner.head.log_probs(learner.head(hidden))
     # Log-softmax spreads one NaN or +inf over its whole row; a log-probability of −inf is a masked token.
     if teacher is not None and teacher.at(slice(0, len(logq)))(slice(None), logq)[0].isnan().any():
         return "the teacher's logits are not finite"
     if logq.isnan().any():
         return "the student's logits are not finite"
-    return "" if learner.loss([row], objective).isfinite() else "the loss is not finite"
+    return "" if learner.total(read, [row], objective).isfinite() else "the loss is not finite"
 
 
 @torch.no_grad()
