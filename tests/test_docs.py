@@ -29,10 +29,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps")),
+    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps", "parallel_teachers")),
 ]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
+# What needs several processes or GPUs is read, not run.
+ELSEWHERE = re.compile(r"torchrun |.* --teacher-(device|load-in)")
 SHORT = {
     "demo": ["--max-steps", "2"],
     "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
@@ -57,10 +59,11 @@ def blocks(language):
             yield page, block
 
 
-COMMANDS = list(dict.fromkeys(
+TYPED = list(dict.fromkeys(
     line.split("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()
     if line.strip() and not line.startswith(NOT_HERE)
 ))  # fmt: skip
+COMMANDS = [line for line in TYPED if not ELSEWHERE.match(line)]
 
 
 # Python that the pages tell to put into a file of the name in its first line, and Python to be run.
@@ -133,6 +136,12 @@ def test_commands_in_the_order_of_the_pages(workplace, capsys):
     if shutil.which("chromium") and importlib.util.find_spec("playwright"):
         script("examples/report_picture.py", "runs/mine/report.html", "report.png")
         assert Path("report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", [line for line in TYPED if ELSEWHERE.match(line)])
+def test_commands_for_other_machines_can_be_read(command):
+    words = shlex.split(command)
+    assert parse(CLI["train"].settings, words[words.index("train") :]).teacher_place.stays
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

@@ -154,9 +154,10 @@ class Scorer:
 
         A row is the token ids of a prompt and its completion. The model is in evaluation mode meanwhile.
         """
-        batch = collate(rows).to(self.head.linear.weight.device)
+        device = self.head.linear.weight.device  # of a model over several devices, that of its output layer
+        batch = collate(rows).to(device)
         with evaluating(self.model):
-            return response_hidden(self.model, batch)
+            return response_hidden(self.model, batch).to(device)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next token, ``[..., vocab_size]``, fp32 or wider."""

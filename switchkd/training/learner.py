@@ -30,8 +30,6 @@ from switchkd.training.loss import balance_coefficient, balancing, response_toke
 from switchkd.training.optimizer import Masters, adamw
 from switchkd.training.settings import TrainConfig
 
-Read = tuple[torch.Tensor, Batch, Teacher | None]  # as of ``Learner.read``
-
 
 @dataclass(frozen=True)
 class Part:
@@ -124,15 +122,11 @@ class Learner:
 
     def loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch, or of its mean over each text."""
-        return self.total(self.read(rows, objective), rows, objective)
-
-    def total(self, read: Read, rows: Rows, objective: Objective) -> torch.Tensor:
-        """``loss`` of what is read already."""
-        hidden, batch, teacher = read
+        hidden, batch, teacher = self.read(rows, objective)
         tokens = response_tokens(batch, [r.speakers for r in rows])
         return total(objective, teacher, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
 
-    def read(self, rows: Rows, objective: Objective) -> Read:
+    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
         """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
@@ -227,7 +221,9 @@ def blame(learner: Learner, parts: Sequence[Part]) -> str:
 
 
 def _broken(learner: Learner, row: Text, objective: Objective) -> str:
-    hidden, _, teacher = read = learner.read([row], objective)  # of an empty row too: other ranks may wait for it
+    # Both are asked for whatever the first one shows, or the row holds: other ranks may need this one to run their teacher.
+    hidden, _, teacher = learner.read([row], objective)
+    loss = learner.loss([row], objective)
     if not row.completion_ids:
         return ""
     logq = learner.head.log_probs(learner.head(hidden))
@@ -236,7 +232,7 @@ def _broken(learner: Learner, row: Text, objective: Objective) -> str:
         return "the teacher's logits are not finite"
     if logq.isnan().any():
         return "the student's logits are not finite"
-    return "" if learner.total(read, [row], objective).isfinite() else "the loss is not finite"
+    return "" if loss.isfinite() else "the loss is not finite"
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.pair import Pair
 from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
-from switchkd.training.processes import all_rollouts, check_agreed, from_main, in_first_group
+from switchkd.training.processes import all_rollouts, check_agreed, from_main
 from switchkd.training.settings import TrainConfig
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
@@ -134,5 +134,7 @@ class Reading:
         rows = self.examples[: self.generation_rows]
         settings, ids = self.decoding(0, 0.0), range(len(rows))
         job = job_of(self.pair, rows[0].teacher, rows, settings, ids)
-        mine = measured_costs(job) if in_first_group(self.accelerator, self.together) else ()
-        return from_main(self.accelerator, lambda: mine) or ()
+        if self.together.alone:
+            return from_main(self.accelerator, lambda: measured_costs(job)) or ()
+        mine = measured_costs(job)  # which needs them all
+        return from_main(self.accelerator, lambda: mine)
