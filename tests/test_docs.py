@@ -29,10 +29,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("guide", "data", "evaluation", "methods", "engine", "traps", "scale")),
+    *(
+        f"docs/{name}.md"
+        for name in ("guide", "data", "evaluation", "methods", "engine", "traps", "scale", "parallel_teachers")
+    ),
 ]
 # What sets up, tests or formats this checkout is run by the test command itself.
 NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
+# What needs several processes or GPUs is read, not run.
+ELSEWHERE = re.compile(r"^torchrun |^srun | --teacher-(device|load-in)")
 SHORT = {
     "demo": ["--max-steps", "2"],
     "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
@@ -108,11 +113,8 @@ def workplace(pair, tmp_path, monkeypatch):
 def typed(command):
     """Run a documented command line, shortened, with the demo in place of models from a hub."""
     words = [re.sub(r"^Qwen/.*", "demo", word) for word in shlex.split(command)]
-    if words[0] in (
-        "torchrun",
-        "srun",
-    ):  # several processes, perhaps on several machines: the flags behind the launcher's are read
-        own = words[words.index("switchkd.cli") + 1 :]
+    if ELSEWHERE.search(command):
+        own = words[next(at for at, word in enumerate(words) if word in CLI) :]
         assert parse(CLI[own[0]].settings, own), command
     elif words[1] == "push":  # to a hub: the name is read, and the run is there
         assert Path(parse(CLI["push"].settings, words[1:]).run, "student").is_dir(), command

@@ -33,8 +33,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or bool(_WORDS.search(str(error))))
 
 
-def fits(work: Callable[[], Result], rows: int, what: str) -> tuple[bool, Result | None]:
+def fits(work: Callable[[], Result], rows: int, what: str, alone: bool = True) -> tuple[bool, Result | None]:
     """Whether ``work`` on so many rows came to its end, and its result; False where memory ran out, which is then cleared.
+
+    Where other processes do the same work in step with this one, which is not ``alone``, memory's own error ends it.
 
     Raises:
         NoMemoryError: one row is too many.
@@ -42,7 +44,7 @@ def fits(work: Callable[[], Result], rows: int, what: str) -> tuple[bool, Result
     try:
         return True, work()
     except Exception as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or not alone:
             raise
         if rows == 1:
             raise NoMemoryError(
@@ -66,18 +68,20 @@ def tell_fewer(what: str, setting: str, at_first: int, rows: int) -> None:
         )
 
 
-def halving(work: Callable[[int], Result], rows: int, what: str, setting: str) -> tuple[Result, int]:
+def halving(
+    work: Callable[[int], Result], rows: int, what: str, setting: str, alone: bool = True
+) -> tuple[Result, int]:
     """``work(rows)`` and the number of rows that it was done with: where memory runs out, it is called again with half of them.
 
     A call that failed must leave nothing behind that the next one would count twice. One warning says how it went: ``what`` was
-    done, and ``setting`` would have it begin with fewer rows.
+    done, and ``setting`` would have it begin with fewer rows. ``alone`` is as in ``fits``.
 
     Raises:
         NoMemoryError: one row is too many.
     """
     at_first = rows
     while True:
-        done, result = fits(partial(work, rows), rows, what)
+        done, result = fits(partial(work, rows), rows, what, alone)
         if done:
             tell_fewer(what, setting, at_first, rows)
             return cast(Result, result), rows

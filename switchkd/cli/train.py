@@ -27,8 +27,6 @@ class CheckConfig(TrainConfig):
     """With estimate: the GPU that it is calculated for, such as H100 or RTX-4090; without, all that are known."""
     processes: int = 1
     """With estimate: processes that the run goes over, one on each GPU."""
-    teacher_tensor_parallel: int = 1
-    """With estimate: of these, how many each teacher is split over."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job, Row
 from switchkd.decoding.settings import DecodeSettings, Drafter
 from switchkd.forward.ends import Ends
+from switchkd.forward.parallel import Together
 from switchkd.forward.proof import prove
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key, speakers
@@ -194,13 +195,17 @@ class Runners:
 
 @torch.no_grad()
 def measured_costs(job: Job) -> tuple[float, ...]:
-    """What rounds of such a job are planned by, for the setting ``costs``; measured now, on its first rows."""
+    """What rounds of such a job are planned by, for the setting ``costs``; measured now, on its first rows.
+
+    Processes that run the teacher together ask in step, and are told the same.
+    """
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return NO_COSTS.plain()
     student, teacher = pair = Runners().of_pair(job)
     with evaluating(job.student, job.teacher), student.fast(), teacher.fast():
-        return _begun(job, decodable, _most(job, decodable), pair)[0].pace.costs.plain()
+        mine = _begun(job, decodable, _most(job, decodable), pair)[0].pace.costs.plain()
+    return Together.of(job.teacher).first(lambda: mine)
 
 
 @torch.no_grad()
@@ -215,6 +220,9 @@ def decode_job(
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)
     start = time.perf_counter()
+    alone = Together.of(job.teacher).alone
+    if not alone and not job.settings.costs:  # plans must be the same on all processes that run the teacher
+        job = replace(job, settings=replace(job.settings, costs=measured_costs(job)))
     pair = (runners or Runners()).of_pair(job)
     most, (student, teacher) = _most(job, decodable), pair
     # Given costs ask for the same text each time, which another number of threads may round otherwise, or cannot.
@@ -225,7 +233,7 @@ def decode_job(
         while engine.rows:
             signals.check()
             fitted()
-            if not fits(engine.round, engine.board.count, "decoding")[0]:
+            if not fits(engine.round, engine.board.count, "decoding", alone)[0]:
                 rows = engine.shrink()
                 continue
             cost = engine.cost(time.perf_counter() - start)
@@ -242,7 +250,8 @@ def decode_job(
 
 def _begun(job: Job, decodable: Sequence[Row], rows: int, pair: Sequence[Runner]) -> tuple[BlockEngine, int]:
     """An engine for ``rows`` rows at a time, or for as many as memory holds, and their number."""
-    while (engine := fits(partial(BlockEngine, job, deque(decodable), rows, pair), rows, "decoding")[1]) is None:
+    alone = Together.of(job.teacher).alone
+    while (engine := fits(partial(BlockEngine, job, deque(decodable), rows, pair), rows, "decoding", alone)[1]) is None:
         rows //= 2
     return engine, rows
 

@@ -9,6 +9,7 @@ from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import DEFAULT_BATCH, decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
+from switchkd.forward.parallel import Together
 from switchkd.methods.policy import TEACHER, TeacherOnly
 from switchkd.models.pair import Pair
 from switchkd.teachers.store import Header, Progress, Store, fingerprint
@@ -58,7 +59,8 @@ def teacher_texts(
     # Parts end where they would without a kill, so that the batches in them are the same ones.
     firsts = range(0, len(examples), _PART_BATCHES * (settings.batch_size or DEFAULT_BATCH))
     store = Store(Path(folder), _header(pair, examples, settings), firsts, len(examples), "jsonl")
-    lines = [line for part in store.fill(made, progress) for line in part.file.read_bytes().splitlines()]
+    parts = store.fill(made, progress, Together.of(pair.teacher))
+    lines = [line for part in parts for line in part.file.read_bytes().splitlines()]
     return [_completed(example, json.loads(line)) for example, line in zip(examples, lines, strict=True)]
 
 

@@ -25,6 +25,7 @@ from switchkd.evaluation.results import Completion, Evaluation
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
+from switchkd.forward.parallel import Together
 from switchkd.methods.divergences import forward_kl
 from switchkd.models.pair import Pair
 from switchkd.teachers.asked import TextReader, text_reader
@@ -46,7 +47,7 @@ def evaluate(
 ) -> Evaluation:
     """Score ``model`` (the pair's student or its teacher) against the pair's teacher and the references.
 
-    Tells ``progress`` of ``work(examples, settings)`` examples in all.
+    Tells ``progress`` of ``work(examples, settings)`` examples in all. Processes that run the teacher together ask in step.
 
     Raises:
         DataError: there is nothing to evaluate on, a reference cannot be scored against, or a prompt cannot be completed.
@@ -233,6 +234,7 @@ def _token_sums(
     sums = np.zeros((3, len(BANDS), len(rows)))
     teacher = text_reader(pair.teacher, pair.vocab_size, pair.ends)
     scored = teacher if model is pair.teacher else text_reader(model, pair.vocab_size, pair.ends)
+    alone = Together.of(pair.teacher).alone
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
     def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -242,7 +244,7 @@ def _token_sums(
 
     while left:
         size = min(batch_size, len(left))
-        (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size")
+        (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size", alone)
         lengths = [len(rows[place][1]) for place in places]
         positions = np.concatenate([np.arange(length) for length in lengths])
         owners = np.repeat(places, lengths)
@@ -264,7 +266,7 @@ def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Prompt
     kl, nll = [], []
     for part in _chunks(len(targets)):
         logq = scored.log_probs(hidden_q[part])
-        logp = logq if scored is teacher else teacher.log_probs(hidden_p[part])
+        logp = logq if scored is teacher else teacher.log_probs(hidden_p[part]).to(logq.device)
         kl.append(forward_kl(logp, logq))
         nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
     # Sums are float64, which not every device has: on the host.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from switchkd.base.errors import ModelError
 from switchkd.data.texts import Batch, collate
 from switchkd.forward.ends import NO_ENDS, Ends
+from switchkd.forward.parallel import whole_linear
 from switchkd.forward.proof import prove
 from switchkd.runner.architecture import batch_inputs, beyond_context
 from switchkd.runner.modes import evaluating, head_inputs
@@ -49,6 +50,8 @@ class Head:
     def of(model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS) -> "Head":
         """The model's own head, cut to the first ``vocab_size`` ids; ``ends`` say what of its law is merged.
 
+        Of a model in shards it is gathered, once, and all processes that run the model must ask for it.
+
         Raises:
             ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer;
             or the model is not read exactly in batches (`switchkd.forward.proof`).
@@ -65,6 +68,7 @@ class Head:
         cap = getattr(config, "final_logit_softcapping", None)
         prove(model)
         # MiniCPM scales what enters the layer already.
+        linear = whole_linear(linear)
         return Head._checked(model, [Head(linear, vocab_size, each, cap, ends) for each in dict.fromkeys((scale, 1.0))])
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class Head:
     def raw(self, hidden: Tensor) -> Tensor:
         """The linear part, ``W h + b``."""
         weight, bias = self.parameters()
-        return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+        return nn.functional.linear(hidden.to(weight), weight, bias)
 
     def finish(self, raw: Tensor) -> Tensor:
         """Scale and cap."""
@@ -100,7 +104,7 @@ class Head:
         with evaluating(model), head_inputs(model) as entered, torch.autocast(device.type, enabled=False):
             logits = model(input_ids=ids, use_cache=False).logits[..., :vocab_size]
             wide = torch.promote_types(logits.dtype, torch.float32)
-            errors = [(head(entered[0]).to(wide) - logits.to(wide)).abs().max().item() for head in heads]
+            errors = [(head(entered[0]).to(logits.device, wide) - logits.to(wide)).abs().max().item() for head in heads]
         size = max(logits.abs().max().item(), 1e-9)
         # The same product of the same numbers, rounded once, or as often as there are a scale and a cap.
         tolerance = {torch.float64: 1e-9 if logits.dtype == torch.float64 else 1e-6, torch.float32: 1e-5}.get(
@@ -125,7 +129,7 @@ def response_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     predicts[:, -1] = False
     with head_inputs(model, lambda hidden: hidden[:1, :1]) as entered:
         model(**batch_inputs(model, batch))
-    return entered[0][predicts]
+    return entered[0][predicts.to(entered[0].device)]
 
 
 def _check_length(model: PreTrainedModel, tokens: int) -> None:
@@ -150,9 +154,10 @@ class Scorer:
 
         A row is the token ids of a prompt and its completion. The model is in evaluation mode meanwhile.
         """
-        batch = collate(rows).to(self.head.linear.weight.device)
+        device = self.head.linear.weight.device  # of a model over several devices, that of its output layer
+        batch = collate(rows).to(device)
         with evaluating(self.model):
-            return response_hidden(self.model, batch)
+            return response_hidden(self.model, batch).to(device)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next token, ``[..., vocab_size]``, fp32 or wider."""

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from switchkd.base.errors import ModelError, SwitchKDError
@@ -123,16 +124,22 @@ def _usable_twin(model: PreTrainedModel) -> PreTrainedModel | None:
 def _in_fp32(model: nn.Module) -> Iterator[None]:
     """Each module of a model in half precision works with its weights in fp32 while it runs, one after the other."""
     kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    in_shards: dict[nn.Module, dict[str, nn.Parameter]] = {}  # their data cannot be exchanged: others take their place
 
     def widen(module: nn.Module, *_: Any) -> None:
+        half, weights = (torch.bfloat16, torch.float16), dict(module.named_parameters(recurse=False))
+        shards = {name: own for name, own in weights.items() if isinstance(own, DTensor) and own.dtype in half}
+        in_shards[module] = {name: weights[name] for name in shards}
+        module._parameters.update({name: nn.Parameter(own.float(), False) for name, own in shards.items()})
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        kept[module] = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.bfloat16, torch.float16)]
+        kept[module] = [(tensor, tensor.data) for tensor in own if tensor.dtype in half]
         for tensor, data in kept[module]:
             tensor.data = data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
         for tensor, data in kept.pop(module, ()):
             tensor.data = data
+        module._parameters.update(in_shards.pop(module, {}))
 
     with ExitStack() as stack:
         if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -19,7 +19,7 @@ from switchkd.data.small_data import small_pair_paths
 from switchkd.models import demo_pair
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
-from switchkd.models.settings import BASE, chosen_dtype, quantised
+from switchkd.models.settings import AUTO, BASE, Place, chosen_dtype, quantised
 from switchkd.runner.architecture import check_layers, model_class
 
 if TYPE_CHECKING:
@@ -39,11 +39,16 @@ class _Index(TypedDict):
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: str | None = None, load_in_4bit: bool = False
+    name: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    load_in_4bit: bool = False,
+    place: Place | None = None,
 ) -> "PreTrainedModel":
     """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo, small: the teacher).
 
-    Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body.
+    Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body. ``place``
+    says more of where a teacher's weights go.
     Raises ConfigError for an unknown ``dtype`` or ``device``, ModelError where the folder is not a whole model of
     safetensors and JSON, or its architecture cannot be decoded with rollback.
     """
@@ -57,15 +62,17 @@ def load_model(
     if is_adapter(source):
         from switchkd.models.adapters import open_adapter
 
-        model = load_model(adapter_base(source), dtype, device, load_in_4bit)
+        model = load_model(adapter_base(source), dtype, device, load_in_4bit, place)
         open_adapter(model, Path(source))
         _take_generation_config(model, Path(source))
         return model
     config = load_config(source, is_local)
     check_layers(config)
-    if load_in_4bit and (method := quantised(config)):
-        raise ConfigError(f"load_in_4bit, and the weights of {source} are quantised already ({method}); leave it out")
-    in_4bit = {"quantization_config": _nf4(torch_dtype), "device_map": {"": torch_device}} if load_in_4bit else {}
+    place = place or Place(load_in_4bit=load_in_4bit)
+    if (place.load_in_8bit or place.load_in_4bit) and (method := quantised(config)):
+        bits = "load_in_4bit" if place.load_in_4bit else "load_in_8bit"
+        raise ConfigError(f"{bits}, and the weights of {source} are quantised already ({method}); leave it out")
+    placed = _placed(place, config, torch_device, torch_dtype)
     size = no_larger_than(_weight_bytes(Path(source)), source) if is_local else nullcontext()
     with _as_model_error(source, is_local), size:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -77,7 +84,7 @@ def load_model(
             trust_remote_code=False,
             attn_implementation=_attention(config),
             output_loading_info=True,
-            **in_4bit,
+            **placed,
         )
     # transformers only warns here and goes on with random weights.
     if unusable := sorted({str(key) for field in ("missing_keys", "mismatched_keys") for key in info[field]}):
@@ -87,7 +94,46 @@ def load_model(
         )
     if torch_dtype == torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped products of experts have no float64
-    return model.eval().to(torch_device)
+    if spilled := [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]:
+        raise ModelError(
+            f"{source} does not fit on the GPUs of this process: {len(spilled)} of its weights would stay on the host or the disk, "
+            "and be copied in every forward; use more GPUs, or teacher_load_in_8bit"
+        )
+    return model.eval() if placed else model.eval().to(torch_device)
+
+
+def check_place(name: str, place: Place) -> None:
+    """Raise ConfigError or ModelError for a teacher whose weights cannot lie at this place; none are read."""
+    from switchkd.forward.parallel import check_parallel, check_processes, processes
+
+    if place.device == AUTO and processes() > 1:
+        raise ConfigError(
+            f"teacher_device auto spreads a teacher over all GPUs, and each of {processes()} processes would; start one process, "
+            "or use teacher_tensor_parallel"
+        )
+    if place.device not in ("", AUTO):
+        device_named(place.device)
+    if place.tensor_parallel == 1:
+        return
+    check_processes(place.tensor_parallel)
+    if is_adapter(name):
+        raise ModelError(
+            f"{name} is an adapter, which cannot be put on a teacher in shards; merge it into its base with peft"
+        )
+    source, is_local = located(name)
+    check_parallel(load_config(source, is_local), source, place.tensor_parallel, place.expert_parallel)
+
+
+def _placed(place: Place, config: "PretrainedConfig", device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+    """What ``from_pretrained`` is told of where weights go; nothing, if they are moved to their one device afterwards."""
+    if place.tensor_parallel > 1:
+        from switchkd.forward.parallel import sharded_over
+
+        return sharded_over(place.tensor_parallel, place.expert_parallel)
+    told: dict[str, Any] = {"device_map": AUTO} if place.device == AUTO else {}
+    if place.load_in_8bit or place.load_in_4bit:
+        told = {"device_map": {"": device}} | told | {"quantization_config": _in_bits(place, dtype)}
+    return told
 
 
 def load_shapes(name: str) -> "PreTrainedModel":
@@ -191,13 +237,15 @@ def is_adapter(name: str | Path) -> bool:
     return (Path(expanded(name)) / ADAPTER_CONFIG).is_file()
 
 
-def _nf4(dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """QLoRA's base: 4-bit NormalFloat weights, products in ``dtype``."""
+def _in_bits(place: Place, dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """Weights in 8 bits, or, as QLoRA's base, in 4-bit NormalFloat; products in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
     from switchkd.models.adapters import require
 
     require("bitsandbytes")
+    if place.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
@@ -310,4 +358,8 @@ def device_named(name: str | None) -> "torch.device":
         raise ConfigError(f"unknown device {name!r}; use 'cpu', 'cuda' or 'cuda:1'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}, but PyTorch sees no CUDA device; use 'cpu', or leave device out")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"device {name!r}, but PyTorch sees {count} CUDA devices, which count from 0; name one of them"
+        )
     return device

@@ -14,6 +14,7 @@ from switchkd.forward.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.models.loading import (
     MADE,
     adapter_base,
+    check_place,
     device_named,
     is_adapter,
     load_config,
@@ -23,7 +24,7 @@ from switchkd.models.loading import (
     made,
 )
 from switchkd.models.saved_student import settle_generation, verify_saved
-from switchkd.models.settings import BASE, chosen_teacher_dtype, dtype_name
+from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, teacher_device
 from switchkd.models.vocabulary import (
     check_logits_rows,
     check_vocabulary,
@@ -47,7 +48,8 @@ class Pair:
     are padding. ``eos_token_ids`` stop a text; where ``merged_eos_token_id`` is one of them, all are one event (``ends``).
     ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
     more teachers by name, for data rows that name one; all others have ``teacher``. ``folder_dtype`` is what the student's folder
-    says that its weights are in, in which a distilled student is saved by default.
+    says that its weights are in, in which a distilled student is saved by default. ``teachers_stay``: the teachers' weights lie
+    where they were asked to, and training does not move them to its device.
     """
 
     teacher: "PreTrainedModel"
@@ -59,6 +61,7 @@ class Pair:
     teachers: "Mapping[str, PreTrainedModel]" = field(default_factory=dict)
     folder_dtype: str = "float32"
     merged_eos_token_id: int | None = None
+    teachers_stay: bool = False
 
     @property
     def ends(self) -> Ends:
@@ -88,6 +91,7 @@ def load_pair(
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
     template: str | Template | None = None,
+    teacher_place: Place | None = None,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
@@ -97,6 +101,7 @@ def load_pair(
     as the first one is, and equal folders are loaded once.
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
+    ``teacher_place`` says where the teachers' weights lie, if not beside the student's.
     ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
     template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
@@ -112,6 +117,10 @@ def load_pair(
             f"teacher {BASE!r} is the model under the student's adapter, and {student_name} has none; set use_peft, or name a "
             f"teacher (a folder of that name is './{BASE}')"
         )
+    place = teacher_place or Place()
+    for name, source in sources.items():
+        with _naming(name):
+            check_place(source, place)
     student_tokenizer = load_tokenizer(student_name)
     tokenizers, sizes = {}, []
     for name, source in sources.items():  # before any weights are read
@@ -120,8 +129,9 @@ def load_pair(
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
+    there = teacher_device(place, device_named(device))
     models = _load_teachers(
-        sources, chosen_teacher_dtype(teacher_dtype, dtype, device_named(device)), device, student_model
+        sources, chosen_teacher_dtype(teacher_dtype, dtype, there), str(there), student_model, place
     )
     for name, model in models.items():
         with _naming(name):
@@ -141,8 +151,9 @@ def load_pair(
     source_dtype = _folder_dtype(student_name)
     default = models.pop("")
     return Pair(
-        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into
-    )
+        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into,
+        place.stays,
+    )  # fmt: skip
 
 
 def student_base(name: str) -> str:
@@ -198,23 +209,23 @@ def _ends(
     return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)
 
 
-def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTrainedModel") -> "PreTrainedModel":
+def _load_teacher(name: str, dtype: str, device: str, student: "PreTrainedModel", place: Place) -> "PreTrainedModel":
     if name != BASE:
-        return load_model(name, dtype, device).requires_grad_(False)
+        return load_model(name, dtype, device, place=place).requires_grad_(False)
     from switchkd.forward.base_model import BaseModel
 
     return BaseModel(student)
 
 
 def _load_teachers(
-    sources: Mapping[str, str], dtype: str, device: str | None, student: "PreTrainedModel"
+    sources: Mapping[str, str], dtype: str, device: str, student: "PreTrainedModel", place: Place
 ) -> "dict[str, PreTrainedModel]":
     """The teachers by name, one model for equal sources."""
     models: dict[str, PreTrainedModel] = {}
     for name, source in sources.items():
         same = next((other for other in models if _same_model(sources[other], source)), None)
         with _naming(name):
-            models[name] = _load_teacher(source, dtype, device, student) if same is None else models[same]
+            models[name] = _load_teacher(source, dtype, device, student, place) if same is None else models[same]
     return models
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from switchkd.base.errors import ConfigError
-from switchkd.base.settings import Settings
+from switchkd.base.settings import Settings, check_at_least
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,27 @@ if TYPE_CHECKING:
 
 
 BASE = "base"  # as a teacher: the model under the student's adapter
+_DEVICE = re.compile(r"|auto|cpu|mps|(cuda|xpu)(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weights of a teacher lie, and in how many bits; by default where the student's do, in their dtype.
+
+    ``device``: another one, or ``auto``: the GPUs of this process share them. ``tensor_parallel``: so many processes do, and each
+    has some ``experts`` whole if asked to.
+    """
+
+    device: str = ""
+    tensor_parallel: int = 1
+    expert_parallel: bool = False
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+
+    @property
+    def stays(self) -> bool:
+        """Whether they lie where they were asked to, and are not moved to the student's device."""
+        return self != Place()
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,16 @@ class ModelConfig(Settings):
     """The same as dtype bfloat16, by the name that transformers has for it; it is recorded as dtype."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Dtype of the teachers' weights and products; auto is bfloat16 on a GPU that is good at it, else float32."""
+    teacher_device: str = ""
+    """Device of the teachers, such as cuda:1, or auto: spread over the GPUs of this process. Default: the student's."""
+    teacher_tensor_parallel: int = 1
+    """Processes that hold the teachers together, each a share of every matrix (tensor parallel); a divisor of their number."""
+    teacher_expert_parallel: bool = False
+    """Of a teacher that is a mixture of experts, give each of these processes whole experts in place of a share of each."""
+    teacher_load_in_8bit: bool = False
+    """The teachers' weights in 8 bits; moves what they say. Needs bitsandbytes, of the extra `qlora`, and a GPU."""
+    teacher_load_in_4bit: bool = False
+    """The same in 4 bits (NF4)."""
     use_peft: bool = False
     """Train a LoRA adapter on the frozen student; needs the extra `peft`. Goes on with the student's own if it is an adapter."""
     lora_r: int = 16
@@ -57,6 +88,37 @@ class ModelConfig(Settings):
         """Whether the teacher is the model under the student's adapter."""
         return self.teacher_model_name_or_path == BASE
 
+    @property
+    def teacher_place(self) -> Place:
+        """Where the teachers' weights lie."""
+        return Place(
+            self.teacher_device, self.teacher_tensor_parallel, self.teacher_expert_parallel, self.teacher_load_in_8bit,
+            self.teacher_load_in_4bit,
+        )  # fmt: skip
+
+    def _check_teacher_place(self) -> None:
+        """Raise ConfigError where the settings of ``teacher_place`` contradict each other."""
+        if not _DEVICE.fullmatch(self.teacher_device):
+            raise ConfigError(f"teacher_device {self.teacher_device!r}; use 'cuda:1', 'cpu' or 'auto', or leave it out")
+        check_at_least(self, {"teacher_tensor_parallel": 1})
+        over, own = self.teacher_tensor_parallel, self.teacher_place
+        named = {name: value for name, value in vars(own).items() if value != vars(Place())[name]}
+        settings = " and ".join(f"teacher_{name} {value}" for name, value in named.items())
+        if self.teacher_expert_parallel and over == 1:
+            raise ConfigError(
+                "teacher_expert_parallel without teacher_tensor_parallel, which says over how many processes; give both"
+            )
+        if self.teacher_is_base and own.stays:
+            raise ConfigError(
+                f"the teacher {BASE!r} is on the student's own weights, which {settings} would move; leave it out"
+            )
+        if over > 1 and named.keys() - {"tensor_parallel", "expert_parallel"}:
+            raise ConfigError(f"{settings}: weights in shards over processes go with no other place or bits; drop one")
+        if self.teacher_load_in_8bit and self.teacher_load_in_4bit:
+            raise ConfigError("teacher_load_in_8bit and teacher_load_in_4bit; give one of them")
+        if (self.teacher_load_in_8bit or self.teacher_load_in_4bit) and self.teacher_dtype == "float64":
+            raise ConfigError(f"{settings}: quantised weights have no products in teacher_dtype float64; use bfloat16")
+
     def _take_bf16(self) -> None:
         """``bf16`` is another way to say ``dtype``; a flag for one may meet a recipe's word on the other."""
         if self.bf16 and self.dtype not in ("auto", "bfloat16"):
@@ -70,6 +132,7 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._take_bf16()
+        self._check_teacher_place()
         if self.teacher_is_base and self.teacher_dtype not in ("auto", self.dtype):
             raise ConfigError(
                 f"the teacher {BASE!r} is on the student's own weights, so it cannot be in teacher_dtype {self.teacher_dtype} "
@@ -102,7 +165,8 @@ Chosen = TypeVar("Chosen", bound="ModelConfig")
 def with_dtypes(config: Chosen, device: torch.device) -> Chosen:
     """The same settings with ``auto`` replaced by what it means on this device. A teacher on the student's base has its dtype."""
     dtype = chosen_dtype(config.dtype, device)
-    teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, device)
+    there = teacher_device(config.teacher_place, device)
+    teacher = dtype if config.teacher_is_base else chosen_teacher_dtype(config.teacher_dtype, dtype, there)
     chosen: dict[str, Any] = {"dtype": dtype, "teacher_dtype": teacher}
     return replace(config, **chosen)
 
@@ -134,6 +198,13 @@ def quantised(config: PretrainedConfig) -> str:
 def chosen_dtype(name: str, device: torch.device) -> str:
     """``name``, or what ``auto`` means on this device: bfloat16 where it is good at it, else float32."""
     return name if name != AUTO else "bfloat16" if good_at_bfloat16(device) else "float32"
+
+
+def teacher_device(place: Place, device: torch.device) -> torch.device:
+    """The device that a teacher is on, the first of several, beside a student on ``device``."""
+    import torch
+
+    return device if place.device in ("", AUTO) else torch.device(place.device)
 
 
 def chosen_teacher_dtype(name: str, student: str, device: torch.device) -> str:

@@ -50,7 +50,9 @@ class Places(NamedTuple):
 
     def on(self, device: torch.device) -> "Places":
         """The same for another device."""
-        return self if self.device is None else self._replace(device=self.device.to(device))
+        if self.device is None or self.device.device == device:
+            return self
+        return self._replace(device=self.device.to(device))
 
     def of(self, values: Tensor) -> Tensor:
         """The rows ``[b, …]`` of ``values`` ``[B, …]``."""
@@ -87,16 +89,17 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cache, read = self.cache, []
+        cache, read, device = self.cache, [], key_states.device  # which is not the cache's where layers are on several
+        rows, places_bT = cache.forward_rows.on(device), cache.places_bT.to(device)
         for (flat, by_head), new in zip(self.views, (key_states, value_states), strict=True):
-            flat.index_copy_(0, cache.places_bT, new.transpose(1, 2).flatten(0, 1))
-            read.append(cache.forward_rows.of(by_head[:, :, : cache.end]))
+            flat.index_copy_(0, places_bT, new.transpose(1, 2).flatten(0, 1))
+            read.append(rows.of(by_head[:, :, : cache.end]))
         return read[0], read[1]
 
     def move(self, to: Tensor, source: Tensor) -> None:
         if self.is_initialized:
             for buffer in (self.keys, self.values):
-                buffer[to] = buffer[source]
+                buffer[to.to(buffer.device)] = buffer[source.to(buffer.device)]
 
     def clear(self, row: int, start: int) -> None:
         if self.is_initialized:

@@ -44,6 +44,7 @@ from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
 from switchkd.evaluation.samples import samples
 from switchkd.evaluation.settings import EvalSettings
+from switchkd.forward.parallel import Together
 from switchkd.forward.sharding import whole
 from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.models.pair import Pair
@@ -52,14 +53,20 @@ from switchkd.models.settings import with_dtypes
 from switchkd.reports import live
 from switchkd.reports.tables import print_results
 from switchkd.runs.continuation import as_recorded, begun, check_origin, check_run, conditions, own_code
-from switchkd.runs.finishing import check_push, push, rehearse, save_student
+from switchkd.runs.finishing import check_push, push, rehearse, save_student, scored_student
 from switchkd.runs.heldout import Heldout, all_settings, check_metric, eval_settings, load_heldout, score, write_scores
 from switchkd.runs.model_card import model_card
 from switchkd.runs.opening import check_context, load_corpus, load_training_text, load_validation, open_pair
 from switchkd.runs.tracking import Trackers, check_trackers
 from switchkd.teachers.store import weights_sha256
 from switchkd.training.checkpoint import Weights, checkpoints
-from switchkd.training.processes import from_main, new_accelerator, with_launchers_settings
+from switchkd.training.processes import (
+    first_group_first,
+    from_main,
+    in_first_group,
+    new_accelerator,
+    with_launchers_settings,
+)
 from switchkd.training.reading import OnRound
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig
@@ -108,12 +115,14 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
     config = with_date(config, pair.tokenizer, from_main(accelerator, today))
     check_context(config, pair)
-    with accelerator.main_process_first():  # the others then find it done
+    together = Together.of(pair.teacher)
+    asks = in_first_group(accelerator, together)
+    with first_group_first(accelerator, together):  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
     heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
-    checksums = _model_checksums(pair, heldout) | own_code(config) if main else {}
+    checksums = _model_checksums(pair, heldout) | own_code(config) if asks else {}
     trainer = Trainer(
         pair, train, config, accelerator, teacher_cache=teacher_cache, validation=validation, corpus=corpus,
         check_place=check_place, scored_on=json_sha256([heldout.sha256, checksums.get("teacher_model_name_or_path")]),
@@ -132,7 +141,8 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
             rehearse(trainer, weights)
             check_origin(run, config, texts, checksums, conditions(accelerator.device, accelerator.num_processes))
             write_file(run / CONFIG, yaml.safe_dump(to_dict(config.anew()), sort_keys=False))
-            results = _before(run / EVALUATION, config, pair, heldout, settings)
+        if asks:
+            results = _before(run / EVALUATION, config, pair, heldout, settings, quiet)
     del weights  # of a student in shards, a whole copy
     if config.resumes:
         trainer.resume()
@@ -143,6 +153,8 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     with whole(trainer.student):
         if main:
             _finish(trainer, weights, heldout, settings, trackers, results, quiet)
+        elif asks and heldout.examples:
+            score(pair, scored_student(trainer, weights), heldout, settings, "student after", quiet)
         accelerator.wait_for_everyone()
     trackers.finish()  # may take as long as a network does
     if main and config.push_to_hub:
@@ -164,20 +176,28 @@ def _model_checksums(pair: Pair, heldout: Heldout) -> dict[str, str]:
 
 
 def _before(
-    file: Path, config: TrainConfig, pair: Pair, heldout: Heldout, settings: EvalSettings
+    file: Path, config: TrainConfig, pair: Pair, heldout: Heldout, settings: EvalSettings, quiet: bool
 ) -> dict[str, Evaluation]:
     """Teacher's and untrained student's scores, read back where a resumed run has them and nothing about it may differ."""
     if not (heldout.examples and config.eval_on_start):
         return {}
+    together = Together.of(pair.teacher)
+    if (known := together.first(lambda: _known_before(file, config))) is not None:
+        return known
+    models = {"teacher": pair.teacher, "student before": pair.student}
+    results = {name: score(pair, model, heldout, settings, name, quiet) for name, model in models.items()}
+    if together.rank == 0:
+        write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
+    return results
+
+
+def _known_before(file: Path, config: TrainConfig) -> dict[str, Evaluation] | None:
     if config.resumes and file.is_file() and not config.allow_change:
         try:
             return {name: result for name, result in read_results(file).items() if name not in SCORED}
         except DataError as error:
             warnings.warn(f"{error}. The run does that now", SwitchKDWarning, stacklevel=2)
-    models = {"teacher": pair.teacher, "student before": pair.student}
-    results = {name: score(pair, model, heldout, settings, name, config.quiet) for name, model in models.items()}
-    write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)
-    return results
+    return None
 
 
 def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, quiet: bool) -> None:

@@ -45,6 +45,15 @@ def save_student(trainer: Trainer, folder: str, weights: Weights, dtype: torch.d
     return plain
 
 
+def scored_student(trainer: Trainer, weights: Weights) -> PreTrainedModel:
+    """What ``save_student`` returns in the main process at the end of a run, for another one that scores it too."""
+    if not trainer.config.merge:
+        return trainer.student
+    plain = merged(trainer.student, weights, trainer.save_dtype)
+    cast_weights(plain, trainer.student.dtype)
+    return plain
+
+
 def rehearse(trainer: Trainer, weights: Weights) -> None:
     """Write the card, and merge, save and open the student, as the run's end will. (The first checkpoint tries what else is saved.)
 

@@ -54,6 +54,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         seed=seed,
         teachers=config.teachers,
         template=template,
+        teacher_place=config.teacher_place,
     )
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
@@ -164,6 +165,7 @@ def _stored(
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
     # Cuts, and what the template is told, name it where there are some: a folder of before they were settings is found again.
     named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
+    named |= {name: bits for name, bits in vars(config.teacher_place).items() if name.startswith("load_in_") and bits}
     named |= template_settings(config.prompts, pair.tokenizer)
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()

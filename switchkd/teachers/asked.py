@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from switchkd.data.texts import Text, by_teacher
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.head import Head, Scorer
+from switchkd.forward.parallel import Together
 from switchkd.models.pair import Pair
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
@@ -34,25 +35,50 @@ class TextReader(Protocol):
 
 def text_reader(model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS) -> TextReader:
     """Whoever reads texts for this model; errors are those of `Scorer`."""
-    return Scorer(model, vocab_size, ends)
+    scorer, together = Scorer(model, vocab_size, ends), Together.of(model)
+    return scorer if together.alone else GroupReader(scorer, together)
+
+
+class GroupReader:
+    """A model that several processes run together, each of which has rows of its own, perhaps none: all must ask in step."""
+
+    def __init__(self, scorer: Scorer, together: Together):
+        self.scorer, self.head, self.together = scorer, scorer.head, together
+
+    def hidden(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """As `TextReader`. The rows of all are read in one forward, equal ones once."""
+        mine = [(tuple(prompt), tuple(completion)) for prompt, completion in rows]
+        every = dict.fromkeys(row for own in self.together.gather(mine) for row in own)
+        if not every:
+            return self.head.linear.weight[:0]
+        hidden = self.scorer.hidden([(list(prompt), list(completion)) for prompt, completion in every])
+        parts = dict(zip(every, hidden.split([len(completion) for _, completion in every]), strict=True))
+        return torch.cat([hidden[:0], *(parts[row] for row in mine)])
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        return self.scorer.log_probs(hidden)
 
 
 class Teachers:
-    """The teachers of a pair, on ``device``."""
+    """The teachers of a pair, for a student on ``device``."""
 
     def __init__(self, pair: Pair, device: torch.device):
-        self.pair, self.device = pair, device
-        named = pair.named_teachers.items()
-        self._readers = {name: text_reader(model.to(device), pair.vocab_size, pair.ends) for name, model in named}
+        self.pair, self.device, self.together = pair, device, Together.of(pair.teacher)
+        stay = pair.teachers_stay or not self.together.alone
+        named = {name: model if stay else model.to(device) for name, model in pair.named_teachers.items()}
+        self._readers = {name: text_reader(model, pair.vocab_size, pair.ends) for name, model in named.items()}
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Teacher:
-        """What each row's teacher says at the row's response tokens."""
+        """What each row's teacher says at the row's response tokens. Processes that run the teachers together ask in step."""
         if top := [row.said for row in rows if isinstance(row.said, tuple)]:
             ids, logs = zip(*top, strict=True)
             return TeacherTopK(torch.cat(ids).to(self.device), torch.cat(logs).to(self.device))
         groups = by_teacher(rows)
-        parts = [self._states(name, [rows[place] for place in places]) for name, places in groups.items()]
+        # A process may have no row of a teacher that another one has rows of: all ask every teacher, in one order.
+        asked = groups if self.together.alone else dict.fromkeys([*self._readers, *groups])
+        found = {name: self._states(name, [rows[place] for place in groups.get(name, ())]) for name in asked}
+        parts = [found[name] for name in groups]
         if len(parts) == 1:
             return parts[0]
         tokens = torch.arange(sum(len(row.completion_ids) for row in rows), device=self.device)
@@ -64,8 +90,10 @@ class Teachers:
         self.pair.teacher_named(name)  # raises for a name that the pair does not have
         reader = self._readers[name]
         known = [row.said for row in rows if isinstance(row.said, Tensor)]
-        if len(known) == len(rows):
-            hidden = torch.cat([states.to(self.device) for states in known])
-        else:
-            hidden = reader.hidden([(row.teacher_reads, row.completion_ids) for row in rows])
+        unknown = rows if len(known) < len(rows) else []
+        hidden = reader.head.linear.weight[:0]
+        if unknown or not self.together.alone:  # the others may have rows to be read
+            hidden = reader.hidden([(row.teacher_reads, row.completion_ids) for row in unknown])
+        if not unknown:
+            hidden = torch.cat([hidden, *(states.to(hidden.device) for states in known)])
         return TeacherStates(reader.head, hidden)

@@ -20,7 +20,7 @@ class TeacherStates:
     def at(self, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
         """For a chunk of the tokens: a function of a piece of it and the student's ``logq`` there to ``(logp, logq)``."""
         logits = self.head(self.hidden[rows])
-        return lambda piece, logq: (self.head.log_probs(logits[piece]), logq)
+        return lambda piece, logq: (self.head.log_probs(logits[piece]).to(logq.device), logq)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,8 @@ class SeveralTeachers:
         found = []
         for part, places in zip(self.parts, self.places, strict=True):
             inside = (places >= rows.start) & (places < rows.stop)
-            found.append((places[inside] - rows.start, part.head(part.hidden[inside])))
+            own = part.head(part.hidden[inside.to(part.hidden.device)])
+            found.append((places[inside] - rows.start, own.to(places.device)))
         logits = torch.cat([own for _, own in found])
         order = torch.cat([places for places, _ in found]).argsort()
         logits, law = logits[order], self.parts[0].head.log_probs  # all of one pair

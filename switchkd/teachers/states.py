@@ -22,6 +22,7 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, NonFiniteError, nearest
 from switchkd.data.texts import TokenizedExample
 from switchkd.forward.head import Head, sizes_on
+from switchkd.forward.parallel import Together
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
 from switchkd.teachers.asked import TextReader, text_reader
@@ -89,7 +90,8 @@ class TeacherCache:
             part, record = examples[places.start : places.stop], _recorder(reader(), kind, top_k)
             return save(_read_teacher(reader(), part, record, batch_size))
 
-        return _opened(kind, examples, _store(pair, examples, folder, kind, top_k).fill(made, progress))
+        parts = _store(pair, examples, folder, kind, top_k).fill(made, progress, Together.of(pair.teacher))
+        return _opened(kind, examples, parts)
 
     @staticmethod
     def open(

@@ -29,6 +29,7 @@ from switchkd.base.lock import LOCK, locked
 from switchkd.base.manifest import MANIFEST, json_sha256, read_record
 from switchkd.base.storage import staged_file, tidy, write_file
 from switchkd.data.texts import TokenizedExample
+from switchkd.forward.parallel import Together
 from switchkd.forward.sharding import full, state_of
 from switchkd.models.pair import Pair
 
@@ -39,7 +40,7 @@ _FORMAT = "switchkd teacher store 1"
 _OLD_HEADER = "header.json"
 _PART = re.compile(r"part-(\d{5,})-([0-9a-f]{64})\.\w+")
 # They name a place and a release, not what the model computes.
-_CONFIG_NOISE = ("_name_or_path", "transformers_version")
+_CONFIG_NOISE = ("_name_or_path", "transformers_version", "distributed_config")
 
 
 class Part(NamedTuple):
@@ -70,7 +71,7 @@ class Store:
         if not self.count:
             raise DataError("no examples for the teacher to work on; give a train_file with at least one usable row")
 
-    def fill(self, make: Callable[[range], bytes], progress: Progress) -> list[Part]:
+    def fill(self, make: Callable[[range], bytes], progress: Progress, together: Together) -> list[Part]:
         """All parts, in order; those that are missing are made and written one by one, so that a kill costs one of them.
 
         One process at a time fills a folder: a second waits for it, and then finds the work done. Where all is there, nothing is
@@ -79,12 +80,17 @@ class Store:
         Args:
             make: what the part on the examples of these places holds. What it raises ends the work; the parts before it are kept.
             progress: told of the examples of each part that is found whole, or made.
+            together: the processes that run the teacher; all of them make a part, and the first one writes it.
 
         Raises:
             CheckpointError: the folder holds something else (all that differs is named), or damage.
             DiskError: nothing can be written there, or the folder went away.
             Stopped: a signal came while this process waited for another one.
         """
+        together.led(lambda making: self._fill(making, progress), make)
+        return self._stored()._parts() if together.rank == 0 else self.opened()
+
+    def _fill(self, make: Callable[[range], bytes], progress: Progress) -> None:
         missing = self._stored()._missing()
         with locked(self.folder, wait=True) if missing else nullcontext(lambda: None) as check:
             store = self._stored()  # which another process may have filled meanwhile
@@ -97,7 +103,6 @@ class Store:
                 check()
                 store._write(number, contents)
                 progress(len(examples))
-        return store._parts()
 
     def opened(self) -> list[Part]:
         """All parts, in order, after the same checks; raises CheckpointError where one is missing, too."""

@@ -221,16 +221,18 @@ def blame(learner: Learner, parts: Sequence[Part]) -> str:
 
 
 def _broken(learner: Learner, row: Text, objective: Objective) -> str:
+    # Both are asked for whatever the first one shows, or the row holds: other ranks may need this one to run their teacher.
+    hidden, _, teacher = learner.read([row], objective)
+    loss = learner.loss([row], objective)
     if not row.completion_ids:
         return ""
-    hidden, _, teacher = learner.read([row], objective)
     logq = learner.head.log_probs(learner.head(hidden))
     # Log-softmax spreads one NaN or +inf over its whole row; a log-probability of −inf is a masked token.
     if teacher is not None and teacher.at(slice(0, len(logq)))(slice(None), logq)[0].isnan().any():
         return "the teacher's logits are not finite"
     if logq.isnan().any():
         return "the student's logits are not finite"
-    return "" if learner.loss([row], objective).isfinite() else "the loss is not finite"
+    return "" if loss.isfinite() else "the loss is not finite"
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """What several processes (ranks) of one run must agree on. With one process, each function here is what its name says of itself."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +18,10 @@ from accelerate.utils import (
 )
 
 from switchkd.base import signals
-from switchkd.base.errors import ConfigError, SwitchKDError
+from switchkd.base.errors import ConfigError, ModelError, SwitchKDError
+from switchkd.base.manifest import json_sha256
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
+from switchkd.forward.parallel import Together
 from switchkd.training.settings import TrainConfig
 
 Found = TypeVar("Found")
@@ -104,6 +108,39 @@ def slowest(accelerator: Accelerator, seconds: float) -> float:
     """The time of the slowest rank, so that all end at the same step."""
     mine = torch.tensor([seconds], dtype=torch.float32, device=accelerator.device)
     return accelerator.gather(mine).max().item()
+
+
+def in_first_group(accelerator: Accelerator, together: Together) -> bool:
+    """Whether this is the main process, or runs the teacher together with it: then it does what that one asks the teacher for, too,
+    and writes nothing."""
+    return accelerator.process_index < together.size
+
+
+@contextmanager
+def first_group_first(accelerator: Accelerator, together: Together) -> Iterator[None]:
+    """The first group of processes goes through the context, then all others."""
+    first = in_first_group(accelerator, together)
+    if not first:
+        accelerator.wait_for_everyone()
+    yield
+    if first:
+        accelerator.wait_for_everyone()
+
+
+def check_agreed(rollouts: Rollouts, together: Together, where: str) -> None:
+    """Raise ModelError unless all processes that run the teacher together have decoded the same text."""
+    texts = [(rollout.id, rollout.completion_ids, rollout.speakers) for rollout in rollouts]
+    if len(set(together.gather(json_sha256(texts)))) == 1:
+        return
+    first, *others = together.gather(texts)
+    rank, other = next((rank, other) for rank, other in enumerate(others, start=1) if other != first)
+    one, two = next(pair for pair in zip_longest(first, other) if pair[0] != pair[1])
+    raise ModelError(
+        f"{where}: process 0 and process {rank} of those that run the teacher together have decoded different text: sample "
+        f"{one and one[0]} has the tokens {one and one[1]} by {one and one[2]} on the one, and sample {two and two[0]} has "
+        f"{two and two[1]} by {two and two[2]} on the other. They must be of one kind of machine, with the same versions, and "
+        "hold the same student"
+    )
 
 
 def all_rollouts(rollouts: Rollouts) -> Rollouts:

@@ -8,12 +8,13 @@ from switchkd.data.texts import TokenizedExample, batch_indices
 from switchkd.decoding.decode import Runners, decode_examples, job_of, measured_costs
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.settings import DecodeSettings
+from switchkd.forward.parallel import Together
 from switchkd.methods.mixes import Source
 from switchkd.methods.sampling import Use, keyed_uniform, noise_key
 from switchkd.models.pair import Pair
 from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
-from switchkd.training.processes import all_rollouts, from_main
+from switchkd.training.processes import all_rollouts, check_agreed, from_main
 from switchkd.training.settings import TrainConfig
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
@@ -36,6 +37,7 @@ class Reading:
     ):
         self.pair, self.examples, self.config = pair, examples, config
         self.accelerator, self.teacher_cache = accelerator, teacher_cache
+        self.together = Together.of(pair.teacher)
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
         self.memory = config.mix.memory()
         self.replay: list[Rollout] = []
@@ -58,6 +60,13 @@ class Reading:
         first = self.accelerator.process_index * self.rows_per_rank
         return slice(first, first + self.rows_per_rank)
 
+    @property
+    def ours(self) -> slice:
+        """The part of a step's rows that this rank decodes: its own, and those of ranks that run the teacher together with it."""
+        rows = self.rows_per_rank * self.together.size
+        first = self.accelerator.process_index // self.together.size * rows
+        return slice(first, first + rows)
+
     def source(self, step: int, schedule: float) -> Source:
         """Where a step's text comes from; the same on every rank."""
         chance = keyed_uniform(self.config.seed, step, 0, Use.CHOICE)
@@ -67,20 +76,23 @@ class Reading:
         self, source: Source, step: int, schedule: float, on_round: OnRound | None = None
     ) -> tuple[Rows, Rollouts]:
         """This rank's rows of a step, and what all ranks generated for it."""
+        if source == "replay":
+            return self.replayed(step), Rollouts()
         examples = self.next(self.examples)
         if source == "examples":
             return examples, Rollouts()
-        if source == "replay":
-            return self.replayed(step), Rollouts()
-        mine = self.generate(examples, step, schedule, on_round)
+        ours = self.generate(self.next(self.examples, self.ours), step, schedule, on_round)
+        check_agreed(ours, self.together, f"step {step + 1}")
+        first, cost = self.mine.start - self.ours.start, ours.cost if self.together.rank == 0 else DecodeCost()
+        mine = Rollouts(ours[first : first + self.rows_per_rank], cost)
         rollouts = all_rollouts(mine)
         if self.config.mix.capacity:  # for replay; the oldest go first
             self.replay = [*self.replay, *rollouts][-self.config.mix.capacity :]
         return ([*examples, *mine] if source == "pairs" else mine), rollouts
 
-    def next(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """This rank's rows of ``examples`` in the coming step."""
-        indices = batch_indices(len(examples), self.rows_per_step, self.rows_read, self.config.seed)[self.mine]
+    def next(self, examples: Sequence[TokenizedExample], part: slice | None = None) -> list[TokenizedExample]:
+        """The rows of ``examples`` in the coming step: this rank's, or another ``part`` of them."""
+        indices = batch_indices(len(examples), self.rows_per_step, self.rows_read, self.config.seed)[part or self.mine]
         if self.teacher_cache is None or examples is not self.examples:
             return [examples[i] for i in indices]
         return [self.teacher_cache.attached(examples[i], i) for i in indices]
@@ -94,8 +106,8 @@ class Reading:
     def generate(
         self, examples: Sequence[TokenizedExample], step: int, schedule: float, on_round: OnRound | None = None
     ) -> Rollouts:
-        """Complete the prompts of the whole accumulation window at once."""
-        first = self.rows_read + self.mine.start
+        """Complete the prompts of the whole accumulation window at once, of all ranks that run the teacher together."""
+        first = self.rows_read + self.ours.start
         settings, ids = self.decoding(step, schedule), range(first, first + len(examples))
         rollouts = decode_examples(self.pair, examples, settings, ids, on_round, runners=self.runners)
         self.generation_rows = rollouts.rows_that_fit or self.generation_rows
@@ -122,4 +134,7 @@ class Reading:
         rows = self.examples[: self.generation_rows]
         settings, ids = self.decoding(0, 0.0), range(len(rows))
         job = job_of(self.pair, rows[0].teacher, rows, settings, ids)
-        return from_main(self.accelerator, lambda: measured_costs(job)) or ()
+        if self.together.alone:
+            return from_main(self.accelerator, lambda: measured_costs(job)) or ()
+        mine = measured_costs(job)  # which needs them all
+        return from_main(self.accelerator, lambda: mine)

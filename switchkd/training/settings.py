@@ -29,7 +29,8 @@ FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet", "allow_change", "save_dtype", "push_to_hub", "hub_private_repo",
+    "report_to", "quiet", "allow_change", "save_dtype", "push_to_hub", "hub_private_repo", "teacher_device",
+    "teacher_tensor_parallel", "teacher_expert_parallel",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -168,6 +169,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         if self.fsdp and (self.use_peft or self.graphs):
             why = "use_peft: an adapter is small" if self.use_peft else "graphs: its weights may never move"
             raise ConfigError(f"fsdp does not go with {why}; drop one of them")
+        if self.graphs and (self.teacher_tensor_parallel > 1 or self.teacher_device):
+            raise ConfigError(
+                "graphs are recorded on one device: leave teacher_device and teacher_tensor_parallel out, or graphs"
+            )
         if self.metric_for_best_model and not (self.eval_steps and self.eval_samples):
             raise ConfigError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs evaluations in the run: give eval_steps, eval_samples"

@@ -47,6 +47,7 @@ from switchkd.training.learner import Learner, Part
 from switchkd.training.optimizer import learning_rate, schedule_progress, total_steps
 from switchkd.training.processes import (
     from_main,
+    in_first_group,
     new_accelerator,
     slowest,
     stop_together,
@@ -165,12 +166,13 @@ class Trainer:
         assert self.due is not None
         metrics, steps, records = dict(self.due), self.config.eval_steps, []
         main, sampling = self.accelerator.is_main_process, self._every(self.config.sample_steps)
+        asks = in_first_group(self.accelerator, self.reading.together)
         scoring = bool(metrics and steps) and self.step % steps == 0
         weights = self.learner.masters.whole() if scoring and self.config.metric_for_best_model else {}
         with whole(self.student) if scoring or sampling else nullcontext():
-            if main and scoring and evaluate:
+            if asks and scoring and evaluate:
                 metrics |= self._evaluated(evaluate, weights)
-            if main and sampling and sample:
+            if asks and sampling and sample:
                 records = [{"step": self.step, **record} for record in sample(self.schedule)]
         if main:
             self.check_place()
@@ -276,7 +278,8 @@ class Trainer:
             if better and math.isfinite(scores[name]):
                 self.check_place()
                 self.best = {"step": self.step, "score": scores[name]}
-                save_best(self.run, self.step, self.student, self.pair.tokenizer, weights)
+                if self.accelerator.is_main_process:
+                    save_best(self.run, self.step, self.student, self.pair.tokenizer, weights)
         shown = {f"eval/{score}": or_none(value) for score, value in scores.items()}
         return {**shown, "seconds/evaluate": time.perf_counter() - start}
 
