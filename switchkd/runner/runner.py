@@ -291,7 +291,10 @@ class Runner:
         for layer in states:
             layer.begin(rows, begun)
         with ExitStack() as stack:
-            entered = stack.enter_context(head_inputs(self.model)) if self.keep_hidden else []
+            entered: list[Tensor] = []
+            if self.keep_hidden or keep < tokens.shape[1]:
+                # Of some columns models hand out a view, for which torch on a CPU may copy the output layer's weight for each row.
+                entered = stack.enter_context(head_inputs(self.model, Tensor.contiguous))
             stack.enter_context(self.attention.active())
             output = self.model(
                 input_ids=tokens,
@@ -304,5 +307,5 @@ class Runner:
             )
         for layer in states:
             layer.end(rows)
-        self.hidden = entered[-1] if entered else self.hidden
+        self.hidden = entered[-1] if self.keep_hidden else self.hidden
         return output.logits[..., : self.vocab_size]
