@@ -22,7 +22,7 @@ from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
 from switchkd.methods.mixes import MIXES
 from switchkd.methods.objectives import OBJECTIVES
-from switchkd.models import demo_pair
+from switchkd.models import pypi_pairs
 from switchkd.studies.plan import cells, load_plan
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def workplace(pair, tmp_path, monkeypatch):
     short = {"max_new_tokens": 8, "eval_samples": 4, "eval_max_new_tokens": 8}
     settings = train.demo_settings
     monkeypatch.setattr(train, "demo_settings", lambda config: dataclasses.replace(settings(config), **short))
-    monkeypatch.setattr(demo_pair, "demo_pair_paths", lambda *_, **__: pair)
+    monkeypatch.setattr(pypi_pairs, "pair_paths", lambda *_, **__: pair)
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name in ("my_data.jsonl", "my_heldout.jsonl"):

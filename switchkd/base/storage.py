@@ -140,9 +140,9 @@ def set_aside(path: Path, aside: Path) -> Path:
     return aside
 
 
-def tidy(folder: Path) -> None:
-    """Remove what killed processes left half written in ``folder``, in which nobody else may work."""
-    for path in folder.glob(".*"):
+def tidy(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left half written in ``folder``, in which nobody else may work; ``name``: of that one alone."""
+    for path in folder.glob(f".{name}.*"):
         if is_leftover(path):
             with written(path):
                 _remove(path)

@@ -149,20 +149,20 @@ class Bar:
 
     def line(self, text: str) -> None:
         """A line that stays, for logs that are not a terminal."""
-        if not console.is_terminal:
-            console.print(text, soft_wrap=True)
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(text, soft_wrap=True)
 
 
 @contextmanager
-def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Bar]:
+def bar(title: str, total: int | None, quiet: bool = False, on: Terminal = console) -> Iterator[Bar]:
     """Show a progress bar while the block runs, or nothing if ``quiet``."""
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
     )  # fmt: skip
-    if not console.is_terminal and not quiet:
-        console.print(f"{title} …")
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+    if not on.is_terminal and not quiet:
+        on.print(f"{title} …", soft_wrap=True)
+    with Progress(*columns, console=on, disable=quiet or not on.is_terminal) as progress:
         yield Bar(progress, title, total)
 
 

@@ -47,7 +47,7 @@ class LmEvalConfig(Settings):
     """Score a student, or any model, on the benchmarks of lm-eval; needs the extra `lm-eval`."""
 
     model_name_or_path: tyro.conf.Positional[str] = "demo"
-    """A run directory (its student), a local folder, a hub name, or `demo` (the demo student)."""
+    """A run directory (its student), a local folder, a hub name, or `demo`, `qwen-coder` or `small` (their student)."""
     tasks: tuple[str, ...] = ()
     """lm-eval's tasks, groups or tags, such as arc_easy hellaswag."""
     num_fewshot: int | None = None
@@ -126,8 +126,8 @@ def _recipe_of(name: str) -> TrainConfig | None:
 
 
 def _open(name: str, recipe: TrainConfig | None, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student of a run with this ``recipe``, or the model that ``name`` is as in `load_pair`; of ``demo`` and ``small`` the
-    student.
+    """The student of a run with this ``recipe``, or the model that ``name`` is as in `load_pair`; of a pair that is
+    made the student.
 
     ``dtype`` None is the run's own, float32 for a model alone. A run with a 4-bit base opens it in 4 bits.
     Raises ConfigError for a run that has no student yet, ModelError for a model that cannot be used.

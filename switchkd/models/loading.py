@@ -15,8 +15,8 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
-from switchkd.data.small_data import small_pair_paths
-from switchkd.models import demo_pair
+from switchkd.data.small_data import SMALL, small_pair_paths
+from switchkd.models import pypi_pairs
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.models.settings import AUTO, BASE, Place, chosen_dtype, quantised
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-MADE = ("demo", "small")  # pairs that the package makes in the user's cache
+MADE = (SMALL, *pypi_pairs.PAIRS)  # pairs that the package makes in the user's cache
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -45,7 +45,7 @@ def load_model(
     load_in_4bit: bool = False,
     place: Place | None = None,
 ) -> "PreTrainedModel":
-    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (demo, small: the teacher).
+    """A causal language model in eval mode, all parameters trainable; ``name`` as in `load_pair` (of a pair: the teacher).
 
     Of an adapter on its base only the adapter is trainable. ``load_in_4bit`` quantises the linear layers of the body. ``place``
     says more of where a teacher's weights go.
@@ -229,7 +229,7 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
     """The folder of that role if ``name`` is a pair that the package makes, else ``name``."""
     if name not in MADE:
         return name
-    teacher, student = demo_pair.demo_pair_paths() if name == "demo" else small_pair_paths()
+    teacher, student = small_pair_paths() if name == SMALL else pypi_pairs.pair_paths(name)
     return str(teacher if role == "teacher" else student)
 
 

@@ -93,7 +93,7 @@ def load_pair(
     template: str | Template | None = None,
     teacher_place: Place | None = None,
 ) -> Pair:
-    """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
+    """Load and check a pair; each name is a hub name, a local folder, or a pair of `MADE` (for both if ``student`` is None).
 
     A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from switchkd.base.errors import ConfigError, NonFiniteError
 from switchkd.base.storage import expanded, staged_folder
 from switchkd.data.examples import load_examples
-from switchkd.models.layers import decoder_layers, prune_layers, turning
+from switchkd.forward.layers import decoder_layers, prune_layers, turning
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import save_tokenizer
 
@@ -25,7 +25,7 @@ INFLUENCE_TOKENS = 256
 def prune(
     name: str, output_dir: Path | str, layers: int, texts: Sequence[str] | None = None, seed: int = 0
 ) -> list[int]:
-    """Save ``name`` (hub name, folder or "demo") with ``layers`` decoder layers and its tokenizer, in fp32.
+    """Save ``name`` (as in `load_model`) with ``layers`` decoder layers and its tokenizer, in fp32.
 
     The influence is measured on ``texts``, by default some dozens of GSM8K rows drawn with ``seed``. ``output_dir``
     is written whole or not at all. Returns the layers kept; raises ConfigError for a non-empty ``output_dir`` or a

@@ -46,9 +46,10 @@ class ModelConfig(Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--teacher"])] = "demo"
-    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made."""
+    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `qwen-coder` Qwen2.5-Coder-1.5B-Instruct (1.6 GB
+    to download once), `small` what `make-pair` made."""
     student_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--student"])] = "demo"
-    """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
+    """Hub name or local folder of the student; `demo`, `qwen-coder` (0.5B) and `small` belong to the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
     teacher_field: str = ""

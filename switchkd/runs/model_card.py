@@ -47,6 +47,11 @@ OWN = {
         "apache-2.0",
         "SmolLM2-135M-Instruct (as a student, 15 of its 30 layers)",
     ),
+    "qwen-coder": (
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        "apache-2.0",
+        "Qwen2.5-Coder-Instruct (1.5B as a teacher, 0.5B as a student), from files of few bits that others put on PyPI",
+    ),
     "small": ("", "", "made by `switchkd make-pair` from generated text, so nothing is inherited"),
     SAMPLE: ("openai/gsm8k", "mit", "a part of GSM8K"),
 }

@@ -61,9 +61,14 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     if not quiet:
         for warning in pair.warnings:
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    for model in dict.fromkeys([*pair.named_teachers.values(), pair.student]):
-        signals.check()
-        prove(model)
+    silent = quiet or (isinstance(config, TrainConfig) and config.quiet)
+    models = list(dict.fromkeys([*pair.named_teachers.values(), pair.student]))
+    # Seconds for small models, minutes for large ones on a CPU.
+    with bar("prove that the models are decoded exactly", len(models), silent) as shown:
+        for model in models:
+            signals.check()
+            prove(model)
+            shown.advance()
     return pair
 
 

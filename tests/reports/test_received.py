@@ -34,7 +34,7 @@ def test_a_rule_from_elsewhere_is_named_and_not_imported(tmp_path, monkeypatch, 
         assert "evil:Rule (strength=3)" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("teacher", ["org/model", "demo", "small"])
+@pytest.mark.parametrize("teacher", ["org/model", "demo", "small", "qwen-coder"])
 def test_no_hub_is_asked_for_a_tokenizer_and_no_pair_is_made(tmp_path, monkeypatch, teacher):
     folder = changed(run(tmp_path / "run", [metric(1)], [sample(1, "yes")]), teacher_model_name_or_path=teacher)
 
@@ -47,7 +47,7 @@ def test_no_hub_is_asked_for_a_tokenizer_and_no_pair_is_made(tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", asked)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
-    monkeypatch.setattr("switchkd.models.demo_pair.demo_pair_paths", asked)
+    monkeypatch.setattr("switchkd.models.pypi_pairs.pair_paths", asked)
     shown = payload(RunRecord.read(folder), "a", 10**6)
     assert "Token ids stand in place of words" in shown["notes"][0] and not calls
 

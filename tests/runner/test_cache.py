@@ -75,7 +75,7 @@ def test_every_row_in_another_order_reads_its_own_cache():
 
 @torch.no_grad()
 def test_the_output_layer_is_given_numbers_in_order():
-    """Of a view torch may make the product by copying the layer's weight for every row: 300 times as slow at 150,000 ids in bf16."""
+    """Of a view torch may make the product by copying the layer's weight for every row: 200 times as slow in bf16."""
     model, seen = tiny_model("llama", 3), []
     model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
     Reader(model).extend(range(3), ROWS, [[9, 8]] * 3)

@@ -142,6 +142,8 @@ def test_the_demo_is_known_to_be_smollm2_and_gsm8k():
     assert card.data.license == "apache-2.0" and card.data.license_name is None
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.datasets == ["openai/gsm8k"]
     assert "- training data `gsm8k-sample:train`: `mit`" in card.text and "unknown" not in card.text
+    qwen = card_of(TrainConfig(teacher_model_name_or_path="qwen-coder", student_model_name_or_path="qwen-coder"))
+    assert qwen.data.license == "apache-2.0" and qwen.data.base_model == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     made = card_of(TrainConfig(teacher_model_name_or_path="small", student_model_name_or_path="small"))
     assert made.data.license == "other" and "- teacher `small`: made by `switchkd make-pair`" in made.text
 
