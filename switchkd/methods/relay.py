@@ -85,13 +85,13 @@ class Relay(Policy):
         best = logp_teacher.argmax(1, keepdim=True)
         favoured = (logp_student.topk(min(self.student_top, logp_student.shape[1])).indices == best).any(1)
         trigger = (left == 0) & (taken < self.legs) & one_of(best[:, 0], self.trigger_ids) & ~favoured
-        nothing = logp_teacher.new_full(logp_teacher.shape, -math.inf)
         target = logp_teacher.where((left > 0).unsqueeze(1), logp_student)
+        nothing = target.new_full(target.shape, -math.inf)  # in the wider dtype of the two
         target = nothing.scatter(1, best, 0.0).where(trigger.unsqueeze(1), target)
         # Of a trigger's token all but the student's probability of it is the teacher's part.
         others = (-logp_student.gather(1, best).exp()).log1p()
         part = target.where((left > 0).unsqueeze(1), nothing)
-        part = nothing.scatter(1, best, others).where(trigger.unsqueeze(1), part)
+        part = nothing.scatter(1, best, others.to(nothing)).where(trigger.unsqueeze(1), part)
         return blended(target, part, unseen(target), (left, tokens, taken, ended, trigger))
 
     def observe(self, state: State, token: Tensor) -> State:
