@@ -39,6 +39,10 @@ class DiskError(SwitchKDError, OSError):
     """A file or folder cannot be written: the disk is full, fails, or does not allow it."""
 
 
+class ServerError(SwitchKDError, ConnectionError):
+    """A server does not answer, or not with what it was asked for."""
+
+
 class InUseError(SwitchKDError, BlockingIOError):
     """Another process works in a folder."""
 

@@ -29,9 +29,11 @@ from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.pace import NO_COSTS
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job, Row
+from switchkd.decoding.served import by_student, decode_served
 from switchkd.decoding.settings import DecodeSettings, Drafter
 from switchkd.forward.ends import Ends
 from switchkd.forward.proof import prove
+from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key, speakers
 from switchkd.models.pair import Pair
@@ -195,6 +197,7 @@ class Runners:
 @torch.no_grad()
 def measured_costs(job: Job) -> tuple[float, ...]:
     """What rounds of such a job are planned by, for the setting ``costs``; measured now, on its first rows."""
+    job = by_student(job) if isinstance(job.teacher, ServedModel) else job
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return NO_COSTS.plain()
@@ -211,6 +214,8 @@ def decode_job(
     runners: Runners | None = None,
 ) -> Rollouts:
     """``decode`` of arguments that are checked."""
+    if isinstance(job.teacher, ServedModel):
+        return decode_served(job, partial(decode_job, progress=progress, watch=watch, runners=runners))
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)

@@ -18,12 +18,14 @@ from switchkd.models.loading import (
     is_adapter,
     load_config,
     load_model,
+    load_served,
     load_tokenizer,
     located,
     made,
+    served_files,
 )
 from switchkd.models.saved_student import verify_saved
-from switchkd.models.settings import BASE, chosen_teacher_dtype, dtype_name
+from switchkd.models.settings import BASE, chosen_teacher_dtype, dtype_name, is_address
 from switchkd.models.vocabulary import (
     check_logits_rows,
     check_vocabulary,
@@ -88,20 +90,24 @@ def load_pair(
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
     template: str | Template | None = None,
+    teacher_files: str = "",
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
     A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
-    The teacher ``"base"`` is the student's own base, on the same weights. ``teachers`` are more of them by name; each is checked
-    as the first one is, and equal folders are loaded once.
+    The teacher ``"base"`` is the student's own base, on the same weights. A teacher may be the address of a vLLM server, which is
+    asked what it says of texts (`switchkd.forward.served`); ``teacher_files`` is where its config, tokenizer and output layer lie,
+    if not where the server says. ``teachers`` are more of them by name; each is checked as the first one is, and equal folders are
+    loaded once.
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
     ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
     template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
-    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows.
+    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows,
+    ServerError where a server does not answer as it must.
     """
     teacher_name, student_name = _pair_names(teacher, student)
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
@@ -113,15 +119,21 @@ def load_pair(
             f"teacher (a folder of that name is './{BASE}')"
         )
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers, sizes = {}, []
+    tokenizers, sizes, files = {}, [], {}
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
-            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
+            files[name] = served_files(source, "" if name else teacher_files) if is_address(source) else source
+            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     models = _load_teachers(
-        sources, chosen_teacher_dtype(teacher_dtype, dtype, device_named(device)), device, student_model
+        sources,
+        chosen_teacher_dtype(teacher_dtype, dtype, device_named(device)),
+        device,
+        student_model,
+        files,
+        tokenizers,
     )
     for name, model in models.items():
         with _naming(name):
@@ -207,14 +219,24 @@ def _load_teacher(name: str, dtype: str, device: str | None, student: "PreTraine
 
 
 def _load_teachers(
-    sources: Mapping[str, str], dtype: str, device: str | None, student: "PreTrainedModel"
+    sources: Mapping[str, str],
+    dtype: str,
+    device: str | None,
+    student: "PreTrainedModel",
+    files: Mapping[str, str],
+    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
 ) -> "dict[str, PreTrainedModel]":
-    """The teachers by name, one model for equal sources."""
+    """The teachers by name, one model for equal sources; ``files`` are where the tokenizers of each came from."""
     models: dict[str, PreTrainedModel] = {}
     for name, source in sources.items():
         same = next((other for other in models if _same_model(sources[other], source)), None)
         with _naming(name):
-            models[name] = _load_teacher(source, dtype, device, student) if same is None else models[same]
+            if same is not None:
+                models[name] = models[same]
+            elif is_address(source):
+                models[name] = load_served(source, tokenizers[name], dtype, device, files[name])
+            else:
+                models[name] = _load_teacher(source, dtype, device, student)
     return models
 
 

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 BASE = "base"  # as a teacher: the model under the student's adapter
 
 
+def is_address(name: str) -> bool:
+    """Whether a teacher's name is the address of a server."""
+    return name.startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--teacher"])] = "demo"
-    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made."""
+    """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `small` what `make-pair` made. Or the address of a
+    vLLM server that it is behind, such as http://host:8000."""
+    teacher_files: str = ""
+    """Of a teacher behind a server: the folder or hub name of its config, tokenizer and output layer; default what the server
+    names, which may be a folder of another machine."""
     student_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--student"])] = "demo"
     """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
@@ -74,6 +83,11 @@ class ModelConfig(Settings):
             raise ConfigError(
                 f"the teacher {BASE!r} is on the student's own weights, so it cannot be in teacher_dtype {self.teacher_dtype} "
                 f"beside dtype {self.dtype}; leave teacher_dtype out"
+            )
+        if self.teacher_files and not is_address(self.teacher_model_name_or_path):
+            raise ConfigError(
+                f"teacher_files {self.teacher_files} is for a teacher behind a server, and the teacher is "
+                f"{self.teacher_model_name_or_path}; give its address as the teacher, or leave teacher_files out"
             )
         if bool(self.teachers) != bool(self.teacher_field):
             missing = "teacher_field, the field of a row that names one" if self.teachers else "teachers, by name"

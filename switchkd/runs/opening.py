@@ -18,12 +18,15 @@ from switchkd.data.settings import DataConfig, template_settings
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
+from switchkd.decoding.served import check_served
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.proof import prove
+from switchkd.forward.served import ServedModel
+from switchkd.methods.policy import TeacherOnly
 from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
-from switchkd.models.settings import ModelConfig
+from switchkd.models.settings import ModelConfig, is_address
 from switchkd.runner.architecture import beyond_context
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
@@ -42,6 +45,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
     which the trainer keeps; else the student is loaded in the dtype that it computes in.
     """
+    _check_served(config)
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
     lora = config if config.use_peft else None
     template = config.prompts if isinstance(config, DataConfig) else None
@@ -54,6 +58,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         seed=seed,
         teachers=config.teachers,
         template=template,
+        teacher_files=config.teacher_files,
     )
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
@@ -62,8 +67,21 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     for model in dict.fromkeys([*pair.named_teachers.values(), pair.student]):
         signals.check()
-        prove(model)
+        if not isinstance(model, ServedModel):
+            prove(model)
     return pair
+
+
+def _check_served(config: ModelConfig) -> None:
+    """Raise ConfigError, before anything is loaded, where a teacher behind a server cannot do what a command needs of it."""
+    teachers = config.teacher_model_name_or_path, *config.teachers.values()
+    if not (served := [name for name in teachers if is_address(name)]):
+        return
+    if isinstance(config, TrainConfig) and not config.mix.generates:
+        if config.mix.wants_teacher_text:
+            check_served(TeacherOnly(), served[0])
+    elif policy := getattr(config, "policy", None):
+        check_served(policy, served[0])
 
 
 def prepared(
@@ -165,6 +183,8 @@ def _stored(
     # Cuts, and what the template is told, name it where there are some: a folder of before they were settings is found again.
     named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
     named |= template_settings(config.prompts, pair.tokenizer)
+    if isinstance(pair.teacher, ServedModel):  # it may move to another address
+        named["teacher_model_name_or_path"] = f"served {pair.teacher.files}"
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:

@@ -8,6 +8,7 @@ from switchkd.data.templates import Encoder, named
 from switchkd.decoding.rows import row_bytes
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import sizes_on
+from switchkd.forward.served import ServedModel
 from switchkd.methods.rules import name_of
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
@@ -45,7 +46,8 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     models = {role_of(name): (sources[name], model) for name, model in pair.named_teachers.items()}
     models["student"] = config.student_model_name_or_path, pair.student
     lines = [
-        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, multiplied in "
+        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters"
+        f"{' (of its output layer)' if isinstance(model, ServedModel) else ''}, multiplied in "
         f"{dtype_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]
@@ -74,7 +76,8 @@ def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[s
     teachers = [model for model in dict.fromkeys(pair.named_teachers.values()) if not isinstance(model, BaseModel)]
     tokens = [n + config.max_new_tokens for n in (config.max_prompt_length, longest_teacher_prompt(config, pair))]
     # One teacher writes at a time.
-    row = max(row_bytes((pair.student, each), tokens, pair.vocab_size) for each in pair.named_teachers.values())
+    decoding = [pair.student if isinstance(each, ServedModel) else each for each in pair.named_teachers.values()]
+    row = max(row_bytes((pair.student, each), tokens, pair.vocab_size) for each in decoding)
     wide, sizes, head = (
         dtype_name(masters.dtype),
         sizes_on(weights[0].device),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from switchkd.data.texts import Text, by_teacher
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.head import Head, Scorer
+from switchkd.forward.served import ServedModel, ServedReader
 from switchkd.models.pair import Pair
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
@@ -32,9 +33,9 @@ class TextReader(Protocol):
         ...
 
 
-def text_reader(model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS) -> TextReader:
-    """Whoever reads texts for this model; errors are those of `Scorer`."""
-    return Scorer(model, vocab_size, ends)
+def text_reader(model: PreTrainedModel | ServedModel, vocab_size: int, ends: Ends = NO_ENDS) -> TextReader:
+    """Whoever reads texts for this model; errors are those of `Scorer` and `ServedReader`."""
+    return (ServedReader if isinstance(model, ServedModel) else Scorer)(model, vocab_size, ends)
 
 
 class Teachers:
