@@ -9,12 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from transformers import PreTrainedModel
 
+from switchkd.methods.sampling import gumbel_noise, keys_at, keys_tensor
+
 
 class FakeServer:
     """Serves ``model`` at ``address``, as a ``kind`` of vLLM's.
 
     ``faults`` are the ways in which the next questions of a text are answered, one each: a status, or "half" (a body that breaks
-    off), "drop" (a connection that ends), "slow", "shape" (one row a text), "dtype", "nonsense". ``asked`` counts texts.
+    off), "drop" (a connection that ends), "slow", "shape" (one row a text), "dtype", "nonsense". ``asked`` counts texts. One that
+    generates is greedy, with our noise if it is ``keyed``.
     """
 
     def __init__(
@@ -22,7 +25,7 @@ class FakeServer:
     ):
         self.model, self.root, self.kind, self.longest, self.name = model, root, kind, longest, name
         self.faults: list = []
-        self.normalised = False
+        self.normalised, self.keyed = False, True
         self.asked = 0
         self.lock = threading.Lock()
         self.port = 0
@@ -91,7 +94,31 @@ class FakeServer:
         else:
             if fault == "slow":
                 time.sleep(0.6)
-            self.pooling(handler, body, fault)
+            (self.pooling if self.kind == "pooling" else self.complete)(handler, body, fault)
+
+    def complete(self, handler, body: dict, fault) -> None:
+        prompt, noise = body["prompt"], body.get("vllm_xargs")
+        with self.lock, torch.no_grad():
+            self.asked += 1
+            if "prompt_logprobs" in body:
+                logs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+                said = [None, *({str(t): {"logprob": float(logs[i, t])}} for i, t in enumerate(prompt[1:]))]
+                choice = {"prompt_logprobs": said}
+            else:
+                choice = {"token_ids": self._written(prompt, body, noise if self.keyed else None)}
+        handler.answer(200, json.dumps({"choices": [choice]}).encode())
+
+    def _written(self, prompt: list[int], body: dict, noise: dict | None) -> list[int]:
+        written: list[int] = []
+        while len(written) < body["max_tokens"] and not set(written) & set(body["stop_token_ids"]):
+            logits = self.model(torch.tensor([prompt + written])).logits[0, -1]
+            if noise is not None:
+                logits = logits[: noise["switchkd_vocab_size"]]
+                key = (int(noise["switchkd_key"]) + noise["switchkd_start"] + len(written)) % 2**64
+                drawn = gumbel_noise(keys_at(keys_tensor([key]), torch.tensor([0])), len(logits))[0]
+                logits = logits + noise["switchkd_temperature"] * drawn
+            written.append(int(logits.argmax()))
+        return written
 
     def pooling(self, handler, body: dict, fault) -> None:
         texts, dtype = body["input"], getattr(torch, body["embed_dtype"])

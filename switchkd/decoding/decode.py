@@ -29,7 +29,7 @@ from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.pace import NO_COSTS
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job, Row
-from switchkd.decoding.served import by_student, decode_served
+from switchkd.decoding.served import by_student, decode_served, reads_none
 from switchkd.decoding.settings import DecodeSettings, Drafter
 from switchkd.forward.ends import Ends
 from switchkd.forward.proof import prove
@@ -215,7 +215,8 @@ def decode_job(
 ) -> Rollouts:
     """``decode`` of arguments that are checked."""
     if isinstance(job.teacher, ServedModel):
-        return decode_served(job, partial(decode_job, progress=progress, watch=watch, runners=runners))
+        final = watch if reads_none(job.settings.policy) else None  # drafts may be taken back
+        return decode_served(job, partial(decode_job, progress=progress, watch=final, runners=runners))
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)

@@ -22,10 +22,12 @@ from switchkd.base.manifest import json_sha256, read_record
 from switchkd.base.storage import cache_folder, write_file
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.head import Head
-from switchkd.forward.server import Refused, Server, Serves, start_line
+from switchkd.forward.server import Refused, Server, Serves, start_line, writing_line
 from switchkd.forward.twin import twin
 from switchkd.runner.architecture import model_class
 
+# Texts that are written at a time.
+WRITING = 64
 # Tokens of one request. Its answer has two or four bytes a token and hidden dimension.
 REQUEST_TOKENS = 4096
 # The text that every request holds beside its own: so many tokens, of ids that any vocabulary has.
@@ -65,6 +67,7 @@ class ServedModel(nn.Module):
         generation_config: GenerationConfig,
         output: OutputLayer,
         tokenizer_sha256: str,
+        writer: Server | None = None,
     ):
         super().__init__()
         self.server, self.serves, self.files = server, serves, files
@@ -72,6 +75,7 @@ class ServedModel(nn.Module):
         self.linear, self.scale, self.softcap = output.linear, output.scale, output.softcap
         self._tokenizer_sha256 = tokenizer_sha256
         self.probe = self._first_probe()
+        self.writer, self._writes = writer, None if writer is None else self._checked(writer)
         self.eval().requires_grad_(False)
 
     @property
@@ -110,6 +114,41 @@ class ServedModel(nn.Module):
         for answer in answers:
             self._check_probe(answer.pop())
         return [states for answer in answers for states in answer]
+
+    def written(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budgets: Sequence[int],
+        row_keys: Sequence[int],
+        starts: Sequence[int],
+        ends: Sequence[int],
+        vocab_size: int,
+        temperature: float,
+    ) -> list[list[int]]:
+        """How the writer goes on behind each prompt, in so many tokens at most or up to one of ``ends``: a draft.
+
+        With our noise in the server these are the draws of the rows with these ``row_keys`` from the positions ``starts`` on.
+        """
+        assert self.writer is not None and self._writes is not None
+        longest, questions = self._writes.max_model_len, []
+        for prompt, budget, key, start in zip(prompts, budgets, row_keys, starts, strict=True):
+            if len(prompt) >= longest:
+                raise ModelError(
+                    f"{self.writer.address} is to go on behind {len(prompt)} tokens, and its max_model_len is {longest}; start it "
+                    "with a larger --max-model-len, or lower max_prompt_length or max_new_tokens"
+                )
+            # The key has more digits than a number of JSON is sure to keep.
+            noise: dict[str, str | float] = {
+                "key": str(key),
+                "start": start,
+                "temperature": temperature,
+                "vocab_size": vocab_size,
+            }
+            own = {f"switchkd_{name}": value for name, value in noise.items()}
+            questions.append(
+                self.writer.written(self._writes.name, prompt, min(budget, longest - len(prompt)), ends, own)
+            )
+        return self.writer.ask(questions, WRITING)
 
     # --- which model it is ----------------------------------------------------------------------------------------
 
@@ -159,6 +198,28 @@ class ServedModel(nn.Module):
                 f"use_activation false: {start}"
             )
         return probe
+
+    @torch.no_grad()
+    def _checked(self, writer: Server) -> Serves:
+        """What the writer serves, if it says of the probe what the server's states and the output layer here say of it."""
+        serves = writer.serves()
+        try:
+            [theirs] = writer.ask([writer.log_likelihoods(serves.name, self._probe_ids)])
+        except Refused as error:
+            raise ServerError(
+                f"{error}. The teacher's writer is a server that generates, beside the one that reads; start it with: "
+                f"{writing_line(self.serves.root)}"
+            ) from error
+        head = self.head(self.linear.out_features)
+        logs = head.log_probs(head(self.probe[:-1].to(self.linear.weight.device))).cpu()
+        ours = logs.gather(1, torch.tensor(self._probe_ids[1:]).unsqueeze(1))[:, 0]
+        worst = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+        if worst > _TOLERANCE[False]:
+            raise ModelError(
+                f"{writer.address} writes with another model than {self.server.address} reads, or {self.files} is of another: "
+                f"log-probabilities of {len(ours)} tokens differ by {worst:.2g} (relative); serve one model by both"
+            )
+        return serves
 
     def _check_probe(self, found: Tensor) -> None:
         """Raise ServerError if an answer is not of the model that was there at first."""

@@ -7,7 +7,7 @@ error of the server's own, half an answer) is asked again for a while; what does
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +27,27 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 # Seconds between two tries, the first and the longest.
 _PAUSES = 0.25, 15.0
 
+# What a model's generation_config.json may have made the server's default.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 Question = Callable[[httpx2.Client], Any]
 
 
 def start_line(model: str) -> str:
     """The command that starts a server through which a teacher can be read."""
     return f"vllm serve {model} {POOLING_FLAGS}"
+
+
+def writing_line(model: str) -> str:
+    """The command that starts a server that writes as the teacher, with our noise; docs/server.md says where that is."""
+    return f"vllm serve {model} --logits-processors switchkd_noise:KeyedNoise"
 
 
 class Serves(NamedTuple):
@@ -94,10 +109,35 @@ class Server:
         read = partial(_states, lengths=lengths, dtype=dtype)
         return partial(self._once, method="POST", path="/pooling", body=asked, read=read)
 
-    def ask(self, questions: Sequence[Question]) -> list[Any]:
+    def written(
+        self,
+        model: str,
+        prompt: Sequence[int],
+        budget: int,
+        ends: Sequence[int],
+        noise: Mapping[str, str | int | float],
+    ) -> Question:
+        """The question how ``model`` goes on behind a prompt: its greedy token ids, ``budget`` of them or up to one of ``ends``.
+
+        ``noise`` is for our logits processor (``switchkd_noise``), if the server has it: the greedy token is then a keyed draw.
+        """
+        asked = {
+            "model": model, "prompt": list(prompt), "max_tokens": budget, "temperature": 0.0, "ignore_eos": True,
+            "stop_token_ids": list(ends), "return_token_ids": True, "skip_special_tokens": False, "vllm_xargs": dict(noise),
+            **_NEUTRAL,
+        }  # fmt: skip
+        return partial(self._once, method="POST", path="/v1/completions", body=asked, read=_token_ids)
+
+    def log_likelihoods(self, model: str, text: Sequence[int]) -> Question:
+        """The question of the log-probability of each token of a text behind those before it, ``[T - 1]``."""
+        asked = {"model": model, "prompt": list(text), "max_tokens": 1, "prompt_logprobs": 0, **_NEUTRAL}
+        read = partial(_log_likelihoods, text=text)
+        return partial(self._once, method="POST", path="/v1/completions", body=asked, read=read)
+
+    def ask(self, questions: Sequence[Question], under_way: int = UNDER_WAY) -> list[Any]:
         """The answers, in order; several questions are under way at a time, and what fails in passing is asked again."""
         answers: dict[int, Any] = {}
-        pool, since, pause = ThreadPoolExecutor(UNDER_WAY), time.monotonic(), _PAUSES[0]
+        pool, since, pause = ThreadPoolExecutor(under_way), time.monotonic(), _PAUSES[0]
         with self._client() as client:
             try:
                 while left := [place for place in range(len(questions)) if place not in answers]:
@@ -194,3 +234,22 @@ def _states(answer: httpx2.Response, lengths: Sequence[int], dtype: torch.dtype)
         raise _Passing(f"{len(body)} bytes of an answer of {parts[-1][1]}")
     # A copy, which may be written to and outlives the answer.
     return [torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape) for start, end, shape in parts]
+
+
+def _token_ids(answer: httpx2.Response) -> list[int]:
+    try:
+        return [int(token) for token in answer.json()["choices"][0]["token_ids"]]
+    except (LookupError, TypeError) as error:
+        raise ServerError(
+            f"{answer.url} answers without token ids ({error!r}); a server that writes is vLLM, 0.12 or later: vllm serve MODEL"
+        ) from error
+
+
+def _log_likelihoods(answer: httpx2.Response, text: Sequence[int]) -> Tensor:
+    try:
+        said = answer.json()["choices"][0]["prompt_logprobs"][1:]
+        return torch.tensor([own[str(token)]["logprob"] for own, token in zip(said, text[1:], strict=True)])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ServerError(
+            f"{answer.url} answers without the log-probabilities of a prompt ({error!r}); is it vLLM?"
+        ) from error

@@ -113,6 +113,8 @@ class StudentOnly(Policy):
 class TeacherOnly(Policy):
     """The teacher's own text, as in SeqKD: m = p. With student drafts it is speculative decoding of the teacher."""
 
+    hands_over = True
+
     def reads(self, state: State) -> tuple[bool, bool]:
         return False, True
 

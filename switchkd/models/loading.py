@@ -38,6 +38,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Seconds for which a server is asked again where nothing comes back: before anything has begun, and in mid-run, where it may have
 # to be started again.
 OPENING, PATIENCE = 10.0, 300.0
+WRITING_TIMEOUT = 600.0  # seconds that the writing of one text may take
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
@@ -98,12 +99,17 @@ def load_model(
 
 
 def load_served(
-    address: str, tokenizer: "PreTrainedTokenizerBase", dtype: str, device: str | None = None, files: str = ""
+    address: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: str,
+    device: str | None = None,
+    files: str = "",
+    writer: str = "",
 ) -> "ServedModel":
     """The teacher behind the server at ``address``; of its weights only the output layer is read, from ``files``.
 
-    ``files`` is what `served_files` says, of which ``tokenizer`` is too. Raises ServerError for one that does not answer with
-    hidden states, ModelError where these do not fit the files.
+    ``writer`` is the address of one that writes as it. ``files`` is what `served_files` says, of which ``tokenizer`` is too. Raises
+    ServerError for one that does not answer with hidden states, ModelError where these do not fit the files.
     """
     import torch
     from transformers import GenerationConfig
@@ -130,7 +136,6 @@ def load_served(
     own = config.get_text_config()
     if getattr(own, "max_position_embeddings", None):
         own.max_position_embeddings = min(own.max_position_embeddings, serves.max_model_len)
-    vocabulary = json_sha256(tokenizer.get_vocab())
     return ServedModel(
         Server(address, patience=PATIENCE),
         serves,
@@ -138,7 +143,8 @@ def load_served(
         config,
         generation_config,
         OutputLayer(linear, scale, softcap),
-        vocabulary,
+        json_sha256(tokenizer.get_vocab()),
+        Server(writer, patience=PATIENCE, timeout=WRITING_TIMEOUT) if writer else None,
     )
 
 

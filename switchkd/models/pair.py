@@ -91,6 +91,7 @@ def load_pair(
     teachers: Mapping[str, str] | None = None,
     template: str | Template | None = None,
     teacher_files: str = "",
+    teacher_writer: str = "",
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, ``"demo"`` or ``"small"`` (for both if ``student`` is None).
 
@@ -98,8 +99,8 @@ def load_pair(
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
     The teacher ``"base"`` is the student's own base, on the same weights. A teacher may be the address of a vLLM server, which is
     asked what it says of texts (`switchkd.forward.served`); ``teacher_files`` is where its config, tokenizer and output layer lie,
-    if not where the server says. ``teachers`` are more of them by name; each is checked as the first one is, and equal folders are
-    loaded once.
+    if not where the server says, ``teacher_writer`` the address of a second one that writes. ``teachers`` are more of them by name;
+    each is checked as the first one is, and equal folders are loaded once.
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
     ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
@@ -127,14 +128,8 @@ def load_pair(
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
-    models = _load_teachers(
-        sources,
-        chosen_teacher_dtype(teacher_dtype, dtype, device_named(device)),
-        device,
-        student_model,
-        files,
-        tokenizers,
-    )
+    of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, device_named(device))
+    models = _load_teachers(sources, of_teachers, device, student_model, files, tokenizers, teacher_writer)
     for name, model in models.items():
         with _naming(name):
             vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
@@ -225,8 +220,12 @@ def _load_teachers(
     student: "PreTrainedModel",
     files: Mapping[str, str],
     tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+    writer: str,
 ) -> "dict[str, PreTrainedModel]":
-    """The teachers by name, one model for equal sources; ``files`` are where the tokenizers of each came from."""
+    """The teachers by name, one model for equal sources; ``files`` are where the tokenizers of each came from.
+
+    ``writer`` writes as the default one.
+    """
     models: dict[str, PreTrainedModel] = {}
     for name, source in sources.items():
         same = next((other for other in models if _same_model(sources[other], source)), None)
@@ -234,7 +233,7 @@ def _load_teachers(
             if same is not None:
                 models[name] = models[same]
             elif is_address(source):
-                models[name] = load_served(source, tokenizers[name], dtype, device, files[name])
+                models[name] = load_served(source, tokenizers[name], dtype, device, files[name], "" if name else writer)
             else:
                 models[name] = _load_teacher(source, dtype, device, student)
     return models

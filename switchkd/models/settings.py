@@ -35,6 +35,8 @@ class ModelConfig(Settings):
     teacher_files: str = ""
     """Of a teacher behind a server: the folder or hub name of its config, tokenizer and output layer; default what the server
     names, which may be a folder of another machine."""
+    teacher_writer: str = ""
+    """Of a teacher behind a server: the address of a second one that writes as it, for adaswitch and for the teacher's own text."""
     student_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--student"])] = "demo"
     """Hub name or local folder of the student; `demo` and `small` are made for the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
@@ -84,11 +86,14 @@ class ModelConfig(Settings):
                 f"the teacher {BASE!r} is on the student's own weights, so it cannot be in teacher_dtype {self.teacher_dtype} "
                 f"beside dtype {self.dtype}; leave teacher_dtype out"
             )
-        if self.teacher_files and not is_address(self.teacher_model_name_or_path):
-            raise ConfigError(
-                f"teacher_files {self.teacher_files} is for a teacher behind a server, and the teacher is "
-                f"{self.teacher_model_name_or_path}; give its address as the teacher, or leave teacher_files out"
-            )
+        for name in ("teacher_files", "teacher_writer"):
+            if getattr(self, name) and not is_address(self.teacher_model_name_or_path):
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is for a teacher behind a server, and the teacher is "
+                    f"{self.teacher_model_name_or_path}; give its address as the teacher, or leave {name} out"
+                )
+        if self.teacher_writer and not is_address(self.teacher_writer):
+            raise ConfigError(f"teacher_writer {self.teacher_writer} is no address; give one such as http://host:8001")
         if bool(self.teachers) != bool(self.teacher_field):
             missing = "teacher_field, the field of a row that names one" if self.teachers else "teachers, by name"
             raise ConfigError(

@@ -285,7 +285,8 @@ def public_name(name: str) -> str:
 
 def public_settings(config: TrainConfig) -> TrainConfig:
     """The settings of a run with `public_name` in the place of every model, file and folder."""
-    fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_files", "_dir"))]
+    fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_dir"))]
     changed: dict[str, Any] = {name: public_name(getattr(config, name)) for name in fields}
+    changed |= {"teacher_files": "", "teacher_writer": ""}  # of a teacher whose address is left out too
     changed["teachers"] = {name: public_name(source) for name, source in config.teachers.items()}
     return dataclasses.replace(config, **changed)

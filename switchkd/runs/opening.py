@@ -22,7 +22,7 @@ from switchkd.decoding.served import check_served
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.proof import prove
 from switchkd.forward.served import ServedModel
-from switchkd.methods.policy import TeacherOnly
+from switchkd.methods.policy import Policy, StudentOnly, TeacherOnly
 from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
@@ -59,6 +59,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         teachers=config.teachers,
         template=template,
         teacher_files=config.teacher_files,
+        teacher_writer=config.teacher_writer,
     )
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
@@ -77,11 +78,11 @@ def _check_served(config: ModelConfig) -> None:
     teachers = config.teacher_model_name_or_path, *config.teachers.values()
     if not (served := [name for name in teachers if is_address(name)]):
         return
-    if isinstance(config, TrainConfig) and not config.mix.generates:
-        if config.mix.wants_teacher_text:
-            check_served(TeacherOnly(), served[0])
-    elif policy := getattr(config, "policy", None):
-        check_served(policy, served[0])
+    rules: list[Policy] = [getattr(config, "policy", StudentOnly())]
+    if isinstance(config, TrainConfig):
+        rules = (rules if config.mix.generates else []) + ([TeacherOnly()] if config.mix.wants_teacher_text else [])
+    for rule in rules:
+        check_served(rule, served[0], bool(config.teacher_writer))
 
 
 def prepared(

@@ -29,7 +29,7 @@ FREE_ON_RESUME = {
     "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet", "allow_change", "save_dtype", "teacher_files",
+    "report_to", "quiet", "allow_change", "save_dtype", "teacher_files", "teacher_writer",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
