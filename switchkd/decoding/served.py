@@ -29,7 +29,7 @@ from switchkd.methods.sampling import gumbel_noise, keys_at, keys_tensor, row_ke
 
 Engine = Callable[[Job], Rollouts]  # decodes a job whose models are both in this process
 
-# Rows that are decided together, and that the student reads together.
+# Rows that are decided together, and, where no setting says how many are decoded together, that too; and that the student reads.
 _ROWS, _READ = 32, 8
 # Of the writer's drafts: fewer kept than this share, of so many at least, and something is said about it.
 _FEW, _ENOUGH = 0.9, 100
@@ -45,7 +45,11 @@ def decode_served(job: Job, by_engine: Engine) -> Rollouts:
     check_served(job.settings.policy, job.teacher.server.address, job.teacher.writer is not None)
     if reads_none(job.settings.policy):
         return by_engine(by_student(job))
-    return _Drafted(job, by_engine).run()
+    rollouts, size = Rollouts(), job.settings.batch_size or _ROWS
+    for first in range(0, len(job.rows), size):  # what the servers say of so many texts is here at a time
+        part = _Drafted(replace(job, rows=job.rows[first : first + size]), by_engine).run()
+        rollouts = Rollouts([*rollouts, *part], rollouts.cost + part.cost)
+    return rollouts
 
 
 def by_student(job: Job, rows: list[Row] | None = None) -> Job:
@@ -269,10 +273,12 @@ class _Drafted:
         return read.tolist() if isinstance(read, Tensor) else [read] * rows
 
     def _tell(self) -> None:
-        """Say it where the writer drafts otherwise than the teacher draws."""
-        if self.judged >= _ENOUGH and self.right < _FEW * self.judged:
+        """Say it, once, where the writer drafts otherwise than the teacher draws."""
+        teacher = self.job.teacher
+        if self.judged >= _ENOUGH and self.right < _FEW * self.judged and not teacher.told_of_drafts:
+            teacher.told_of_drafts = True
             warnings.warn(
-                f"{self.job.teacher.writer.address} foresees {self.right / self.judged:.0%} of the teacher's tokens, so that texts "
+                f"{teacher.writer.address} foresees {self.right / self.judged:.0%} of the teacher's tokens, so that texts "
                 "take many rounds. Is it the same model, and does it draw with our noise (--logits-processors "
                 "switchkd_noise:KeyedNoise, docs/server.md)? Cuts such as top_p have the same effect. The text is the same",
                 SwitchKDWarning,

@@ -75,6 +75,7 @@ class ServedModel(nn.Module):
         self.linear, self.scale, self.softcap = output.linear, output.scale, output.softcap
         self._tokenizer_sha256 = tokenizer_sha256
         self.probe = self._first_probe()
+        self.told_of_drafts = False  # whether it was said that the writer drafts badly
         self.writer, self._writes = writer, None if writer is None else self._checked(writer)
         self.eval().requires_grad_(False)
 

@@ -109,6 +109,8 @@ def test_the_writer_moves_rounds_and_never_text(servers, folders, here, rule, mo
         slow = short(pair)
     assert_same(slow, own)
     assert slow.cost.rounds > first + 3
+    assert_same(short(pair), own)  # and nothing more is said
+    pair.teacher.told_of_drafts = False
     servers[1].keyed, servers[1].model = True, here.student
     with pytest.warns(SwitchKDWarning, match="foresees"):
         assert_same(short(pair), own)
@@ -123,7 +125,7 @@ def test_pieces_move_nothing(servers, folders, here, rule, monkeypatch):
     sizes = types.SimpleNamespace(chunk=4 * here.vocab_size * 7 * 3)
     monkeypatch.setattr(served_module, "sizes_on", lambda _: sizes)
     monkeypatch.setattr(served_module, "_ROWS", 4)
-    assert_same(text(opened(servers, folders), RULES[rule]), text(here, RULES[rule]))
+    assert_same(text(opened(servers, folders), RULES[rule], batch_size=5), text(here, RULES[rule]))
 
 
 def test_a_student_whose_draft_goes_wrong_goes_on_from_there(servers, folders, here, monkeypatch):

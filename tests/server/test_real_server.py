@@ -1,4 +1,4 @@
-"""Runs whose teacher is behind vLLM are the runs with the teacher here: `./run test-server`, which has vLLM in its own environment."""
+"""Runs whose teacher is behind vLLM are the runs with the teacher here: `./run test-server` has vLLM in its own environment."""
 
 import os
 import shutil
@@ -59,8 +59,9 @@ def vllm(model, folder, *flags):
     }  # fmt: skip
     shutil.copy(NOISE, folder)
     command = [
-        PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "teacher", "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager", *flags,
+        PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "teacher",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8",
+        "--enforce-eager", *flags,
     ]  # fmt: skip
     with log.open("w") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
