@@ -294,7 +294,7 @@ def test_a_server_that_does_not_answer_as_it_must_is_refused_with_the_way_out(se
     server.start()
 
 
-@pytest.mark.parametrize("recipe", ["switch", "skd", "relay", "minillm", "trb", "seqkd"])
+@pytest.mark.parametrize("recipe", ["switch", "skd", "relay", "minillm", "trb"])
 def test_a_rule_that_asks_at_every_token_is_refused_before_anything_is_loaded(names, recipe):
     nobody = names | {"teacher_model_name_or_path": "http://127.0.0.1:9"}
     with pytest.raises(ConfigError, match=r"asks the teacher at every token.*--teacher-tensor-parallel"):
