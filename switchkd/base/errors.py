@@ -43,6 +43,10 @@ class HubError(SwitchKDError, ConnectionError):
     """The Hugging Face Hub cannot be reached, or refuses."""
 
 
+class ServerError(SwitchKDError, ConnectionError):
+    """A server does not answer, or not with what it was asked for."""
+
+
 class InUseError(SwitchKDError, BlockingIOError):
     """Another process works in a folder."""
 

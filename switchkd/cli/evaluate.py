@@ -67,6 +67,7 @@ class LmEvalConfig(Settings):
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    from switchkd.forward.served import NO_TEXT, ServedModel
     from switchkd.models.loading import default_device
     from switchkd.models.saved_student import SavedStudent
     from switchkd.models.settings import with_dtypes
@@ -82,6 +83,9 @@ def evaluate(config: EvaluateConfig) -> None:
     config = with_date(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
     models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
+    if isinstance(pair.teacher, ServedModel):
+        del models["teacher"]
+        console.print(NO_TEXT, soft_wrap=True)
     results = {
         name: score(pair, model, heldout, eval_settings(config, policy), name, saved=of)
         for name, (model, policy, of) in models.items()

@@ -115,7 +115,7 @@ class Board:
         table = np.zeros((len(rows), sum(widths) + len(widths) + 2), dtype=np.int64)
         table[:, -1] = places
         for i, row in enumerate(rows):
-            table[i, -2], first = as_int64(row_key(row.seed, row.id)), 0
+            table[i, -2], first = as_int64(row_key(row.seed, row.id) + row.start), 0
             for who, width in enumerate(widths):
                 prompt = row.prompt_of(who)
                 table[i, first : first + len(prompt)] = prompt

@@ -29,10 +29,12 @@ from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.pace import NO_COSTS
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job, Row
+from switchkd.decoding.served import by_student, decode_served, reads_none
 from switchkd.decoding.settings import DecodeSettings, Drafter
 from switchkd.forward.ends import Ends
 from switchkd.forward.parallel import Together
 from switchkd.forward.proof import prove
+from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key, speakers
 from switchkd.models.pair import Pair
@@ -199,6 +201,7 @@ def measured_costs(job: Job) -> tuple[float, ...]:
 
     Processes that run the teacher together ask in step, and are told the same.
     """
+    job = by_student(job) if isinstance(job.teacher, ServedModel) else job
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return NO_COSTS.plain()
@@ -216,6 +219,9 @@ def decode_job(
     runners: Runners | None = None,
 ) -> Rollouts:
     """``decode`` of arguments that are checked."""
+    if isinstance(job.teacher, ServedModel):
+        final = watch if reads_none(job.settings.policy) else None  # drafts may be taken back
+        return decode_served(job, partial(decode_job, progress=progress, watch=final, runners=runners))
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return Rollouts(row.rollout() for row in job.rows)

@@ -32,6 +32,7 @@ class Row:
     stop_reason: str | None = None
     error: str | None = None
     said: Tensor | None = None
+    start: int = 0  # the position of its first token, where it goes on with a text whose beginning is in the prompt
 
     def prompt_of(self, who: int) -> list[int]:
         """What STUDENT or TEACHER reads before the completion."""

@@ -17,8 +17,7 @@ from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.memory import halving
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode_job
-from switchkd.decoding.metrics import BANDS
-from switchkd.decoding.rollouts import DecodeCost
+from switchkd.decoding.rollouts import BANDS, DecodeCost
 from switchkd.decoding.rows import Job
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import Completion, Evaluation

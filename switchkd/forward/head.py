@@ -56,6 +56,32 @@ class Head:
             ModelError: on a probe the head does not give the model's own logits, or it is more than a linear layer;
             or the model is not read exactly in batches (`switchkd.forward.proof`).
         """
+        prove(model)
+        return Head._checked(model, Head._named(model, vocab_size, ends))
+
+    @staticmethod
+    @torch.no_grad()
+    def of_states(model: PreTrainedModel) -> "Head":
+        """The same of all ids, for the states behind the last layer, which other software gives out; nothing else is proved.
+
+        Raises:
+            ModelError: as ``of``; or something stands between the last layer and the output layer.
+        """
+        head = Head._checked(model, Head._named(model, model.get_output_embeddings().out_features, NO_ENDS))
+        ids = torch.arange(4, device=head.linear.weight.device).unsqueeze(0)
+        with evaluating(model), head_inputs(model) as entered:
+            model(input_ids=ids, use_cache=False)
+            last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if last.shape != entered[0].shape or not torch.allclose(last, entered[0]):
+            raise ModelError(
+                f"{model.config.model_type} does something to its last hidden states before they enter the output layer, so that "
+                "those of a server cannot be told from what enters it; choose another model, or load it in this process"
+            )
+        return head
+
+    @staticmethod
+    def _named(model: PreTrainedModel, vocab_size: int, ends: Ends) -> "list[Head]":
+        """The heads that the model's config may mean."""
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise ModelError(
@@ -66,10 +92,9 @@ class Head:
         # Cohere multiplies, Granite divides, Gemma caps.
         scale = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        prove(model)
         # MiniCPM scales what enters the layer already.
         linear = whole_linear(linear)
-        return Head._checked(model, [Head(linear, vocab_size, each, cap, ends) for each in dict.fromkeys((scale, 1.0))])
+        return [Head(linear, vocab_size, each, cap, ends) for each in dict.fromkeys((scale, 1.0))]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.finish(self.raw(hidden))

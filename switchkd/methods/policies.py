@@ -113,6 +113,8 @@ class AdaSwitch(Policy):
     State: (window ``[B, L]`` fp32, number seen ``[B]``, switched ``[B]``).
     """
 
+    hands_over = True
+
     window: int = 4  # L, in tokens
     ratio: float = 3.0  # K
     divergence: str = "forward_kl"  # a name of switchkd.divergences

@@ -50,6 +50,9 @@ class Policy:
     """
 
     unit: ClassVar[str] = "nats"  # of its divergences and thresholds
+    hands_over: ClassVar[bool] = (
+        False  # whether the teacher, once it writes, writes to the end and the student is not read again
+    )
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Policy:
         """This rule with what only a run knows filled in. Called once, before any text is written."""
@@ -109,6 +112,8 @@ class StudentOnly(Policy):
 @dataclass(frozen=True)
 class TeacherOnly(Policy):
     """The teacher's own text, as in SeqKD: m = p. With student drafts it is speculative decoding of the teacher."""
+
+    hands_over = True
 
     def reads(self, state: State) -> tuple[bool, bool]:
         return False, True

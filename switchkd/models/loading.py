@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.base.manifest import json_sha256
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
 from switchkd.data.small_data import SMALL, small_pair_paths
@@ -26,11 +28,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from switchkd.forward.served import ServedModel
+
 
 MADE = (SMALL, *pypi_pairs.PAIRS)  # pairs that the package makes in the user's cache
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Seconds for which a server is asked again where nothing comes back: before anything has begun, and in mid-run, where it may have
+# to be started again.
+OPENING, PATIENCE = 10.0, 300.0
+WRITING_TIMEOUT = 600.0  # seconds that the writing of one text may take
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
@@ -159,6 +167,100 @@ def load_shapes(name: str) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
         ).eval()
+
+
+def load_served(
+    address: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: str,
+    device: str | None = None,
+    files: str = "",
+    writer: str = "",
+) -> "ServedModel":
+    """The teacher behind the server at ``address``; of its weights only the output layer is read, from ``files``.
+
+    ``writer`` is the address of one that writes as it. ``files`` is what `served_files` says, of which ``tokenizer`` is too. Raises
+    ServerError for one that does not answer with hidden states, ModelError where these do not fit the files.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from switchkd.forward.served import OutputLayer, ServedModel, output_law
+    from switchkd.forward.server import Server
+
+    torch_device, server = device_named(device), Server(address, patience=OPENING)
+    source, is_local = located(files)
+    if is_adapter(source):
+        raise ModelError(f"{source} is an adapter; merge it into its base, and serve that")
+    serves, config = server.serves(), load_config(source, is_local)
+    names, scale, softcap = output_law(config)
+    with _as_model_error(source, is_local):
+        weight, bias = _output_layer(source, is_local, names)
+        try:
+            generation_config = GenerationConfig.from_pretrained(source, local_files_only=is_local)
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(weight.to(torch_device, _dtype(dtype, torch_device)), requires_grad=False)
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias.to(linear.weight), requires_grad=False)
+    own = config.get_text_config()
+    if getattr(own, "max_position_embeddings", None):
+        own.max_position_embeddings = min(own.max_position_embeddings, serves.max_model_len)
+    return ServedModel(
+        Server(address, patience=PATIENCE),
+        serves,
+        source,
+        config,
+        generation_config,
+        OutputLayer(linear, scale, softcap),
+        json_sha256(tokenizer.get_vocab()),
+        Server(writer, patience=PATIENCE, timeout=WRITING_TIMEOUT) if writer else None,
+    )
+
+
+def served_files(address: str, files: str = "") -> str:
+    """Where the config, tokenizer and output layer of a served teacher lie: ``files``, else what the server names.
+
+    Raises ModelError where that is a folder of another machine.
+    """
+    from switchkd.forward.server import Server
+
+    if files:
+        return files
+    root = Server(address, patience=OPENING).serves().root
+    if root.startswith("/") and not Path(root).is_dir():
+        raise ModelError(
+            f"{address} serves {root}, a folder that is not on this machine; copy its config.json, tokenizer and *.safetensors "
+            "here, or take a hub name, and give it as --teacher-files"
+        )
+    return root
+
+
+def _output_layer(source: str, is_local: bool, names: list[str]) -> "tuple[torch.Tensor, torch.Tensor | None]":
+    """Weight and bias of the layer that is called one of ``names``, the first that is there; of many files only its own is read."""
+    from huggingface_hub import hf_hub_download
+    from safetensors import safe_open
+
+    def file(name: str) -> Path:
+        return Path(source) / name if is_local else Path(hf_hub_download(source, name))
+
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    try:
+        places = json_object(file(index).read_bytes())["weight_map"]
+    except (OSError, EntryNotFoundError):
+        with safe_open(file(whole), "pt") as weights:
+            places = dict.fromkeys(weights.keys(), whole)
+    # Behind a name of its own: "lm_head" may be "language_model.lm_head" in the file.
+    for name in names:
+        key = next((key for key in places if f".{key}".endswith(f".{name}.weight")), None)
+        if key is not None:
+            with safe_open(file(places[key]), "pt") as weights:
+                bias = key.removesuffix("weight") + "bias"
+                return weights.get_tensor(key), weights.get_tensor(bias) if bias in places else None
+    raise ModelError(
+        f"{source} holds no weight of the output layer {' or '.join(names)}; copy or download the model again"
+    )
 
 
 def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:

@@ -19,12 +19,14 @@ from switchkd.models.loading import (
     is_adapter,
     load_config,
     load_model,
+    load_served,
     load_tokenizer,
     located,
     made,
+    served_files,
 )
 from switchkd.models.saved_student import settle_generation, verify_saved
-from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, teacher_device
+from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, is_address, teacher_device
 from switchkd.models.vocabulary import (
     check_logits_rows,
     check_vocabulary,
@@ -92,13 +94,17 @@ def load_pair(
     teachers: Mapping[str, str] | None = None,
     template: str | Template | None = None,
     teacher_place: Place | None = None,
+    teacher_files: str = "",
+    teacher_writer: str = "",
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, or a pair of `MADE` (for both if ``student`` is None).
 
     A folder may hold a LoRA adapter, which is put on its base. ``lora`` asks for an adapter on the student: a new one of these
     settings, its weights keyed by ``seed``, or the one that the student's folder holds. Only the adapter is then trainable.
-    The teacher ``"base"`` is the student's own base, on the same weights. ``teachers`` are more of them by name; each is checked
-    as the first one is, and equal folders are loaded once.
+    The teacher ``"base"`` is the student's own base, on the same weights. A teacher may be the address of a vLLM server, which is
+    asked what it says of texts (`switchkd.forward.served`); ``teacher_files`` is where its config, tokenizer and output layer lie,
+    if not where the server says, ``teacher_writer`` the address of a second one that writes. ``teachers`` are more of them by name;
+    each is checked as the first one is, and equal folders are loaded once.
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
     ``teacher_place`` says where the teachers' weights lie, if not beside the student's.
@@ -106,7 +112,8 @@ def load_pair(
     template, else none.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
-    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows.
+    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows,
+    ServerError where a server does not answer as it must.
     """
     teacher_name, student_name = _pair_names(teacher, student)
     sources = {"": teacher_name} | {name: made(source, "teacher") for name, source in (teachers or {}).items()}
@@ -122,17 +129,17 @@ def load_pair(
         with _naming(name):
             check_place(source, place)
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers, sizes = {}, []
+    tokenizers, sizes, files = {}, [], {}
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
-            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(source)
+            files[name] = served_files(source, "" if name else teacher_files) if is_address(source) else source
+            tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
     student_model, notes = _load_student(student_name, dtype, device, lora, seed)
     there = teacher_device(place, device_named(device))
-    models = _load_teachers(
-        sources, chosen_teacher_dtype(teacher_dtype, dtype, there), str(there), student_model, place
-    )
+    of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
+    models = _load_teachers(sources, of_teachers, str(there), student_model, place, files, tokenizers, teacher_writer)
     for name, model in models.items():
         with _naming(name):
             vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
@@ -218,14 +225,29 @@ def _load_teacher(name: str, dtype: str, device: str, student: "PreTrainedModel"
 
 
 def _load_teachers(
-    sources: Mapping[str, str], dtype: str, device: str, student: "PreTrainedModel", place: Place
+    sources: Mapping[str, str],
+    dtype: str,
+    device: str,
+    student: "PreTrainedModel",
+    place: Place,
+    files: Mapping[str, str],
+    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+    writer: str,
 ) -> "dict[str, PreTrainedModel]":
-    """The teachers by name, one model for equal sources."""
+    """The teachers by name, one model for equal sources; ``files`` are where the tokenizers of each came from.
+
+    ``writer`` writes as the default one.
+    """
     models: dict[str, PreTrainedModel] = {}
     for name, source in sources.items():
         same = next((other for other in models if _same_model(sources[other], source)), None)
         with _naming(name):
-            models[name] = _load_teacher(source, dtype, device, student, place) if same is None else models[same]
+            if same is not None:
+                models[name] = models[same]
+            elif is_address(source):
+                models[name] = load_served(source, tokenizers[name], dtype, device, files[name], "" if name else writer)
+            else:
+                models[name] = _load_teacher(source, dtype, device, student, place)
     return models
 
 

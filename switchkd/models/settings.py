@@ -41,13 +41,23 @@ class Place:
         return self != Place()
 
 
+def is_address(name: str) -> bool:
+    """Whether a teacher's name is the address of a server."""
+    return name.startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """Which pair, in which numbers."""
 
     teacher_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--teacher"])] = "demo"
     """Hub name or local folder of the teacher; `demo` is SmolLM2-135M-Instruct, `qwen-coder` Qwen2.5-Coder-1.5B-Instruct (1.6 GB
-    to download once), `small` what `make-pair` made."""
+    to download once), `small` what `make-pair` made. Or the address of a vLLM server that it is behind, such as http://host:8000."""
+    teacher_files: str = ""
+    """Of a teacher behind a server: the folder or hub name of its config, tokenizer and output layer; default what the server
+    names, which may be a folder of another machine."""
+    teacher_writer: str = ""
+    """Of a teacher behind a server: the address of a second one that writes as it, for adaswitch and for the teacher's own text."""
     student_model_name_or_path: Annotated[str, tyro.conf.arg(aliases=["--student"])] = "demo"
     """Hub name or local folder of the student; `demo`, `qwen-coder` (0.5B) and `small` belong to the teachers of these names."""
     teachers: dict[str, str] = field(default_factory=dict)
@@ -139,6 +149,14 @@ class ModelConfig(Settings):
                 f"the teacher {BASE!r} is on the student's own weights, so it cannot be in teacher_dtype {self.teacher_dtype} "
                 f"beside dtype {self.dtype}; leave teacher_dtype out"
             )
+        for name in ("teacher_files", "teacher_writer"):
+            if getattr(self, name) and not is_address(self.teacher_model_name_or_path):
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is for a teacher behind a server, and the teacher is "
+                    f"{self.teacher_model_name_or_path}; give its address as the teacher, or leave {name} out"
+                )
+        if self.teacher_writer and not is_address(self.teacher_writer):
+            raise ConfigError(f"teacher_writer {self.teacher_writer} is no address; give one such as http://host:8001")
         if bool(self.teachers) != bool(self.teacher_field):
             missing = "teacher_field, the field of a row that names one" if self.teachers else "teachers, by name"
             raise ConfigError(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.data.texts import TokenizedExample
-    from switchkd.decoding.metrics import Metrics
+    from switchkd.decoding.rollouts import Metrics
     from switchkd.models.pair import Pair
     from switchkd.training.reading import OnRound
 from switchkd.training.trainer import OnStep, Trainer

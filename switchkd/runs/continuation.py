@@ -25,12 +25,13 @@ from switchkd.data.texts import TokenizedExample
 from switchkd.evaluation.results import EVALUATION, completions_file
 from switchkd.methods.rules import NOUNS, name_of
 from switchkd.models.loading import default_device
-from switchkd.models.settings import with_dtypes
+from switchkd.models.settings import is_address, with_dtypes
 from switchkd.reports.record import read_config
 from switchkd.training.records import CONFIG, ORIGIN
 from switchkd.training.settings import FREE_ON_RESUME, TrainConfig
 
 CONDITIONS = "conditions"
+TEACHER = "teacher_model_name_or_path"
 # What a run writes before its first checkpoint. It makes them anew.
 _EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers"}
 
@@ -97,6 +98,8 @@ def check_run(run: Path, config: TrainConfig) -> None:
             to_dict(with_dtypes(each, default_device())) for each in (read_config(run), as_recorded(run, config))
         )
         free = FREE_ON_RESUME | set(config.allow_change)
+        if is_address(before[TEACHER]) and is_address(now[TEACHER]):  # a server may move; what it serves is compared
+            free.add(TEACHER)
         _refuse(run, {k: f"{before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and k not in free})
     elif begun(run):
         raise ConfigError(f"{run} already exists and is not empty; choose another --output-dir, or go on with --resume")

@@ -29,6 +29,7 @@ from switchkd.base.errors import (
     DiskError,
     NoMemoryError,
     NonFiniteError,
+    ServerError,
     SwitchKDWarning,
 )
 from switchkd.base.lock import Check, locked
@@ -38,13 +39,13 @@ from switchkd.base.storage import tidy, write_file
 from switchkd.base.terminal import console, number
 from switchkd.data.settings import with_date
 from switchkd.data.template_inputs import today
-from switchkd.decoding.metrics import Metrics
-from switchkd.decoding.rollouts import Rollouts
+from switchkd.decoding.rollouts import Metrics, Rollouts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
 from switchkd.evaluation.samples import samples
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.forward.parallel import Together
+from switchkd.forward.served import NO_TEXT, ServedModel
 from switchkd.forward.sharding import whole
 from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.models.pair import Pair
@@ -83,7 +84,8 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         ConfigError: the directory is in use, or a resumed run would differ from the one it continues.
         InUseError: another process works in the directory.
         HubError: the run is done, and its student, which lies in the directory, could not be pushed.
-        NonFiniteError, NoMemoryError, DiskError, Stopped: it had to end before its time. A note says which checkpoint stands.
+        NonFiniteError, NoMemoryError, ServerError, DiskError, Stopped: it had to end before its time. A note says which checkpoint
+            stands.
     """
     accelerator, run = new_accelerator(), Path(config.output_dir)
     mine = locked(run) if accelerator.is_main_process else nullcontext(lambda: None)
@@ -91,7 +93,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
         try:
             with mine as check_place:
                 return _distil(config, accelerator, check_place)
-        except (signals.Stopped, NonFiniteError, NoMemoryError, DiskError) as error:
+        except (signals.Stopped, NonFiniteError, NoMemoryError, ServerError, DiskError) as error:
             error.add_note(standing(run))
             raise
 
@@ -185,6 +187,10 @@ def _before(
     if (known := together.first(lambda: _known_before(file, config))) is not None:
         return known
     models = {"teacher": pair.teacher, "student before": pair.student}
+    if isinstance(pair.teacher, ServedModel):
+        del models["teacher"]
+        if not quiet:
+            console.print(NO_TEXT, soft_wrap=True)
     results = {name: score(pair, model, heldout, settings, name, quiet) for name, model in models.items()}
     if together.rank == 0:
         write_scores(file, heldout, all_settings(config, pair, heldout, settings), results)

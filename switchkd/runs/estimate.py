@@ -31,6 +31,7 @@ from switchkd.base.errors import ConfigError
 from switchkd.decoding.rows import row_bytes
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import sizes_on
+from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import StudentOnly
 from switchkd.models.settings import dtype_name
 from switchkd.runner.architecture import ATTENDING, cache_bytes_per_token, layer_kinds, num_parameters, parameter_bytes
@@ -92,6 +93,11 @@ class Models:
     def own_weights(self) -> list[PreTrainedModel]:
         """The teachers that have weights beside the student's, each once."""
         return [model for model in dict.fromkeys(self.teachers.values()) if not isinstance(model, BaseModel)]
+
+    @property
+    def that_write(self) -> list[PreTrainedModel]:
+        """Of each teacher what decodes beside the student: of one behind a server, the student itself."""
+        return [self.student if isinstance(model, ServedModel) else model for model in self.teachers.values()]
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,8 @@ def _decoding(config: TrainConfig, models: Models, split: int) -> float:
         return 0.0
     tokens = [n + config.max_new_tokens for n in (config.max_prompt_length, models.teacher_prompt)]
     # One teacher writes at a time.
-    row = max(row_bytes((models.student, each), tokens, models.vocab_size) for each in models.teachers.values())
-    cache = max(tokens[1] * cache_bytes_per_token(each) for each in models.teachers.values())
+    row = max(row_bytes((models.student, each), tokens, models.vocab_size) for each in models.that_write)
+    cache = max(tokens[1] * cache_bytes_per_token(each) for each in models.that_write)
     return _at_once(config, split) * (row - cache * (1 - 1 / split))
 
 

@@ -25,11 +25,12 @@ from switchkd.base.terminal import number
 from switchkd.data.lines import PREFIX, SAMPLE
 from switchkd.data.templates import alpaca_prompt
 from switchkd.evaluation.statistics import FEW_EXAMPLES
+from switchkd.forward.served import ServedModel
 from switchkd.methods.rules import name_of
 from switchkd.models.adapters import ADAPTER_CONFIG, has_adapter
 from switchkd.models.loading import MADE, adapter_base
 from switchkd.models.saved_student import STUDENT
-from switchkd.models.settings import BASE, dtype_name, quantised
+from switchkd.models.settings import BASE, dtype_name, is_address, quantised
 from switchkd.reports.tables import FEW, estimate_text
 from switchkd.runner.architecture import num_parameters
 from switchkd.runs.continuation import conditions
@@ -143,6 +144,8 @@ def _data(config: TrainConfig) -> list[Source]:
 
 
 def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
+    if is_address(name):
+        return Source(role, public_name(name), "", "", "unknown: check where it came from")
     if own := OWN.get(name.split(":")[0]):
         hub, license, origin = own
         return Source(role, public_name(name), hub, license, f"{_code(license)}, {origin}" if license else origin)
@@ -182,7 +185,8 @@ def _pair(trainer: Trainer) -> str:
     lines = ["A student language model that switchkd distilled from its teacher.", ""]
     for name, model in pair.named_teachers.items():
         role = f"teacher {_code(name)}" if name else "teacher"
-        lines.append(f"- {role}: {_code(sources[name])}, {num_parameters(model):,} parameters")
+        size = "behind a server" if isinstance(model, ServedModel) else f"{num_parameters(model):,} parameters"
+        lines.append(f"- {role}: {_code(sources[name])}, {size}")
     lines.append(
         f"- student: {_code(config.student_model_name_or_path)}, {num_parameters(pair.student):,} parameters, {trained:,} trained"
     )
@@ -321,7 +325,9 @@ def _fence(text: str, least: int) -> str:
 
 
 def public_name(name: str) -> str:
-    """A model's or file's name as others may read it: of a path on this machine the last part alone."""
+    """A model's or file's name as others may read it: of a path on this machine the last part alone, of an address nothing."""
+    if is_address(name):
+        return "a model behind a server"
     path = Path(name)
     local = name.startswith(("/", "~", ".")) or ("/" in name and path.exists())
     return path.name or name if local else name
@@ -331,5 +337,6 @@ def public_settings(config: TrainConfig) -> TrainConfig:
     """The settings of a run with `public_name` in the place of every model, file and folder."""
     fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_dir"))]
     changed: dict[str, Any] = {name: public_name(getattr(config, name)) for name in fields}
+    changed |= {"teacher_files": "", "teacher_writer": ""}  # of a teacher whose address is left out too
     changed["teachers"] = {name: public_name(source) for name, source in config.teachers.items()}
     return dataclasses.replace(config, **changed)

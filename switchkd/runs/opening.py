@@ -18,12 +18,15 @@ from switchkd.data.settings import DataConfig, template_settings
 from switchkd.data.template_inputs import Template
 from switchkd.data.templates import Encoder
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
+from switchkd.decoding.served import check_served
 from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.proof import prove
+from switchkd.forward.served import ServedModel
+from switchkd.methods.policy import Policy, StudentOnly, TeacherOnly
 from switchkd.methods.sampling import Sampling
 from switchkd.models.adapters import check_trainable
 from switchkd.models.pair import Pair, load_pair, within
-from switchkd.models.settings import ModelConfig
+from switchkd.models.settings import ModelConfig, is_address
 from switchkd.runner.architecture import beyond_context
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
@@ -42,6 +45,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
     which the trainer keeps; else the student is loaded in the dtype that it computes in.
     """
+    _check_served(config)
     names = config.teacher_model_name_or_path, config.student_model_name_or_path
     lora = config if config.use_peft else None
     template = config.prompts if isinstance(config, DataConfig) else None
@@ -55,6 +59,8 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
         teachers=config.teachers,
         template=template,
         teacher_place=config.teacher_place,
+        teacher_files=config.teacher_files,
+        teacher_writer=config.teacher_writer,
     )
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
@@ -63,6 +69,7 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     silent = quiet or (isinstance(config, TrainConfig) and config.quiet)
     models = list(dict.fromkeys([*pair.named_teachers.values(), pair.student]))
+    models = [model for model in models if not isinstance(model, ServedModel)]
     # Seconds for small models, minutes for large ones on a CPU.
     with bar("prove that the models are decoded exactly", len(models), silent) as shown:
         for model in models:
@@ -70,6 +77,18 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
             prove(model)
             shown.advance()
     return pair
+
+
+def _check_served(config: ModelConfig) -> None:
+    """Raise ConfigError, before anything is loaded, where a teacher behind a server cannot do what a command needs of it."""
+    teachers = config.teacher_model_name_or_path, *config.teachers.values()
+    if not (served := [name for name in teachers if is_address(name)]):
+        return
+    rules: list[Policy] = [getattr(config, "policy", StudentOnly())]
+    if isinstance(config, TrainConfig):
+        rules = (rules if config.mix.generates else []) + ([TeacherOnly()] if config.mix.wants_teacher_text else [])
+    for rule in rules:
+        check_served(rule, served[0], bool(config.teacher_writer))
 
 
 def prepared(
@@ -172,6 +191,8 @@ def _stored(
     named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
     named |= {name: bits for name, bits in vars(config.teacher_place).items() if name.startswith("load_in_") and bits}
     named |= template_settings(config.prompts, pair.tokenizer)
+    if isinstance(pair.teacher, ServedModel):  # it may move to another address
+        named["teacher_model_name_or_path"] = f"served {pair.teacher.files}"
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
     root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
     if not quiet:

@@ -14,6 +14,7 @@ from switchkd.base.settings import to_dict
 from switchkd.data.settings import with_date
 from switchkd.data.templates import Encoder, named
 from switchkd.forward.base_model import BaseModel
+from switchkd.forward.served import ServedModel
 from switchkd.forward.text_path import beside_text, freeze_beside_text
 from switchkd.methods.rules import name_of
 from switchkd.models.adapters import add_adapter
@@ -55,7 +56,8 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     models = {role_of(name): (sources[name], model) for name, model in pair.named_teachers.items()}
     models["student"] = config.student_model_name_or_path, pair.student
     lines = [
-        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters, multiplied in "
+        f"{role}: {name}, {model.config.model_type}, {num_parameters(model) / 1e6:.1f}M parameters"
+        f"{' (of its output layer)' if isinstance(model, ServedModel) else ''}, multiplied in "
         f"{dtype_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]

@@ -11,6 +11,7 @@ from switchkd.data.texts import Text, by_teacher
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.head import Head, Scorer
 from switchkd.forward.parallel import Together
+from switchkd.forward.served import ServedModel, ServedReader
 from switchkd.models.pair import Pair
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
@@ -33,8 +34,10 @@ class TextReader(Protocol):
         ...
 
 
-def text_reader(model: PreTrainedModel, vocab_size: int, ends: Ends = NO_ENDS) -> TextReader:
-    """Whoever reads texts for this model; errors are those of `Scorer`."""
+def text_reader(model: PreTrainedModel | ServedModel, vocab_size: int, ends: Ends = NO_ENDS) -> TextReader:
+    """Whoever reads texts for this model; errors are those of `Scorer` and `ServedReader`."""
+    if isinstance(model, ServedModel):
+        return ServedReader(model, vocab_size, ends)
     scorer, together = Scorer(model, vocab_size, ends), Together.of(model)
     return scorer if together.alone else GroupReader(scorer, together)
 

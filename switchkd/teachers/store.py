@@ -30,6 +30,7 @@ from switchkd.base.manifest import MANIFEST, json_sha256, read_record
 from switchkd.base.storage import staged_file, tidy, write_file
 from switchkd.data.texts import TokenizedExample
 from switchkd.forward.parallel import Together
+from switchkd.forward.served import ServedModel
 from switchkd.forward.sharding import full, state_of
 from switchkd.models.pair import Pair
 
@@ -244,7 +245,9 @@ def _config_sha256(model: PreTrainedModel) -> str:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """One checksum of all parameters and saved buffers; tied ones are read once."""
+    """One checksum of all parameters and saved buffers, tied ones read once; of a model behind a server, what stands for it."""
+    if isinstance(model, ServedModel):
+        return model.sha256
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in state_of(model).items():

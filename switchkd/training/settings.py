@@ -30,7 +30,7 @@ FREE_ON_RESUME = {
     "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
     "report_to", "quiet", "allow_change", "save_dtype", "push_to_hub", "hub_private_repo", "teacher_device",
-    "teacher_tensor_parallel", "teacher_expert_parallel",
+    "teacher_tensor_parallel", "teacher_expert_parallel", "teacher_files", "teacher_writer",
 }  # fmt: skip
 
 TRACKERS = ("tensorboard", "trackio", "wandb")

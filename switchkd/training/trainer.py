@@ -18,12 +18,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from switchkd.base import signals
-from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError
+from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError, ServerError
 from switchkd.base.lock import Check
 from switchkd.base.storage import append_lines
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.metrics import Metrics, memory_bytes, or_none, rollout_metrics
-from switchkd.decoding.rollouts import Rollouts
+from switchkd.decoding.rollouts import Metrics, Rollouts, memory_bytes, or_none, rollout_metrics
 from switchkd.evaluation.statistics import lower_is_better
 from switchkd.forward.sharding import gather, whole
 from switchkd.methods.objective import PlainText
@@ -130,6 +129,7 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights stay as they were before that step.
             NoMemoryError: one row is too much for the memory.
+            ServerError: a teacher behind a server gives no usable answer any more.
             Stopped: a signal asked for an end. The step in which it came is dropped.
             In each of these cases a checkpoint of the last finished step is saved, from which ``resume`` goes on.
             DiskError: something cannot be written. The last checkpoint stands.
@@ -146,7 +146,7 @@ class Trainer:
                         self.check_place()
                         append_lines(self.run / ROLLOUTS, [{"step": self.step, **r.to_json()} for r in rollouts])
                 self._tell(rollouts, on_step, evaluate, sample)
-        except (signals.Stopped, NonFiniteError, NoMemoryError) as stop:
+        except (signals.Stopped, NonFiniteError, NoMemoryError, ServerError) as stop:
             # Of several processes one may have failed alone; a signal is obeyed by all at once.
             if self.accelerator.num_processes == 1 or isinstance(stop, signals.Stopped):
                 if broken := self.learner.broken_weight():

@@ -8,8 +8,7 @@ import pytest
 from tiny import toy_examples, toy_pair
 
 from switchkd.decoding.decode import decode
-from switchkd.decoding.metrics import divergence_bands, rollout_metrics
-from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, divergence_bands, rollout_metrics
 from switchkd.methods.mixes import Generated
 from switchkd.methods.policies import Switch
 from switchkd.methods.policy import StudentOnly, TeacherOnly
