@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
-from switchkd.base.child import command, environment
 from switchkd.base.errors import ConfigError, DataError
+from switchkd.base.limits import command, environment
 
 logger = logging.getLogger(__name__)
 

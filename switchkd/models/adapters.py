@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.base.limits import check_patterns
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.forward.base_model import adapter_layers
 from switchkd.methods.sampling import Use, noise_key
-from switchkd.models.limits import check_patterns
 from switchkd.models.settings import cast_weights, quantised
 
 if TYPE_CHECKING:

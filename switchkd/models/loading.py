@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
-from switchkd.base.manifest import json_sha256
+from switchkd.base.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
 from switchkd.data.small_data import SMALL, small_pair_paths
 from switchkd.models import pypi_pairs
 from switchkd.models.adapters import ADAPTER_CONFIG
-from switchkd.models.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.models.settings import AUTO, BASE, Place, chosen_dtype, quantised
 from switchkd.runner.architecture import check_layers, model_class
 
@@ -28,17 +26,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from switchkd.forward.served import ServedModel
-
 
 MADE = (SMALL, *pypi_pairs.PAIRS)  # pairs that the package makes in the user's cache
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Seconds for which a server is asked again where nothing comes back: before anything has begun, and in mid-run, where it may have
-# to be started again.
-OPENING, PATIENCE = 10.0, 300.0
-WRITING_TIMEOUT = 600.0  # seconds that the writing of one text may take
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
@@ -65,7 +57,7 @@ def load_model(
 
     signals.check()
     torch_device = device_named(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_dtype = dtype_named(dtype, torch_device)
     source, is_local = located(name)
     if is_adapter(source):
         from switchkd.models.adapters import open_adapter
@@ -82,7 +74,7 @@ def load_model(
         raise ConfigError(f"{bits}, and the weights of {source} are quantised already ({method}); leave it out")
     placed = _placed(place, config, torch_device, torch_dtype)
     size = no_larger_than(_weight_bytes(Path(source)), source) if is_local else nullcontext()
-    with _as_model_error(source, is_local), size:
+    with as_model_error(source, is_local), size:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -163,104 +155,10 @@ def load_shapes(name: str) -> "PreTrainedModel":
     source = str(path) if path.exists() else name
     config = load_config(source, path.exists())
     check_layers(config)
-    with _as_model_error(source, path.exists()), torch.device("meta"):
+    with as_model_error(source, path.exists()), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
         ).eval()
-
-
-def load_served(
-    address: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    dtype: str,
-    device: str | None = None,
-    files: str = "",
-    writer: str = "",
-) -> "ServedModel":
-    """The teacher behind the server at ``address``; of its weights only the output layer is read, from ``files``.
-
-    ``writer`` is the address of one that writes as it. ``files`` is what `served_files` says, of which ``tokenizer`` is too. Raises
-    ServerError for one that does not answer with hidden states, ModelError where these do not fit the files.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    from switchkd.forward.served import OutputLayer, ServedModel, output_law
-    from switchkd.forward.server import Server
-
-    torch_device, server = device_named(device), Server(address, patience=OPENING)
-    source, is_local = located(files)
-    if is_adapter(source):
-        raise ModelError(f"{source} is an adapter; merge it into its base, and serve that")
-    serves, config = server.serves(), load_config(source, is_local)
-    names, scale, softcap = output_law(config)
-    with _as_model_error(source, is_local):
-        weight, bias = _output_layer(source, is_local, names)
-        try:
-            generation_config = GenerationConfig.from_pretrained(source, local_files_only=is_local)
-        except OSError:
-            generation_config = GenerationConfig.from_model_config(config)
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = torch.nn.Parameter(weight.to(torch_device, _dtype(dtype, torch_device)), requires_grad=False)
-    if bias is not None:
-        linear.bias = torch.nn.Parameter(bias.to(linear.weight), requires_grad=False)
-    own = config.get_text_config()
-    if getattr(own, "max_position_embeddings", None):
-        own.max_position_embeddings = min(own.max_position_embeddings, serves.max_model_len)
-    return ServedModel(
-        Server(address, patience=PATIENCE),
-        serves,
-        source,
-        config,
-        generation_config,
-        OutputLayer(linear, scale, softcap),
-        json_sha256(tokenizer.get_vocab()),
-        Server(writer, patience=PATIENCE, timeout=WRITING_TIMEOUT) if writer else None,
-    )
-
-
-def served_files(address: str, files: str = "") -> str:
-    """Where the config, tokenizer and output layer of a served teacher lie: ``files``, else what the server names.
-
-    Raises ModelError where that is a folder of another machine.
-    """
-    from switchkd.forward.server import Server
-
-    if files:
-        return files
-    root = Server(address, patience=OPENING).serves().root
-    if root.startswith("/") and not Path(root).is_dir():
-        raise ModelError(
-            f"{address} serves {root}, a folder that is not on this machine; copy its config.json, tokenizer and *.safetensors "
-            "here, or take a hub name, and give it as --teacher-files"
-        )
-    return root
-
-
-def _output_layer(source: str, is_local: bool, names: list[str]) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """Weight and bias of the layer that is called one of ``names``, the first that is there; of many files only its own is read."""
-    from huggingface_hub import hf_hub_download
-    from safetensors import safe_open
-
-    def file(name: str) -> Path:
-        return Path(source) / name if is_local else Path(hf_hub_download(source, name))
-
-    whole, index = "model.safetensors", "model.safetensors.index.json"
-    try:
-        places = json_object(file(index).read_bytes())["weight_map"]
-    except (OSError, EntryNotFoundError):
-        with safe_open(file(whole), "pt") as weights:
-            places = dict.fromkeys(weights.keys(), whole)
-    # Behind a name of its own: "lm_head" may be "language_model.lm_head" in the file.
-    for name in names:
-        key = next((key for key in places if f".{key}".endswith(f".{name}.weight")), None)
-        if key is not None:
-            with safe_open(file(places[key]), "pt") as weights:
-                bias = key.removesuffix("weight") + "bias"
-                return weights.get_tensor(key), weights.get_tensor(bias) if bias in places else None
-    raise ModelError(
-        f"{source} holds no weight of the output layer {' or '.join(names)}; copy or download the model again"
-    )
 
 
 def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
@@ -269,7 +167,7 @@ def _take_generation_config(model: "PreTrainedModel", adapter: Path) -> None:
 
     file = adapter / "generation_config.json"
     if file.is_file():
-        with _as_model_error(str(adapter), True):
+        with as_model_error(str(adapter), True):
             model.generation_config = GenerationConfig.from_dict(json_object(file.read_bytes()))
 
 
@@ -295,7 +193,7 @@ def load_tokenizer(name: str, on_disk: bool = False) -> "PreTrainedTokenizerBase
         )
     if is_local and (file := Path(source) / "tokenizer.json").is_file():
         check_tokenizer(file)
-    with _as_model_error(source, is_local):
+    with as_model_error(source, is_local):
         return AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 
 
@@ -406,7 +304,7 @@ def _check_shards(index: Path) -> None:
 def load_config(source: str, is_local: bool) -> "PretrainedConfig":
     from transformers import AutoConfig, PretrainedConfig
 
-    with _as_model_error(source, is_local):
+    with as_model_error(source, is_local):
         raw, _ = PretrainedConfig.get_config_dict(source, local_files_only=is_local)
     if "auto_map" in raw:
         raise ModelError(
@@ -414,12 +312,12 @@ def load_config(source: str, is_local: bool) -> "PretrainedConfig":
             "choose a model whose architecture is part of transformers"
         )
     check_counts(raw, source)
-    with _as_model_error(source, is_local):
+    with as_model_error(source, is_local):
         return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 
 
 @contextmanager
-def _as_model_error(source: str, is_local: bool) -> Iterator[None]:
+def as_model_error(source: str, is_local: bool) -> Iterator[None]:
     """The many ways in which transformers refuse a file, or stumble over it, become one error."""
     try:
         yield
@@ -434,7 +332,7 @@ def _attention(config: "PretrainedConfig") -> str:
     return "eager" if soft_capped or not model_class(config)._supports_sdpa else "sdpa"
 
 
-def _dtype(name: str, device: "torch.device") -> "torch.dtype":
+def dtype_named(name: str, device: "torch.device") -> "torch.dtype":
     import torch
 
     if name not in DTYPES:

@@ -19,11 +19,9 @@ from switchkd.models.loading import (
     is_adapter,
     load_config,
     load_model,
-    load_served,
     load_tokenizer,
     located,
     made,
-    served_files,
 )
 from switchkd.models.saved_student import settle_generation, verify_saved
 from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, is_address, teacher_device
@@ -132,7 +130,7 @@ def load_pair(
     tokenizers, sizes, files = {}, [], {}
     for name, source in sources.items():  # before any weights are read
         with _naming(name):
-            files[name] = served_files(source, "" if name else teacher_files) if is_address(source) else source
+            files[name] = _files_of(source, "" if name else teacher_files)
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
             sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
     vocab_size = min(sizes)
@@ -216,6 +214,15 @@ def _ends(
     return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)
 
 
+def _files_of(source: str, files: str) -> str:
+    """Where the files of a teacher lie, which may be behind a server."""
+    if not is_address(source):
+        return source
+    from switchkd.models.served_teacher import served_files
+
+    return served_files(source, files)
+
+
 def _load_teacher(name: str, dtype: str, device: str, student: "PreTrainedModel", place: Place) -> "PreTrainedModel":
     if name != BASE:
         return load_model(name, dtype, device, place=place).requires_grad_(False)
@@ -245,6 +252,8 @@ def _load_teachers(
             if same is not None:
                 models[name] = models[same]
             elif is_address(source):
+                from switchkd.models.served_teacher import load_served
+
                 models[name] = load_served(source, tokenizers[name], dtype, device, files[name], "" if name else writer)
             else:
                 models[name] = _load_teacher(source, dtype, device, student, place)

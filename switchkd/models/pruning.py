@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from switchkd.base.errors import ConfigError, NonFiniteError
 from switchkd.base.storage import expanded, staged_folder
 from switchkd.data.examples import load_examples
-from switchkd.forward.layers import decoder_layers, prune_layers, turning
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.vocabulary import save_tokenizer
+from switchkd.runner.layers import decoder_layers, prune_layers, turning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,9 +15,9 @@ from switchkd.base.errors import ModelError
 from switchkd.base.lock import locked
 from switchkd.base.storage import cache_folder, free_bytes, staged_folder, tidy
 from switchkd.base.terminal import Bar, Terminal, bar
-from switchkd.forward.layers import prune_layers
 from switchkd.models.gguf_files import GgufFile, Part, fetch, gguf_tokenizer, read_metadata, write_model
 from switchkd.models.vocabulary import save_tokenizer
+from switchkd.runner.layers import prune_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from switchkd.base import signals
-from switchkd.base.child import command, environment
 from switchkd.base.errors import ConfigError, DataError, DiskError, InUseError
+from switchkd.base.limits import command, environment
 from switchkd.base.lock import locked
 from switchkd.base.plain import read_yaml
 from switchkd.base.settings import to_dict

@@ -11,11 +11,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.data.examples import Example
 from switchkd.data.formats import Message
-from switchkd.forward.layers import decoder_layers, prune_layers
 from switchkd.models import pruning
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pruning import choose_layers, layer_influence, prune
 from switchkd.runner.cache import CACHE
+from switchkd.runner.layers import decoder_layers, prune_layers
 
 KEEP = [0, 2, 4]
 IDS = torch.tensor([[3, 7, 11, 2, 19, 5, 5, 8]])

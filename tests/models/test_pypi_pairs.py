@@ -22,13 +22,13 @@ from transformers import GenerationConfig, Qwen2Tokenizer
 from switchkd.base import signals
 from switchkd.base.errors import ModelError, SwitchKDWarning
 from switchkd.base.storage import cache_folder
-from switchkd.forward.layers import prune_layers
 from switchkd.models import gguf_files, pypi_pairs
 from switchkd.models.gguf_files import GgufFile, Part
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
 from switchkd.models.pypi_pairs import PAIRS, pair_paths, qwen_files
 from switchkd.models.vocabulary import PROBE, check_vocabulary
+from switchkd.runner.layers import prune_layers
 
 TEACHER_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 STUDENT_SHA256 = "c217390cbe7f20d48b9eff4356e30bee8ce12c2faa9b10ffbc6aa8616336dc9e"

@@ -191,7 +191,7 @@ SLOW = r"(\w+\.?)*!"  # goes back and forth for longer than the world will stand
     ],
 )
 def test_a_regular_expression_of_an_adapter_that_takes_for_ever(adapter, monkeypatch, changes):
-    monkeypatch.setattr("switchkd.models.limits.SECONDS", 1)
+    monkeypatch.setattr("switchkd.base.limits.SECONDS", 1)
     edit(adapter / "adapter_config.json", **changes)
     with pytest.raises(ModelError, match="adapter: its regular expressions took more than 1 s"):
         load_model(str(adapter), device="cpu")
@@ -206,7 +206,7 @@ def grows(pattern):
     ("pattern", "limit"), [({"String": "a"}, ("SECONDS", 1)), ({"Regex": "a|b"}, ("MEMORY", 2**27))]
 )
 def test_a_normaliser_whose_text_grows_without_end(folder, monkeypatch, pattern, limit):
-    monkeypatch.setattr(f"switchkd.models.limits.{limit[0]}", limit[1])
+    monkeypatch.setattr(f"switchkd.base.limits.{limit[0]}", limit[1])
     edit(folder / "tokenizer.json", normalizer=grows(pattern))
     words = "1 s" if limit[0] == "SECONDS" else "134,217,728 bytes of memory"
     with pytest.raises(ModelError, match=rf"tokenizer\.json: it took more than {words} on short texts and was stopped"):

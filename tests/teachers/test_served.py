@@ -27,7 +27,7 @@ from switchkd.data.texts import TokenizedExample
 from switchkd.forward import server as server_module
 from switchkd.forward.served import ServedModel, output_law
 from switchkd.methods.policy import REFERENCE
-from switchkd.models import loading
+from switchkd.models import served_teacher
 from switchkd.models.pair import load_pair
 from switchkd.runs.distil import distil
 from switchkd.runs.opening import load_training_text, open_pair
@@ -44,8 +44,8 @@ ROWS = [([5 + i, 9, 40 + i], [7 + (i * 5 + j) % 90 for j in range(3 * i)]) for i
 def quick(monkeypatch, tmp_path_factory):
     """No waiting, and a cache of its own."""
     monkeypatch.setattr(server_module, "_PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(loading, "OPENING", 0.1)
-    monkeypatch.setattr(loading, "PATIENCE", 0.3)
+    monkeypatch.setattr(served_teacher, "OPENING", 0.1)
+    monkeypatch.setattr(served_teacher, "PATIENCE", 0.3)
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -127,7 +127,7 @@ def test_whatever_follows_on_the_output_layer_follows_here_too(tmp_path, law):
         model = LAWS[law]().eval()
     model.save_pretrained(tmp_path, max_shard_size="8KB" if law in ("capped", "opt") else "5GB")
     names, scale, cap = output_law(model.config)
-    weight, bias = loading._output_layer(str(tmp_path), True, names)
+    weight, bias = served_teacher._output_layer(str(tmp_path), True, names)
     ids = torch.tensor([[3, 8, 2, 5]])
     with torch.no_grad():
         logits = torch.nn.functional.linear(model.base_model(ids).last_hidden_state, weight, bias) * scale

@@ -2,24 +2,27 @@
 
 Regular expressions and normalisers are tried in a process of their own, which gets some seconds of work and so much memory
 and no more. Sizes in config.json are compared with the weights that lie beside it.
+
+Such a process, like any that runs a module of this package as it is here, imports nothing from the working directory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.base.child import command, environment
 from switchkd.base.errors import ModelError
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ def no_larger_than(weights: int, source: str) -> Iterator[None]:
 
 def _try(work: dict[str, Any], what: str) -> None:
     done = subprocess.run(
-        command("switchkd.models.limits"),
+        command("switchkd.base.limits"),
         input=json.dumps(work | {"seconds": SECONDS, "memory": MEMORY}),
         text=True,
         capture_output=True,
@@ -121,6 +124,18 @@ def _serve() -> None:
         tokenizer = Tokenizer.from_file(file)
         for text in TEXTS:
             tokenizer.encode(text)
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """What starts the process; it needs ``environment``."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment and ``more``; where the package is not installed, the process finds it all the same."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [os.environ.get("PYTHONPATH", ""), root if root != sysconfig.get_path("purelib") else ""]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
 if __name__ == "__main__":
