@@ -134,7 +134,7 @@ class _StateLayer(LinearAttentionLayer):
             self.has_previous_state[i] = begun
             for name in _STATES:
                 own = self.now.get((name, i)) if begun else None
-                getattr(self, name)[i] = None if own is None else rows.of(own)
+                getattr(self, name)[i] = None if own is None else rows.on(own.device).of(own)
                 getattr(self, f"is_{name}_initialized")[i] = own is not None
 
     def end(self, rows: Places) -> None:
@@ -150,11 +150,11 @@ class _StateLayer(LinearAttentionLayer):
 
     def mark(self, rows: Places) -> None:
         for key, own in self.now.items():
-            _put(self.marked[key], rows, rows.of(own))
+            _put(self.marked[key], rows, rows.on(own.device).of(own))
 
     def restore(self, rows: Places) -> None:
         for key, own in self.now.items():
-            _put(own, rows, rows.of(self.marked[key]))
+            _put(own, rows, rows.on(own.device).of(self.marked[key]))
 
     def restart(self, row: int) -> None:
         for own in self.now.values():
@@ -162,7 +162,7 @@ class _StateLayer(LinearAttentionLayer):
 
     def move(self, to: Tensor, source: Tensor) -> None:
         for own in self.now.values():  # marks are of one round, and rows move between rounds
-            own[to] = own[source]
+            own[to.to(own.device)] = own[source.to(own.device)]
 
     def clear(self, row: int, start: int) -> None:
         pass  # there are no slots behind a row's tokens
@@ -221,8 +221,8 @@ class RaggedCache(Cache):
 
 def _put(own: Tensor, rows: Places, new: Tensor) -> None:
     """Write the rows of a forward, unless they were written in place."""
-    if rows.device is not None:
-        own[rows.device] = new
+    if (places := rows.on(own.device).device) is not None:
+        own[places] = new
     elif new.data_ptr() != own.data_ptr():
         own[: len(new)] = new
 

@@ -170,9 +170,8 @@ class Runner:
 
     def _in_step(self, behind: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, int]:
         """Which rows the next forward reads on, and how many tokens of each."""
-        if (
-            self.model not in ONE_BY_ONE
-        ):  # a power of two, for all that have so much left, so that there are few forwards
+        if self.model not in ONE_BY_ONE:
+            # A power of two, for all that have so much left, so that there are few forwards.
             width = min(2 ** int(behind.max()).bit_length() // 2, PREFILL_TOKENS)
             group = behind >= width
         elif (new & (behind > 0)).any():

@@ -158,15 +158,21 @@ MUTANTS = {
         ("self._catch_up_in_step(rows, ends - 1)\n            return", "self.marked[rows.host] = False"),
     ),
     "a new prompt goes on from the row before": (runner, ("layer.restart(row)", "pass")),
-    "a row that moves leaves its states behind": (cache, ("            own[to] = own[source]", "            pass")),
+    "a row that moves leaves its states behind": (
+        cache,
+        ("            own[to.to(own.device)] = own[source.to(own.device)]", "            pass"),
+    ),
     "states of the first rows for all": (
         cache,
-        ("own is None else rows.of(own)", "own is None else own[: len(rows.host)].clone()"),
+        ("own is None else rows.on(own.device).of(own)", "own is None else own[: len(rows.host)].clone()"),
     ),
-    "states of some rows are not put back": (cache, ("own[rows.device] = new", "pass")),
+    "states of some rows are not put back": (cache, ("own[places] = new", "pass")),
     "a mark of the first rows alone": (
         cache,
-        ("_put(self.marked[key], rows, rows.of(own))", "_put(self.marked[key], rows, own[: len(rows.host)])"),
+        (
+            "_put(self.marked[key], rows, rows.on(own.device).of(own))",
+            "_put(self.marked[key], rows, own[: len(rows.host)])",
+        ),
     ),
     "the second prompt begins where nothing was read": (runner, ("bool(self.read[rows.host].any())", "False")),
 }
