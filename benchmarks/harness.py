@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from switchkd.base.storage import cache_folder, write_file
@@ -239,18 +245,20 @@ def random_pair(device: str, quick: bool = False) -> Pair:
     Both output layers have one bias, the log-probabilities of a Zipf law over ``RANDOM_VOCAB`` ids, and weights of a scale
     that moves the logits by ``RANDOM_SPREAD`` from context to context. ``agreement`` measures what comes of it.
     """
-    vocab_size = 64 if quick else RANDOM_VOCAB
-    teacher, student = (
-        _random_llama(TINY if quick else size, vocab_size, seed).to(device) for seed, size in enumerate((LARGE, SMALL))
-    )
+    return pair_of("llama", (TINY, TINY) if quick else (LARGE, SMALL), 64 if quick else RANDOM_VOCAB, device)
+
+
+def pair_of(family: str, sizes: Sequence[Mapping[str, Any]], vocab_size: int, device: str) -> Pair:
+    """A random teacher and student of these sizes, with the output layers of ``random_pair``."""
+    teacher, student = (_random_model(family, size, vocab_size, seed).to(device) for seed, size in enumerate(sizes))
     return Pair(teacher.requires_grad_(False), student, _number_tokenizer(vocab_size), vocab_size, (), ())
 
 
-def _random_llama(size: dict[str, int], vocab_size: int, seed: int) -> PreTrainedModel:
-    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, pad_token_id=0, **size)
+def _random_model(family: str, size: Mapping[str, Any], vocab_size: int, seed: int) -> PreTrainedModel:
+    config = CONFIG_MAPPING[family](vocab_size=vocab_size, bos_token_id=None, eos_token_id=None, pad_token_id=0, **size)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
         head = model.get_output_embeddings()
         # The last norm gives hidden states of unit mean square, so each logit has variance hidden_size · std².
         nn.init.normal_(head.weight, std=RANDOM_SPREAD / size["hidden_size"] ** 0.5)

@@ -20,6 +20,7 @@ CONTENDERS = {
     "evaluate": {"generate", "engine"},
     "scaling": {"1", "2", "4", "auto", "0.0", "0.1", "60"},
     "small": {"on-policy", "SWITCH", "AdaSwitch", "evaluate"},
+    "states": {"plain loop", "block engine"},
     "two_sizes": {"SWITCH", "AdaSwitch", "SWITCH, LoRA"},
     "counts": {"StudentOnly", "SWITCH", "AdaSwitch", "SKD", "pieces for a GPU", "pieces for a CPU"},
     "engines": {"switchkd decode", "transformers generate", "transformers continuous batching", "vLLM"},

@@ -27,7 +27,7 @@ class FastLayers:
 
     def __init__(self, model: nn.Module, keep_trained: bool = False):
         self._products: list[_Product] = []
-        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
         self._others = False  # whether there are products of other layers
         for module in model.modules():
             if type(module) is nn.Linear and _packs():  # a subclass may do more
@@ -155,10 +155,10 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), version, weight.shape, total
 
 
-def _rms_norm(norm: Any, eps: Tensor, x: Tensor) -> Tensor:
-    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension, in five operations."""
-    if x.dtype != torch.float32:
-        return type(norm).forward(norm, x)
+def _rms_norm(norm: Any, eps: Tensor, x: Tensor, *gate: Any, **settings: Any) -> Tensor:
+    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension, in five operations. Told of a gate too, it is the layer's own."""
+    if x.dtype != torch.float32 or gate or settings:
+        return type(norm).forward(norm, x, *gate, **settings)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(norm.weight)

@@ -66,6 +66,17 @@ def test_every_pair_block_and_batch(pairs, name, policy):
         assert_same(out, reference, TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "families", [("granitemoehybrid", "mamba2"), ("qwen3_5_text", "falcon_h1"), ("jamba", "lfm2, conv layers")]
+)
+def test_fast_layers_of_fp32(families):
+    """Whose norms may be told of a gate, and whose experts and convolutions are no plain products."""
+    pair = [small_model(family, seed).float() for seed, family in enumerate(families, 1)]
+    reference = decode_reference(*pair, PROMPTS, POLICIES["switch_constant"], BUDGET)
+    out = decode(*pair, PROMPTS, POLICIES["switch_constant"], BUDGET, block_size=4, batch_size=3)
+    assert_same(out, reference, TOLERANCE)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy(pairs, policy):
     reference = decode_reference(*pairs("teacher"), PROMPTS, POLICIES[policy], BUDGET)
