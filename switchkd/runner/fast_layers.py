@@ -156,7 +156,7 @@ def _state(weight: Tensor) -> tuple[object, ...]:
 
 
 def _rms_norm(norm: Any, eps: Tensor, x: Tensor, *gate: Any, **settings: Any) -> Tensor:
-    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension, in five operations. Told of a gate too, it is the layer's own."""
+    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension, in five operations. With a gate it is the layer's own."""
     if x.dtype != torch.float32 or gate or settings:
         return type(norm).forward(norm, x, *gate, **settings)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
