@@ -154,8 +154,9 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int | None, quiet: bool = False, on: Terminal = console) -> Iterator[Bar]:
-    """Show a progress bar while the block runs, or nothing if ``quiet``."""
+def bar(title: str, total: int | None, quiet: bool = False, on: Terminal | None = None) -> Iterator[Bar]:
+    """Show a progress bar while the block runs, or nothing if ``quiet``; on the console, or another terminal."""
+    on = on or console
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),

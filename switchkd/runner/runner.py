@@ -291,7 +291,7 @@ class Runner:
             layer.begin(rows, begun)
         with ExitStack() as stack:
             entered: list[Tensor] = []
-            if self.keep_hidden or keep < tokens.shape[1]:
+            if self.keep_hidden or (keep < tokens.shape[1] and hasattr(self.model, "get_output_embeddings")):
                 # Of some columns models hand out a view, for which torch on a CPU may copy the output layer's weight for each row.
                 entered = stack.enter_context(head_inputs(self.model, Tensor.contiguous))
             stack.enter_context(self.attention.active())

@@ -72,7 +72,7 @@ def check_exact(name):
     for settings in ({}, {"drafter": "teacher", "block_size": 4}, {"graphs": True, "drafter": "student"}):
         decoded = decode(student, teacher, prompts, policy, new, batch_size=3, eos_token_ids=[], **settings)
         assert_same(
-            decoded, reference, 1e-4 if keeps_state(student.config) else 1e-6
+            decoded, reference, 2e-3 if keeps_state(student.config) else 1e-6
         )  # states may be in fp32 in any case
     assert (student in ONE_BY_ONE) == (TABLE[name] == "one by one")
     Head.of(student, 61)

@@ -307,6 +307,7 @@ def dangerous(source: str) -> list[str]:
 
 FROM_PRETRAINED = {  # of classes that know no remote code
     "adapters.py": "peft.LoraConfig.from_pretrained",
+    "served_teacher.py": "GenerationConfig.from_pretrained",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny import pair_on_disk
 
-from switchkd.base import child, lock, signals
+from switchkd.base import limits, lock, signals
 from switchkd.base.errors import ConfigError, DiskError, SwitchKDWarning
 from switchkd.base.lock import locked
 from switchkd.cli.main import main
@@ -253,8 +253,8 @@ def test_a_log_that_cannot_be_written_fails_its_own_run_alone(grid, monkeypatch)
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_process_of_our_own_imports_nothing_from_the_working_directory(tmp_path, safe):
     put(tmp_path / "difflib.py", "print('sung')\ndef get_close_matches(*_, **__): ...")
-    command = [word for word in child.command("switchkd.base.errors") if safe or word != "-P"]
-    said = subprocess.run(command, cwd=tmp_path, env=child.environment(), capture_output=True, text=True)
+    command = [word for word in limits.command("switchkd.base.errors") if safe or word != "-P"]
+    said = subprocess.run(command, cwd=tmp_path, env=limits.environment(), capture_output=True, text=True)
     assert (said.stdout, said.returncode) == ("" if safe else "sung\n", 0), said.stderr
 
 
