@@ -143,10 +143,7 @@ def check_parallel(config: PretrainedConfig, source: str, size: int, experts: bo
 
 def sharded_over(size: int, experts: bool) -> dict[str, Any]:
     """What ``from_pretrained`` is told so that each group of ``size`` processes holds one model in shards."""
-    try:
-        from transformers.distributed import DistributedConfig
-    except ImportError as error:
-        raise ConfigError(f"teacher_tensor_parallel needs transformers>=5.23 ({error}); update it") from error
+    from transformers.distributed import DistributedConfig
 
     class Replicas(DistributedConfig):
         """Groups that know nothing of each other. transformers would wrap replicas in FSDP, for gradients that a teacher does not
