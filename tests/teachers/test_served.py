@@ -135,6 +135,20 @@ def test_whatever_follows_on_the_output_layer_follows_here_too(tmp_path, law):
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("law", ["capped", "divided", "multiplied"])
+def test_log_probabilities_behind_a_server_have_scale_and_cap(tmp_path, names, law):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LAWS[law]().eval()
+    model.save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    with serving(model, str(tmp_path)) as running:
+        served, local = both(running, {**names, "teacher_model_name_or_path": str(tmp_path)})
+        ours, theirs = (reader.log_probs(reader.hidden(ROWS)) for reader in (served, local))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert ours.std() > 0.01  # a law of equal chances would say nothing
+
+
 def test_a_model_that_does_more_before_its_output_layer_is_refused(model):
     def doubled(_, __, output):
         output.last_hidden_state = 2 * output.last_hidden_state
