@@ -16,7 +16,7 @@ class FakeServer:
     """Serves ``model`` at ``address``, as a ``kind`` of vLLM's.
 
     ``faults`` are the ways in which the next questions of a text are answered, one each: a status, or "half" (a body that breaks
-    off), "drop" (a connection that ends), "slow", "shape" (one row a text), "dtype", "nonsense". ``asked`` counts texts. One that
+    off), "cut" (half a body that counts itself as whole), "drop" (a connection that ends), "slow", "shape" (one row a text), "dtype", "nonsense". ``asked`` counts texts. One that
     generates is greedy, with our noise if it is ``keyed``.
     """
 
@@ -140,6 +140,7 @@ class FakeServer:
             start += len(raw)
         whole = b"".join(parts)
         headers = {"metadata": json.dumps({"data": items, "model": self.name})}
+        whole = whole[: len(whole) // 2] if fault == "cut" else whole  # by a proxy, which counts what it sends
         handler.answer(200, whole, headers, sent=len(whole) // 2 if fault == "half" else None)
         if fault == "half":
             handler.close_connection = True

@@ -223,7 +223,7 @@ def test_a_run_on_a_store_trains_without_the_server(server, names, tmp_path):
 # --- what passes, and what does not -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "half", "slow"])
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "half", "cut", "slow"])
 def test_what_fails_in_passing_is_asked_again(server, names, fault):
     served, local = both(server, names)
     served.model.server = dataclasses.replace(served.model.server, timeout=0.3, patience=5.0)
