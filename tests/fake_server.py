@@ -16,8 +16,8 @@ class FakeServer:
     """Serves ``model`` at ``address``, as a ``kind`` of vLLM's.
 
     ``faults`` are the ways in which the next questions of a text are answered, one each: a status, or "half" (a body that breaks
-    off), "cut" (half a body that counts itself as whole), "drop" (a connection that ends), "slow", "shape" (one row a text), "dtype",
-    "nonsense". ``asked`` counts texts. One that generates is greedy, with our noise if it is ``keyed``.
+    off), "cut" (half a body that counts itself as whole), "drop" (a connection that ends), "slow", "shape" (one row a text),
+    "dtype", "nonsense". ``asked`` counts texts. One that generates is greedy, with our noise if it is ``keyed``.
     """
 
     def __init__(
