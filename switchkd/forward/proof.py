@@ -259,6 +259,13 @@ def _decoded(
 
     every = np.arange(len(rows))
     wrong = torch.full((len(rows), new // 2), vocab_size // 2, device=runner.device)
+    if runner.keeps_state:  # one token goes another way through such layers than several
+        for _ in range(new // 2):
+            for row, own in enumerate(extend(every, wrong[:, :0])):
+                yield row, int(read[row]), own
+            read += 1
+        read -= new // 2
+        runner.roll_back(read - 1)
     extend(every, wrong)
     runner.roll_back(np.maximum(read - 1 - every % 2, 0))  # some are further behind than others
     steps = 3 if len(rows) > 2 else 1  # of two rows none is left behind

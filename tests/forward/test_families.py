@@ -18,7 +18,7 @@ QUICK = (
     "gpt_neo", "gpt_neox", "gpt_oss", "granite", "llama", "llama, dynamic rope", "llama4_text", "minicpm3", "mistral", "mixtral",
     "mpt", "olmo2", "openai-gpt", "opt", "phi3", "phi3, longrope", "qwen2", "qwen2, sliding window", "qwen3", "qwen3_moe",
     "qwen3_next", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h", "mamba2", "jamba", "mamba",
-    "recurrent_gemma", "rwkv", "deepseek_v32", "smollm3", "stablelm", "starcoder2", "xlm", "xlnet", "bart",
+    "recurrent_gemma", "zamba2", "rwkv", "deepseek_v32", "smollm3", "stablelm", "starcoder2", "xlm", "xlnet", "bart",
     "bert, not a decoder", "lfm2, conv layers",
 )  # fmt: skip
 NEW = 8
