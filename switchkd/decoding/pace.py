@@ -148,7 +148,7 @@ class Pace:
         seconds = plan.forwards * self.costs(plan.drafter, count) + self.costs.deciding(plan.block * count)
         if verified:
             seconds += self.costs(1 - plan.drafter, verified * plan.block)
-        if verified and plan.block > 1:
+        if verified and plan.block > 1 and any(self.keep_state):
             cut = sum(
                 rows[reads] * (1 - self._final(plan, reads) ** (plan.block - 1))
                 for reads in plan.served
