@@ -37,8 +37,7 @@ from switchkd.base.manifest import CARD, json_sha256
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import tidy, write_file
 from switchkd.base.terminal import console, number
-from switchkd.data.settings import with_date
-from switchkd.data.template_inputs import today
+from switchkd.data.settings import today, with_template
 from switchkd.decoding.rollouts import Metrics, Rollouts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
@@ -115,13 +114,13 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     if main and config.push_to_hub:
         check_push(config.push_to_hub, config)
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
-    config = with_date(config, pair.tokenizer, from_main(accelerator, today))
+    config = with_template(config, pair.tokenizer, from_main(accelerator, today))
     check_context(config, pair)
     together = Together.of(pair.teacher)
     asks = in_first_group(accelerator, together)
     with first_group_first(accelerator, together):  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
-    heldout = load_heldout(config, pair, quiet=quiet)
+        heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
     checksums = _model_checksums(pair, heldout) | own_code(config) if asks else {}
