@@ -149,11 +149,11 @@ def _file_rows(file: Any, name: str) -> Iterator[tuple[str, Row]]:
         lines = _lines(unzipped, most, name)
         start = head.removeprefix(BOM).lstrip()
         if start.startswith(b"["):
-            yield from _list_rows(unzipped.read(-1 if most == math.inf else int(most) + 1), most, name)
+            yield from _list_rows(unzipped, most, name)
         elif delimiter := _delimiter(start, Path(name).suffixes):
             yield from _table_rows(lines, delimiter, name)
         else:
-            yield from _json_lines(lines, name)
+            yield from _json_lines(lines)
 
 
 def _unzipped(raw: IO[bytes]) -> tuple[IO[bytes], float]:
@@ -183,16 +183,17 @@ def _check_unzipped(size: int, most: float, path: str) -> None:
         )
 
 
-def _json_lines(lines: Iterator[bytes], name: str) -> Iterator[tuple[str, Row]]:
+def _json_lines(lines: Iterator[bytes], kind: str = "") -> Iterator[tuple[str, Row]]:
+    """A row a line; of a first line that is none it is said what the file may be, if ``kind`` does not know better."""
     first = True
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f":{number}", _parsed(line, first)
+            yield f":{number}", _parsed(line, (kind or _text_kind(line)) if first else "")
             first = False
 
 
-def _parsed(line: bytes, first: bool) -> Row:
-    """The row on a line, or what is wrong with it; of the first line, what the file may be."""
+def _parsed(line: bytes, kind: str) -> Row:
+    """The row on a line, or what is wrong with it; and of what ``kind`` the whole file is then, where that is known."""
     try:
         if len(line) > MOST_BYTES:
             raise DataError(
@@ -200,17 +201,20 @@ def _parsed(line: bytes, first: bool) -> Row:
             )
         return json_object(line)
     except DataError as error:
-        kind = _text_kind(line) if first else ""
         return OtherKind(f"{error}. Of the whole file: {kind}") if kind else error
 
 
-def _list_rows(text: bytes, most: float, name: str) -> Iterator[tuple[str, Row]]:
-    """The objects of one JSON list."""
+def _list_rows(file: IO[bytes], most: float, name: str) -> Iterator[tuple[str, Row]]:
+    """The objects of one JSON list; or the lines of a file that only begins like one."""
+    text = file.read(-1 if most == math.inf else int(most) + 1)
     _check_unzipped(len(text), most, name)
     try:
         rows = json_value(text)
     except DataError as error:
-        raise OtherKind(f"{name}: it begins like one JSON list of rows, and cannot be read as one: {error}") from error
+        file.seek(0)
+        kind = f"it begins like one JSON list of rows, and cannot be read as one: {error}"
+        yield from _json_lines(_lines(file, most, name), kind)
+        return
     for place, row in enumerate(rows):
         if isinstance(row, dict):
             yield f"[{place}]", row

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,7 +120,7 @@ def examples_of(row: Fields, layout: Format, wanted: Wanted) -> list[Record]:
     Raises DataError for a row that lacks a field, a prompt or a reference, or that has one which changes the text and is not read.
     """
     if not layout.matches(row, wanted.answers):
-        raise DataError(f"the row has the fields {row.names()}; as in the file's first row, {layout} are needed")
+        raise DataError(f"the row has the fields {row.names()}; needed are, as in the file's first row: {layout}")
     records = [_with_row(row, record) for record in layout.read(row, wanted)]
     for record in records:
         if not any(message.content.strip() for message in record.messages if message.role != "system"):
@@ -257,10 +258,7 @@ def _sharegpt_turn(turn: Fields) -> tuple[Message, bool]:
         return _turn(turn, "conversations")
     speaker, said = turn.text("from"), turn.text("value")
     if speaker not in _SHAREGPT_ROLES:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise DataError(
-            f"field 'conversations' has a turn from {shown(speaker)}{nearest(speaker, _SHAREGPT_ROLES)}; known are {known}"
-        )
+        raise DataError(f"field 'conversations' has a turn from {shown(speaker)}{nearest(speaker, _SHAREGPT_ROLES)}")
     more = {}
     if speaker in _CALLS:
         found = json_value(said)
@@ -303,7 +301,9 @@ def _is_trained(turn: Fields, where: str) -> bool:
 def _user(row: Fields, *names: str) -> tuple[Message, ...]:
     """One user turn, after those of Alpaca's ``history``, a list of [question, answer]."""
     turns = row["history"] if row.says("history") else []
-    turns = json_value(turns) if isinstance(turns, str) else turns
+    if isinstance(turns, str):  # as a cell of a table has it
+        with suppress(DataError):
+            turns = json_value(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise DataError(f"field 'history' must be a list of [question, answer], not {shown(turns)}")
     before = [

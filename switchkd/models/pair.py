@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,13 +140,73 @@ def load_pair(
     there = teacher_device(place, device_named(device))
     of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
     models = _load_teachers(sources, of_teachers, str(there), student_model, place, files, tokenizers, teacher_writer)
+    if teacher_name == BASE and not is_adapter(student_name):
+        notes += (
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
+            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
+            "adapter already",
+        )
+    pair = _put_together(models, student_model, tokenizers, student_tokenizer, vocab_size, template, own_templates)
+    return replace(
+        pair, warnings=notes + pair.warnings, folder_dtype=_folder_dtype(student_name), teachers_stay=place.stays
+    )
+
+
+def pair_of(
+    teacher: "PreTrainedModel",
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    lora: "ModelConfig | None" = None,
+    seed: int = 0,
+    template: str | Template = AUTO,
+) -> Pair:
+    """A pair of models that are loaded already, with the tokenizer of both, checked as `load_pair` checks one.
+
+    The student is trained as it is given, in float32 or wider: weights in fewer bits are widened in place. ``lora`` puts a new
+    adapter of these settings on it. Raises ConfigError for a student that has an adapter already, ModelError for a model that
+    cannot be decoded here, VocabularyError where a model has too few logits rows for the tokenizer.
+    """
+    from switchkd.forward.text_path import freeze_beside_text, frozen_note
+    from switchkd.models.adapters import add_adapter, has_adapter
+    from switchkd.runner.architecture import check_layers
+
+    for model in (teacher, student):
+        check_layers(model.config)
+        model.eval()
+    if has_adapter(student):
+        raise ConfigError("the student has an adapter already; save it, and name its folder as the student")
+    folder_dtype = dtype_name(student.dtype)
+    if student.dtype.itemsize < 4:
+        student.float()
+    beside = freeze_beside_text(student)
+    if lora is not None:
+        add_adapter(student, lora, seed, beside)
+    vocab_size = check_vocabulary(tokenizer, tokenizer)
+    teacher.requires_grad_(False)
+    pair = _put_together({"": teacher}, student, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
+    notes = (frozen_note(beside),) if beside else ()
+    stay = teacher.device != student.device
+    return replace(pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype, teachers_stay=stay)
+
+
+def _put_together(
+    models: "dict[str, PreTrainedModel]",
+    student_model: "PreTrainedModel",
+    tokenizers: "dict[str, PreTrainedTokenizerBase]",
+    student_tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    template: str | Template,
+    own_templates: bool,
+) -> Pair:
+    """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts."""
     for name, model in models.items():
         with _naming(name):
             vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
             vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
     left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
     own = {name: _chat_template(name, each) for name, each in tokenizers.items()} if own_templates else {}
-    warnings = notes + left_out
+    warnings = left_out
     if not own_templates:
         others = {name: each for name, each in tokenizers.items() if name}
         warnings += prompt_warnings(tokenizers[""], student_tokenizer) + other_prompts(tokenizers[""], others)
@@ -154,17 +214,10 @@ def load_pair(
     tokenizer.chat_template = tokenizer.chat_template or student_tokenizer.chat_template
     ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, tokenizer, template)
     warnings += told + settle_generation(student_model, tokenizer)
-    if teacher_name == BASE and not is_adapter(student_name):
-        warnings += (
-            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
-            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
-            "adapter already",
-        )
-    source_dtype = _folder_dtype(student_name)
     default = models.pop("")
     return Pair(
-        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into,
-        place.stays, own,
+        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models,
+        merged_eos_token_id=ends.merged_into, teacher_templates=own,
     )  # fmt: skip
 
 

@@ -32,9 +32,10 @@ from switchkd.training.records import CONFIG, ORIGIN
 from switchkd.training.settings import FREE_ON_RESUME, TrainConfig
 
 CONDITIONS = "conditions"
+ROWS = "given-rows"  # the folder of a run in which rows lie that were given in Python and not as a file
 TEACHER = "teacher_model_name_or_path"
 # What a run writes before its first checkpoint. It makes them anew.
-_EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers"}
+_EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers", ROWS}
 
 # --- what numbers depend on beside settings -----------------------------------------------------------------------
 Conditions = dict[str, Any]  # JSON-ready
@@ -126,7 +127,7 @@ def begun(run: Path) -> bool:
     Settings without the checksums that a run writes before them are somebody's own, and would be written over.
     """
     names = {path.name for path in run.iterdir() if not is_leftover(path)} if run.exists() else set()
-    return not (names <= _EARLY and (ORIGIN in names or names <= {LOCK}))
+    return not (names <= _EARLY and (ORIGIN in names or names <= {LOCK, ROWS}))
 
 
 def check_origin(

@@ -42,30 +42,15 @@ STORE_SETTINGS = {
 }  # fmt: skip
 
 
-def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False) -> Pair:
+def open_pair(
+    config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False, loaded: Pair | None = None
+) -> Pair:
     """Load the pair, say what is odd about it, and prove that all of its models are read and decoded exactly.
 
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
-    which the trainer keeps; else the student is loaded in the dtype that it computes in.
+    which the trainer keeps; else the student is loaded in the dtype that it computes in. A ``loaded`` pair is taken as it is.
     """
-    _check_served(config)
-    names = config.teacher_model_name_or_path, config.student_model_name_or_path
-    lora = config if config.use_peft else None
-    template = config.prompts if isinstance(config, DataConfig) else AUTO
-    dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
-    pair = load_pair(
-        *names,
-        dtype=dtype,
-        teacher_dtype=config.teacher_dtype,
-        lora=lora,
-        seed=seed,
-        teachers=config.teachers,
-        template=template,
-        teacher_place=config.teacher_place,
-        teacher_files=config.teacher_files,
-        teacher_writer=config.teacher_writer,
-        own_templates=isinstance(config, DataConfig) and config.teacher_template == "own",
-    )
+    pair = loaded or _loaded(config, seed, train)
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
@@ -81,6 +66,28 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
             prove(model)
             shown.advance()
     return pair
+
+
+def _loaded(config: ModelConfig, seed: int, train: bool) -> Pair:
+    """The pair that the settings name."""
+    _check_served(config)
+    names = config.teacher_model_name_or_path, config.student_model_name_or_path
+    lora = config if config.use_peft else None
+    template = config.prompts if isinstance(config, DataConfig) else AUTO
+    dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
+    return load_pair(
+        *names,
+        dtype=dtype,
+        teacher_dtype=config.teacher_dtype,
+        lora=lora,
+        seed=seed,
+        teachers=config.teachers,
+        template=template,
+        teacher_place=config.teacher_place,
+        teacher_files=config.teacher_files,
+        teacher_writer=config.teacher_writer,
+        own_templates=isinstance(config, DataConfig) and config.teacher_template == "own",
+    )
 
 
 def _check_served(config: ModelConfig) -> None:
@@ -246,7 +253,7 @@ def with_teachers_answers(
     if isinstance(pair.teacher, ServedModel):
         check_served(TeacherOnly(), config.teacher_model_name_or_path, bool(config.teacher_writer))
     budget, rows = config.eval_max_new_tokens, config.per_device_eval_batch_size
-    settings = DecodeSettings(TeacherOnly(), max_new_tokens=budget, batch_size=rows)
+    settings = DecodeSettings(TeacherOnly(), max_new_tokens=budget, temperature=0.0, batch_size=rows)
     named = _of_teacher(config, pair) | {"max_new_tokens": budget}
     named["prompts"] = json_sha256([[example.id, example.teacher_reads] for example in missing])
     with _stored(config, "teacher answers", named, len(missing), quiet) as (folder, advance):

@@ -81,7 +81,7 @@ def test_a_stopped_clock_says_what_the_clock_said_on_that_day(name, day, clock):
 
 def test_the_day_is_chosen_where_prompts_depend_on_it(clock):
     clock("2026-03-01")
-    config = TrainConfig()
+    config = TrainConfig(template="chat")
     for name, before in CLOCKS.items():
         assert with_template(config, tokenizer(before)).template_date == "2026-03-01", name
         assert with_template(dataclasses.replace(config, template="none"), tokenizer(before)) == dataclasses.replace(
