@@ -127,7 +127,7 @@ def _config(method: str, settings: Mapping[str, Any], **own: Any) -> TrainConfig
 def _name(model: Model) -> str:
     """What the settings call a model: of a loaded one, where it was loaded from."""
     if isinstance(model, PreTrainedModel):
-        return model.name_or_path or f"a loaded {type(model).__name__}"
+        return model.name_or_path or f"loaded-{type(model).__name__}"
     return os.fspath(model)
 
 
@@ -164,7 +164,7 @@ def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def _are_files(data: Data) -> bool:
     if isinstance(data, (str, os.PathLike)):
         return True
-    return isinstance(data, Sequence) and all(isinstance(one, (str, os.PathLike)) for one in data)
+    return isinstance(data, Sequence) and len(data) > 0 and all(isinstance(one, (str, os.PathLike)) for one in data)
 
 
 def _sources(data: Data | None, run: Path, name: str) -> tuple[str, ...]:
@@ -190,5 +190,10 @@ def _write_rows(file: Path, rows: Any) -> None:
             raise DataError(
                 f"row {place} of the data holds what JSON cannot: {error}; give text, numbers, lists and objects"
             ) from error
+    text = "".join(lines)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{file} holds the rows that the run began with, and these are others; give those, or another output_dir"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, "".join(lines))
+    write_file(file, text)

@@ -125,7 +125,7 @@ def tokenize(
         raise ConfigError(f"lengths must be at least 1 token, not {max_prompt_length} and {max_completion_length}")
     kept: list[TokenizedExample] = []
     long_prompts = long_teacher_prompts = end_tokens = 0
-    encode = Encoder(tokenizer, template, frozenset(eos_token_ids))
+    encode, shared = Encoder(tokenizer, template, frozenset(eos_token_ids)), _Shared()
     limit = teacher_prompt_limit(tokenizer, teacher, max_prompt_length, max_completion_length)
     bad = BadRows("examples") if bad is None else bad  # one without rows counts as false
     of_teachers = _teacher_ids(examples, encode, teacher)
@@ -133,8 +133,8 @@ def tokenize(
         if isinstance(ids, DataError) or isinstance(of_teacher, DataError):
             bad.add(example.source, next(each for each in (ids, of_teacher) if isinstance(each, DataError)))
             continue
-        prompt_ids, completion_ids = ids
-        teacher_ids, read = of_teacher or (None, completion_ids)
+        prompt_ids, completion_ids = map(shared, ids)
+        teacher_ids, read = map(shared, of_teacher) if of_teacher else (None, completion_ids)
         if example.teacher in teacher.templates and read != completion_ids:
             bad.add(example.source, DataError(_OTHER_ANSWER))
             continue
@@ -158,6 +158,16 @@ def tokenize(
         limits = f"max_prompt_length={max_prompt_length}", limit if teacher else None
         raise DataError(_none_left(len(examples), counts, limits, bad))
     return kept, counts
+
+
+class _Shared:
+    """Lists of ids in which equal ids are one object: 14 bytes a token in place of 35."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, int] = {}
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        return [self._ids.setdefault(index, index) for index in ids]
 
 
 def _with_ids(

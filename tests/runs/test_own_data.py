@@ -143,7 +143,7 @@ OTHER = CHATML.replace("<|im_start|>", "<|im_start|>dear ")
 def two_templates(place, tmp_path):
     names, _ = place
     names["teacher_model_name_or_path"] = save_llama(tmp_path / "other", byte_level_tokenizer(template=OTHER), 1)
-    return names, prompts
+    return names, place[1]
 
 
 def test_each_model_reads_under_its_own_template_if_asked_to(two_templates):
@@ -169,7 +169,7 @@ def test_a_teacher_without_a_template_cannot_have_its_own_and_shares_the_student
 
 
 def test_a_template_that_ends_an_answer_otherwise_makes_bad_rows(place, tmp_path):
-    names, prompts = place
+    names, _ = place
     says = CHATML.replace("m['content'] + '", "m['content'] + '!")
     names["teacher_model_name_or_path"] = save_llama(tmp_path / "says", byte_level_tokenizer(template=says), 1)
     config = settings(place, "kd", train_file=names["train_file"], teacher_template="own")
@@ -240,7 +240,7 @@ def test_an_instruct_pair_reads_its_chat_template_and_a_base_pair_the_papers(pla
         f"{role}_model_name_or_path": save_llama(tmp_path / f"bare-{role}", byte_level_tokenizer(template=None), seed)
         for seed, role in enumerate(("teacher", "student"))
     }
-    config = dataclasses.replace(config, **bare, max_prompt_length=300)
+    config = dataclasses.replace(config, **bare, max_prompt_length=300, max_completion_length=64)
     pair = open_pair(config, quiet=True)
     assert "### Response:" in pair.tokenizer.decode(load_train(config, pair, quiet=True)[0].prompt_ids)
     run = tmp_path / "run"
