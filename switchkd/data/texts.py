@@ -15,9 +15,8 @@ import numpy as np
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.conversations import PROBE
 from switchkd.data.examples import Example, logger, read_rows
-from switchkd.data.fields import Fields, counted
+from switchkd.data.fields import Fields, Message, counted
 from switchkd.data.files import BadRows
-from switchkd.data.formats import Message
 from switchkd.data.settings import Template, check_teacher_prompt
 from switchkd.data.templates import Encoder, TeacherReads, named
 from switchkd.methods.policy import REFERENCE

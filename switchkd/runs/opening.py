@@ -14,8 +14,9 @@ from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
 from switchkd.base.terminal import bar, console
 from switchkd.data.examples import Example, load_examples, split
+from switchkd.data.fields import Message
 from switchkd.data.files import SAMPLE, BadRows
-from switchkd.data.formats import Message, Wanted
+from switchkd.data.formats import Wanted
 from switchkd.data.settings import DataConfig, Template, template_settings
 from switchkd.data.templates import Encoder, TeacherReads
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize

@@ -4,8 +4,9 @@ import pytest
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example
+from switchkd.data.fields import Message
 from switchkd.data.files import BadRows
-from switchkd.data.formats import FORMATS, Message
+from switchkd.data.formats import FORMATS
 from switchkd.evaluation.scores import SCORES
 from switchkd.evaluation.tasks import TASKS, eval_source, scorable, task_named
 

@@ -24,7 +24,7 @@ from switchkd import Rollout, StudentOnly, Switch, TeacherOnly, decode, decode_r
 from switchkd.base.errors import CheckpointError, ConfigError, DataError
 from switchkd.cli.main import main
 from switchkd.data.examples import Example
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.settings import DataConfig
 from switchkd.data.templates import TeacherReads, alpaca_prompt
 from switchkd.data.texts import collate, teacher_prompt_limit, tokenize
