@@ -161,6 +161,22 @@ def load_pair(
     )  # fmt: skip
 
 
+def load_alone(
+    name: str, dtype: str = "float32", template: str | Template | None = None, load_in_4bit: bool = False
+) -> Pair:
+    """A student without its teacher, for text that it writes alone: itself stands in the teacher's place, and is never asked there.
+
+    Arguments and errors are those of ``load_pair``; of a pair that is made by name, this is its student.
+    """
+    source = made(name, "student")
+    verify_saved(Path(expanded(source)))
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype, load_in_4bit=load_in_4bit)
+    vocab_size = check_logits_rows(model, check_vocabulary(tokenizer, tokenizer), "student", tokenizer)
+    ends, told = _ends({"": model}, model, {"": tokenizer}, tokenizer, vocab_size, template)
+    return Pair(model, model, tokenizer, vocab_size, ends.ids, told, merged_eos_token_id=ends.merged_into)
+
+
 def student_base(name: str) -> str:
     """The model that the teacher ``"base"`` of student ``name`` is."""
     return adapter_base(_pair_names(BASE, name)[1])

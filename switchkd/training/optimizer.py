@@ -19,7 +19,6 @@ from switchkd.models.settings import dtype_in, quantised
 from switchkd.runner.architecture import num_parameters
 from switchkd.training.settings import TrainConfig
 
-
 # Peak learning rates by the parameters of a student, up to so many, when all of its weights are trained.
 RATES = {200_000_000: 1e-4, 400_000_000: 3e-5, 2_000_000_000: 1e-5, 5_000_000_000: 5e-6}
 RATE_ABOVE = 2e-6

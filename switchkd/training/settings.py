@@ -80,7 +80,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Over several processes: keep the student's weights, gradients and moments in shards (FSDP2), gathered once a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: by size)")] = (
+        None
+    )
     """Peak learning rate of AdamW. Without one it is chosen by the size of the student, and whether an adapter is trained; the run
     says which it is, and records it."""
     loss_over: Literal["tokens", "sequences"] = "tokens"
