@@ -67,11 +67,16 @@ def test_a_runs_student_writes_what_it_writes_beside_its_teacher_which_need_not_
     assert made == [rollout.completion_ids for rollout in beside]
     out = capsys.readouterr().out
     assert "100% student" in out and "teacher 0\n" in out
-    # Its rows of data are read without what is the teacher's.
-    assert (
-        main(["generate", str(run), "--limit", "1", "--eval-file", place["train_file"], "--teacher-prompt", "{prompt}"])
-        == 0
-    )
+
+
+def test_rows_that_name_teachers_are_read_without_them(run, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "What is 2 and 2?", "completion": "4", "kind": "sums"}\n')
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    more = {"teachers": {"others": str(tmp_path / "nowhere")}, "teacher_field": "kind", "teacher_prompt": "{prompt}!"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | more))
+    assert main(["generate", str(run), "--limit", "1", "--eval-file", str(file)]) == 0
+    assert main(["generate", str(run), "--limit", "1", "--eval-file", str(file), "--policy", "switch"]) == 1
 
 
 @pytest.mark.parametrize("name", ["a hub name that nobody has/x", "http://127.0.0.1:9"])

@@ -99,6 +99,9 @@ def test_what_the_help_of_train_shows_first(capfd):
     flags = {flag for line in text.splitlines() for flag in re.findall(r"^│ (--[a-z-]+)", line)}
     names = {name.replace("_", "-").replace("-model-name-or-path", "") for name in FIRST}
     assert flags - {"--help"} == {f"--{name}" for name in names}
+    wanted = "teacher student train-file eval-file template max-steps num-train-epochs learning-rate per-device-train-batch-size"
+    for name in f"{wanted} max-new-tokens dtype use-peft output-dir resume report-to push-to-hub".split():
+        assert f"--{name}" in flags
     assert "--policy adaswitch --help" in " ".join(boxes(text)["method options"].split())
 
 
