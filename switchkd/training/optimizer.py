@@ -54,6 +54,8 @@ def logical_parameters(student: PreTrainedModel) -> int:
 
 
 def _millions(size: int) -> str:
+    if size < 1e6:
+        return f"{size:,}"
     return f"{number(size / 1e9, 2)}B" if size >= 1e9 else f"{number(size / 1e6)}M"
 
 
