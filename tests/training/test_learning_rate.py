@@ -36,7 +36,8 @@ class Sized(nn.Module):
 @pytest.mark.parametrize(
     ("size", "rate", "words"),
     [
-        (4_664, 1e-4, "a student of 4,664 parameters"), (81_000_000, 1e-4, "a student of 81.0M parameters"), (135_000_000, 1e-4, "135M"), (360_000_000, 3e-5, "360M"),
+        (4_664, 1e-4, "a student of 4,664 parameters"),
+        (81_000_000, 1e-4, "a student of 81.0M parameters"), (135_000_000, 1e-4, "135M"), (360_000_000, 3e-5, "360M"),
         (494_032_768, 1e-5, "494M"), (1_540_000_000, 1e-5, "1.5B"), (3_090_000_000, 5e-6, "3.1B"), (7_600_000_000, 2e-6, "7.6B"),
     ],
 )  # fmt: skip
