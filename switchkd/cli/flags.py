@@ -76,11 +76,8 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
     default = _defaults(cls, command, recipe, not named.isdisjoint(STUDENT_FLAGS)) if recipe else cls()
     rules = _rules(default, rest)
     if asked := [word for word in rest if word in (*HELP, *HELP_ALL)]:
-        shown = (
-            None
-            if asked[0] in HELP_ALL
-            else _first(cls, command, [noun for noun in rules if recipe or f"--{noun}" in named])
-        )
+        own = [noun for noun in rules if recipe or f"--{noun}" in named]
+        shown = None if asked[0] in HELP_ALL else _first(cls, command, own)
         _tyro({command: _arguments(default, rules, command, shown)}, [command, "--help"])
     parsed = vars(_tyro({command: _arguments(default, rules, command)}, [command, *rest]))
     if (late := parsed.pop("recipe", "")) != recipe:

@@ -98,7 +98,7 @@ _TUNER = _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit")
 _FILES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow")
 _ENGINE = "the student's text is written here by an engine of its own, and a teacher behind vLLM is named by its address, --teacher"
 _EACH_STEP = "every step is written to metrics.jsonl, and to --report-to"
-_CHOSEN = "this is chosen by itself"
+_CHOSEN = "it is chosen by itself"
 _NO_CODE = "no code of a model or data folder is ever run"
 _HUB = "a data set on the hub is named in one word, hub:OWNER/NAME/CONFIG:SPLIT"
 
@@ -117,9 +117,7 @@ ANSWERS: dict[str, Answer] = {
     "loss_top_k": Answer("", "objectives compare whole distributions"),
     "loss_add_tail": Answer("", "objectives compare whole distributions"),
     "rlhf_type": Answer("", "the method is the first word: switchkd train gkd", "gkd"),
-    "num_generations": Answer(
-        "", "each prompt of a step has one completion; more rows are --per-device-train-batch-size", "1"
-    ),
+    "num_generations": Answer("", "a step writes one completion to each of its prompts", "1"),
     "disable_dropout": Answer("", "text is written without dropout, and trained with the student's own", "true"),
     # --- models
     "teacher_model_server_url": Answer(
@@ -139,13 +137,13 @@ ANSWERS: dict[str, Answer] = {
         "--use-peft --load-in-4bit", "a student is in 4 bits; a teacher may be in 8, --teacher-load-in-8bit"
     ),
     "quant_bits": Answer("--use-peft --load-in-4bit", "a frozen student is in 4 bits (NF4)", "4"),
-    "quant_method": Answer("", "weights in 4 bits are by bitsandbytes, --load-in-4bit", "bnb"),
+    "quant_method": Answer("", "weights in 4 bits (--load-in-4bit) are by bitsandbytes", "bnb"),
     "attn_implementation": Answer("", _CHOSEN, "flash_attention_2"),
     "attn_impl": Answer("", _CHOSEN, "flash_attn"),
     "use_liger_kernel": Answer("", "the loss never holds the logits of a whole text"),
     "trust_remote_code": Answer("", _NO_CODE),
-    "model_revision": Answer("", "download that revision and name its folder", "main"),
-    "teacher_model_revision": Answer("", "download that revision and name its folder", "main"),
+    "model_revision": Answer("", "of another revision, download it and name its folder", "main"),
+    "teacher_model_revision": Answer("", "of another revision, download it and name its folder", "main"),
     "model_init_kwargs": Answer("", "settings of the student are flags of their own, such as --dtype", "{}"),
     "teacher_model_init_kwargs": Answer(
         "", "settings of the teacher are flags of their own, such as --teacher-dtype", "{}"
@@ -154,10 +152,10 @@ ANSWERS: dict[str, Answer] = {
         "--teacher-device cpu", "a teacher may be on another device for the whole run", "true"
     ),
     "train_type": Answer(
-        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "all weights are trained otherwise", "lora"
+        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "without it all weights are trained", "lora"
     ),
     "tuner_type": Answer(
-        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "all weights are trained otherwise", "lora"
+        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "without it all weights are trained", "lora"
     ),
     "target_modules": Answer(
         lambda value, given: "" if value == "all-linear" else f"--lora-target-modules {value}",
@@ -189,12 +187,8 @@ ANSWERS: dict[str, Answer] = {
     "vllm_tensor_parallel_size": Answer("", _ENGINE, "1"),
     # --- training and evaluation
     "optim": Answer("", "the optimizer is AdamW", "adamw_torch"),
-    "eval_strategy": Answer(
-        _by_value(no="--eval-steps 0", other="--eval-steps 100"), "it is a number of steps, 0 for none", "steps"
-    ),
-    "save_strategy": Answer(
-        _by_value(no="--save-steps 0", other="--save-steps 100"), "it is a number of steps, 0 for the end", "steps"
-    ),
+    "eval_strategy": Answer(_every("eval"), "it is a number of steps, 0 for none", "steps"),
+    "save_strategy": Answer(_every("save"), "it is a number of steps, 0 for the end", "steps"),
     "load_best_model_at_end": Answer(
         "--metric-for-best-model forward_kl --eval-steps 100",
         "the best student by a score is kept where one is named",
@@ -243,8 +237,12 @@ def answered(flag: str, given: Given) -> str:
     """One sentence that says what to give in the place of a flag, with the value that it is ``given``."""
     answer, value = ANSWERS.get(flag, PUSH), given[flag]
     flags = answer.flags(value, given) if callable(answer.flags) else answer.flags.format(value)
-    way = f"give {flags}" if flags else "leave it out"
-    return f"--{flag}{f' {value}' if value else ''} is written otherwise here: {way} ({answer.why})"
+    theirs = f"--{flag} {value}".rstrip()
+    return (
+        f"{theirs} is here: {flags} ({answer.why})"
+        if flags
+        else f"{theirs} is no setting here, leave it out: {answer.why}"
+    )
 
 
 def _given(words: Sequence[str]) -> Given:

@@ -22,21 +22,19 @@ def train(*words):
 
 
 def answer(capfd, *words):
-    """What is said of flags that are written otherwise here, and the flags that it says to give, one list an answer."""
+    """What is said of flags that are others here, and the flags that it says to give, one list an answer."""
     with pytest.raises(SystemExit, match="2"):
         train(*words)
     lines = capfd.readouterr().err.splitlines()
-    assert all(line.startswith("error: --") and " is written otherwise here: " in line for line in lines)
+    assert all(line.startswith("error: --") for line in lines)
     return lines, [flags_of(line) for line in lines]
 
 
 def flags_of(line):
     """The flags to give in one answer; none if the flag is to be left out."""
-    way = line.partition(" is written otherwise here: ")[2].partition(" (")[0]
-    if way == "leave it out":
+    if " is no setting here, leave it out: " in line:
         return []
-    assert way.startswith("give --")
-    return shlex.split(way.removeprefix("give "))
+    return shlex.split(line.partition(" is here: ")[2].partition(" (")[0])
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -46,6 +44,7 @@ def test_every_answer_is_one_sentence_whose_flags_our_parser_takes(name, capfd):
     assert line == f"error: {answered(name, {name: entry.value})}" and entry.why in line
     before = train() if not given else None
     changed = train(*given)
+    assert not given or given[0].startswith("--")
     assert (changed == before) is (not given)
     for flag in {word.split(".")[0] for word in given if word.startswith("--")}:
         assert flag.removeprefix("--").replace("-", "_") in {*FIELDS, "teacher", "student"}
@@ -112,7 +111,7 @@ def test_a_data_set_is_named_in_one_word(words, file, capfd):
 def test_a_push_that_is_a_switch_elsewhere_wants_a_name_here(capfd):
     for words in (["--push_to_hub"], ["--push_to_hub", "True"], ["--push-to-hub", "--seed", "3"]):
         [line], _ = answer(capfd, *words)
-        assert "give --push-to-hub my-name/my-student" in line
+        assert "is here: --push-to-hub my-name/my-student" in line
     _, [given] = answer(capfd, "--push_to_hub", "--hub_model_id", "me/mine")
     assert train(*given).push_to_hub == train("--push-to-hub", "me/mine").push_to_hub == "me/mine"
 
@@ -124,6 +123,21 @@ def test_the_limit_of_generated_text_is_named_where_somebody_may_mean_it(capfd):
     train("kd", "--max_completion_length", "99")
     train("gkd", "--max_completion_length", "99", "--max_new_tokens", "99")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("--eval_strategy steps", "--eval-steps 100"), ("--eval_strategy no", "--eval-steps 0"),
+        ("--eval_strategy steps --eval_steps 50", "--eval-steps 50"), ("--save_strategy epoch", "--save-steps 100"),
+        ("--resume_from_checkpoint True", "--resume"), ("--resume_from_checkpoint a/checkpoint-7", "--resume-from checkpoint-7"),
+        ("--torch_dtype float16", "--dtype auto"), ("--torch_dtype float32", "--dtype float32"), ("--train_type full", ""),
+        ("--tuner_type qlora", "--use-peft --load-in-4bit"), ("--run_name a", "--output-dir runs/a"),
+        ("--max_length 300", "--max-prompt-length 150 --max-completion-length 150 --max-new-tokens 150"),
+    ],
+)  # fmt: skip
+def test_an_answer_goes_by_the_value(words, flags, capfd):
+    assert answer(capfd, *words.split())[1] == [flags.split()]
 
 
 def test_a_mistyped_flag_still_names_the_nearest(capfd):
