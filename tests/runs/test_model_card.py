@@ -33,7 +33,7 @@ def settings(tmp_path_factory):
     return TrainConfig(
         **pair_on_disk(folder, "Zebras are how many, {0}?", "Exactly {1} zebras."),
         eval_samples=2, eval_max_new_tokens=4, max_new_tokens=6,
-        max_completion_length=12, per_device_train_batch_size=2, max_steps=2, method="SWITCH: Koo *et al.*",
+        max_completion_length=12, per_device_train_batch_size=2, max_steps=2, learning_rate=1e-4, method="SWITCH: Koo *et al.*",
     )  # fmt: skip
 
 
