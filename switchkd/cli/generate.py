@@ -176,7 +176,7 @@ def chat(config: ChatConfig) -> None:
     )
     name = config.student_model_name_or_path
     pair = _open_alone(name, config.dtype, data.prompts, config.load_in_4bit)
-    template = with_template(data, pair.tokenizer).prompts
+    data = with_template(data, pair.tokenizer)
     same = ("max_new_tokens", "temperature", "seed", "top_p", "top_k", "min_p")
     settings = DecodeSettings(StudentOnly(), **{each: getattr(config, each) for each in same})
     if sys.stdin.isatty():
@@ -185,11 +185,11 @@ def chat(config: ChatConfig) -> None:
     for number, text in enumerate(_typed("> ")):
         if text == "/quit":
             break
-        if text == "/clear" or data.template in ("alpaca", "none"):
+        if text == "/clear" or data.template != "chat":
             turns = []
         if text and text != "/clear":
             asked = [*turns, Message("user", text)]
-            answer = _answer(pair, asked, template, settings, number)
+            answer = _answer(pair, asked, data.prompts, settings, number)
             turns = turns if answer is None else [*asked, Message("assistant", answer)]
 
 
@@ -202,8 +202,7 @@ def _answer(
     from switchkd.data.texts import TokenizedExample
     from switchkd.decoding.decode import decode_examples
 
-    # The template writes whole conversations; the answer is a placeholder that is not used.
-    example = Example(number, tuple(turns), "-", ("-",), f"turn {number}")
+    example = Example(number, tuple(turns), "", (), f"turn {number}")
     [(prompt_ids, _)] = Encoder(pair.tokenizer, template)([example])
     asked = TokenizedExample(number, prompt_ids, [], [], (), False, example.source)
     stream = _Stream(lambda ids: pair.tokenizer.decode(ids, skip_special_tokens=True))

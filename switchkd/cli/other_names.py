@@ -111,7 +111,7 @@ ANSWERS: dict[str, Answer] = {
     "seq_kd": Answer(_by_value(true="--mix teacher_text"), "the mix says which text a step reads", "true"),
     "sft_alpha": Answer(
         "--objective.ce-weight {}",
-        "it adds cross-entropy on every text that a step reads, the student's own too",
+        "here it is the share of cross-entropy in the loss, and on the data's own answers alone",
         "0.1",
     ),
     "loss_top_k": Answer("", "objectives compare whole distributions"),
@@ -173,6 +173,7 @@ ANSWERS: dict[str, Answer] = {
     "max_length": Answer(_lengths, "prompt and completion have a limit each", "1024"),
     "packing": Answer("", "each row is a text of its own; rows of a forward are padded", "true"),
     "truncation_strategy": Answer("", "prompts that are too long are left out and counted", "delete"),
+    "split_dataset_ratio": Answer("--eval-split {}", "the share of the training data that is held out and scored", "0.1"),
     "system": Answer("", "write a system message into the rows, as the first of `messages`", "You are brief."),
     "dataset_num_proc": Answer("", _CHOSEN, "4"),
     "dataloader_num_workers": Answer("", _CHOSEN, "4"),

@@ -197,7 +197,7 @@ class DataConfig(Settings):
     train_samples: int = -1
     """Rows of train_file to use, the first of it; -1 takes all."""
     eval_file: tuple[str, ...] = ()
-    """Held-out data to score on, of the same kinds. Without it a task with data of its own takes that; else see eval_split."""
+    """Data to score on, of the same kinds. Without it a part of train_file is held out for that (eval_split)."""
     eval_split: float = 0.05
     """Share of train_file that is held out, and not trained on, where there is no eval_file; 0 holds nothing out."""
     assistant_turns: Literal["last", "all"] = "last"
