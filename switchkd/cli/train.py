@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,14 @@ class DemoConfig(Settings):
 
 
 def train(config: TrainConfig) -> None:
+    _distil(config)
+
+
+def _distil(config: TrainConfig) -> None:
+    """The run, and a word before all that has to be loaded for it; of several processes the first one says it."""
+    if not config.quiet and os.environ.get("RANK", "0") == "0":
+        names = f"{config.teacher_model_name_or_path} and {config.student_model_name_or_path}"
+        console.print(f"load the teacher and the student ({names}) …", soft_wrap=True)
     from switchkd.runs.distil import distil
 
     distil(config)
@@ -107,12 +116,10 @@ def _check_records(path: Path, pair: Pair) -> None:
 
 
 def demo(config: DemoConfig) -> None:
-    from switchkd.runs.distil import distil
-
     settings = demo_settings(config)
     steps = f"{settings.max_steps} steps, into {settings.output_dir}"
     console.print(f"{config.method}: SmolLM2-135M to 81M on GSM8K, {steps}")
-    distil(settings)
+    _distil(settings)
 
 
 def demo_settings(config: DemoConfig) -> TrainConfig:
