@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from fabricated import HOSTILE, metric, rollout, run, sample
 
 from switchkd.base.errors import ConfigError, DataError
@@ -328,3 +329,10 @@ def test_runs_that_compare_would_refuse_share_no_table_and_the_page_names_what_d
     assert words in sheets[1].title
     with pytest.raises(DataError, match=re.escape(words)):
         compare(list(map(str, both)))
+
+
+def test_a_run_on_several_files_names_them_all(tmp_path):
+    folder = run(tmp_path / "a", [metric(1)])
+    settings = yaml.safe_load((folder / "config.yaml").read_text()) | {"train_file": ["one.jsonl", "two.jsonl"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "one.jsonl, two.jsonl" in page([folder])
