@@ -7,7 +7,7 @@ import yaml
 from tiny import byte_level_tokenizer, save_llama
 
 from switchkd.base.settings import to_dict
-from switchkd.evaluation.results import Evaluation, write_results
+from switchkd.evaluation.results import Completion, Evaluation, Question, write_results
 from switchkd.evaluation.statistics import Values
 from switchkd.methods.policies import Switch
 from switchkd.training.settings import TrainConfig
@@ -49,8 +49,8 @@ def metric(step, **changes):
     }
 
 
-def run(folder, metrics=(), samples=(), rollouts=(), scores=None, **settings):
-    """A run directory, as far as it came."""
+def run(folder, metrics=(), samples=(), rollouts=(), scores=None, answers=None, **settings):
+    """A run directory, as far as it came. ``answers`` are texts by model, one for each of its ``scores``."""
     folder.mkdir(parents=True)
     teacher = save_llama(folder.parent / "teacher", TOKENIZER, 1)
     config = TrainConfig(teacher_model_name_or_path=teacher, output_dir=str(folder), policy=Switch(), **settings)
@@ -60,10 +60,19 @@ def run(folder, metrics=(), samples=(), rollouts=(), scores=None, **settings):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if scores:
         arrays = {name: np.array([values]) for name, values in scores.items()}
+        texts = {name: list(enumerate((answers or {}).get(name, ()))) for name in arrays}
+        questions = [Question(f"Question {i}?", (f"Reference {i}.",)) for i in range(len(next(iter(scores.values()))))]
         results = {
-            name: Evaluation({"strict": Values(values, 1.0 * np.isfinite(values[0]))}, "strict")
+            name: Evaluation(
+                {"strict": Values(values, 1.0 * np.isfinite(values[0]))},
+                "strict",
+                model={"sha256": name},
+                completions=[Completion(i, None, text, len(text.split()), "eos") for i, text in texts[name]],
+                questions=questions if answers else (),
+            )
             for name, values in arrays.items()
         }
-        data = {"ids": list(range(len(next(iter(scores.values()))))), "groups": []}
-        write_results(folder / "evaluation.json", {"primary": "strict"}, data, {}, results)
+        data = {"file": "sums.jsonl", "sha256": "d", "ids": list(range(len(questions))), "groups": []}
+        task = {"name": "sums", "version": 1, "primary": "strict"}
+        write_results(folder / "evaluation.json", task, data, {}, results)
     return folder

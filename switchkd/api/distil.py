@@ -16,7 +16,7 @@ from switchkd.base.errors import ConfigError, DataError, nearest
 from switchkd.base.storage import unused_folder, write_file
 from switchkd.data.settings import with_template
 from switchkd.methods.policy import StudentOnly
-from switchkd.models.loading import default_device, load_model, load_tokenizer
+from switchkd.models.loading import default_device, load_model, load_tokenizer, silent_libraries
 from switchkd.models.pair import Pair, pair_of
 from switchkd.models.settings import with_dtypes
 from switchkd.runs import distil as runs
@@ -80,7 +80,8 @@ def distil(
     for name, rows in (("train", data), ("eval", eval_data)):
         if rows is not None and not _are_files(rows):
             _write_rows(run / ROWS / f"{name}.jsonl", rows)
-    runs.distil(config, _loaded(teacher, student, tokenizer, config), on_step)
+    with silent_libraries():
+        runs.distil(config, _loaded(teacher, student, tokenizer, config), on_step)
     return Run(run)
 
 
@@ -102,7 +103,12 @@ def evaluate(
     models = {"teacher_model_name_or_path": _name(teacher), "student_model_name_or_path": _name(student)}
     config = _config("", settings, **models, eval_file=_sources(data, Path(), ""))
     config = with_dtypes(config, default_device())
-    pair = open_pair(config, loaded=_loaded(teacher, student, tokenizer, config))
+    with silent_libraries():
+        return _scores(config, _loaded(teacher, student, tokenizer, config))
+
+
+def _scores(config: TrainConfig, loaded: Pair | None) -> dict[str, Evaluation]:
+    pair = open_pair(config, loaded=loaded)
     config = with_template(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
     how = eval_settings(config, StudentOnly())

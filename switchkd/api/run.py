@@ -13,7 +13,7 @@ from switchkd.base.plain import Lines
 from switchkd.base.storage import write_file
 from switchkd.decoding.rollouts import Rollout
 from switchkd.evaluation.results import EVALUATION
-from switchkd.models.loading import load_model
+from switchkd.models.loading import load_model, silent_libraries
 from switchkd.models.pair import folder_dtype
 from switchkd.reports.record import RunRecord, trained_student
 
@@ -44,7 +44,8 @@ class Run:
     def student(self) -> PreTrainedModel:
         """The trained student, loaded from ``student/`` in the dtype that it was saved in; an adapter sits on its base."""
         folder = trained_student(self.path)
-        return load_model(folder, folder_dtype(folder))
+        with silent_libraries():
+            return load_model(folder, folder_dtype(folder))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

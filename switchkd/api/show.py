@@ -42,6 +42,9 @@ class Shown(Sequence["Rollout"]):
     def __getitem__(self, place: int | slice) -> Rollout | Shown:
         return Shown(self.rollouts[place], self.tokenizer) if isinstance(place, slice) else self.rollouts[place]
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} texts; in a notebook they show who wrote each token>"
+
     def _repr_html_(self) -> str:
         return texts_html(self.rollouts, self.tokenizer)
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import IO, Any, ParamSpec
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -135,17 +136,35 @@ def leave() -> None:
 # --- progress bars and numbers ------------------------------------------------------------------------------------
 
 
-class Bar:
-    """A progress bar with time left and a line of numbers that changes; plain lines where there is no terminal."""
+SAY_EVERY = 30.0  # seconds, of long work where there is no terminal
 
-    def __init__(self, progress: Progress, title: str, total: int | None):
+
+class Bar:
+    """A progress bar with time left and a line of numbers that changes.
+
+    Where there is no terminal it is a plain line when it begins, and one every SAY_EVERY seconds.
+    """
+
+    def __init__(self, progress: Progress, title: str, total: int | None, silent: bool = False):
         self._progress, self._task = progress, progress.add_task(title, total=total, numbers="")
+        self._silent = silent or progress.console.is_terminal
+        self._said = monotonic()
+        if not self._silent:
+            progress.console.print(f"{title} …", soft_wrap=True)
 
     def advance(self, amount: int = 1, numbers: str | None = None) -> None:
         """Move on by ``amount``, and show ``numbers`` if given."""
         self._progress.update(self._task, advance=amount)
         if numbers is not None:
             self._progress.update(self._task, numbers=numbers)
+        if not self._silent and monotonic() - self._said >= SAY_EVERY:
+            self._said = monotonic()
+            self._progress.console.print(self._words(), soft_wrap=True)
+
+    def _words(self) -> str:
+        task = self._progress.tasks[self._task]
+        done = f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
+        return f"{task.description}: {done}" + (f" · {task.fields['numbers']}" if task.fields["numbers"] else "")
 
     def line(self, text: str) -> None:
         """A line that stays, for logs that are not a terminal."""
@@ -161,21 +180,49 @@ def bar(title: str, total: int | None, quiet: bool = False, on: Terminal | None 
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
     )  # fmt: skip
-    if not on.is_terminal and not quiet:
-        on.print(f"{title} …", soft_wrap=True)
     with Progress(*columns, console=on, disable=quiet or not on.is_terminal) as progress:
-        yield Bar(progress, title, total)
+        yield Bar(progress, title, total, quiet)
 
 
-def number(value: float, digits: int = 3) -> str:
-    """So many significant digits, or all before the point, without an exponent for everyday sizes; "-" for NaN, "0" for 0 alone."""
+def number(value: float, digits: int = 3, decimals: int | None = None) -> str:
+    """So many significant digits, or all before the point, without an exponent for everyday sizes; "-" for NaN, "0" for 0 alone.
+
+    With ``decimals`` so many behind the point, for values that stand together; one that is not 0 never looks so.
+    """
     if math.isnan(value) or not value:
         return "-" if value else "0"
+    if decimals is not None and (text := f"{value:,.{decimals}f}").strip("-0.,"):
+        return text
+    digits = digits if decimals is None else 1
     rounded = float(f"{value:.{digits - 1}e}")  # first, as 9.996 has one digit more before the point than it seems
-    place = math.floor(math.log10(abs(rounded))) if math.isfinite(value) else 0
+    place = _place(rounded)
     if not -7 < place < 15:
         return f"{rounded:.{digits - 1}e}"
     return f"{value:,.{max(digits - 1 - place, 0)}f}"
+
+
+def decimals(values: Iterable[float | None], digits: int = 3) -> int | None:
+    """The decimals that values of one kind need together, such as a score and its interval: those of ``digits`` significant ones
+    of the largest, and as many more as it takes to tell their ends apart. None where each is better written on its own."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    largest = float(f"{max(map(abs, known), default=0.0):.{digits - 1}e}")
+    if not largest or not -7 < _place(largest) < 15:
+        return None
+    spread = max(known) - min(known)
+    apart = 1 - _place(spread) if spread > 1e-9 * largest else 0
+    return max(digits - 1 - _place(largest), apart, 0)
+
+
+def _place(value: float) -> int:
+    """The place of the first digit: 0 before the point, -1 behind it."""
+    return math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{number(seconds)} s"
 
 
 def percent(share: float) -> str:

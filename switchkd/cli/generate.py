@@ -103,7 +103,7 @@ def generate(config: GenerateConfig) -> None:
 
         def on_round(cost: Any) -> None:
             nonlocal shown
-            progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+            progress.advance(cost.kept_tokens - shown, f"{cost.kept_tokens / cost.seconds:.0f} tokens/s")
             shown = cost.kept_tokens
 
         rollouts = decode_examples(pair, examples, settings, range(len(examples)), on_round)

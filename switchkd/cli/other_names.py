@@ -173,7 +173,9 @@ ANSWERS: dict[str, Answer] = {
     "max_length": Answer(_lengths, "prompt and completion have a limit each", "1024"),
     "packing": Answer("", "each row is a text of its own; rows of a forward are padded", "true"),
     "truncation_strategy": Answer("", "prompts that are too long are left out and counted", "delete"),
-    "split_dataset_ratio": Answer("--eval-split {}", "the share of the training data that is held out and scored", "0.1"),
+    "split_dataset_ratio": Answer(
+        "--eval-split {}", "the share of the training data that is held out and scored", "0.1"
+    ),
     "system": Answer("", "write a system message into the rows, as the first of `messages`", "You are brief."),
     "dataset_num_proc": Answer("", _CHOSEN, "4"),
     "dataloader_num_workers": Answer("", _CHOSEN, "4"),

@@ -20,7 +20,7 @@ from switchkd.decoding.decode import decode_job
 from switchkd.decoding.rollouts import BANDS, DecodeCost
 from switchkd.decoding.rows import Job
 from switchkd.evaluation.generate_backend import complete_by_generate
-from switchkd.evaluation.results import Completion, Evaluation
+from switchkd.evaluation.results import Completion, Evaluation, Question
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
@@ -69,7 +69,8 @@ def evaluate(
         kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
         scores["own_forward_kl"] = Values((kl.sum(0) / tokens.sum(0)).reshape(len(ids), len(examples)))
     groups = [example.group for example in examples]
-    return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row])
+    asked = [Question(pair.tokenizer.decode(e.prompt_ids), tuple(e.references)) for e in examples]
+    return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row], asked)
 
 
 def _asked(pair: Pair, model: PreTrainedModel, example: TokenizedExample) -> list[int]:
@@ -176,7 +177,7 @@ def _by_engine(
         """A row takes at most max_new_tokens, so that so many are done at least."""
         nonlocal told
         done = cost.kept_tokens // settings.max_new_tokens
-        progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tok/s")
+        progress(done - told, f"{cost.kept_tokens / cost.seconds:.0f} tokens/s")
         told = done
 
     passes = settings.passes

@@ -1,6 +1,6 @@
 """The result of an evaluation: every score of every example, what was written, and all that the scores depend on.
 
-``evaluation.json`` holds scores and settings, ``evaluation.completions.jsonl`` beside it the text that was scored.
+``evaluation.json`` holds questions, scores and settings, ``evaluation.completions.jsonl`` beside it the text that was scored.
 """
 
 from __future__ import annotations
@@ -40,12 +40,20 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What was asked in a held-out example: the prompt as the models read it, and the reference answers."""
+
+    prompt: str
+    references: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One model's scores on held-out examples.
 
     ``scores`` by name hold a value for each sampling seed and example, ``groups`` the examples' groups, ``model`` name and
     checksum; ``made_with`` is all that scores depend on beside the model, where that is known. Divergence and perplexity are of
-    the reference tokens: one seed, weighted by tokens.
+    the reference tokens: one seed, weighted by tokens. ``questions`` are in the order of the scores' values; older files have none.
     """
 
     scores: dict[str, Values]
@@ -53,6 +61,7 @@ class Evaluation:
     groups: Sequence[str] = ()
     model: Mapping[str, str] = field(default_factory=dict)
     completions: Sequence[Completion] = field(default=(), repr=False)
+    questions: Sequence[Question] = field(default=(), repr=False)
     made_with: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -103,10 +112,12 @@ def write_results(
     """
     lines = [{"model": name, **asdict(text)} for name, result in results.items() for text in result.completions]
     texts = "".join(json.dumps(line) + "\n" for line in lines)
+    questions = next((result.questions for result in results.values() if result.questions), ())
+    asked = {"prompts": [q.prompt for q in questions], "references": [list(q.references) for q in questions]}
     record = {
         "format": FORMAT,
         "task": task,
-        "data": data,
+        "data": dict(data) | (asked if questions else {}),
         "settings": settings,
         "completions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "results": {name: _to_json(result) for name, result in results.items()},
@@ -123,7 +134,12 @@ class _Task(TypedDict):
     primary: str
 
 
-class _Data(TypedDict):
+class _Questions(TypedDict, total=False):
+    prompts: list[str]
+    references: list[list[str]]
+
+
+class _Data(_Questions):
     ids: list[int]
     groups: list[str]
 
@@ -212,7 +228,8 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
     primary, groups, examples = record["task"]["primary"], record["data"]["groups"], len(record["data"]["ids"])
     if len(groups) not in (0, examples):
         raise DataError(f"there are {len(groups)} groups for {examples} examples")
-    task = {name: record["task"].get(name) for name in ("name", "version")}
+    questions = _questions(record["data"], examples)
+    task = {name: record["task"].get(name) for name in ("name", "version", "primary")}
     made_with = {"task": task, "ids": record["data"]["ids"], "data sha256": record["data"].get("sha256")} | record[
         "settings"
     ]
@@ -224,8 +241,16 @@ def results_of(record: Mapping[str, Any]) -> dict[str, Evaluation]:
                 raise DataError(f"{name} has {values.values.shape[1]} values a seed for {examples} examples")
         if primary not in scores:
             raise DataError(f"{model} has no score {primary!r}, the task's primary one")
-        results[model] = Evaluation(scores, primary, groups, result["model"], made_with=made_with)
+        results[model] = Evaluation(scores, primary, groups, result["model"], questions=questions, made_with=made_with)
     return results
+
+
+def _questions(data: Mapping[str, Any], examples: int) -> list[Question]:
+    """What was asked, in the order of the examples; none in a file of a version that did not keep it."""
+    asked = [data.get(name, []) for name in ("prompts", "references")]
+    if any(len(each) not in (0, examples) for each in asked) or len(asked[0]) != len(asked[1]):
+        raise DataError(f"there are {len(asked[0])} prompts and {len(asked[1])} references for {examples} examples")
+    return [Question(prompt, tuple(references)) for prompt, references in zip(*asked, strict=True)]
 
 
 def _values(name: str, values: Any, weights: Any) -> Values:

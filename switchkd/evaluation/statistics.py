@@ -192,6 +192,28 @@ def difference(name: str, a: Runs, b: Runs, seed: int = 0, resamples: int = RESA
     return (bootstrap(name, a, seed, resamples) - bootstrap(name, b, seed, resamples)).estimate()
 
 
+def gap_closed(name: str, before: Values, after: Values, teacher: Values) -> Estimate | None:
+    """Which share of the way from ``before`` to ``teacher`` a student has gone who now scores ``after``; 1 is all of it.
+
+    None where the teacher is not told apart from ``before`` as the better one: there is then no way to speak of.
+    """
+    b, a, t = (bootstrap(name, each) for each in (before, after, teacher))
+    gap, gone = t - b, a - b
+    if verdict(gap.estimate(), lower_is_better(name)) != "better":
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = gone.replicates / gap.replicates
+    return Bootstrap(
+        gone.mean / gap.mean, shares, np.empty(0), (), min(gap.examples, gone.examples), gap.total
+    ).estimate()
+
+
+def by_example(name: str, values: Values) -> Array:
+    """The score ``name`` of each example alone ``[S, N]``, NaN where one has no part in it."""
+    found = np.where(np.asarray(values.weights) > 0, values.values, np.nan)
+    return next((f(found) for prefix, f in TRANSFORMS.items() if name.startswith(prefix)), found)
+
+
 def lower_is_better(name: str) -> bool | None:
     """Whether a lower score of that name is the better one; None where neither is."""
     return next((lower for prefix, lower in LOWER_IS_BETTER.items() if name.startswith(prefix)), False)

@@ -102,6 +102,21 @@ def load_model(
     return model.eval() if placed else model.eval().to(torch_device)
 
 
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """No progress bars of transformers, which would stand between ours; they are as they were afterwards."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def check_place(name: str, place: Place) -> None:
     """Raise ConfigError or ModelError for a teacher whose weights cannot lie at this place; none are read."""
     from switchkd.forward.parallel import check_parallel, check_processes, processes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -21,15 +21,12 @@ from switchkd.data.settings import DATE
 from switchkd.evaluation.results import EVALUATION, FORMAT, Evaluation, results_of
 from switchkd.evaluation.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 from switchkd.models.saved_student import SCORED, scored_another
-from switchkd.reports.record import read_settings
-from switchkd.reports.steps import is_to_teacher
+from switchkd.reports.record import nearest_beside, read_settings
+from switchkd.reports.steps import TEACHER, is_to_teacher, unlike
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import FREE_ON_RESUME
 
 REFERENCES = ("teacher", "student before")
-TEACHER = "teacher_sha256"
-# Where results that are compared may differ: the teacher moves divergences alone, and days stand beside the numbers.
-MAY_DIFFER = (TEACHER, DATE)
 FEW_RUNS = 5  # with fewer, the spread between runs is hardly known
 
 
@@ -207,7 +204,7 @@ def load_result(path: str, task: str = "") -> Result:
     try:
         record = json_object(file.read_bytes())
     except FileNotFoundError as error:
-        raise DataError(f"no evaluation {file}; make one with `switchkd evaluate RUN`") from error
+        raise DataError(f"no evaluation {file}{nearest_beside(file)}; make one with `switchkd evaluate RUN`") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     if (form := record.get("format")) != FORMAT:
@@ -260,25 +257,11 @@ def check_comparable(results: Sequence[Result]) -> None:
     """Raise DataError, naming everything that differs, unless all results are of one task, data and settings."""
     first, *others = results
     for other in others:
-        if differences := list(_differences(first, other)):
+        if differences := unlike(first.student.made_with, other.student.made_with):
             raise DataError(
                 f"{other.path} cannot be compared with {first.path}: {'; '.join(differences)}. Evaluate both alike with "
                 "`switchkd evaluate RUN`"
             )
-
-
-def _differences(a: Result, b: Result) -> Iterator[str]:
-    sides = {side: {"task": r.task, "data sha256": r.data["sha256"], **r.settings} for side, r in (("a", a), ("b", b))}
-    for name in dict.fromkeys([*sides["a"], *sides["b"]]):
-        if name in MAY_DIFFER:
-            continue
-        ours, theirs = (sides[side].get(name, "not set") for side in "ab")
-        if ours != theirs:
-            yield f"{name} is {theirs!r}, not {ours!r}"
-    if (ours := a.data["ids"]) != (theirs := b.data["ids"]):
-        missing, more = (len(set(map(str, x)) - set(map(str, y))) for x, y in ((ours, theirs), (theirs, ours)))
-        what = f"{missing} are missing and {more} are new" if missing or more else "they are in another order"
-        yield f"ids of {len(theirs)} examples, not the same {len(ours)}: {what}"
 
 
 def check_teachers(results: Sequence[Result], scores: Sequence[str]) -> None:

@@ -6,14 +6,19 @@ A value that is missing or not finite is a gap in its line, and a point alone is
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
-from switchkd.base.terminal import number, percent
+from switchkd.base.terminal import decimals, duration, number, percent
 from switchkd.decoding.rollouts import mean
 from switchkd.reports.panels import (
     BY_POSITION,
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
 
 
 STAIRS = 60
+WIDTH = 5  # inches of a curve in a page: the words in it can be read on a phone
 
 # What an axis of several such metrics is called.
 SHARED_LABELS = {SHARE: "percent", OWN: "divergence"}
@@ -52,21 +58,21 @@ CURVES = (
     ("loss", "Loss", ("loss", "lm_loss")),
     (
         "divergence",
-        "Divergence of student and teacher, by position in the response",
+        "How far student and teacher disagree, by the place in the text",
         (BY_POSITION, "switch/threshold"),
     ),
     ("teacher_share", "Who wrote", ("switch/teacher_share", "switch/switched_share")),
     ("first_switch", "Where the teacher first took over", ("switch/first_switch",)),
     (
         "agreement",
-        "How often the two models agree, and the blocks that are verified",
+        "How often the two models agree, and how many tokens can so be guessed ahead",
         ("decode/agreement", "decode/block_length", "decode/kept_per_block"),
     ),
     ("speed", "Speed", ("tokens_per_second", "decode/tokens_per_second")),
     ("memory", "Memory", ("memory_gib",)),
 )
-# What a step's time is spent on, and how strong each is drawn, so that they differ in grey too.
-PARTS = {"generate": 0.95, "teacher": 0.7, "update": 0.45}
+# What a step's time is spent on, in words, and how strong each is drawn, so that they differ in grey too.
+PARTS = {"generate": ("writing text", 0.95), "teacher": ("reading by the teacher", 0.7), "update": ("updating", 0.45)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ def run_curves(runs: Mapping[str, Steps]) -> list[Curve]:
     if len(runs) > 1:  # the main one, and the first of each other unit: a panel for each would be many
         first_of_unit = {quantity(name)[1]: name for name in reversed(scores)}
         scores = [name for name in scores if name in first_of_unit.values()]
-    bands = [name for name in seen if band_of(name)]
+    # Of several runs each metric is a panel: one for each band of positions would be many.
+    bands = [name for name in seen if band_of(name)] if len(runs) == 1 else ["switch/divergence_mean"]
     specs = (CURVES[0], ("scores", "Scores of held-out examples", tuple(scores)), *CURVES[1:])
     made = [
         _curve(runs, place, title, [each for name in names for each in (bands if name == BY_POSITION else [name])])
@@ -142,7 +149,7 @@ def _curve(runs: Mapping[str, Steps], name: str, title: str, metrics: Sequence[s
         for label, own in runs.items()
     ]
     notes = panel_notes(panels)
-    return Curve(name, title, draw(panels, title), " ".join([*told, *([notes] if notes else [])]))
+    return Curve(name, title, draw(panels, "", width=WIDTH), " ".join([*told, *([notes] if notes else [])]))
 
 
 def _unit_panels(metrics: Steps, names: Sequence[str]) -> list[Panel]:
@@ -178,7 +185,8 @@ def _told(metrics: Metrics, name: str) -> str:
     shown = smoothed(metrics, name)[1]
     kept = next(each[np.isfinite(each)] for each in (shown, values) if np.isfinite(each).any())
     share = unit == SHARE and not name.startswith(SCORE)
-    first, last = (percent(value) if share else number(value) for value in (kept[0], kept[-1]))
+    places = decimals((kept[0], kept[-1]))
+    first, last = (percent(v) if share else number(v, decimals=places) for v in (kept[0], kept[-1]))
     way = "falls" if kept[-1] < kept[0] else "rises"
     words = f"{what} is {first}" if first == last else f"{what} {way} from {first} to {last}"
     for why, which in (("no value", gaps), ("not finite", broken)):
@@ -196,28 +204,92 @@ def _time_curve(runs: Mapping[str, Steps]) -> Curve | None:
     if not timed:
         return None
     title = "Time of a step"
-    figure = Figure(figsize=(7, 1.1 + 2.1 * len(timed)), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(WIDTH, 1.1 + 2.1 * len(timed)), layout="constrained")
     told = []
     for axes, (label, metrics) in zip(figure.subplots(len(timed), squeeze=False).flat, timed.items(), strict=True):
         sums = _stack(axes, metrics)
-        dress(axes, Panel(f"{label} (s)" if len(runs) > 1 else "time (s)", ()))
-        shares = ", ".join(f"{percent(share)} {part}" for part, share in zip(PARTS, sums / sums.sum(), strict=True))
-        told.append((f"{label}: " if len(runs) > 1 else "") + f"of {number(sums.sum())} seconds, {shares}.")
+        dress(axes, Panel(axis_label(f"{label}: time" if len(runs) > 1 else "time", "s"), ()))
+        shares = ", ".join(
+            f"{percent(share)} {part}" for (part, _), share in zip(PARTS.values(), sums / sums.sum(), strict=True)
+        )
+        told.append((f"{label}: " if len(runs) > 1 else "") + f"of {duration(sums.sum())}, {shares}.")
     told += [f"{label}: time has no value." for label in runs if label not in timed]
-    legend(figure)
-    return Curve("time", title, figure, " ".join(told))
+    grouped = max(len(group) for own in timed.values() for group in _groups(_timed(own)))
+    note = f"Each bar is the mean of up to {grouped} steps." if grouped > 1 else ""
+    legend(figure, note)
+    return Curve("time", title, figure, " ".join([*told, *([note] if note else [])]))
+
+
+def _timed(metrics: Metrics) -> Metrics:
+    return [m for m in metrics if all(f"seconds/{part}" in m for part in PARTS)]
+
+
+def _groups(own: Metrics) -> list[NDArray[np.intp]]:
+    """The places of steps that are drawn as one bar."""
+    return np.array_split(np.arange(len(own)), min(len(own), STAIRS))
 
 
 def _stack(axes: Axes, metrics: Metrics) -> Array:
     """Draw each part on those below it, a stair a step or, of many steps, their mean; returns the seconds of each part."""
-    own = [m for m in metrics if all(f"seconds/{part}" in m for part in PARTS)]
+    own = _timed(metrics)
     parts = np.stack([series(own, f"seconds/{part}")[1] for part in PARTS])
-    groups = np.array_split(np.arange(len(own)), min(len(own), STAIRS))
+    groups = _groups(own)
     edges = [own[group[0]]["step"] - 0.5 for group in groups] + [own[-1]["step"] + 0.5]
     below = np.zeros(len(groups))
-    for colour, (part, alpha), values in zip(COLOURS, PARTS.items(), parts, strict=False):
+    for colour, (part, alpha), values in zip(COLOURS, PARTS.values(), parts, strict=False):
         top = below + np.array([values[group].mean() for group in groups])
         axes.stairs(top, edges, baseline=below, fill=True, label=part, color=colour, alpha=alpha, linewidth=0)
         below = top
     return np.nansum(parts, axis=1)
+
+
+# --- a figure inside the page -------------------------------------------------------------------------------------
+
+
+def themed_svg(figure: Figure, summary: str) -> str:
+    """The figure as SVG for an HTML page, light or dark, as wide as there is room, with ``summary`` as its title.
+
+    Black becomes the colour of the page's text, white is left out. Ids carry a checksum, so that figures of one page do not meet.
+    """
+    import matplotlib
+
+    drawn = io.StringIO()
+    settings = {"svg.hashsalt": "switchkd", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    with matplotlib.rc_context(settings):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    prefix = f"f{hashlib.sha256((text + summary).encode()).hexdigest()[:10]}-"
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    root = ElementTree.fromstring(text)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):  # the style sheet would reach the whole page
+                parent.remove(child)
+    for element in root.iter():
+        _theme(element, prefix, used)
+    title = ElementTree.Element("title")
+    title.text = summary
+    root.insert(0, title)
+    box = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"], "width": "100%"}
+    root.attrib = {**box, "role": "img", "aria-label": summary, "fill": "currentColor", "stroke-linejoin": "round"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _theme(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
+    """Take namespaces, white space, ids that nobody names, needless digits and fixed black and white from an element."""
+    element.tag, element.tail = element.tag.split("}")[-1], None
+    element.text = element.text if (element.text or "").strip() else None
+    themed = {}
+    for name, value in ((name.split("}")[-1], value) for name, value in element.attrib.items()):
+        if name == "id":
+            if value not in used:
+                continue
+            value = prefix + value
+        elif name == "d":
+            value = re.sub(r"(\.\d\d)\d+", r"\1", value).replace(" \n", " ")
+        elif name in ("href", "clip-path"):
+            value = value.replace("#", f"#{prefix}")
+        elif name == "style":
+            value = value.replace("#000000", "currentColor").replace("#ffffff", "none")
+        themed[name] = value
+    element.attrib = themed

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.base.terminal import console, harmless, number, percent, visible
+from switchkd.base.terminal import SAY_EVERY, console, duration, harmless, number, percent, visible
 from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.decoding.settings import DecodeSettings
@@ -38,13 +46,33 @@ HISTORY = 40  # steps that a sparkline shows
 SAMPLE_LINES = 4  # of the newest text
 NEWLINE = "↵"
 
+# What a run does now, in words.
+PHASES = {
+    "writing": "writing text",
+    "reading": "reading the data",
+    "updating": "updating the student",
+    "validating": "measuring the validation loss",
+    "evaluating": "evaluating on the held-out questions",
+    "sampling": "answering the watched prompts",
+    "saving": "saving a checkpoint",
+}
+IN_A_STEP = ("writing", "reading", "updating")  # said in lines only where they take long
+
 # What a run shows of its steps: name, metric, how a value is written, and the ends of the sparkline, by default the least
 # and the most.
 CURVES: tuple[tuple[str, str, Callable[[float], str], float | None, float | None], ...] = (
     ("loss", "loss", partial(number, digits=4), None, None),
-    ("teacher share", "switch/teacher_share", percent, 0.0, 1.0),
+    ("by teacher", "switch/teacher_share", percent, 0.0, 1.0),
     ("divergence", "switch/divergence_mean", partial(number, digits=2), 0.0, None),
     ("tokens/s", "tokens_per_second", partial(number, digits=2), 0.0, None),
+)
+
+
+KEY = Text.assemble(
+    "by teacher: share of the tokens that the teacher wrote (",
+    ("in this colour", SPEAKERS[1]),
+    "); divergence: how far the two models disagree about the next token",
+    style="dim",
 )
 
 
@@ -66,18 +94,51 @@ def train(trainer: Trainer, primary: str, run: Callable[[OnStep, OnRound | None]
     if console.is_terminal:
         with Live(console=console) as live:
             view = TrainView(trainer, primary, live.update)
+            trainer.on_phase = harmless("the view", view.on_phase)
             told(harmless("the view", view.on_step), harmless("the view", view.on_round))
+            harmless("the view", view.end)()
     else:
-        console.print("train …")
-        told(harmless("the line of a step", lambda m, _: _print_step(_of(m["step"], trainer), m, primary)))
+        lines = TrainLines(trainer, primary)
+        trainer.on_phase = harmless("the lines of a run", lines.on_phase)
+        told(harmless("the lines of a run", lines.on_step), harmless("the lines of a run", lines.on_round))
     if cost.kept_tokens:
         console.print(f"generated {cost_line(cost)}", soft_wrap=True)
 
 
-def _print_step(step: str, metrics: Metrics, primary: str) -> None:
-    console.print(f"step {step}: {step_line(metrics)} ({metrics['seconds']:.1f} s)", soft_wrap=True)
-    if scores := scores_line(metrics, primary):
-        console.print(f"step {metrics['step']}: {scores}", soft_wrap=True)
+class TrainLines:
+    """How a run goes, in lines, for where there is no terminal: one a step, one where something else begins, and in steps that
+    take long one every SAY_EVERY seconds."""
+
+    def __init__(self, trainer: Trainer, primary: str, clock: Callable[[], float] = time.monotonic):
+        self.trainer, self.primary, self.clock = trainer, primary, clock
+        self._say("train …")
+
+    def _say(self, line: str) -> None:
+        self.said = self.clock()
+        console.print(line, soft_wrap=True)
+
+    def on_phase(self, phase: str) -> None:
+        """Something begins. What belongs to a step is said where nothing was for long."""
+        in_a_step = phase in IN_A_STEP
+        if not in_a_step or self.clock() - self.said >= SAY_EVERY:
+            step = self.trainer.step + in_a_step
+            self._say(f"step {_of(step, self.trainer)}: {PHASES[phase]} …")
+
+    def on_round(self, cost: DecodeCost) -> None:
+        """The step's text has grown."""
+        if self.clock() - self.said >= SAY_EVERY:
+            self._say(f"step {_of(self.trainer.step + 1, self.trainer)}: {_written_so_far(cost)}")
+
+    def on_step(self, metrics: Metrics, rollouts: Rollouts) -> None:
+        """A step is done."""
+        took = duration(metrics["seconds"])
+        self._say(f"step {_of(metrics['step'], self.trainer)}: {step_line(metrics)} ({took})")
+        if scores := scores_line(metrics, self.primary):
+            self._say(f"step {metrics['step']}: {scores}")
+
+
+def _written_so_far(cost: DecodeCost) -> str:
+    return f"{PHASES['writing']}: {cost.kept_tokens} tokens, {number(cost.kept_tokens / cost.seconds, 2)} tokens/s"
 
 
 def _of(step: int, trainer: Trainer) -> str:
@@ -97,7 +158,7 @@ class TrainView:
     ):
         self.trainer, self.primary, self.show = trainer, primary, show
         self.steps: deque[Metrics] = deque(maxlen=HISTORY)
-        self.scores, self.sample, self.doing = UNKNOWN, Text(UNKNOWN), ""
+        self.scores, self.sample = UNKNOWN, Text(UNKNOWN)
         columns = (
             TextColumn("train"), BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("step {task.fields[step]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -105,6 +166,19 @@ class TrainView:
         # A run may end by steps, tokens or time: its share that is done tells the time left in any case.
         self.bar = Progress(*columns, get_time=clock, speed_estimate_period=3600)
         self.task = self.bar.add_task("", total=1.0)
+        now = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        self.now = Progress(*now, get_time=clock)
+        self.doing = self.now.add_task("starting", total=None)
+        self._draw()
+
+    def on_phase(self, phase: str) -> None:
+        """Something begins."""
+        self.now.reset(self.doing, description=PHASES[phase])
+        self._draw()
+
+    def end(self) -> None:
+        """All is done."""
+        self.now.update(self.doing, description="done", total=1.0, completed=1.0)
         self._draw()
 
     def on_step(self, metrics: Metrics, rollouts: Rollouts) -> None:
@@ -116,12 +190,11 @@ class TrainView:
             newest = rollouts[-1]
             head = f"#{newest.id} ({newest.stop_reason}) ", "dim"
             self.sample = Text.assemble(head, spoken(newest, self.trainer.pair.tokenizer))
-        self.doing = ""
         self._draw()
 
     def on_round(self, cost: DecodeCost) -> None:
         """The step's text has grown."""
-        self.doing = f"writing: {cost.kept_tokens} tokens, {cost.kept_tokens / cost.seconds:.0f} tok/s"
+        self.now.update(self.doing, description=_written_so_far(cost))
         self._draw()
 
     def _draw(self) -> None:
@@ -131,11 +204,11 @@ class TrainView:
         for name, metric, form, low, high in CURVES:
             values = [math.nan if step.get(metric) is None else step[metric] for step in self.steps]
             rows.add_row(name, _curve(values, form, low, high))
-        rows.add_row("seconds", self._seconds())
+        rows.add_row("a step takes", self._seconds())
         rows.add_row("scores", self.scores)
-        rows.add_row("sample", _Head(self.sample, SAMPLE_LINES))
-        rows.add_row("", self.doing)
-        self.show(Group(self.bar, rows))
+        rows.add_row("newest text", _Head(self.sample, SAMPLE_LINES))
+        rows.add_row("now", self.now)
+        self.show(Group(self.bar, rows, KEY))
 
     def _seconds(self) -> str:
         """Of a step, on average, and of its parts."""
@@ -145,8 +218,8 @@ class TrainView:
             mean(step[name] for step in self.steps)
             for name in ("seconds", "seconds/generate", "seconds/teacher", "seconds/update")
         )
-        shares = zip(("generate", "teacher", "update"), parts, strict=True)
-        return f"{number(whole)} a step: " + " · ".join(f"{name} {number(part)}" for name, part in shares)
+        shares = zip(("writing", "teacher reads", "updating"), parts, strict=True)
+        return f"{duration(whole)}: " + " · ".join(f"{name} {duration(part)}" for name, part in shares)
 
 
 def _curve(values: Sequence[float], form: Callable[[float], str], low: float | None, high: float | None) -> str:
@@ -170,6 +243,13 @@ class _Head:
         yield from wrapped[: self.lines]
         if len(wrapped) > self.lines:
             yield Text("…", style="dim")
+
+
+PLAY_KEY = Text.assemble(
+    ("the teacher's words", SPEAKERS[1]),
+    "; under each token a bar: the divergence, how far the two models disagree about it, and below that the threshold of the rule",
+    style="dim",
+)
 
 
 def play(pair: Pair, example: TokenizedExample, settings: DecodeSettings, sample_id: int) -> Rollout:
@@ -197,6 +277,7 @@ def _watched(
     """``decode_examples`` of one example, drawn after every round until it is done."""
     tokenizer = pair.tokenizer
     console.print(visible(tokenizer.decode(examples[0].prompt_ids)), style="dim", soft_wrap=True)
+    console.print(PLAY_KEY)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(rows: Rollouts) -> None:
@@ -215,7 +296,7 @@ def state_line(rows: Rollouts, budget: int) -> Text:
         "divergence ",
         (_compared(row), SPEAKERS[row.speakers[-1]]),
         f" · teacher {percent(row.teacher_share)} · {len(row.completion_ids)} of {budget} tokens"
-        f" · {cost.kept_tokens / cost.seconds:.0f} tok/s",
+        f" · {number(cost.kept_tokens / cost.seconds, 2)} tokens/s",
         no_wrap=True,
         overflow="ellipsis",
     )
@@ -285,11 +366,11 @@ class _Page:
 
 
 def cost_line(cost: DecodeCost) -> str:
-    """What decoding cost: tokens, who wrote them, forwards of each model per kept token, speed."""
+    """What decoding cost: tokens, who wrote them, passes through each model per token that was kept, speed."""
     s = cost.summary()
     return (
         f"{cost.kept_tokens} tokens ({percent(1 - s['teacher_share'])} student, {percent(s['teacher_share'])} teacher), "
-        f"{number(s['tokens_per_second'], 2)} tokens/s; forwards per kept token: "
+        f"{number(s['tokens_per_second'], 2)} tokens/s; passes through the models per token: "
         f"student {number(s['student_forwards_per_token'])}, teacher {number(s['teacher_forwards_per_token'])}"
     )
 

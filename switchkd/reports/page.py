@@ -1,4 +1,5 @@
-"""``switchkd report``: runs as one HTML page that loads nothing from elsewhere.
+"""``switchkd report``: runs as one HTML page that loads nothing from elsewhere. It begins with what training did, and ends with
+the settings.
 
 Everything that is not ours enters the page escaped: by the template's autoescaping, and in the viewer's data, which is JSON
 without a ``<``, as text. The page's security policy names the one script by its hash, so that no other could run.
@@ -8,38 +9,38 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from typing import Any
 
 import yaml
 
 from switchkd.base.plain import Lines
-from switchkd.base.terminal import number, percent
+from switchkd.base.terminal import duration, number, percent
 from switchkd.decoding.rollouts import mean
 from switchkd.evaluation.results import Evaluation
-from switchkd.evaluation.statistics import Estimate, difference, lower_is_better, verdict
-from switchkd.reports.compare import MAY_DIFFER, TEACHER
-from switchkd.reports.curves import PARTS, cost, run_curves
+from switchkd.evaluation.statistics import Estimate, difference, gap_closed, lower_is_better, verdict
+from switchkd.reports.curves import PARTS, cost, run_curves, themed_svg
+from switchkd.reports.panels import quantity
 from switchkd.reports.record import RunRecord, labels
-from switchkd.reports.steps import is_to_teacher, settings_text, shipped_rule
-from switchkd.reports.tables import Sheet, estimate_text, signed
-from switchkd.reports.viewer import payload
+from switchkd.reports.steps import SCORE, TEACHER, is_to_teacher, settings_text, shipped_rule, unlike
+from switchkd.reports.tables import Sheet, difference_text, direction, estimate_text, score_words
+from switchkd.reports.viewer import answers, payload, rule_words
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-FOR_TEXTS = 3_500_000  # bytes for the viewer; scores and curves take about a fifth of that
-BEFORE, AFTER = "student before", "student after"
+FOR_TEXTS, FOR_ANSWERS = (
+    3_500_000,
+    600_000,
+)  # bytes for the viewer and the answers; scores and curves take about a fifth
+MODELS = {"student before": "Student before training", "student after": "Student after training", "teacher": "Teacher"}
+BEFORE, AFTER, JUDGE = MODELS
+MISSING = "–"
 
 
 def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
@@ -56,28 +57,39 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         progress(f"read {path}")
         runs.append(RunRecord.read(path))
     names = labels(paths)
-    texts = []
+    told, texts, found = [], [], {name: measures(run) for run, name in zip(runs, names, strict=True)}
     for run, name in zip(runs, names, strict=True):
         progress(f"texts of {name}")
+        by = next((m.name for m in found[name] if m.closed is not None), "")
+        told.append(answers(run.evaluations.get("evaluation", {}), name, list(MODELS), by, FOR_ANSWERS // len(runs)))
         texts.append(payload(run, name, FOR_TEXTS // len(runs)))
     progress("scores and curves")
+    data = {
+        "answers": [each for each in told if each["items"]],
+        "texts": [each for each in texts if each["prompts"] or each["texts"]],
+    }
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         (assets / "report.html.j2").read_text(encoding="utf-8")
     )
+    sheets = _score_sheets(runs, names)
     return template.render(
         title=f"switchkd report: {', '.join(names)}",
         version=version("switchkd"),
         style=(assets / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=_hash(script),
-        runs=[_head(run, name, f"{name}: " if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)],
-        summary=_summary(runs),
-        scores=_score_sheets(runs, names),
-        scores_note="Means with 95 % bootstrap intervals over the examples; † over few examples, where an interval is "
-        "unreliable; - over none.",
+        runs=[_head(run, name, found[name]) for run, name in zip(runs, names, strict=True)],
+        model_names=MODELS,
+        gains=_gains(runs, found) if len(runs) > 1 else [],
+        costs=_side_by_side([dict(_cost(run)) for run in runs]),
+        first=_first_answer(data["answers"]),
+        summary=_side_by_side([_facts(run) for run in runs]),
+        scores=sheets,
+        score_words=_words(runs),
         curves=_curves(runs, names),
-        has_rollouts=any(each["prompts"] or each["texts"] for each in texts),
-        data=_script_json([each for each in texts if each["prompts"] or each["texts"]]),
+        has_answers=bool(data["answers"]),
+        has_texts=bool(data["texts"]),
+        data=_script_json(data),
     )
 
 
@@ -92,14 +104,15 @@ def _script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _head(run: RunRecord, label: str, prefix: str) -> dict[str, Any]:
+def _head(run: RunRecord, label: str, found: Sequence[Measure]) -> dict[str, Any]:
     bad = (f"{name} is not finite at {_steps(steps)}" for name, steps in run.not_finite.items())
     return {
         "label": label,
         "path": str(run.path),
         "state": run.state,
         "warnings": [*bad, *run.notes],
-        "improved": improvements(run, prefix),
+        "measures": found,
+        "rule": rule_words(run.settings),
         "settings": yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True),
     }
 
@@ -109,32 +122,126 @@ def _steps(steps: Sequence[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {shown}"
 
 
-# --- what improved, and what it cost --------------------------------------------------------------------------------
+# --- what training did, and what it cost ----------------------------------------------------------------------------
 
 
-def improvements(run: RunRecord, label: str = "") -> list[str]:
-    """What training did to the scores that were taken before and after, a sentence each, which begins with ``label``."""
+@dataclass(frozen=True)
+class Measure:
+    """A score before and after training, and the teacher's: what each is ("" where it was not taken), and what it says."""
+
+    name: str
+    what: str
+    unit: str
+    values: dict[str, str]
+    sentence: str
+    closed: float | None
+
+    @property
+    def width(self) -> float:
+        """The share of the gap that is closed, in percent, as wide as a bar may be."""
+        return 100 * min(max(self.closed or 0.0, 0.0), 1.0)
+
+
+def measures(run: RunRecord) -> list[Measure]:
+    """What training did to the main score; to another one where the main score cannot tell the models apart; and to the
+    divergence from the teacher. None of a run that was not scored before and after."""
     found = run.evaluations.get("evaluation", {})
     if BEFORE not in found or AFTER not in found:
         return []
-    before, after = found[BEFORE], found[AFTER]
-    sentences = []
-    for name in dict.fromkeys([after.primary, "forward_kl"]):
-        if name not in before.scores or name not in after.scores:
-            continue
-        gap = difference(name, after.scores[name], before.scores[name])
-        interval = "" if gap.low is None or gap.high is None else f" [{signed(gap.low)}, {signed(gap.high)}]"
-        old, new = (each.summary[name] for each in (before, after))
-        sentences.append(
-            f"{label}{name} {number(old.mean)} before, {number(new.mean)} after: {signed(gap.mean)}{interval}, "
-            f"{verdict(gap, lower_is_better(name))}."
+    after = found[AFTER]
+    others = [n for n in after.scores if "@" not in n and n != "perplexity" and lower_is_better(n) is False]
+    main = _measure(after.primary, found)
+    second = [] if main.closed is not None else [_measure(name, found) for name in others if name != after.primary]
+    told_apart = [measure for measure in second if measure.closed is not None][:1]
+    to_teacher = [_measure("forward_kl", found)] if "forward_kl" in found[BEFORE].scores and JUDGE in found else []
+    return [main, *told_apart, *(m for m in to_teacher if m.name != main.name)]
+
+
+def _measure(name: str, found: Mapping[str, Evaluation]) -> Measure:
+    own = {model: found[model] for model in MODELS if model in found and name in found[model].scores}
+    values = {model: estimate_text(own[model].summary[name]) if model in own else "" for model in MODELS}
+    scores = {model: result.scores[name] for model, result in own.items()}
+    what, unit = score_words(name), quantity(SCORE + name)[1]
+    if not {BEFORE, AFTER} <= own.keys():
+        return Measure(name, what, unit, values, "It was not taken before and after.", None)
+    if len({float(value) for each in scores.values() for value in each.values.flat}) == 1:
+        alone = {model: number(own[model].summary[name].mean) if model in own else "" for model in MODELS}
+        return Measure(
+            name, what, unit, alone, "It is the same on every question for every model: here it says nothing.", None
         )
-    return sentences
+    change = difference(name, scores[AFTER], scores[BEFORE])
+    told = verdict(change, lower_is_better(name))
+    words = {
+        "better": "The student became better",
+        "worse": "The student became worse",
+        "not distinguishable": "No change can be told from chance",
+    }.get(told, f"The score became {told}")
+    sentence = f"{words}: {difference_text(change, '')}. "
+    share = gap_closed(name, scores[BEFORE], scores[AFTER], scores[JUDGE]) if JUDGE in own else None
+    if share is not None:
+        low, high = (MISSING if end is None else percent(end) for end in (share.low, share.high))
+        sentence += f"{percent(share.mean)} of the gap to the teacher is closed (95 % interval: {low} to {high})."
+    elif JUDGE in own:
+        sentence += (
+            "By this score the teacher is not measurably better than the untrained student: there is no gap to close."
+        )
+    return Measure(name, what, unit, values, sentence, None if share is None else share.mean)
 
 
-def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Rows of the summary: a name and a cell for each run. Rows in which every cell is empty are left out."""
-    columns = [_facts(run) for run in runs]
+def _gains(runs: Sequence[RunRecord], found: Mapping[str, Sequence[Measure]]) -> list[dict[str, Any]]:
+    """What training did, a table a score with a row a run; runs that ``switchkd compare`` would refuse have tables of their own."""
+    tables: list[dict[str, Any]] = []
+    own = {name: {m.name: m for m in each} for name, each in found.items()}
+    after = {n: run.evaluations.get("evaluation", {}).get(AFTER) for n, run in zip(found, runs, strict=True)}
+    for measure in dict.fromkeys(m.name for each in found.values() for m in each):
+        columns = {name: result for name, result in after.items() if measure in own[name] and result is not None}
+        for group, why in _alike(columns, is_to_teacher(measure)):
+            rows = [
+                [n, *(v or MISSING for v in m.values.values()), MISSING if m.closed is None else percent(m.closed)]
+                for n, m in ((name, own[name][measure]) for name in group)
+            ]
+            tables.append({"title": measure + why, "what": score_words(measure), "rows": rows})
+    return tables
+
+
+def _cost(run: RunRecord) -> list[tuple[str, str]]:
+    """What a run took: a name and a value each."""
+    metrics = run.metrics
+    if not metrics:
+        return []
+    taken = cost(metrics)
+    spent = {part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in PARTS}
+    shares = {PARTS[part][0]: s / taken["seconds"] for part, s in spent.items() if taken["seconds"]}
+    split = ", ".join(f"{part} {percent(share)}" for part, share in shares.items() if share >= 0.005)
+    sources = Counter(line.get("source", "") for line in metrics)
+    forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
+    memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
+    share = taken["teacher share"]
+    wrote = "" if math.isnan(share) else f"student {percent(1 - share)}, teacher {percent(share)}"
+    if wrote and sources["examples"]:
+        wrote += f" (in {len(metrics) - sources['examples']} of {len(metrics)} steps; the others read the data)"
+    facts = {
+        "training steps": f"{taken['steps']:.0f}",
+        "tokens learned from": f"{taken['tokens']:,.0f}",
+        "time, without evaluation": f"{duration(taken['seconds'])} ({split})" if split else duration(taken["seconds"]),
+        "who wrote the text made in training": wrote,
+        "passes through the teacher per token made": "" if math.isnan(forwards) else number(forwards),
+        "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _numbers(metrics: Lines, name: str) -> list[float]:
+    return [line[name] for line in metrics if line.get(name) is not None]
+
+
+def _first_answer(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The answer that stands in the page before any script runs; {} where there is none."""
+    return told[0]["items"][told[0]["first"]] | {"notes": told[0]["notes"]} if told else {}
+
+
+def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """Rows with a name and a cell for each run. Those in which every cell is empty are left out."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [column.get(name, "") for column in columns]) for name in names]
     return [(name, cells) for name, cells in rows if any(cells)]
@@ -144,58 +251,35 @@ def _facts(run: RunRecord) -> dict[str, str]:
     settings, mix = run.settings, shipped_rule(run.settings, "mix")
     return {
         "method": settings["method"],
-        "who writes": settings_text(settings, "policy") if mix is None or mix.generates else "",
-        "what is trained": settings_text(settings, "objective"),
+        "who writes": settings_text(settings, "policy")
+        if mix is None or mix.generates
+        else "nobody: it reads the data",
+        "what is lowered": settings_text(settings, "objective"),
         "on which text": settings_text(settings, "mix"),
         "teacher": ", ".join([settings["teacher_model_name_or_path"], *settings["teachers"].values()]),
         "student": settings["student_model_name_or_path"],
-        "trained on": ", ".join([read] if isinstance(read := settings["train_file"], str) else read),
+        "training data": _listed(settings["train_file"]),
         "seed": str(settings["seed"]),
-        **_cost(run.metrics),
     }
 
 
-def _cost(metrics: Lines) -> dict[str, str]:
-    if not metrics:
-        return {}
-    taken = cost(metrics)
-    spent = {part: sum(line.get(f"seconds/{part}", 0.0) for line in metrics) for part in PARTS}
-    split = (
-        ", ".join(f"{part} {percent(s / taken['seconds'])}" for part, s in spent.items()) if taken["seconds"] else ""
-    )
-    forwards = mean(_numbers(metrics, "decode/teacher_forwards_per_token"))
-    memory = max(_numbers(metrics, "memory_gib"), default=math.nan)
-    share = taken["teacher share"]
-    return {
-        "steps": f"{taken['steps']}",
-        "response tokens trained on": f"{taken['tokens']:,}",
-        "time without evaluation": f"{_time(taken['seconds'])} ({split})",
-        "teacher's share of the generated tokens": "" if math.isnan(share) else percent(share),
-        "teacher forwards per generated token": "" if math.isnan(forwards) else number(forwards),
-        "most memory": "" if math.isnan(memory) else f"{number(memory)} GiB",
-    }
-
-
-def _numbers(metrics: Lines, name: str) -> list[float]:
-    return [line[name] for line in metrics if line.get(name) is not None]
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+def _listed(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
 def _score_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Sheet]:
-    """A table for each evaluation file that the runs have, and one by group where its examples have groups."""
+    """A table for each evaluation file that the runs have, and one by group where its examples have groups.
+
+    What ``switchkd compare`` would refuse has tables of its own, whose titles name what differs.
+    """
     sheets = []
     for file in dict.fromkeys(file for run in runs for file in run.evaluations):
-        for columns in _alike(_columns(file, runs, names)):
+        for columns, why in _alike(_columns(file, runs, names)):
             first = next(iter(columns.values()))
-            title = file.removeprefix("evaluation").removeprefix("-") or "In the run"
+            title = (file.removeprefix("evaluation").removeprefix("-") or "At the end of the run") + why
             sheets.append(_sheet(title, columns, _score_rows(columns)))
             if first.by_group:
                 rows = {
@@ -217,13 +301,18 @@ def _score_rows(columns: Mapping[str, Evaluation]) -> dict[str, dict[str, Estima
     return rows
 
 
-def _alike(columns: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
-    """The columns that may stand side by side: of one task, data and settings, but for those that may differ."""
-    groups: dict[str, dict[str, Evaluation]] = {}
+def _alike(columns: Mapping[str, Evaluation], by_teacher: bool = False) -> list[tuple[dict[str, Evaluation], str]]:
+    """The columns that may stand side by side, and of each group but the first why it stands apart; ``by_teacher``: also if they
+    were compared with different teachers."""
+    groups: list[tuple[dict[str, Any], dict[str, Evaluation], str]] = []
     for name, result in columns.items():
-        made_with = {key: value for key, value in result.made_with.items() if key not in MAY_DIFFER}
-        groups.setdefault(json.dumps(made_with, sort_keys=True), {})[name] = result
-    return list(groups.values())
+        made = dict(result.made_with) | ({"teacher": result.made_with.get(TEACHER)} if by_teacher else {})
+        same = next((columns for known, columns, _ in groups if not unlike(known, made)), None)
+        if same is None:
+            why = f" (not comparable with the table above: {'; '.join(unlike(groups[0][0], made))})" if groups else ""
+            groups.append((made, same := {}, why))
+        same[name] = result
+    return [(columns, why) for _, columns, why in groups]
 
 
 def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Evaluation]:
@@ -237,9 +326,17 @@ def _columns(file: str, runs: Sequence[RunRecord], names: Sequence[str]) -> dict
 
 def _sheet(title: str, columns: Mapping[str, Evaluation], rows: Mapping[str, Mapping[str, Estimate]]) -> Sheet:
     cells = [
-        [row, *(estimate_text(own[model]) if model in own else "–" for model in columns)] for row, own in rows.items()
+        [row, *(estimate_text(own[model]) if model in own else MISSING for model in columns)]
+        for row, own in rows.items()
     ]
     return Sheet(title, ["score", *columns], cells)
+
+
+def _words(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """What each score of the tables is, in words."""
+    found = (result for run in runs for results in run.evaluations.values() for result in results.values())
+    names = dict.fromkeys(name.split("@")[0] for result in found for name in result.scores)
+    return [(name, f"{score_words(name)}; {direction(name)}") for name in names]
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, str]]:
@@ -249,55 +346,3 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, s
         {"title": curve.title, "summary": curve.summary, "svg": themed_svg(curve.figure, curve.summary)}
         for curve in run_curves(metrics)
     ]
-
-
-# --- a figure inside the page -------------------------------------------------------------------------------------
-
-
-def themed_svg(figure: Figure, summary: str) -> str:
-    """The figure as SVG for an HTML page, light or dark, as wide as there is room, with ``summary`` as its title.
-
-    Black becomes the colour of the page's text, white is left out. Ids carry a checksum, so that figures of one page do not meet.
-    """
-    import matplotlib
-
-    drawn = io.StringIO()
-    settings = {"svg.hashsalt": "switchkd", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    prefix = f"f{hashlib.sha256((text + summary).encode()).hexdigest()[:10]}-"
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    root = ElementTree.fromstring(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # the style sheet would reach the whole page
-                parent.remove(child)
-    for element in root.iter():
-        _theme(element, prefix, used)
-    title = ElementTree.Element("title")
-    title.text = summary
-    root.insert(0, title)
-    box = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"], "width": "100%"}
-    root.attrib = {**box, "role": "img", "aria-label": summary, "fill": "currentColor", "stroke-linejoin": "round"}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _theme(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
-    """Take namespaces, white space, ids that nobody names, needless digits and fixed black and white from an element."""
-    element.tag, element.tail = element.tag.split("}")[-1], None
-    element.text = element.text if (element.text or "").strip() else None
-    themed = {}
-    for name, value in ((name.split("}")[-1], value) for name, value in element.attrib.items()):
-        if name == "id":
-            if value not in used:
-                continue
-            value = prefix + value
-        elif name == "d":
-            value = re.sub(r"(\.\d\d)\d+", r"\1", value).replace(" \n", " ")
-        elif name in ("href", "clip-path"):
-            value = value.replace("#", f"#{prefix}")
-        elif name == "style":
-            value = value.replace("#000000", "currentColor").replace("#ffffff", "none")
-        themed[name] = value
-    element.attrib = themed

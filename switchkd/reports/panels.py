@@ -83,7 +83,9 @@ def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
 
 
 def _is_smoothed(metrics: Metrics, name: str) -> bool:
-    return not name.startswith(SCORE) and sum(name in line for line in metrics) >= 3 * SMOOTH
+    """Whether a line is of means: there are values enough for windows that hold more than one of them."""
+    values = series(metrics, name)[1]
+    return not name.startswith(SCORE) and int(np.isfinite(values).sum()) >= 3 * SMOOTH
 
 
 def together(runs: Sequence[Metrics], name: str) -> tuple[Array, Array]:
@@ -127,13 +129,17 @@ def plain(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") -> Figure:
-    """The panels, row by row, in one figure with one legend, over which their notes and ``note`` stand."""
+def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "", width: float = 7) -> Figure:
+    """The panels, row by row, in one figure with one legend; ``width`` is in inches.
+
+    Over the legend stand their notes and ``note``, but where there is no title: a page has a caption for all of these.
+    """
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(7, 1.1 + 2.1 * rows), layout="constrained")
-    figure.suptitle(plain(title), fontsize=11)
+    figure = Figure(figsize=(width, 1.1 + 2.1 * rows), layout="constrained")
+    if title:
+        figure.suptitle(plain(title), fontsize=11)
     labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
     looks = {label: look(place) for place, label in enumerate(labels)}  # the same in every panel
     grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
@@ -143,7 +149,7 @@ def draw(panels: Sequence[Panel], title: str, columns: int = 1, note: str = "") 
         dress(axes, panel)
     for axes in grid.flat:
         axes.label_outer()
-    legend(figure, " ".join(part for part in (panel_notes(panels), note) if part))
+    legend(figure, " ".join(part for part in (panel_notes(panels), note) if part and title))
     return figure
 
 
@@ -209,10 +215,13 @@ def legend(figure: Figure, note: str = "") -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found or note:
-        columns = max(1, min(len(found), 3 if max(map(len, found), default=0) < 30 else 2))
+        across = (
+            figure.get_figwidth() * 4 / (max(map(len, found), default=0) / 3 + 4)
+        )  # as many as stand beside each other
+        columns = max(1, min(len(found), int(across), 3))
         figure.legend(
             found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
-            handlelength=3, title=textwrap.fill(plain(note), 100), title_fontsize=8,
+            handlelength=3, title=textwrap.fill(plain(note), int(14 * figure.get_figwidth())), title_fontsize=8,
         )  # fmt: skip
 
 
@@ -233,17 +242,17 @@ QUANTITIES = {
     "lm_loss": ("language-modelling loss", "nats per token"),
     "switch/divergence_mean": ("mean divergence", OWN),
     "switch/threshold": ("threshold", OWN),
-    "switch/teacher_share": ("teacher's share of tokens", SHARE),
-    "switch/switched_share": ("responses with a switch", SHARE),
-    "switch/first_switch": ("first switch", "token position"),
-    "decode/agreement": ("agreement", SHARE),
-    "decode/block_length": ("block length", "tokens"),
-    "decode/kept_per_block": ("kept of a block", "tokens"),
+    "switch/teacher_share": ("tokens by the teacher", SHARE),
+    "switch/switched_share": ("texts that the teacher had a part in", SHARE),
+    "switch/first_switch": ("the teacher's first token", "tokens from the start"),
+    "decode/agreement": ("agreement of the models", SHARE),
+    "decode/block_length": ("tokens guessed ahead", "tokens"),
+    "decode/kept_per_block": ("of these kept", "tokens"),
     "tokens_per_second": ("training speed", "tokens/s"),
     "decode/tokens_per_second": ("decoding speed", "tokens/s"),
     "memory_gib": ("memory", "GiB"),
-    "step": ("optimizer step", ""),
-    "num_tokens": ("response tokens trained on", ""),
+    "step": ("training step", ""),
+    "num_tokens": ("tokens learned from", ""),
 }
 SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
 
@@ -279,20 +288,29 @@ def has(metrics: Metrics, name: str) -> bool:
 def panel_notes(panels: Sequence[Panel]) -> str:
     """What has to be known of lines: over how many steps they are averaged, what bands are, and why some stand apart."""
     lines = [line for panel in panels for line in panel.lines]
-    means = {_is_smoothed(run, line.name) for line in lines for run in line.runs if has(run, line.name)}
-    which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} steps and more"
-    notes = [f"{which}: means of {SMOOTH} steps."] if True in means else []
-    if any(len(line.runs) > 1 for line in lines):
-        notes.append("Bands: range of a method's runs.")
+    drawn = [(line, run) for line in lines for run in line.runs if has(run, line.name)]
+    means = {_is_smoothed(run, line.name) for line, run in drawn}
+    which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} values and more"
+    notes = [f"{which}: each point is the mean of the values of {SMOOTH} neighbouring steps."] if True in means else []
+    if any(len(line.runs) == 1 and _is_smoothed(run, line.name) for line, run in drawn):
+        notes.append("Faint: the values themselves.")
+    if any(len(series(run, line.name)[0]) > POINTS for line, run in drawn):
+        notes.append(
+            f"Of more than {POINTS} points the lowest and the highest of each of {POINTS // 3} stretches are drawn."
+        )
+    if any(sum(has(run, line.name) for run in line.runs) > 1 for line in lines):
+        notes.append("Lines: means over a method's runs; bands: their range.")
     by_metric: dict[tuple[str, str], list[dict[str, Sequence[Steps]]]] = {}
     for panel in panels:
         for name in dict.fromkeys(line.name for line in panel.lines):
             own = {line.label: line.runs for line in panel.lines if line.name == name}
             by_metric.setdefault((name, panel.x), []).append(own)
-    apart = {(name, _apart(groups[0], other, name)) for (name, _), groups in by_metric.items() for other in groups[1:]}
+    apart: dict[str, dict[str, None]] = {}  # what is told apart, by the reason
+    for (name, _), groups in by_metric.items():
+        for other in groups[1:]:
+            apart.setdefault(_apart(groups[0], other, name), {})[quantity(name)[0]] = None
     notes += [
-        f"{quantity(name)[0]} has panels of its own where it is not measured alike: {why}."
-        for name, why in sorted(apart)
+        f"Not measured alike, so in panels of their own ({', '.join(names)}): {why}." for why, names in apart.items()
     ]
     return " ".join(notes)
 

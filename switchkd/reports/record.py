@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -170,7 +171,7 @@ class RunRecord:
             return "No step was finished: there are settings and nothing else."
         last = self.metrics[-1]["step"]
         if self.finished:
-            return f"Finished after {last} steps{self._student_words}."
+            return f"Finished after {last} step{'s' * (last != 1)}{self._student_words}."
         most = self.settings["max_steps"]
         of = f" of {most}" if most >= 0 else ""
         saved = checkpoints(self.path)
@@ -182,7 +183,7 @@ class RunRecord:
         if self.student is None:
             return ""
         best = f" of step {self.student.weights_of_step}" if self.student.weights_of_step != self.student.step else ""
-        return f", with the student{best} whose manifest has the checksum {self.student.sha256[:12]}…"
+        return f"; the student{best} has the checksum {self.student.sha256[:12]}"
 
     @cached_property
     def not_finite(self) -> dict[str, list[int]]:
@@ -240,8 +241,17 @@ def read_settings(run: Path, kind: type) -> dict[str, Any]:
 
 
 def _require_config(run: Path) -> None:
+    if not run.exists():
+        raise ConfigError(f"there is no run {run}{nearest_beside(run)}")
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} is not a run directory: it has no {CONFIG}")
+
+
+def nearest_beside(path: Path) -> str:
+    """The name in the folder of ``path`` that is most like its own, as the end of an error; "" where none is."""
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name[:100], names, n=1)
+    return f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
 
 
 def read_steps(run: Path, settings: Mapping[str, Any], primary: str = "") -> Steps:

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from switchkd.base.settings import plain_values
+from switchkd.data.template_inputs import DATE
 from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.rules import NOUNS
 
 SCORE = "eval/"
+# How metrics begin that tell of text being written; the speed of it depends on the machine.
+WRITING = ("switch/", "completions/", "decode/agreement", "decode/block_length", "decode/kept_per_block")
 # Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.
 SCORED_BY = (
     "task", "eval_max_new_tokens", "eval_temperature", "eval_top_p", "eval_top_k", "eval_min_p", "eval_seeds", "eval_backend",
@@ -18,6 +21,11 @@ SCORED_BY = (
 )  # fmt: skip
 TEXT_BY = ("eval_file", "eval_samples", "template", "max_prompt_length", "max_completion_length")
 TEACHER_BY = ("teacher_model_name_or_path", "teacher_dtype")
+# Settings that make the text that is trained on, which the loss and all that is seen while text is written depend on.
+TRAINED_BY = ("train_file", "train_samples", "template", "max_prompt_length", "max_completion_length")
+TEACHER = "teacher_sha256"
+# Where results that are compared may differ: the teacher moves divergences alone, and days stand beside the numbers.
+MAY_DIFFER = (TEACHER, DATE)
 
 
 class Steps(list[dict[str, Any]]):
@@ -45,11 +53,20 @@ class Steps(list[dict[str, Any]]):
             text = self._known("eval_file", TEXT_BY)
             teacher = self._known("teacher_model_name_or_path", TEACHER_BY) if is_to_teacher(metric) else {}
             return {name: self.settings.get(name) for name in SCORED_BY} | text | teacher
+        if metric == "lm_loss":
+            return self._known("lm_file", ["lm_file"])
+        if metric != "loss" and not metric.startswith(WRITING):
+            return {}
+        # A text of another day has another checksum, and is the same text.
+        dated = self.settings.get(DATE)
+        text = {n: self.settings.get(n) for n in TRAINED_BY} if dated else self._known("train_file", TRAINED_BY)
+        teacher = self._known("teacher_model_name_or_path", TEACHER_BY)
         if is_policys(metric):
-            return {"unit": self.unit}
+            return {"unit": self.unit} | text | teacher
         if metric == "loss":
-            return {"objective": settings_text(self.settings, "objective"), "loss_over": self.settings.get("loss_over")}
-        return {}
+            own = {"objective": settings_text(self.settings, "objective"), "loss_over": self.settings.get("loss_over")}
+            return own | text | teacher
+        return text
 
     def _known(self, name: str, by: Iterable[str]) -> dict[str, Any]:
         """What a setting's file or model is: its checksum, which stands for the first of ``by`` and the text that all make."""
@@ -101,14 +118,29 @@ def shipped_rule(settings: Mapping[str, Any], noun: str) -> Any:
     return known and known()
 
 
+def unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What stands in the way of comparing numbers that were made with ``theirs`` with those made with ``ours``, in words.
+
+    The one check for all that is drawn, printed or compared of several runs. Both are what the numbers depend on, by name: task,
+    data and settings. The day may differ, and the teacher of an evaluation, which is looked at for the scores that it moves.
+    """
+    found = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        own, other = ours.get(name, "not set"), theirs.get(name, "not set")
+        if own == other or name in MAY_DIFFER:
+            continue
+        if name == "ids" and "not set" not in (own, other):
+            missing, more = (len(set(map(str, x)) - set(map(str, y))) for x, y in ((own, other), (other, own)))
+            what = f"{missing} are missing and {more} are new" if missing or more else "they are in another order"
+            found.append(f"ids of {len(other)} examples, not the same {len(own)}: {what}")
+        else:
+            found.append(f"{name} is {other!r}, not {own!r}")
+    return found
+
+
 def differences(a: Steps, b: Steps, metric: str) -> list[str]:
     """What stands in the way of comparing a metric of ``b`` with that of ``a``, in words."""
-    ours, theirs = a.measured_on(metric), b.measured_on(metric)
-    return [
-        f"{name} is {theirs.get(name, 'not known')}, not {ours.get(name, 'not known')}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
+    return unlike(a.measured_on(metric), b.measured_on(metric))
 
 
 def alike(runs: Mapping[str, Iterable[Steps]], metric: str) -> list[dict[str, list[Steps]]]:

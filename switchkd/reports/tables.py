@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
 from switchkd.base.storage import write_output
-from switchkd.base.terminal import console, number, percent
+from switchkd.base.terminal import console, decimals, number, percent
 from switchkd.evaluation.results import FORMAT
+from switchkd.evaluation.scores import SCORES
 from switchkd.evaluation.statistics import FEW_EXAMPLES, RESAMPLES, Estimate, lower_is_better
 from switchkd.reports.compare import FEW_RUNS, Comparison, Difference, Method, Row
-from switchkd.reports.panels import BLUE, GREY, VERMILLION
+from switchkd.reports.panels import BLUE, GREY, VERMILLION, axis_label, quantity
+from switchkd.reports.steps import SCORE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LINES = {"teacher": (VERMILLION, "--"), "student before": (GREY, ":")}
-CONSTANT = "‡"
+FEW, CONSTANT = "†", "‡"  # mark a score over few examples, and one that is the same on all
 
 
 class Sheet(NamedTuple):
@@ -49,18 +51,12 @@ def _score_sheet(comparison: Comparison, name: str, rows: Sequence[Row]) -> Shee
 
 def _cells(row: Row, baseline: str) -> list[str]:
     scored = row.estimate
-    spread = "" if scored.std is None else f" ± {number(scored.std)}"
     runs = "" if row.method.reference else str(len(row.method.models))
-    cells = [
-        row.method.label,
-        runs,
-        f"{number(scored.mean)}{spread} {_interval(scored, number)}",
-        f"{scored.examples}{_mark(row)}",
-    ]
+    cells = [row.method.label, runs, estimate_text(scored, none=" [-]", mark=""), f"{scored.examples}{_mark(row)}"]
     if row.difference is None:
         return [*cells, "", "baseline" if row.method.label == baseline else ""]
     gap = row.difference.estimate
-    return [*cells, f"{signed(gap.mean)} {_interval(gap, signed)}", row.difference.verdict + _few(gap)]
+    return [*cells, difference_text(gap), row.difference.verdict + _few(gap)]
 
 
 def _pair_sheet(comparison: Comparison) -> Sheet:
@@ -75,16 +71,42 @@ def _pair(difference: Difference) -> str:
     return signed(difference.estimate.mean) + word + _few(difference.estimate)
 
 
-def _interval(estimate: Estimate, form: Callable[[float], str]) -> str:
-    if estimate.low is None or estimate.high is None:
-        return "[-]"
-    return f"[{form(estimate.low)}, {form(estimate.high)}]"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign; 0 has none."""
+def signed(value: float, places: int | None = None) -> str:
+    """A difference with its sign, to so many decimal ``places`` if given; 0 has no sign."""
     sign = "+" if value > 0 else "−" if value < 0 else ""
-    return sign + number(abs(value))
+    return sign + number(abs(value), decimals=places)
+
+
+def difference_text(gap: Estimate, none: str = " [-]") -> str:
+    """A difference with its sign and its 95 % interval, or ``none`` where there is none."""
+    places = decimals((gap.mean, gap.low, gap.high))
+    if gap.low is None or gap.high is None:
+        return signed(gap.mean, places) + none
+    return f"{signed(gap.mean, places)} [{signed(gap.low, places)}, {signed(gap.high, places)}]"
+
+
+# What scores are in words; of those that are missing `evaluation.scores` says it.
+WORDS = {
+    "forward_kl": "how far the model's probabilities for the next token lie from the teacher's, on the reference answers "
+    "(Kullback-Leibler divergence; 0: they are the same)",
+    "own_forward_kl": "the same on the answers that the model wrote itself",
+    "perplexity": "how surprised the model is by the reference answers: among so many equally likely tokens it seems to choose",
+    "length": "how long the answers are",
+    "eos": "answers that came to their end before the limit",
+    "rouge_l": "ROUGE-L: how much of the reference answer's wording stands in the answer, in the same order",
+    "strict": "right answers: the number behind #### is the reference's",
+    "flexible": "right answers: the last number is the reference's",
+    "accuracy": "right answers, as GSM-Plus's authors extract them",
+    "math_equal": "right answers: the result equals the reference's, also if it is written otherwise",
+    "exact_match": "answers that are the reference's, but for case and punctuation",
+}
+
+
+def score_words(name: str) -> str:
+    """What a score is, in words for a person who meets it for the first time."""
+    base, _, band = name.partition("@")
+    words = WORDS.get(base) or SCORES.get(base, base)
+    return words + (f", at tokens {band} of the answer" if band else "")
 
 
 def direction(name: str) -> str:
@@ -238,7 +260,8 @@ def plot(comparison: Comparison) -> Figure:
         FEW: f"{FEW} hollow: fewer than {FEW_EXAMPLES} examples",
         CONSTANT: f"{CONSTANT} all examples have one value",
     }
-    axes.set_xlabel("\n".join([f"{name}, {direction(name)}", *(explained[mark] for mark in sorted(marks))]))
+    what = ", ".join([axis_label(*quantity(SCORE + name)).replace("\n", " "), direction(name)])
+    axes.set_xlabel("\n".join([what, *(explained[mark] for mark in sorted(marks))]))
     counts = sorted({row.estimate.examples for row in methods})
     shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     axes.set_title(
@@ -292,12 +315,10 @@ def save_figure(figure: Figure, target: Path) -> list[Path]:
 
 # --- scores and steps in a terminal -------------------------------------------------------------------------------
 
-FEW = "†"  # marks a score over few examples
-
 
 def step_line(metrics: dict[str, Any]) -> str:
     """One training step in a line: loss, tokens per second and, where text was generated, who spoke."""
-    parts = [f"loss {number(metrics['loss'], 4)}", f"{number(metrics['tokens_per_second'], 2)} tok/s"]
+    parts = [f"loss {number(metrics['loss'], 4)}", f"{number(metrics['tokens_per_second'], 2)} tokens/s"]
     if "switch/teacher_share" in metrics:
         parts.append(f"teacher {percent(metrics['switch/teacher_share'])}")
         if metrics["switch/divergence_mean"] is not None:
@@ -354,10 +375,12 @@ def _score_columns(title: str, columns: Mapping[str, Mapping[str, Estimate]], ro
     return table
 
 
-def estimate_text(estimate: Estimate) -> str:
-    """Mean ± deviation over seeds where there are several, and the 95 % interval."""
+def estimate_text(estimate: Estimate, none: str = "", mark: str = FEW) -> str:
+    """Mean ± deviation over seeds where there are several, ``mark`` if over few examples, and the 95 % interval or ``none``."""
+    mean, low, high = estimate.mean, estimate.low, estimate.high
+    places = decimals((mean, low, high))
     deviation = "" if estimate.std is None else f" ± {number(estimate.std)}"
-    interval = (
-        "" if estimate.low is None or estimate.high is None else f" [{number(estimate.low)}, {number(estimate.high)}]"
-    )
-    return f"{number(estimate.mean)}{deviation}{FEW if estimate.few else ''}{interval}"
+    interval = none
+    if low is not None and high is not None:
+        interval = f" [{number(low, decimals=places)}, {number(high, decimals=places)}]"
+    return f"{number(mean, decimals=places)}{deviation}{mark if estimate.few else ''}{interval}"

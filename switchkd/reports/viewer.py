@@ -1,4 +1,4 @@
-"""What the rollout viewer of a report shows, as JSON for its script: texts by token, with what was seen at each.
+"""What a report shows of texts, as JSON for its script: held-out answers side by side, and texts by token with what was seen there.
 
 Numbers are rounded to what a person reads; the run directory holds them whole.
 """
@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.text import Text
 
 from switchkd.base.errors import ModelError
 from switchkd.base.plain import Lines, spread
-from switchkd.base.terminal import visible
+from switchkd.base.terminal import number, visible
+from switchkd.evaluation.results import Completion, Question
+from switchkd.evaluation.statistics import by_example
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.reports.record import RunRecord
 
@@ -24,10 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from switchkd.decoding.rollouts import Rollout
+    from switchkd.evaluation.results import Evaluation
 
 
 # Texts of the training run that are shown, at most, and looks at a prompt over training.
 TRAINING_TEXTS, LOOKS = 200, 40
+# How a text ended, in words.
+ENDS = {"eos": "ended by itself", "length": "cut at the limit", "policy": "ended by the rule"}
 MOST_TOKENS = 100_000  # of looks that are read: some times as many as a page holds
 
 Pieces = Callable[[Sequence[int]], list[str]]
@@ -65,8 +72,101 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
         shown = _half(shown)
         found = _thinned(found, set(shown))
     if len(shown) < len(steps):
-        notes.append(f"{len(shown)} of {len(steps)} looks at the prompts are shown, evenly spread.")
+        notes.append(
+            f"The prompts were answered at {len(steps)} points of training; {len(shown)} of these are shown, evenly spread."
+        )
     return found | {"notes": notes}
+
+
+# Who writes the next token, in words.
+RULES = {
+    "student_only": "The student writes every token.",
+    "teacher_only": "The teacher writes every token.",
+    "switch": "The teacher writes where the two models disagree more than a threshold that depends on the place in the text; the "
+    "student writes everywhere else.",
+    "adaswitch": "The student writes until the two models suddenly disagree far more than before; then the teacher goes on.",
+    "mix_in": "Each token is drawn from a mixture of the two models.",
+    "skd": "The student writes; a token that is not among the teacher's most likely ones is written by the teacher instead.",
+    "ssd": "The teacher writes where the two models disagree more than a fixed threshold; the student writes everywhere else.",
+    "hysteresis": "The teacher takes over where the two models disagree much, and hands back where they agree again.",
+    "ca_opd": "The student writes; a token that the teacher finds too unlikely is written by the teacher instead.",
+    "trb": "Each token is drawn from a blend of the two models, as close to the teacher as a limit allows.",
+    "relay": "The student writes; where the teacher would stop to think again, it writes a few paragraphs.",
+}
+
+
+def rule_words(settings: Mapping[str, Any]) -> str:
+    """Who writes the next token in a run of these settings, in a sentence; "" for a rule that does not ship with the package."""
+    return RULES.get(settings["policy"]["name"], "")
+
+
+# --- held-out answers -----------------------------------------------------------------------------------------------
+
+
+def answers(
+    results: Mapping[str, Evaluation], label: str, models: Sequence[str], by: str, most_bytes: int
+) -> dict[str, Any]:
+    """The held-out answers of those of ``models`` that were scored, in at most about ``most_bytes`` of JSON, else evenly spread.
+
+    ``items`` are the examples: number, prompt and references ("" and [] where an old file does not know them), and by model its
+    answer with the scores of that very text. ``first`` is the one to begin with: its score ``by`` moved most like the mean.
+    """
+    found = {model: results[model] for model in models if model in results and results[model].completions}
+    empty = {"label": label, "items": [], "first": 0, "notes": [], "models": list(found)}
+    if not found:
+        return empty
+    some = next(iter(found.values()))
+    ids: list[int] = list(some.made_with["ids"])
+    asked = some.questions or [Question("", ())] * len(ids)
+    notes = (
+        [] if some.questions else ["What was asked is not known: an older version of switchkd made this evaluation."]
+    )
+    seed = some.completions[0].seed
+    if seed is not None and len({text.seed for text in some.completions}) > 1:
+        notes.append(f"Several answers were sampled to each question; these are the ones of seed {seed}.")
+    texts = {m: {text.example: text for text in r.completions if text.seed == seed} for m, r in found.items()}
+    scores = {m: {n: by_example(n, v)[0] for n, v in r.scores.items() if "@" not in n} for m, r in found.items()}
+    items: list[dict[str, Any]] = [
+        {
+            "number": place + 1,
+            "prompt": visible(asked[place].prompt),
+            "references": [visible(reference) for reference in asked[place].references],
+            "models": {m: _answer(texts[m][i], {n: v[place] for n, v in scores[m].items()}) for m in found},
+        }
+        for place, i in enumerate(ids)
+        if all(i in texts[m] for m in found)
+    ]
+    first, size = _typical([each[by] for each in scores.values() if by in each]), len(ids)
+    if by:
+        notes.insert(0, f"The first one shown is typical: its {by} changed as the mean does.")
+    kept = items
+    while len(kept) > 1 and len(json.dumps(kept)) > most_bytes:
+        kept = _half(kept)
+    if len(kept) < len(items):
+        notes.append(f"{len(kept)} of {len(items)} answers are shown, evenly spread, to keep the page small.")
+    nearest = min(range(len(kept)), key=lambda place: abs(kept[place]["number"] - 1 - first), default=0)
+    return empty | {"items": kept, "first": nearest, "notes": notes, "all": size}
+
+
+def _answer(text: Completion, scores: Mapping[str, float]) -> dict[str, Any]:
+    kept = {name: value for name, value in scores.items() if math.isfinite(value)}
+    return {
+        "text": visible(text.text),
+        "length": f"{text.tokens} token{'s' * (text.tokens != 1)}",
+        "end": ENDS.get(text.stop_reason, text.stop_reason),
+        "scores": {name: number(value) for name, value in kept.items()},
+    }
+
+
+def _typical(scores: Sequence[NDArray[np.float64]]) -> int:
+    """The example whose score moved from the first model to the second most like the mean of all."""
+    if len(scores) < 2:
+        return 0
+    moved = scores[1] - scores[0]
+    return int(np.nanargmin(np.abs(moved - np.nanmean(moved)))) if np.isfinite(moved).any() else 0
+
+
+# --- texts by token -------------------------------------------------------------------------------------------------
 
 
 def _thinned(found: dict[str, Any], steps: set[int]) -> dict[str, Any]:
@@ -144,7 +244,7 @@ def _text(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
 def _completion(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
     return {
         "step": record["step"],
-        "stop": record["stop_reason"],
+        "end": ENDS.get(record["stop_reason"], record["stop_reason"]),
         "tokens": decode(record["completion_ids"]),
         "speakers": "".join(map(str, record["speakers"])),
         "divergences": _rounded(record["divergences"]),

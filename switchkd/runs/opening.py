@@ -51,13 +51,16 @@ def open_pair(
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
     which the trainer keeps; else the student is loaded in the dtype that it computes in. A ``loaded`` pair is taken as it is.
     """
+    silent = quiet or (isinstance(config, TrainConfig) and config.quiet)
+    if not (loaded or silent):
+        names = f"{config.teacher_model_name_or_path} and {config.student_model_name_or_path}"
+        console.print(f"load the teacher and the student ({names}) …", soft_wrap=True)
     pair = loaded or _loaded(config, seed, train)
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
         for warning in pair.warnings:
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    silent = quiet or (isinstance(config, TrainConfig) and config.quiet)
     models = list(dict.fromkeys([*pair.named_teachers.values(), pair.student]))
     models = [model for model in models if not isinstance(model, ServedModel)]
     # Seconds for small models, minutes for large ones on a CPU.

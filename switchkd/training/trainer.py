@@ -59,6 +59,9 @@ from switchkd.training.restoring import take_back, whole_checkpoint
 from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
+OnPhase = Callable[
+    [str], None
+]  # told what begins now: writing, reading, updating, validating, evaluating, sampling, saving
 
 
 def _say(loud: bool, line: str) -> None:
@@ -72,6 +75,7 @@ class Trainer:
     ``teacher_cache`` is of ``examples``, ``validation`` for a mix that looks at a validation loss, ``corpus`` for a
     language-modelling loss beside the objective. ``check_place`` is called before anything is written, and raises if the run
     directory is not the one any more that the run began in. ``scored_on`` is a checksum of what evaluations score on.
+    ``on_phase`` may be set to follow what the trainer does.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Trainer:
         self.config = config = with_learning_rate(config, pair.student, partial(_say, loud))
         self.pair, self.examples, self.validation, self.corpus = pair, examples, validation, corpus
         self.check_place, self.scored_on = check_place, scored_on
+        self.on_phase: OnPhase = lambda phase: None
         if config.mix.validation_steps and not validation:
             raise ConfigError(
                 "the adaptive mix looks at a validation loss: give validation_file, or eval_file with eval_samples"
@@ -179,8 +184,10 @@ class Trainer:
         weights = self.learner.masters.whole() if scoring and self.config.metric_for_best_model else {}
         with whole(self.student) if scoring or sampling else nullcontext():
             if asks and scoring and evaluate:
+                self.on_phase("evaluating")
                 metrics |= self._evaluated(evaluate, weights)
             if asks and sampling and sample:
+                self.on_phase("sampling")
                 records = [{"step": self.step, **record} for record in sample(self.schedule)]
         if main:
             self.check_place()
@@ -214,6 +221,7 @@ class Trainer:
         gather(self.student)
         self._look_at_validation()
         source = self.reading.source(self.step, self.schedule)
+        self.on_phase("reading" if source in ("examples", "replay") else "writing")
         rows, rollouts = self.reading.rows(source, self.step, self.schedule, on_round)
         read_at = time.perf_counter()
         objective = self.config.objective.at(self.objective_memory)
@@ -221,6 +229,7 @@ class Trainer:
         if self.corpus:
             parts.append(Part(self.reading.next(self.corpus), PlainText(), self.config.lm_weight))
         rate = learning_rate(self.config, self.step, self.expected_steps)
+        self.on_phase("updating")
         losses, tokens, grad_norm = self.learner.update(parts, self.step, rate)
         self.step += 1
         self.reading.rows_read += self.reading.rows_per_step
@@ -300,6 +309,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step, whole or not at all; raises NonFiniteError and writes none if a weight is not finite."""
+        self.on_phase("saving")
         if broken := self.learner.broken_weight():
             since = "after the update; lower learning_rate" if self.step else "before training; take another student"
             raise NonFiniteError(f"step {self.step}: {broken} is not finite {since}")
@@ -377,5 +387,6 @@ class Trainer:
         every = self.config.mix.validation_steps
         if not every or self.step % every:
             return
+        self.on_phase("validating")
         total_loss, tokens = self.learner.negative_log_likelihood(self.validation)
         self.reading.memory = self.config.mix.remember(self.reading.memory, total_loss / max(tokens, 1))

@@ -234,9 +234,9 @@ def test_a_view_that_fails_is_told_of_once_and_the_run_goes_on(settings, tmp_pat
     def broken(*_):
         raise ZeroDivisionError("no seconds")
 
-    monkeypatch.setattr(live, "_print_step", broken)
+    monkeypatch.setattr(live.TrainLines, "on_step", broken)
     distil(dataclasses.replace(settings, output_dir=str(tmp_path / "run")))
-    assert capsys.readouterr().err.count("warning: the line of a step failed (ZeroDivisionError: no seconds)") == 1
+    assert capsys.readouterr().err.count("warning: the lines of a run failed (ZeroDivisionError: no seconds)") == 1
     assert (tmp_path / "run" / "student" / "README.md").is_file()
 
 

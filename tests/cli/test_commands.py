@@ -171,7 +171,7 @@ def test_a_run_is_its_own_recipe_and_its_student_can_be_evaluated_and_generate(r
     made = records(rollouts)
     assert len(made) == 2 and {s for r in made for s in r["speakers"]} == {1}
     out = capsys.readouterr().out
-    assert "100% teacher" in out and "forwards per kept token" in out and "⟦" in out
+    assert "100% teacher" in out and "passes through the models per token" in out and "⟦" in out
 
 
 def test_an_evaluation_takes_all_examples_and_the_students_own_text_whatever_the_run_did(run):

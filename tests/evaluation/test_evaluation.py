@@ -13,7 +13,7 @@ from switchkd import StudentOnly, TeacherOnly, decode
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.evaluation import evaluate as evaluation
 from switchkd.evaluation.evaluate import evaluate, score_names, work
-from switchkd.evaluation.results import completions_file, read_results, write_results
+from switchkd.evaluation.results import Question, completions_file, read_results, take_out, write_results
 from switchkd.evaluation.settings import EvalConfig, EvalSettings
 from switchkd.evaluation.statistics import spearman
 from switchkd.evaluation.tasks import TASKS, Task
@@ -211,6 +211,8 @@ def test_what_is_written_can_be_read_back(pair, tmp_path):
         again.completions == tuple(results["student"].completions)
         or again.completions == results["student"].completions
     )
+    asked = [Question(pair.tokenizer.decode(e.prompt_ids), tuple(e.references)) for e in toy_examples(4)]
+    assert list(again.questions) == list(results["student"].questions) == asked
     for name, values in results["student"].scores.items():
         assert np.array_equal(again.scores[name].values, values.values)
         assert np.array_equal(again.scores[name].weights, values.weights)
@@ -228,6 +230,22 @@ def test_what_is_written_can_be_read_back(pair, tmp_path):
     completions_file(file).unlink()
     with pytest.raises(DataError, match="cannot be read as an evaluation"):
         read_results(file)
+
+
+def test_questions_stay_when_results_go_and_must_be_those_of_the_examples(pair, tmp_path):
+    file, task = tmp_path / "evaluation.json", {"name": "references", "version": 1, "primary": "rouge_l"}
+    own = evaluate(pair, pair.student, toy_examples(4), TASK, SAMPLED)
+    write_results(file, task, {"ids": [0, 1, 2, 3], "groups": []}, {}, {"teacher": own, "student after": own})
+    assert take_out(file, read_results(file), ["student after"])
+    assert list(read_results(file)["teacher"].questions) == list(own.questions)
+    record = json.loads(file.read_text())
+    record["data"]["references"].pop()
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="there are 4 prompts and 3 references for 4 examples"):
+        read_results(file)
+    del record["data"]["references"], record["data"]["prompts"]  # a version that did not keep them
+    file.write_text(json.dumps(record))
+    assert read_results(file)["teacher"].questions == []
 
 
 def test_evaluating_changes_neither_mode_nor_weights_nor_random_state(pair):

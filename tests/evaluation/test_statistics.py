@@ -13,8 +13,10 @@ from switchkd.evaluation.statistics import (
     Estimate,
     Values,
     bootstrap,
+    by_example,
     difference,
     estimate,
+    gap_closed,
     lower_is_better,
     score,
     spearman,
@@ -303,3 +305,28 @@ def test_help_and_a_score_of_one_run_do_not_wait_for_scipy():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout.lower()
+
+
+def test_the_share_of_a_gap_that_is_closed_and_how_sure_it_is():
+    rng = np.random.default_rng(1)
+    hard = rng.normal(size=200)
+    before, teacher = Values([10 + hard]), Values([30 + hard + 0.1 * rng.normal(size=200)])
+    after = Values([15 + hard + 0.1 * rng.normal(size=200)])
+    found = gap_closed("strict", before, after, teacher)
+    assert found.mean == pytest.approx(0.25, abs=0.01) and found.low < found.mean < found.high
+    assert found.high - found.low < 0.01  # paired: that examples are hard moves all three alike
+    lower = gap_closed("forward_kl", Values([3 + hard]), Values([1 + hard]), Values([hard - 1]))
+    assert lower.mean == pytest.approx(0.5)
+    assert gap_closed("strict", before, before, teacher).mean == 0
+    assert gap_closed("strict", before, Values([5 + hard]), teacher).mean == pytest.approx(
+        -0.25, abs=0.01
+    )  # worse than before
+    assert gap_closed("strict", before, teacher, before) is None  # no gap
+    assert gap_closed("strict", teacher, after, before) is None  # the teacher is the worse one
+    assert gap_closed("length", before, after, teacher) is None  # neither end is better
+
+
+def test_a_score_of_each_example_is_in_the_unit_of_the_score():
+    assert by_example("perplexity", Values([[0.0, math.log(7)]])).tolist() == [[1.0, pytest.approx(7.0)]]
+    assert np.isnan(by_example("forward_kl", Values([[1.0, 2.0]], [1.0, 0.0]))).tolist() == [[False, True]]
+    assert by_example("strict", Values([[1.0], [3.0]])).tolist() == [[1.0], [3.0]]

@@ -14,9 +14,8 @@ from switchkd.base.settings import to_dict
 from switchkd.methods.objectives import TVD
 from switchkd.methods.policies import SKD, AdaSwitch, Switch
 from switchkd.methods.policy import StudentOnly
-from switchkd.reports.curves import metric_panels, run_curves
+from switchkd.reports.curves import metric_panels, run_curves, themed_svg
 from switchkd.reports.figures import FIGURES, load_methods
-from switchkd.reports.page import themed_svg
 from switchkd.reports.panels import COLOURS, POINTS, SMOOTH, Line, Panel, draw, panel_notes, thinned
 from switchkd.reports.steps import Steps
 from switchkd.training.settings import TrainConfig
@@ -174,9 +173,9 @@ def test_curves_say_in_words_what_they_show():
         memory_gib=[1.0, 1.0, 1.0],
     )})}  # fmt: skip
     assert said == {
-        "loss": "loss falls from 1.20 to 0.400 over 3 steps.",
-        "teacher_share": "teacher's share of tokens rises from 25% to 75% over 3 steps.",
-        "first_switch": "first switch rises from 2.00 to 4.00 (no value at step 2) over 3 steps.",
+        "loss": "loss falls from 1.20 to 0.40 over 3 steps.",
+        "teacher_share": "tokens by the teacher rises from 25% to 75% over 3 steps.",
+        "first_switch": "the teacher's first token rises from 2.00 to 4.00 (no value at step 2) over 3 steps.",
         "memory": "memory is 1.00 over 3 steps.",
     }
 
@@ -186,7 +185,7 @@ def test_of_several_runs_each_metric_is_a_panel_and_a_run_without_it_is_named():
     made = {curve.name: curve for curve in run_curves({"a": full(), "b": full(seed=1), "c": dumb})}
     shares = made["teacher_share"]
     assert [list(lines(axes)) for axes in shares.figure.axes] == [["a", "b"], ["a", "b"]]
-    assert "c: teacher's share of tokens has no value" in shares.summary
+    assert "c: tokens by the teacher has no value" in shares.summary
     assert shares.figure.axes[0].yaxis.get_major_formatter().convert_to_pct(0.5) == 50
     assert [axes.get_ylabel() for axes in made["scores"].figure.axes] == ["rouge_l (%)", "forward_kl\n(nats per token)"]
     assert len(made["time"].figure.axes) == 2 and made["time"].summary.endswith("c: time has no value.")
@@ -199,7 +198,9 @@ def test_the_time_of_a_step_is_stacked():
         ([0.5], [0.0]), ([0.7], [0.5]), ([1.0], [0.7]),
     ]  # fmt: skip
     assert stairs[0].edges.tolist() == [0.5, 1.5]
-    assert time.summary == "of 1.00 seconds, 50% generate, 20% teacher, 30% update."
+    assert time.summary == "of 1.00 s, 50% writing text, 20% reading by the teacher, 30% updating."
+    [time] = [curve for curve in run_curves({"run": full(100)}) if curve.name == "time"]
+    assert time.summary.endswith("Each bar is the mean of up to 2 steps.")
 
 
 # --- in a page ------------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_an_svg_takes_the_colours_of_its_page_and_keeps_its_own():
     assert root.get("fill") == "currentColor" and not re.search(r"#000\b|#000000|black|#fff|white|<style|<\?|<!", svg)
     used = set(re.findall(r"#[0-9a-f]{6}\b(?!-)", svg.replace("url(#", "").replace('href="#', "")))
     assert used == {colour.lower() for colour in (COLOURS[0], COLOURS[1], COLOURS[2])}
-    assert any(element.text == "optimizer step" for element in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert any(element.text == "training step" for element in root.iter("{http://www.w3.org/2000/svg}text"))
 
 
 def test_ids_do_not_meet_in_one_page_and_lead_where_they_should():
@@ -310,7 +311,7 @@ def test_divergence_and_switch_rate_are_curves_of_methods(methods):
     figure, notes = FIGURES["divergence"](methods)
     np.testing.assert_allclose(lines(figure.axes[0])["every_5"][:, 1], [0.3, 0.2, 0.1, NAN])
     assert list(lines(figure.axes[0])) == ["every_5", "every_10"]
-    assert "Left out: kd, stopped (its policy measured no divergence)." in notes and "range of a method's runs" in notes
+    assert "Left out: kd, stopped (its policy measured no divergence)." in notes and "bands: their range" in notes
     figure, notes = FIGURES["switch_rate"](methods)
     assert lines(figure.axes[0])["stopped"][:, 1].tolist() == [1.0] * 4
     np.testing.assert_allclose(lines(figure.axes[1])["every_10"][:, 1], [0.55] * 4)
@@ -322,7 +323,7 @@ def test_early_progress_is_by_steps_and_by_tokens(methods):
     by_steps, by_tokens = figure.axes
     assert lines(by_steps)["every_5"].tolist() == [[2, 5], [4, 6]]
     assert lines(by_tokens)["every_5"].tolist() == [[20, 5], [40, 6]]
-    assert (by_steps.get_xlabel(), by_tokens.get_xlabel()) == ("optimizer step", "response tokens trained on")
+    assert (by_steps.get_xlabel(), by_tokens.get_xlabel()) == ("training step", "tokens learned from")
     assert "kd, stopped (not evaluated in the run)" in notes
     with pytest.raises(DataError, match="not evaluated in the run"):
         FIGURES["progress"]({"kd": methods["kd"]})
@@ -382,12 +383,21 @@ APART = {
     "another unit": ("switch/divergence_mean", {"policy": AdaSwitch()}),
     "another threshold": ("switch/threshold", {"policy": AdaSwitch(divergence="tvd")}),
     "another objective": ("loss", {"objective": TVD()}),
+    "a loss of other text": ("loss", {"train_file": "b.jsonl"}),
+    "a loss of other text under one name": ("loss", {"sha256": {"train_file": "b"}}),
+    "a loss to another teacher": ("loss", {"teacher_model_name_or_path": "b"}),
+    "a share in other text": ("switch/teacher_share", {"train_file": "b.jsonl"}),
+    "a divergence from another teacher": ("switch/divergence_mean", {"teacher_model_name_or_path": "b"}),
 }
+
+
+SHA256 = {"eval_file": "a", "train_file": "a", "teacher_model_name_or_path": "a"}
 
 
 def two_runs(other):
     columns = SCORED | {"loss": [1.0, 0.5], "switch__divergence_mean": [0.5, 0.25], "switch__threshold": [0.5, 0.25]}
-    sha256 = {"eval_file": "a", "teacher_model_name_or_path": "a"} if "sha256" in other else None
+    columns |= {"switch__teacher_share": [0.5, 0.25]}
+    sha256 = SHA256 if "sha256" in other else None
     return {
         "a": of_run(rows(**columns), "run-a", sha256, policy=Switch()),
         "b": of_run(rows(**columns), "run-b", **{"policy": Switch(), "sha256": sha256} | other),
@@ -398,15 +408,21 @@ def two_runs(other):
 def test_what_is_not_measured_alike_stands_on_no_common_axis(difference):
     name, other = APART[difference]
     if "sha256" in other:
-        other = {"sha256": {"eval_file": "a", "teacher_model_name_or_path": "a"} | other["sha256"]}
+        other = {"sha256": SHA256 | other["sha256"]}
     runs = two_runs(other)
     own = {label: [run] for label, run in runs.items()}
     assert [[line.label for line in panel.lines] for panel in metric_panels(own, [name])] == [["a"], ["b"]]
     with pytest.raises(DataError, match=f"{name} cannot stand on one axis: in run-b, .* as in run-a"):
         Panel("", [Line(label, runs, name) for label, runs in own.items()])
     told = " ".join(curve.summary for curve in run_curves(runs))
-    assert "has panels of its own where it is not measured alike: in run-b, " in told
+    assert re.search(r"Not measured alike, so in panels of their own \([^)]*\): in run-b, ", told)
     assert [len(p.lines) for p in metric_panels(own, ["eval/rouge_l"])] == ([1, 1] if name == "eval/rouge_l" else [2])
+
+
+def test_the_same_text_of_another_day_is_no_other_text():
+    dated = {"template_date": "2026-11-29", "template": "chat"}
+    runs = [of_run(rows(loss=[1.0]), name, SHA256 | {"train_file": name}, **dated) for name in "ab"]
+    assert len(metric_panels({run.name: [run] for run in runs}, ["loss"])) == 1
 
 
 def test_runs_without_what_they_are_compared_by_are_drawn_by_nobody():
@@ -425,7 +441,7 @@ def test_early_progress_of_other_data_has_panels_of_its_own(tmp_path):
         (tmp_path / name / "origin.json").write_text(json.dumps({"eval_file": {"examples": 1, "sha256": sha256}}))
     figure, notes = FIGURES["progress"](load_methods(paths))
     assert {tuple(lines(axes)) for axes in figure.axes} == {("a",), ("b",), ("c",)}
-    assert "in b, eval_file sha256 is 2, not 1 as in a" in notes and "in c, eval_max_new_tokens is 9, not" in notes
+    assert "in b, eval_file sha256 is '2', not '1' as in a" in notes and "in c, eval_max_new_tokens is 9, not" in notes
 
 
 @pytest.mark.parametrize("figure", ["lambda", "length", "cost"])
@@ -445,7 +461,14 @@ def test_lines_are_called_means_only_where_they_are():
         panel_notes([Panel("", [Line("a", [run], "loss") for run in runs])])
         for runs in ([short], [long], [short, long])
     ]
-    assert notes == ["", "Lines: means of 9 steps.", "Lines of 27 steps and more: means of 9 steps."]
+    means, faint = "each point is the mean of the values of 9 neighbouring steps.", "Faint: the values themselves."
+    assert notes == ["", f"Lines: {means} {faint}", f"Lines of 27 values and more: {means} {faint}"]
+    gaps = rows(loss=[1.0 if step % 9 == 0 else None for step in range(90)])  # one value in each window
+    assert panel_notes([Panel("", [Line("a", [gaps], "loss")])]) == ""
+    many = rows(loss=[1.0] * (POINTS + 1))
+    assert f"the lowest and the highest of each of {POINTS // 3} stretches" in panel_notes(
+        [Panel("", [Line("a", [many], "loss")])]
+    )
     assert panel_notes([Panel("", [Line("a", [rows(eval__x=[1.0] * 27)], "eval/x")])]) == ""
 
 

@@ -13,9 +13,10 @@ from tiny import POLICIES, VOCAB, assert_same, byte_level_tokenizer, tiny_model,
 
 from switchkd import Rollout, Switch, decode, decode_reference
 from switchkd.base import terminal as terminal_module
+from switchkd.base.terminal import SAY_EVERY
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.methods.mixes import Generated
+from switchkd.methods.mixes import Adaptive, Generated
 from switchkd.reports import live
 from switchkd.reports import tables as report
 from switchkd.training.settings import TrainConfig
@@ -186,7 +187,7 @@ def test_the_newest_numbers():
         one = dataclasses.replace(row("a", 1 - speaker), divergences=[divergence], thresholds=[threshold])
         return live.state_line(Rollouts([one], DecodeCost(seconds=2.0, kept_tokens=8)), 9).plain
 
-    assert state(0.82, 0.3, 1) == "divergence 0.82 > 0.30 · teacher 100% · 1 of 9 tokens · 4 tok/s"
+    assert state(0.82, 0.3, 1) == "divergence 0.82 > 0.30 · teacher 100% · 1 of 9 tokens · 4.0 tokens/s"
     assert state(0.2, 0.3).startswith("divergence 0.20 ≤ 0.30 · teacher 0%")
     assert state(0.2, math.nan).startswith("divergence 0.20 · ")
     assert state(math.nan, math.nan).startswith("divergence – · ")
@@ -231,8 +232,10 @@ def test_a_view_before_the_first_step_knows_nothing_and_says_so():
     view(pictures.append)
     shown = drawn(pictures[-1])
     assert {
-        shown[name] for name in ("loss", "teacher share", "divergence", "tokens/s", "seconds", "scores", "sample")
+        shown[name]
+        for name in ("loss", "by teacher", "divergence", "tokens/s", "a step takes", "scores", "newest text")
     } == {"–"}
+    assert "starting" in shown["now"]
 
 
 def test_a_view_shows_the_newest_numbers_their_curves_the_scores_and_the_sample():
@@ -245,13 +248,13 @@ def test_a_view_shows_the_newest_numbers_their_curves_the_scores_and_the_sample(
     run.on_step(data | {"loss": 0.5, "seconds": 6.0, "step": 4}, Rollouts())
     shown = drawn(pictures[-1])
     assert shown["loss"] == "0.5000  █▅▁▁"
-    assert shown["teacher share"] == "100%  ▃·█·"
+    assert shown["by teacher"] == "100%  ▃·█·"
     assert shown["divergence"] == "–"
-    assert shown["seconds"] == "3.00 a step: generate 1.00 · teacher 0.250 · update 0.750"
+    assert shown["a step takes"] == "3.00 s: writing 1.00 s · teacher reads 0.250 s · updating 0.750 s"
     assert shown["scores"] == "step 2: strict 12.5"
-    assert shown["sample"] == "#3 (eos) words"
+    assert shown["newest text"] == "#3 (eos) words"
     run.on_round(DecodeCost(seconds=2.0, kept_tokens=64))
-    assert drawn(pictures[-1])[""] == "writing: 64 tokens, 32 tok/s"
+    assert "writing text: 64 tokens, 32 tokens/s" in drawn(pictures[-1])["now"]
 
 
 def test_a_sample_is_cut_to_a_few_lines_with_its_speakers_in_colour(screen):
@@ -288,13 +291,17 @@ def test_a_run_is_a_view_on_a_terminal_and_lines_elsewhere_and_trains_the_same(t
     lines = trainer(tmp_path / "lines")
     live.train(lines, "strict", lines.train)
     printed = out.getvalue().splitlines()
-    assert printed[0] == "train …" and printed[1].startswith("step 1/2: loss ") and printed[1].endswith(" s)")
-    assert len(printed) == 4 and printed[3].startswith("generated ") and "\x1b" not in out.getvalue()
+    assert printed[:2] == ["train …", "step 0/2: saving a checkpoint …"]
+    assert printed[2].startswith("step 1/2: loss ") and printed[2].endswith(" s)")
+    assert printed[4] == "step 2/2: saving a checkpoint …"
+    assert len(printed) == 6 and printed[5].startswith("generated ") and "\x1b" not in out.getvalue()
     out = screen(True)
     shown = trainer(tmp_path / "view")
     live.train(shown, "strict", shown.train)
     assert (
-        "100% step 2/2" in strip(out.getvalue()) and "sample" in out.getvalue() and "step 1/2: " not in out.getvalue()
+        "100% step 2/2" in strip(out.getvalue())
+        and "newest text" in out.getvalue()
+        and "step 1/2: " not in out.getvalue()
     )
     assert out.getvalue().count("generated ") == 1
     for a, b in zip(lines.student.parameters(), shown.student.parameters(), strict=True):
@@ -307,3 +314,74 @@ def test_a_run_that_ends_by_a_budget_reaches_the_end_of_its_bar(tmp_path, screen
     run = trainer(tmp_path, max_steps=-1, **budget)
     live.train(run, "strict", run.train)
     assert f"100% step {run.step} " in strip(out.getvalue())
+
+
+# What a run does now
+
+ALL = {"writing", "updating", "evaluating", "sampling", "saving"}
+
+
+def phases_of(run, **asked):
+    seen = []
+    run.on_phase = lambda phase: seen.append((run.step, phase))
+    run.train(**asked)
+    return seen
+
+
+def test_a_trainer_tells_what_it_begins_in_the_order_in_which_it_does_it(tmp_path):
+    run = trainer(tmp_path, eval_steps=1, sample_steps=2, save_steps=1)
+    own = phases_of(run, evaluate=lambda student: {"strict": 1.0}, sample=lambda progress: [])
+    step = [(0, "writing"), (0, "updating"), (1, "evaluating"), (1, "saving")]
+    last = [(1, "writing"), (1, "updating"), (2, "evaluating"), (2, "sampling"), (2, "saving")]
+    assert own == [(0, "saving"), (0, "sampling"), *step, *last]
+    assert {phase for _, phase in own} == ALL <= set(live.PHASES)
+
+
+def test_a_step_on_the_data_reads_and_a_mix_that_looks_at_a_loss_says_so(tmp_path):
+    own = phases_of(trainer(tmp_path, mix=Generated(0.0)))
+    assert [phase for _, phase in own] == ["saving", *["reading", "updating"] * 2, "saving"]
+    adaptive = trainer(tmp_path / "b")
+    adaptive.validation = toy_examples()[:2]
+    adaptive.config = dataclasses.replace(adaptive.config, mix=Adaptive(validation_steps=1))
+    adaptive.reading.config = adaptive.config
+    adaptive.reading.memory = adaptive.config.mix.memory()
+    assert "validating" in [phase for _, phase in phases_of(adaptive)]
+
+
+def test_a_view_says_what_the_run_does_now_and_since_when():
+    now, pictures = [0.0], []
+    run = view(pictures.append, clock=lambda: now[0])
+    for phase, words in live.PHASES.items():
+        run.on_phase(phase)
+        now[0] += 65
+        shown = drawn(pictures[-1])["now"]
+        assert words in shown and "0:01:05" in shown
+    run.end()
+    assert "done" in drawn(pictures[-1])["now"]
+
+
+def test_lines_name_what_begins_and_of_a_step_only_what_takes_long(screen):
+    now, out = [0.0], screen(False)
+    trained = SimpleNamespace(step=3, total_steps=8.0)
+    run = live.TrainLines(trained, "strict", lambda: now[0])
+    run.on_phase("writing")
+    run.on_phase("updating")
+    run.on_phase("evaluating")
+    now[0] += SAY_EVERY - 1
+    run.on_round(DecodeCost(seconds=2.0, kept_tokens=64))
+    assert out.getvalue().splitlines() == ["train …", "step 3/8: evaluating on the held-out questions …"]
+    now[0] += 1
+    run.on_round(DecodeCost(seconds=2.0, kept_tokens=64))
+    run.on_round(DecodeCost(seconds=2.0, kept_tokens=65))
+    assert out.getvalue().splitlines()[2:] == ["step 4/8: writing text: 64 tokens, 32 tokens/s"]
+    now[0] += SAY_EVERY
+    run.on_phase("updating")
+    assert out.getvalue().splitlines()[3:] == ["step 4/8: updating the student …"]
+
+
+def test_a_view_that_fails_to_follow_a_phase_stops_no_run(tmp_path, screen, monkeypatch, capsys):
+    screen(False)
+    monkeypatch.setattr(live.TrainLines, "on_phase", lambda self, phase: 1 / 0)
+    run = trainer(tmp_path)
+    live.train(run, "strict", run.train)
+    assert run.step == 2 and "division by zero" in capsys.readouterr().err

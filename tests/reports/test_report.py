@@ -2,17 +2,21 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import pytest
+from fabricated import metric, run
 from rich.console import Console
 from tiny import byte_level_tokenizer
 
 from switchkd import Rollout
 from switchkd.base import terminal as terminal_module
+from switchkd.cli.main import main
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.evaluation.results import Evaluation
-from switchkd.evaluation.statistics import Estimate, Values
+from switchkd.evaluation.statistics import Estimate, Values, verdict
+from switchkd.evaluation.tasks import TASKS
 from switchkd.reports import live
 from switchkd.reports import tables as report
 
@@ -64,11 +68,26 @@ def test_bars_move_on_a_terminal_and_speak_in_lines_elsewhere_unless_told_to_be_
     assert shown(monkeypatch, lambda: work(quiet=True), terminal=True) == ""
 
 
+def test_long_work_without_a_terminal_says_how_far_it_is_every_half_minute(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal_module, "monotonic", lambda: now[0])
+
+    def work(quiet=False):
+        with terminal_module.bar("evaluate", 40, quiet) as bar:
+            for seconds in (10, 19, 1, 29, 1):
+                now[0] += seconds
+                bar.advance(8, f"{seconds} tok/s")
+
+    assert shown(monkeypatch, work) == "evaluate …\nevaluate: 24 of 40 · 1 tok/s\nevaluate: 40 of 40 · 1 tok/s\n"
+    assert shown(monkeypatch, lambda: work(quiet=True)) == ""
+    assert " of 40 ·" not in shown(monkeypatch, work, terminal=True)
+
+
 def test_step_lines():
     data = {"loss": 1.23456, "tokens_per_second": 50.4, "source": "examples"}
-    assert report.step_line(data) == "loss 1.235 · 50 tok/s · examples"
+    assert report.step_line(data) == "loss 1.235 · 50 tokens/s · examples"
     generated = data | {"source": "policy", "switch/teacher_share": 0.25, "switch/divergence_mean": 0.5}
-    assert report.step_line(generated) == "loss 1.235 · 50 tok/s · teacher 25% · divergence 0.50"
+    assert report.step_line(generated) == "loss 1.235 · 50 tokens/s · teacher 25% · divergence 0.50"
     assert report.step_line(generated | {"switch/divergence_mean": None}).endswith("teacher 25%")
 
 
@@ -118,7 +137,7 @@ def test_costs():
     line = live.cost_line(cost)
     assert (
         line
-        == "10 tokens (60% student, 40% teacher), 5.0 tokens/s; forwards per kept token: student 2.00, teacher 0.500"
+        == "10 tokens (60% student, 40% teacher), 5.0 tokens/s; passes through the models per token: student 2.00, teacher 0.500"
     )
     assert (cost + cost).kept_tokens == 20
 
@@ -145,4 +164,77 @@ def test_a_share_that_is_not_none_or_all_does_not_look_so(share, text):
 
 def test_an_interval_near_zero_shows_on_which_side_it_is():
     estimate = Estimate(0.00012, None, 0.00003, 0.00021, 100)
-    assert report.estimate_text(estimate) == "0.000120 [0.0000300, 0.000210]"
+    assert report.estimate_text(estimate) == "0.000120 [0.000030, 0.000210]"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((75.0, 55.0, 90.0), "+75.0 [+55.0, +90.0]"),
+        ((12345.6, 12345.1, 12346.2), "+12,345.6 [+12,345.1, +12,346.2]"),  # three digits would show no interval
+        ((0.00012, 0.00003, 0.00021), "+0.000120 [+0.000030, +0.000210]"),
+        ((2.5, 1e-6, 5.0), "+2.50 [+0.000001, +5.00]"),  # an end that is not 0 is not written so
+        ((-0.0004, -0.0009, -1e-9), "−0.000400 [−0.000900, −1e-09]"),
+        ((0.0, -0.5, 0.5), "0 [−0.500, +0.500]"),
+        ((0.0, 0.0, 0.0), "0 [0, 0]"),
+    ],
+)  # fmt: skip
+def test_a_difference_has_as_many_digits_as_its_interval_needs(values, text):
+    assert report.difference_text(Estimate(values[0], None, values[1], values[2], 100)) == text
+
+
+def test_no_verdict_stands_beside_zeros():
+    """Whatever the size: an interval that excludes 0 is written so that it does."""
+    rng = np.random.default_rng(0)
+    for scale in 10.0 ** np.arange(-12, 12):
+        low, mean, high = sorted(scale * rng.random(3) + scale * 1e-3)
+        for sign in (1, -1):
+            ends = sorted((sign * low, sign * high))
+            estimate = Estimate(sign * mean, None, *ends, 100)
+            assert verdict(estimate, False) != "not distinguishable"
+            numbers = re.findall(r"[\d.,]+(?:e[-+]\d+)?", report.difference_text(estimate).replace(", ", " "))
+            assert len(numbers) == 3 and all(float(one.replace(",", "")) > 0 for one in numbers)
+            assert numbers[1] != numbers[2]
+
+
+def test_times_are_as_people_say_them():
+    assert [terminal_module.duration(s) for s in (0.0123, 2, 59.4, 61, 3600, 8100)] == [
+        "0.0123 s", "2.00 s", "59.4 s", "1 min 1 s", "1 h 0 min", "2 h 15 min",
+    ]  # fmt: skip
+
+
+def test_every_score_is_explained_in_words():
+    for task in TASKS.values():
+        assert report.score_words(task.primary) != task.primary
+    for name in ("forward_kl", "perplexity", "length", "eos", "own_forward_kl"):
+        assert len(report.score_words(name)) > 10
+    assert report.score_words("forward_kl@11-50").endswith(", at tokens 11-50 of the answer")
+
+
+# A typo in a name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "runs/swich"], ["report", "runs/swich", "--output-file", "out/page.html"],
+        ["report", "runs/switch", "runs/swich"],
+        ["plot", "runs/swich"], ["plot", "runs/switch", "runs/swich", "--output-dir", "figures"],
+        ["compare", "runs/swich"], ["compare", "runs/swich", "--output-dir", "compared"],
+        ["evaluate", "runs/swich"], ["check", "runs/swich"], ["generate", "runs/swich"], ["play", "runs/swich"],
+        ["train", "runs/swich", "--resume"], ["train", "switch", "--output-dir", "runs/swich", "--resume"],
+        ["push", "runs/swich", "my-name/my-student"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_typo_in_a_runs_name_is_an_error_and_makes_nothing(tmp_path, monkeypatch, capsys, command):
+    run(tmp_path / "runs" / "switch", [metric(1)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "none")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert main(command) == 1
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    said = capsys.readouterr().err
+    assert "runs/swich" in said
+    if command[0] in ("report", "plot", "compare"):
+        assert "did you mean 'runs/switch'?" in said

@@ -1,12 +1,14 @@
 """The report in headless Chromium, as a person uses it. Skipped where there is no Chromium; ``./run test`` says how to get one."""
 
 import json
+import math
 import shutil
 
 import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
 from tiny import pair_on_disk
 
+from switchkd.base.terminal import number, percent, visible
 from switchkd.cli.main import main
 from switchkd.studies.study import flags
 
@@ -82,12 +84,12 @@ def test_the_viewer_shows_who_wrote_each_token_and_what_both_models_said(visit, 
     assert page.locator("#chart path.threshold").get_attribute("d").count("H") == tokens.count()
     last = tokens.count() - 1
     tokens.nth(last).hover()
-    assert fact(page, "position") == str(last)
+    assert fact(page, "place in the text") == str(last)
     for name, value in (("divergence", shown["divergences"]), ("threshold", shown["thresholds"])):
         assert float(fact(page, name)) == pytest.approx(value[last], rel=0.01)
-    for who, name in enumerate(("log-prob., student", "log-prob., teacher")):
-        assert float(fact(page, name)) == pytest.approx(shown["log_probs"][who][last], rel=0.01)
-    assert page.locator("#token table").nth(1).locator("tbody tr").count() == 5
+    for who, name in enumerate(("probability, student", "probability, teacher")):
+        assert fact(page, name) == percent(math.exp(round(shown["log_probs"][who][last], 3)))
+    assert page.locator("#token-facts table").nth(1).locator("tbody tr").count() == 5
     assert page.locator("#chart-title").text_content().startswith(f"Divergence over {tokens.count()} tokens")
 
 
@@ -95,12 +97,12 @@ def test_the_keyboard_does_all(visit, trained, looks):
     page = visit(trained / "report.html")
     page.focus("#response")
     page.keyboard.press("ArrowRight")
-    assert fact(page, "position") == "1"
+    assert fact(page, "place in the text") == "1"
     page.keyboard.press("End")
-    assert fact(page, "position") == str(len(looks[3, 0]["completion_ids"]) - 1)
+    assert fact(page, "place in the text") == str(len(looks[3, 0]["completion_ids"]) - 1)
     page.keyboard.press("Home")
     page.keyboard.press("ArrowLeft")
-    assert fact(page, "position") == "0"
+    assert fact(page, "place in the text") == "0"
     for step in (2, 1, 0, 0):  # the first stays
         page.keyboard.press("[")
         assert page.locator("#step").text_content() == str(step)
@@ -120,6 +122,7 @@ def test_filters_leave_what_lies_within(visit, trained, looks):
     page = visit(trained / "report.html")
     now = [looks[3, i] for i in range(5)]
     shares = [100 * sum(s["speakers"]) / len(s["speakers"]) for s in now]
+    page.click("text=Show only some")
     cases = {
         "share": shares,
         "length": [len(s["completion_ids"]) for s in now],
@@ -141,7 +144,7 @@ def test_texts_that_were_trained_on_can_be_looked_at_too(visit, trained):
     rollouts = (trained / "rollouts.jsonl").read_text().splitlines()
     assert len(listed(page)) == len(rollouts) == 9 and not page.locator("#time").is_visible()
     assert page.locator("#response .token").count() == len(json.loads(rollouts[0])["completion_ids"])
-    assert "watched prompts only" in page.locator("#token").text_content()
+    assert "answered again and again" in page.locator("#token").text_content()
     page.click("text=All tokens as a table")
     page.locator("#table tbody tr").first.wait_for()
     assert page.locator("#table tbody tr").count() == page.locator("#response .token").count()
@@ -174,8 +177,11 @@ def test_an_injected_script_would_be_refused_by_the_pages_policy(chromium, tmp_p
 def test_it_fits_a_phone_in_light_and_dark(visit, trained, scheme):
     page = visit(trained / "report.html", width=360, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert not page.locator("#token").is_visible()  # it would cover the text
     page.locator("#response .token").nth(1).click()
-    assert page.locator("#token").is_visible() and fact(page, "position") == "1"
+    assert page.locator("#token").is_visible() and fact(page, "place in the text") == "1"
+    page.click("#close")
+    assert not page.locator("#token").is_visible()
     colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     ink, paper = (sum(map(int, c[4:-1].split(","))) for c in colours)
     assert (ink < paper) == (scheme == "light")
@@ -188,3 +194,91 @@ def test_an_empty_run_and_a_page_without_javascript_say_what_they_can(visit, tra
     plain = visit(trained / "report.html", java_script_enabled=False)
     assert "needs JavaScript" in plain.locator("noscript").inner_text()
     assert plain.locator("#scores table").first.is_visible() and not plain.locator("#viewer").is_visible()
+
+
+# --- held-out answers -------------------------------------------------------------------------------------------------
+
+
+def test_held_out_answers_are_turned_over_one_by_one(visit, trained):
+    page = visit(trained / "report.html")
+    record = json.loads((trained / "evaluation.json").read_text())
+    lines = map(json.loads, (trained / "evaluation.completions.jsonl").read_text().splitlines())
+    texts = {(line["model"], line["example"]): line["text"] for line in lines}
+    ids, columns = record["data"]["ids"], ["student before", "student after", "teacher"]
+    while page.locator("#answers-back").is_enabled():
+        page.click("#answers-back")
+    for place, example in enumerate(ids):
+        assert page.locator("#answers-place").text_content() == f"question {place + 1} of {len(ids)}"
+        assert page.locator("#answers-prompt").text_content() == record["data"]["prompts"][place]
+        assert page.locator("#answers-reference").text_content() == record["data"]["references"][place][0]
+        shown = page.locator("#answers-models .words").all_text_contents()
+        assert shown == [visible(texts[model, example]) or "(nothing was written)" for model in columns]
+        facts = page.locator("#answers-models .facts").all_text_contents()
+        scores = [record["results"][model]["scores"]["rouge_l"]["values"][0][place] for model in columns]
+        assert all(f"rouge_l {number(score)}" in fact for fact, score in zip(facts, scores, strict=True))
+        if place + 1 < len(ids):
+            page.click("#answers-on")
+    assert page.locator("#answers-on").is_disabled()
+
+
+def test_the_answers_of_several_runs_are_chosen_by_run(visit, tmp_path):
+    for name in "ab":
+        scores = {model: [1.0, 2.0] for model in ("student before", "student after")}
+        run(tmp_path / name, [metric(1)], scores=scores, answers={m: [f"{m} of {name}"] * 2 for m in scores})
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--output-file", str(tmp_path / "two.html")]) == 0
+    page = visit(tmp_path / "two.html")
+    assert "student after of a" in page.locator("#answers-models").text_content()
+    page.select_option("#answers-run", "1")
+    assert "student after of b" in page.locator("#answers-models").text_content()
+
+
+def test_an_answer_of_a_model_is_text_whichever_is_shown(visit, tmp_path):
+    scores = {model: [1.0, 2.0] for model in ("teacher", "student before", "student after")}
+    folder = run(tmp_path / "a", [metric(1)], scores=scores, answers={model: [HOSTILE] * 2 for model in scores})
+    assert main(["report", str(folder)]) == 0
+    page = visit(folder / "report.html")
+    for button in ("#answers-on", "#answers-back"):
+        page.click(button)
+        assert page.locator("#answers-models .words").all_text_contents() == [HOSTILE] * 3
+    assert page.title() == "switchkd report: a" and page.locator("img").count() == 0
+
+
+def test_without_javascript_the_first_answer_stands_there(visit, tmp_path):
+    scores = {model: [1.0, 2.0] for model in ("teacher", "student before", "student after")}
+    folder = run(
+        tmp_path / "a", [metric(1)], scores=scores, answers={model: [f"said by {model}"] * 2 for model in scores}
+    )
+    assert main(["report", str(folder)]) == 0
+    page = visit(folder / "report.html", java_script_enabled=False)
+    assert (
+        page.locator("#answers-models").is_visible()
+        and "said by student after" in page.locator("#answers-models").inner_text()
+    )
+    assert not page.locator("#answers-controls").is_visible()
+
+
+VALUES = [0.0, 3.1e-9, 0.0000312, 0.00012, 0.0123, 0.9996, 9.996, 12.34, 123.4, 1234.5, 4e15]
+
+
+def test_numbers_in_the_viewer_are_written_as_everywhere_else(visit, tmp_path):
+    """The page's script has no Python: its numbers are compared with ours, digit by digit."""
+    record = rollout(1, "x" * len(VALUES)) | {"divergences": VALUES, "thresholds": [0.5] * len(VALUES)}
+    assert len(record["completion_ids"]) == len(VALUES)
+    folder = run(tmp_path / "a", [metric(1)], rollouts=[record])
+    assert main(["report", str(folder)]) == 0
+    page = visit(folder / "report.html")
+    page.click("text=All tokens as a table")
+    shown = page.locator("#table tbody tr").evaluate_all("all => all.map(row => row.cells[3].textContent)")
+    assert shown == [number(float(f"{value:.4g}")) for value in VALUES]
+
+
+def test_on_a_phone_the_card_of_a_token_is_closed_until_one_is_tapped(visit, trained):
+    page = visit(trained / "report.html", width=390, has_touch=True)
+    assert not page.locator("#token").is_visible()
+    page.locator("#later").scroll_into_view_if_needed()
+    page.locator("#earlier").tap()  # another text: still closed
+    assert not page.locator("#token").is_visible()
+    page.locator("#response .token").first.tap()
+    assert page.locator("#token").is_visible()
+    wide = visit(trained / "report.html", width=1280)
+    assert wide.locator("#token").is_visible()

@@ -59,7 +59,7 @@ def test_student_scores_card_and_page_say_which_weights_and_step_they_are_of(run
     assert (
         record.finished
         and not record.notes
-        and f"4 steps, with the student whose manifest has the checksum {student.sha256[:12]}" in record.state
+        and f"4 steps; the student has the checksum {student.sha256[:12]}" in record.state
     )
     assert record.state in page([run]) and student.sha256 in (run / "student" / "README.md").read_text()
 

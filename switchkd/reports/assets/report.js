@@ -1,14 +1,28 @@
-// The rollout viewer. Everything that a model wrote enters the page as text (textContent), never as markup.
+// Held-out answers, and the viewer of texts. What a model wrote enters the page as text (textContent), never as markup.
 "use strict";
 (() => {
-  const DATA = JSON.parse(document.getElementById("data").textContent);
+  const { answers: ANSWERS, texts: DATA } = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const MODELS = ["student", "teacher"];
+  const NAMES = { "student before": "Student before training", "student after": "Student after training", teacher: "Teacher" };
+  const NARROW = window.matchMedia("(max-width: 60rem)"); // where the card of a token would cover the text
   const at = (id) => document.getElementById(id);
   const state = { run: 0, kind: "prompts", item: 0, look: 0, token: 0 };
 
-  const show = (value, digits = 3) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits))));
-  const percent = (share) => (Number.isNaN(share) ? "–" : share > 0 && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`);
+  // Numbers as `number` and `percent` of base/terminal.py write them.
+  function show(value, digits = 3) {
+    if (value === null || value === undefined) return "–";
+    if (value === 0) return "0";
+    const place = Number(value.toExponential(digits - 1).split("e")[1]);
+    if (place <= -7 || place >= 15) return value.toExponential(digits - 1).replace(/e([+-])(\d)$/, "e$10$2");
+    return value.toLocaleString("en-US", { minimumFractionDigits: Math.max(digits - 1 - place, 0), maximumFractionDigits: Math.max(digits - 1 - place, 0) });
+  }
+  function percent(share) {
+    if (Number.isNaN(share)) return "–";
+    const whole = `${Math.round(100 * share)}%`;
+    if (!["0%", "100%"].includes(whole) || share === 0 || share === 1) return whole;
+    return share < 0.5 ? `${show(100 * share, 2)}%` : `${Number((100 - Number((100 - 100 * share).toPrecision(1))).toPrecision(9))}%`;
+  }
   const run = () => DATA[state.run];
   const items = () => run()[state.kind];
   const item = () => items()[state.item];
@@ -59,7 +73,7 @@
     const score = scored === undefined ? "" : ` · ${at("score-name").value} ${show(scored)}`;
     const when = state.kind === "texts" ? `step ${now.step} · ` : `${place + 1} · `;
     const words = visible(now.tokens.join("")).replace(/\s+/g, " ").trim().slice(0, 40);
-    return `${when}teacher ${percent(shareOf(now))}${score} · ${now.tokens.length} tokens · ${words}`;
+    return `${when}${words} · ${percent(shareOf(now))} by the teacher${score} · ${now.tokens.length} tokens`;
   }
 
   function list() {
@@ -74,7 +88,8 @@
 
   function draw() {
     const any = list();
-    document.querySelector(".text").hidden = at("token").hidden = !any;
+    document.querySelector(".text").hidden = !any;
+    at("token").hidden = !any || NARROW.matches;
     if (!any) return;
     const now = look();
     const looks = item().looks;
@@ -100,50 +115,51 @@
   function facts(now) {
     const first = now.speakers.indexOf("1");
     const scores = Object.entries(now.scores).map(([name, value]) => `${name} ${show(value)}`);
-    return [`step ${now.step}`, `${now.tokens.length} tokens`, `ended by ${now.stop}`, `teacher ${percent(shareOf(now))}`,
-      first < 0 ? "no switch" : `first switch at token ${first}`, ...scores].join(" · ");
+    return [`step ${now.step}`, `${now.tokens.length} tokens`, now.end, `${percent(shareOf(now))} by the teacher`,
+      first < 0 ? "all by the student" : `the teacher's first token: ${first}`, ...scores].join(" · ");
   }
 
   function token(now, text, place) {
     const made = element("span", { class: `token ${spoken(now, place)}`, role: "option", id: `token-${place}`, "aria-selected": "false" }, visible(text));
     made.setAttribute("aria-label", `${place}, ${spoken(now, place)}: ${quoted(text)}`);
     if (text === "") made.append(element("span", { class: "empty" }, "·"));
-    made.addEventListener("pointerenter", () => choose(place));
-    made.addEventListener("click", () => choose(place));
+    made.addEventListener("pointerenter", (event) => { if (event.pointerType !== "touch") choose(place); });
+    made.addEventListener("click", () => { choose(place); at("token").hidden = false; });
     return made;
   }
 
   function choose(place) {
     const now = look();
-    if (!now.tokens.length) { at("token").replaceChildren(); return; }
+    if (!now.tokens.length) { at("token-facts").replaceChildren(); return; }
     document.querySelectorAll("#response .chosen").forEach((old) => { old.classList.remove("chosen"); old.setAttribute("aria-selected", "false"); });
     state.token = place;
     const chosen = at(`token-${place}`);
     chosen.classList.add("chosen");
     chosen.setAttribute("aria-selected", "true");
     at("response").setAttribute("aria-activedescendant", chosen.id);
-    at("token").replaceChildren(...described(now, place));
+    at("token-facts").replaceChildren(...described(now, place));
     const here = document.querySelector("#chart .here");
     if (here) here.setAttribute("x", here.dataset.left * 1 + place * here.dataset.width);
   }
 
   function described(now, place) {
-    const lines = [["position", place], ["written by", `the ${spoken(now, place)}`],
-      [`divergence (${run().unit})`, show(now.divergences[place])], ["threshold", show(now.thresholds[place])]];
-    if (now.jsd) lines.push(["JSD (bits)", show(now.jsd[place])]);
-    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`log-prob., ${name}`, show(now.logProbs[who][place])]));
+    const lines = [["place in the text", place], ["written by", `the ${spoken(now, place)}`]];
+    if (now.divergences[place] !== null) lines.push([`divergence (${run().unit})`, show(now.divergences[place])]);
+    if (now.thresholds[place] !== null) lines.push([`threshold (${run().unit})`, show(now.thresholds[place])]);
+    if (now.jsd && (run().unit !== "bits" || now.divergences[place] === null)) lines.push(["Jensen-Shannon divergence (bits)", show(now.jsd[place])]);
+    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`probability, ${name}`, percent(Math.exp(now.logProbs[who][place]))]));
     const facts = element("table");
     for (const [name, value] of lines) {
       const row = facts.insertRow();
       row.append(element("th", { scope: "row" }, name), element("td", {}, String(value)));
     }
     const parts = [element("h3", {}, quoted(now.tokens[place])), facts];
-    return now.top ? [...parts, best(now, place)] : [...parts, element("p", {}, "The most probable tokens are kept for watched prompts only.")];
+    return now.top ? [...parts, best(now, place)] : [...parts, element("p", {}, "What else was likely is kept only for the prompts that are answered again and again.")];
   }
 
   function best(now, place) {
     const made = element("table");
-    made.append(element("caption", {}, "Most probable tokens"));
+    made.append(element("caption", {}, "Most likely tokens here"));
     const head = made.createTHead().insertRow();
     MODELS.forEach((name) => head.append(element("th", { scope: "col", colspan: 2 }, name)));
     const body = made.createTBody();
@@ -159,14 +175,14 @@
   }
 
   function table(now) {
-    const columns = ["token", "text", "by", `divergence (${run().unit})`, "threshold", ...(now.logProbs ? ["log-prob. student", "log-prob. teacher"] : [])];
+    const columns = ["place", "token", "by", `divergence (${run().unit})`, `threshold (${run().unit})`, ...(now.logProbs ? ["probability, student", "probability, teacher"] : [])];
     const head = element("thead");
     head.append(element("tr"));
     head.firstChild.append(...columns.map((name) => element("th", { scope: "col" }, name)));
     const body = element("tbody");
     now.tokens.forEach((text, place) => {
       const cells = [place, quoted(text), spoken(now, place), show(now.divergences[place]), show(now.thresholds[place])];
-      if (now.logProbs) cells.push(...now.logProbs.map((model) => show(model[place])));
+      if (now.logProbs) cells.push(...now.logProbs.map((model) => percent(Math.exp(model[place]))));
       const row = element("tr");
       row.append(...cells.map((cell) => element("td", {}, String(cell))));
       body.append(row);
@@ -177,7 +193,7 @@
   // --- divergence against threshold ---
 
   function chart(now) {
-    const svg = at("chart"), [width, height, left, top, bottom] = [720, 190, 40, 16, 26];
+    const svg = at("chart"), width = Math.min(Math.max(svg.parentElement.clientWidth, 280), 720), [height, left, top, bottom] = [204, 54, 16, 40];
     const looked = now.divergences.some((value) => value !== null);
     const values = looked || !now.jsd ? now.divergences : now.jsd;
     const unit = looked || !now.jsd ? run().unit : "bits";
@@ -199,10 +215,12 @@
     parts.push(shape("path", { class: "threshold", d: line(now.thresholds, x, y, step) }));
     [...now.speakers].forEach((who, place) => {
       parts.push(shape("rect", { class: MODELS[Number(who)], x: x(place), y: height - bottom + 3, width: step + 0.3, height: 5 }));
-      if (who !== (now.speakers[place - 1] ?? "0")) parts.push(...mark(x(place), top, height - bottom, who));
+      if (who !== (now.speakers[place - 1] ?? "0") && step >= 4) parts.push(...mark(x(place), top, height - bottom, who));
     });
     const every = Math.ceil(now.tokens.length / 8);
-    for (let place = 0; place < now.tokens.length; place += every) parts.push(shape("text", { x: x(place), y: height - 4 }, String(place)));
+    for (let place = 0; place < now.tokens.length; place += every) parts.push(shape("text", { x: x(place), y: height - 19 }, String(place)));
+    parts.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "place in the text (tokens)"));
+    parts.push(shape("text", { transform: `translate(12 ${top + tall / 2}) rotate(-90)`, "text-anchor": "middle" }, `divergence (${unit})`));
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren(shape("title", { id: "chart-title" }, summary(now, values, unit)), ...parts);
     svg.onclick = (event) => {
@@ -211,8 +229,8 @@
       if (place >= 0 && place < now.tokens.length) choose(place);
     };
     const compared = now.thresholds.some((value) => value !== null);
-    at("chart-key").textContent = `Bars: ${looked ? "divergence" : "Jensen-Shannon divergence"} (${unit}) by token, blue where the student wrote and vermillion where the teacher did; ` +
-      `${compared ? "dashed: the threshold; " : ""}▼ the teacher takes over, ▲ it hands back; below: who wrote.`;
+    at("chart-key").textContent = `Each bar: how far the two models disagree about that token (${looked ? "the divergence that the rule looks at" : "Jensen-Shannon divergence"}, ${unit}); ` +
+      `blue where the student wrote, orange where the teacher did. ${compared ? "Dashed: the threshold. " : ""}▼ the teacher takes over, ▲ it hands back.`;
   }
 
   function line(values, x, y, step) {
@@ -232,7 +250,7 @@
 
   function summary(now, values, unit) {
     const seen = values.filter((value) => value !== null);
-    if (!seen.length) return "No divergence was looked at in this text.";
+    if (!seen.length) return "The rule looked at no divergence in this text.";
     const above = values.filter((value, place) => value !== null && now.thresholds[place] !== null && value > now.thresholds[place]).length;
     const first = now.speakers.indexOf("1");
     return `Divergence over ${now.tokens.length} tokens: mean ${show(seen.reduce((a, b) => a + b, 0) / seen.length)} ${unit}, highest ${show(Math.max(...seen))}; ` +
@@ -250,7 +268,7 @@
 
   function chooseRun(place) {
     state.run = place;
-    const kinds = [["prompts", "the same prompts over training"], ["texts", "texts trained on"]].filter(([name]) => run()[name].length);
+    const kinds = [["prompts", "the same prompts, again and again"], ["texts", "texts that were trained on"]].filter(([name]) => run()[name].length);
     state.kind = kinds.length ? kinds[0][0] : "prompts";
     options(at("kind"), kinds, state.kind);
     at("notes").textContent = run().notes.join(" ");
@@ -267,6 +285,46 @@
     draw();
   }
 
+  // --- held-out answers side by side ---
+
+  const shown = { run: 0, item: 0 };
+
+  function drawAnswers() {
+    const own = ANSWERS[shown.run], one = own.items[shown.item];
+    at("answers-place").textContent = `question ${one.number} of ${own.all}`;
+    at("answers-back").disabled = shown.item <= 0;
+    at("answers-on").disabled = shown.item >= own.items.length - 1;
+    at("answers-prompt").textContent = one.prompt;
+    at("answers-prompt-part").hidden = !one.prompt;
+    at("answers-reference").textContent = one.references.join("\n\n— or —\n\n");
+    at("answers-reference-part").hidden = !one.references.length;
+    at("answers-models").replaceChildren(...Object.entries(one.models).map(([model, said]) => {
+      const made = element("article", { class: model.split(" ").pop() });
+      const scores = Object.entries(said.scores).filter(([name]) => !["length", "eos"].includes(name)).map(([name, value]) => ` · ${name} ${value}`);
+      made.append(element("h4", {}, NAMES[model]), element("p", { class: "words" }, said.text || "(nothing was written)"),
+        element("p", { class: "facts" }, `${said.length}, ${said.end}${scores.join("")}`));
+      return made;
+    }));
+    at("answers-notes").textContent = own.notes.join(" ");
+  }
+
+  function chooseAnswers(run, item) {
+    shown.run = run;
+    shown.item = Math.min(Math.max(item, 0), ANSWERS[run].items.length - 1);
+    drawAnswers();
+  }
+
+  if (ANSWERS.length) {
+    options(at("answers-run"), ANSWERS.map((one, place) => [place, one.label]), 0);
+    at("answers-run-part").hidden = ANSWERS.length < 2;
+    at("answers-controls").hidden = false;
+    at("answers-run").addEventListener("change", (event) => chooseAnswers(Number(event.target.value), ANSWERS[Number(event.target.value)].first));
+    at("answers-back").addEventListener("click", () => chooseAnswers(shown.run, shown.item - 1));
+    at("answers-on").addEventListener("click", () => chooseAnswers(shown.run, shown.item + 1));
+    chooseAnswers(0, ANSWERS[0].first);
+  }
+  if (!DATA.length) return;
+
   at("run").addEventListener("change", (event) => chooseRun(Number(event.target.value)));
   at("kind").addEventListener("change", (event) => chooseKind(event.target.value));
   at("text").addEventListener("change", (event) => { state.item = Number(event.target.value); draw(); });
@@ -274,7 +332,7 @@
   at("earlier").addEventListener("click", () => moveLook(-1));
   at("later").addEventListener("click", () => moveLook(1));
   at("table-part").addEventListener("toggle", () => { if (at("table-part").open) table(look()); });
-  const form = document.querySelector(".controls");
+  const form = document.querySelector("form.controls");
   form.addEventListener("input", (event) => { if (!["run", "kind"].includes(event.target.id)) draw(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", (event) => {
@@ -292,6 +350,8 @@
     keys[event.key]();
   });
 
+  at("close").addEventListener("click", () => { at("token").hidden = true; });
+  NARROW.addEventListener("change", draw);
   options(at("run"), DATA.map((one, place) => [place, one.label]), 0);
   at("run").parentElement.hidden = DATA.length < 2;
   at("viewer").hidden = false;
