@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from switchkd.base.settings import plain_values
-from switchkd.data.template_inputs import DATE
+from switchkd.data.settings import DATE
 from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.rules import NOUNS
 
