@@ -47,7 +47,7 @@ def test_help_lists_every_command_with_its_summary_in_its_group(capfd):
 
 
 def test_version(capfd):
-    assert said(capfd, "--version") == f"switchkd {switchkd.__version__}\n" == "switchkd 0.1.0\n"
+    assert said(capfd, "--version") == f"switchkd {switchkd.__version__}\n" == "switchkd 0.2.0\n"
 
 
 def test_what_the_table_says_of_a_command_is_said_of_one_that_is_there():
