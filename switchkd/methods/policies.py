@@ -4,9 +4,9 @@ A policy maps the two next-token distributions at a position to the **target dis
 says who speaks. It knows no model, no tokenizer, no cache. Its state is a tuple of tensors whose first dimension is the
 row, so that the engine can undo a step, row by row, by keeping the old state.
 
-A rule may blend: then the target is a sum of a student's and a teacher's part, and who spoke is drawn, given the token,
-with the odds of the two parts there. Tokens and speakers have exactly the joint law of the published procedures that
-propose, test and resample.
+A rule may blend: then the target is a sum of a student's and a teacher's part. Who spoke is drawn at random; the teacher with
+the share that its part has in the probability of the token. So token and speaker together are distributed exactly as in the
+published procedures that propose a token, test it and draw another one.
 
 Shapes: B rows, V vocabulary. ``p`` is the teacher, ``q`` the student, ``t`` the response position (0 for the first token).
 """

@@ -224,7 +224,7 @@ def test_settings_that_are_right_together_may_be_given_together():
 def test_settings_that_contradict_each_other_are_wrong_usage(capfd):
     with pytest.raises(SystemExit, match="2"):
         parse(TrainConfig, ["train", "kd", "--objective", "minillm"])
-    assert capfd.readouterr().err.startswith("error: minillm weighs text back")
+    assert capfd.readouterr().err.startswith("error: the objective minillm corrects for text")
 
 
 def test_flags_win_over_the_recipe_and_may_be_written_with_underscores():
