@@ -16,9 +16,12 @@ from switchkd.training.settings import TrainConfig
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The pages as they are built: their HTML by path. A page that is in no navigation, or a broken link, fails here."""
+    """The pages as they are built: their HTML by path. A page that is in no navigation, or a broken link, fails here.
+
+    Without --quiet, which would hide the warnings that strict building counts.
+    """
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     built = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr + built.stdout
