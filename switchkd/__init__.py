@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 from switchkd.base import __version__
 
 if TYPE_CHECKING:
+    from switchkd.api.distil import distil, evaluate
+    from switchkd.api.run import Run
+    from switchkd.api.show import show
     from switchkd.decoding.decode import decode, decode_reference
     from switchkd.decoding.rollouts import Rollout
     from switchkd.methods import divergences
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
     from switchkd.methods.policies import AdaSwitch, Switch
     from switchkd.methods.policy import Decision, Policy, StudentOnly, TeacherOnly
     from switchkd.models.pair import Pair, load_pair
-    from switchkd.runs.distil import distil
     from switchkd.training.settings import TrainConfig
+    from switchkd.training.trainer import Trainer
 
 # Names load on first use, so that `switchkd --help` does not wait for torch.
 _HOME = {
@@ -33,7 +36,11 @@ _HOME = {
     "Pair": "models.pair",
     "load_pair": "models.pair",
     "TrainConfig": "training.settings",
-    "distil": "runs.distil",
+    "Trainer": "training.trainer",
+    "distil": "api.distil",
+    "evaluate": "api.distil",
+    "Run": "api.run",
+    "show": "api.show",
 }
 
 __all__ = [
@@ -44,16 +51,20 @@ __all__ = [
     "Pair",
     "Policy",
     "Rollout",
+    "Run",
     "StudentOnly",
     "Switch",
     "TeacherOnly",
     "TrainConfig",
+    "Trainer",
     "__version__",
     "decode",
     "decode_reference",
     "distil",
     "divergences",
+    "evaluate",
     "load_pair",
+    "show",
 ]
 
 

@@ -9,8 +9,9 @@ import switchkd
 
 def test_names():
     assert switchkd.__all__ == [
-        "AdaSwitch", "Decision", "Mix", "Objective", "Pair", "Policy", "Rollout", "StudentOnly", "Switch", "TeacherOnly",
-        "TrainConfig", "__version__", "decode", "decode_reference", "distil", "divergences", "load_pair",
+        "AdaSwitch", "Decision", "Mix", "Objective", "Pair", "Policy", "Rollout", "Run", "StudentOnly", "Switch",
+        "TeacherOnly", "TrainConfig", "Trainer", "__version__", "decode", "decode_reference", "distil", "divergences", "evaluate",
+        "load_pair", "show",
     ]  # fmt: skip
     assert all(getattr(switchkd, name) is not None for name in switchkd.__all__)
 

@@ -112,8 +112,6 @@ def fitted(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any
     hints, found = _hints(cls), {}
     for name, value in values.items():
         found[name] = _converted(value, hints[name], f"{prefix}{name}")
-        if typing.get_origin(hints[name]) is tuple and isinstance(value, str):  # it would be taken for its letters
-            raise ConfigError(f"{prefix}{name} must be several values, got the text {shown(value)}; give ({value!r},)")
         try:
             check_type(found[name], hints[name], f"{prefix}{name}")
         except DataError as error:
@@ -140,6 +138,8 @@ def _converted(value: Any, hint: Any, source: str) -> Any:
         kind, parts = typing.get_origin(option) or option, typing.get_args(option)
         if kind in _KINDS:
             return _checked_rule(value, source) if isinstance(value, kind) else _KINDS[kind][0](value, source)
+        if kind is tuple and parts[0] is str and isinstance(value, (str, os.PathLike)):
+            value = (value,)  # one of several that may be; as a list it would be taken for its letters
         if kind is tuple and isinstance(value, (list, tuple)):
             return tuple(_converted(item, parts[0], f"{source}[{i}]") for i, item in enumerate(value))
         if kind is dict and isinstance(value, dict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -210,6 +211,12 @@ def _hidden(path: Path) -> Path:
 
 _ENDINGS = ("_file", "_dir", "_path")  # of the names of settings that are paths
 _NAMES = ("runs", "plan", "resume_from", "teachers")
+
+
+def unused_folder(folder: str) -> Path:
+    """``folder``, or the first of folder-2, folder-3, … that is not there yet."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(Path(name) for name in names if not Path(name).exists())
 
 
 def expanded(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from switchkd.base.settings import Settings
 from switchkd.base.storage import expanded, write_file, write_output
 from switchkd.base.terminal import console
-from switchkd.data.settings import DataConfig, template_settings, with_date
+from switchkd.data.settings import DataConfig, template_settings, with_template
 from switchkd.evaluation.settings import EvalConfig
 from switchkd.methods.policy import Policy, StudentOnly
 from switchkd.models.settings import ModelConfig
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> None:
     run = run_of(config.student_model_name_or_path)
     saved = SavedStudent.of(run) if run else None
     pair = open_pair(config)
-    config = with_date(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer)
     heldout = load_heldout(config, pair)
     models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
     if isinstance(pair.teacher, ServedModel):
@@ -109,7 +109,7 @@ def lm_eval(config: LmEvalConfig) -> None:
     told: dict[str, Any] = {}
     if config.apply_chat_template and tokenizer.chat_template:
         # What the run was trained with, else today's date.
-        template = with_date(dataclasses.replace(run or TrainConfig(), template="chat"), tokenizer).prompts
+        template = with_template(dataclasses.replace(run or TrainConfig(), template="chat"), tokenizer).prompts
         told, tokenizer.chat_template = template_settings(template, tokenizer), template.text(tokenizer)
     asked = {name: getattr(config, name) for name in ("num_fewshot", "limit", "batch_size", "apply_chat_template")}
     answer = run_tasks(model, tokenizer, manager, config.tasks, **asked)

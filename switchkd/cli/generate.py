@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.base.storage import write_output
 from switchkd.base.terminal import bar, console
-from switchkd.data.settings import DataConfig, with_date
+from switchkd.data.settings import DataConfig, with_template
 from switchkd.decoding.settings import DecodeConfig, DecodeSettings
 from switchkd.models.settings import ModelConfig
 
@@ -51,7 +51,7 @@ def generate(config: GenerateConfig) -> None:
     from switchkd.runs.opening import open_pair
 
     pair = open_pair(config)
-    config = with_date(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer)
     examples, settings = _examples(config, pair, config.prompt, config.limit), _decoding(config, pair)
     with bar("generate", len(examples) * config.max_new_tokens) as progress:
         shown = 0
@@ -71,14 +71,13 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> list[TokenizedExample]:
-    """The prompts, or where there are none the first of eval_file."""
-    from switchkd.runs.heldout import DEFAULT_HELDOUT
-    from switchkd.runs.opening import load_task, prompt_examples
+    """The prompts, or where there are none the first that are held out."""
+    from switchkd.runs.heldout import prompts_to_complete
+    from switchkd.runs.opening import prompt_examples
 
     if prompts:
         return prompt_examples(prompts, config.prompts, pair)
-    own = config.teacher_prompt, config.teacher_field
-    return load_task(config, pair, config.eval_file or DEFAULT_HELDOUT, limit, False, *own)
+    return prompts_to_complete(config, pair, limit)
 
 
 def _decoding(config: Any, pair: Pair) -> DecodeSettings:
@@ -90,7 +89,7 @@ def play(config: PlayConfig) -> None:
     from switchkd.runs.opening import open_pair
 
     pair = open_pair(config)
-    config = with_date(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer)
     settings = _decoding(config, pair)
     prompts = _asked() if sys.stdin.isatty() and not config.prompt else [config.prompt]
     for number, prompt in enumerate(prompts):

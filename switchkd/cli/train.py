@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.settings import Settings
+from switchkd.base.storage import unused_folder
 from switchkd.base.terminal import bar, console
 from switchkd.training.settings import TrainConfig, load_recipe
 
@@ -122,11 +122,5 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
         recipe, template="chat", max_prompt_length=160, max_completion_length=128, seed=config.seed,
         max_new_tokens=min(64, recipe.max_new_tokens), per_device_train_batch_size=8, gradient_accumulation_steps=1,
         learning_rate=5e-4, warmup_steps=4, max_steps=config.max_steps, eval_samples=32, eval_max_new_tokens=64,
-        sample_steps=6, save_steps=12, output_dir=config.output_dir or _unused(f"runs/demo-{config.method}"),
+        sample_steps=6, save_steps=12, output_dir=config.output_dir or str(unused_folder(f"runs/demo-{config.method}")),
     )  # fmt: skip
-
-
-def _unused(folder: str) -> str:
-    """``folder``, or the first of folder-2, folder-3, … that is not there yet."""
-    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not Path(name).exists())

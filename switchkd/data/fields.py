@@ -9,6 +9,7 @@ from typing import Any
 from switchkd.base.errors import DataError
 from switchkd.base.plain import json_value, shown
 
+MOST_BYTES = 2**22  # of a row: a million tokens; a tokenizer takes three hundred times as much memory as its text
 _HISTORY = "write its turns into the messages"
 _TEXT_ONLY = "only text is read here; leave the field out if the text stands without it"
 # Fields that change the text and that nothing here reads, each with the way out.
@@ -59,7 +60,7 @@ class Fields(dict[str, Any]):
 
     def objects(self, name: str) -> list[Fields]:
         """The objects in a list. Raises DataError for anything else."""
-        value = self[name]
+        value = objects_in(self[name], name) if isinstance(dict.get(self, name), str) else self[name]
         if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
             raise DataError(f"field {name!r} must be a list of one or more objects, not {shown(value)}")
         return self._inside.setdefault(name, [Fields(one) for one in value])
@@ -85,9 +86,13 @@ class Fields(dict[str, Any]):
 
 
 def checked_text(value: Any, name: str) -> str:
-    """``value``, if it is text; raises DataError, naming the field, if it is not."""
+    """``value``, if it is text of a size that is read; raises DataError, naming the field, if it is not."""
     if not isinstance(value, str):
         raise DataError(f"field {name!r} must be a string, not {type(value).__name__}")
+    if len(value) > MOST_BYTES:
+        raise DataError(
+            f"field {name!r} is longer than {MOST_BYTES / 2**20:.0f} MiB, which is more than is read; split it"
+        )
     return value
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from switchkd.base.errors import DataError
+from switchkd.base.errors import DataError, nearest
 from switchkd.base.plain import json_value, shown
 from switchkd.data.fields import Fields, checked_text, objects_in
 
@@ -19,7 +20,9 @@ _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for what a model thinks before it answers
 _OF_A_TURN = (*THOUGHTS, "tool_calls", "tool_call_id", "name")  # what a template may write beside the content
 _TRAINED = ("weight", "train", "training", "loss")  # names for whether a turn is trained on
-_EARLIER = "only the last answer of a row is used, earlier ones are read as its prompt"
+_EARLIER = (
+    "only the last answer of a row is used, earlier ones are read as its prompt; with assistant_turns all each is used"
+)
 _LATER = "what follows the answer is not used"
 
 
@@ -52,7 +55,8 @@ class Message:
 class Record:
     """One example of a row: the prompt, the text it is about, the answers to score against (the first to train on), its group.
 
-    ``answer`` is the turn to train on where it says more than its text; ``tools`` are those that the prompt offers.
+    It has no ``references`` if the row is a prompt alone. ``answer`` is the turn to train on where it says more than its text;
+    ``tools`` are those that the prompt offers.
     """
 
     messages: tuple[Message, ...]
@@ -64,42 +68,64 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is to be made of rows: examples with ``answers``, or prompts too; of a conversation the last one, or ``every`` one."""
+
+    answers: bool = True
+    every: bool = False
+
+
+@dataclass(frozen=True)
 class Format:
-    """A row layout: its name, the fields it must have (each with its alternatives), and how to read a row's examples."""
+    """A row layout: its name, the fields of the prompt and of the answer (each with its alternatives), and how a row is read."""
 
     name: str
     fields: tuple[tuple[str, ...], ...]
-    read: Callable[[Fields], list[Record]]
+    answers: tuple[tuple[str, ...], ...]
+    read: Callable[[Fields, Wanted], list[Record]]
 
-    def matches(self, row: Fields) -> bool:
-        return all(any(name in row for name in names) for names in self.fields)
+    def matches(self, row: Fields, answers: bool = True) -> bool:
+        wanted = self.fields + (self.answers if answers else ())
+        return all(any(name in row for name in names) for names in wanted)
 
     def __str__(self) -> str:
-        return " + ".join("|".join(names) for names in self.fields)
+        return " + ".join("|".join(names) for names in self.fields + self.answers)
 
 
-def format_of(row: Fields) -> Format:
-    """The first of FORMATS that the row fits. Raises DataError, with what is needed, if there is none."""
-    known = next((known for known in FORMATS if known.matches(row)), None)
+def format_of(row: Fields, wanted: Wanted) -> Format:
+    """The first of FORMATS that the row fits, with its answer or, where none is needed, without.
+
+    Raises DataError, with what is needed, if there is none.
+    """
+    full = (known for known in FORMATS if known.matches(row))
+    prompts = (known for known in FORMATS if known.matches(row, answers=False))
+    known = next(full, None if wanted.answers else next(prompts, None))
     if known is None:
-        needed = "; or ".join(map(str, FORMATS))
         hint = next((hint for names, hint in _HINTS if names <= row.keys()), "")
-        raise DataError(f"the row has the fields {row.names()}; needed are: {needed}{hint}")
+        raise DataError(f"the row has the fields {row.names()}; {_needed(row)}{hint}")
     return known
 
 
-def examples_of(row: Fields, layout: Format) -> list[Record]:
+def _needed(row: Fields) -> str:
+    """What the row lacks: an answer, if it has a prompt of some layout, else one of the layouts."""
+    if asked := next((known for known in FORMATS if known.answers and known.matches(row, answers=False)), None):
+        fields = " and ".join(" or ".join(names) for names in asked.answers)
+        return f"it is a prompt without the answer ({fields}) that this use of the data needs"
+    return f"needed are: {'; or '.join(map(str, FORMATS))}"
+
+
+def examples_of(row: Fields, layout: Format, wanted: Wanted) -> list[Record]:
     """The row's examples, one or more.
 
     Raises DataError for a row that lacks a field, a prompt or a reference, or that has one which changes the text and is not read.
     """
-    if not layout.matches(row):
-        raise DataError(f"the row has the fields {row.names()}; needed are: {layout}")
-    records = [_with_row(row, record) for record in layout.read(row)]
+    if not layout.matches(row, wanted.answers):
+        raise DataError(f"the row has the fields {row.names()}; needed are, as in the file's first row: {layout}")
+    records = [_with_row(row, record) for record in layout.read(row, wanted)]
     for record in records:
         if not any(message.content.strip() for message in record.messages if message.role != "system"):
             raise DataError("empty prompt")
-        if not record.references or not all(text.strip() for text in record.references):
+        if (record.references or wanted.answers) and not all(text.strip() for text in record.references or [""]):
             raise DataError("empty completion (an answer to train on or to score against)")
     row.check_unread()
     return records
@@ -118,55 +144,127 @@ def _with_row(row: Fields, record: Record) -> Record:
     return replace(record, messages=messages, tools=tools)
 
 
-def _user(row: Fields, *names: str) -> tuple[Message, ...]:
-    """One user turn, after those of Alpaca's ``history``, a list of [question, answer]."""
-    turns = row["history"] if row.says("history") else []
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise DataError(f"field 'history' must be a list of [question, answer], not {shown(turns)}")
-    before = [
-        Message(role, checked_text(text, "history"))
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    row.leave(_EARLIER, len(turns))
-    return (*before, Message("user", row.text(*names)))
+def _answers(row: Fields, *names: str) -> tuple[str, ...]:
+    """What the first of these fields that says something answers: a text, or a list of them, several references."""
+    name = next((name for name in names if row.says(name)), next((name for name in names if name in row), ""))
+    value = row[name] if name else ()
+    if value == "":
+        return ()  # as a table writes it for a row that has no answer
+    return tuple(checked_text(answer, name) for answer in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-def _read_pair(row: Fields) -> list[Record]:
-    return [Record(_user(row, "prompt"), (row.text("completion"),))]
+# --- conversations ------------------------------------------------------------------------------------------------
+
+_SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
+    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "tool": "tool", "observation": "tool",
+    "function_response": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is the call of a tool
 
 
-def _read_conversation(row: Fields) -> list[Record]:
-    turns = row.objects("messages")
-    messages = tuple(_turn(turn) for turn in turns)
+def _read_conversation(row: Fields, wanted: Wanted) -> list[Record]:
+    return _conversation(row, [_turn(turn, "messages") for turn in row.objects("messages")], "messages", wanted)
+
+
+def _read_sharegpt(row: Fields, wanted: Wanted) -> list[Record]:
+    turns = [_sharegpt_turn(turn) for turn in row.objects("conversations")]
+    return _conversation(row, turns, "conversations", wanted)
+
+
+def _read_pair(row: Fields, wanted: Wanted) -> list[Record]:
+    prompt = "prompt" if "prompt" in row else "query"
+    if not isinstance(dict.get(row, prompt), list):
+        if isinstance(dict.get(row, "completion"), list):
+            before = [(turn, False) for turn in _user(row, prompt)]
+            return _conversation(row, [*before, *_completion(row)], "completion", wanted)
+        return _with_history(row, Record(_user(row, prompt), _answers(row, "completion", "response")), wanted)
+    before = [(_turn(turn, prompt)[0], False) for turn in row.objects(prompt)]
+    if before[-1][0].role == "assistant":
+        raise DataError(
+            f"field {prompt!r} ends with an assistant turn, which would be begun anew and not gone on with; end it before"
+        )
+    return _conversation(row, [*before, *_completion(row)], prompt, wanted)
+
+
+def _completion(row: Fields) -> list[tuple[Message, bool]]:
+    """The turns of a pair's completion, each with whether it is trained on."""
+    if isinstance(dict.get(row, "completion"), list) and row.says("completion"):
+        return [_turn(turn, "completion") for turn in row.objects("completion")]
+    return [(Message("assistant", text), True) for text in _answers(row, "completion", "response")]
+
+
+def _conversation(row: Fields, turns: list[tuple[Message, bool]], name: str, wanted: Wanted) -> list[Record]:
+    """The examples of a conversation: each turn to train on as an answer, with all before it as its prompt."""
+    messages = tuple(message for message, _ in turns)
     roles = [message.role for message in messages]
     if not all(roles):
-        raise DataError(f"field 'messages' has a turn without a role (roles: {shown(roles)})")
+        raise DataError(f"field {name!r} has a turn without a role (roles: {shown(roles)})")
     answers = [place for place, role in enumerate(roles) if role == "assistant"]
-    if not answers:
-        raise DataError(f"field 'messages' has no assistant turn (roles: {shown(roles)})")
-    trained = [place for place in answers if _is_trained(turns[place])]
-    if not trained:
-        raise DataError("field 'messages' says of every assistant turn that it is not trained on; leave the row out")
-    *earlier, last = trained
-    answer = messages[last]
+    trained = [place for place in answers if turns[place][1]]
+    if not wanted.answers and roles[-1] != "assistant":  # the next answer is to be written
+        trained = [*(trained if wanted.every else []), len(messages)]
+    elif not answers:
+        raise DataError(f"field {name!r} has no assistant turn (roles: {shown(roles)})")
+    elif not trained:
+        raise DataError(f"field {name!r} says of every assistant turn that it is not trained on; leave the row out")
+    places = trained if wanted.every else trained[-1:]
+    row.leave(_EARLIER, len([place for place in answers if place < places[0] and turns[place][1]]))
+    row.leave(_LATER, max(0, len(messages) - 1 - places[-1]))
+    return [_answered(messages, place) for place in places]
+
+
+def _answered(messages: tuple[Message, ...], place: int) -> Record:
+    """The example whose answer is the turn at ``place``, which may be still to come."""
+    if place == len(messages):
+        return Record(messages, ())
+    answer = messages[place]
     calls = json.dumps(answer.calls, ensure_ascii=False) if answer.calls else ""
-    row.leave(_EARLIER, len(earlier))
-    row.leave(_LATER, len(messages) - 1 - last)
     said = answer.content if answer.content.strip() else calls
-    return [Record(messages[:last], (said,), answer=answer if answer.more else None)]
+    return Record(messages[:place], (said,), answer=answer if answer.more else None)
 
 
-def _turn(turn: Fields) -> Message:
-    more = {name: turn[name] for name in _OF_A_TURN if turn.says(name)}
-    for name, value in more.items():
-        if name != "tool_calls":
-            checked_text(value, f"messages[].{name}")
+def _turn(turn: Fields, name: str) -> tuple[Message, bool]:
+    """A turn of the field ``name``, and whether it may be trained on."""
+    more = {part: turn[part] for part in _OF_A_TURN if turn.says(part)}
+    for part, value in more.items():
+        if part != "tool_calls":
+            checked_text(value, f"{name}[].{part}")
     if "tool_calls" in more:
-        more["tool_calls"] = [_call(call) for call in objects_in(more["tool_calls"], "messages[].tool_calls")]
+        more["tool_calls"] = [_call(call) for call in objects_in(more["tool_calls"], f"{name}[].tool_calls")]
     elif "content" not in turn:
-        raise DataError(f"field 'messages' has a turn without content (its fields: {turn.names()})")
-    return Message(turn.text("role"), turn.text("content"), more)
+        raise DataError(f"field {name!r} has a turn without content (its fields: {turn.names()})")
+    return Message(turn.text("role"), _content(turn, name), more), _is_trained(turn, name)
+
+
+def _content(turn: Fields, name: str) -> str:
+    """The text of a turn, which may be written as a list of parts."""
+    if not isinstance(dict.get(turn, "content"), list):
+        return turn.text("content")
+    parts = []
+    for part in turn["content"]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"field '{name}[].content' holds {shown(part)}; of content in parts only {{'type': 'text', 'text': …}} is read here"
+            )
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def _sharegpt_turn(turn: Fields) -> tuple[Message, bool]:
+    """A turn as ShareGPT writes it, with `from` and `value`; or one with role and content."""
+    if "from" not in turn:
+        return _turn(turn, "conversations")
+    speaker, said = turn.text("from"), turn.text("value")
+    if speaker not in _SHAREGPT_ROLES:
+        raise DataError(f"field 'conversations' has a turn from {shown(speaker)}{nearest(speaker, _SHAREGPT_ROLES)}")
+    more = {}
+    if speaker in _CALLS:
+        found = json_value(said)
+        calls = objects_in(found if isinstance(found, list) else [found], "conversations[].value")
+        said, more = "", {"tool_calls": [_call(call) for call in calls]}
+    return Message(_SHAREGPT_ROLES[speaker], said, more), _is_trained(turn, "conversations")
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -186,29 +284,55 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     return function
 
 
-def _is_trained(turn: Fields) -> bool:
+def _is_trained(turn: Fields, where: str) -> bool:
     """Whether an answer may be trained on, as weights and marks of other trainers say it."""
     marks = {name: turn[name] for name in _TRAINED if name in turn}
     for name, value in marks.items():
         if value not in (0, 1):  # True and False are among them
             raise DataError(
-                f"field 'messages[].{name}' must be 0 or 1 (an answer is trained on or not), not {shown(value)}"
+                f"field '{where}[].{name}' must be 0 or 1 (an answer is trained on or not), not {shown(value)}"
             )
     return all(marks.values())
 
 
-def _read_instruction(row: Fields) -> list[Record]:
-    output = row["output"] if "output" in row else row["response"]
-    answers = output if isinstance(output, list) else [output]
-    references = tuple(checked_text(answer, "output") for answer in answers)
-    group = row.label("topic", "category")
-    return [Record(_user(row, "instruction"), references, row.text("input", "context"), group)]
+# --- rows of one question -----------------------------------------------------------------------------------------
 
 
-def _read_instances(row: Fields) -> list[Record]:
+def _user(row: Fields, *names: str) -> tuple[Message, ...]:
+    """One user turn, after those of Alpaca's ``history``, a list of [question, answer]."""
+    turns = row["history"] if row.says("history") else []
+    if isinstance(turns, str):  # as a cell of a table has it
+        with suppress(DataError):
+            turns = json_value(turns)
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise DataError(f"field 'history' must be a list of [question, answer], not {shown(turns)}")
+    before = [
+        Message(role, checked_text(text, "history"))
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return (*before, Message("user", row.text(*names)))
+
+
+def _with_history(row: Fields, record: Record, wanted: Wanted) -> list[Record]:
+    """The record, after one for each answer of its history where every answer is wanted."""
+    answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
+    if wanted.every:
+        return [*(_answered(record.messages, place) for place in answers), record]
+    row.leave(_EARLIER, len(answers))
+    return [record]
+
+
+def _read_instruction(row: Fields, wanted: Wanted) -> list[Record]:
+    references, group = _answers(row, "output", "response"), row.label("topic", "category")
+    record = Record(_user(row, "instruction"), references, row.text("input", "context"), group)
+    return _with_history(row, record, wanted)
+
+
+def _read_instances(row: Fields, wanted: Wanted) -> list[Record]:
     prompt, group = _user(row, "instruction"), row.label("motivation_app")
     return [
-        Record(prompt, (instance.text("output"),), instance.text("input"), group)
+        Record(prompt, _answers(instance, "output"), instance.text("input"), group)
         for instance in row.objects("instances")
     ]
 
@@ -218,28 +342,31 @@ def _without_calculator(solution: str) -> str:
     return re.sub(r"<<[^>]*>>", "", solution)
 
 
-def _read_gsm8k(row: Fields) -> list[Record]:
-    return [Record(_user(row, "question"), (_without_calculator(row.text("answer")),))]
+def _read_gsm8k(row: Fields, wanted: Wanted) -> list[Record]:
+    return [Record(_user(row, "question"), tuple(map(_without_calculator, _answers(row, "answer"))))]
 
 
-def _read_gsm_plus(row: Fields) -> list[Record]:
+def _read_gsm_plus(row: Fields, wanted: Wanted) -> list[Record]:
     solution, answer = _without_calculator(row.text("solution")), row.text("answer")
-    if "####" not in solution:
+    if answer and "####" not in solution:
         solution += f"\n#### {answer}"
-    return [Record(_user(row, "question"), (solution,), group=row.text("perturbation_type"))]
+    references = (solution,) if solution else ()
+    return [Record(_user(row, "question"), references, group=row.text("perturbation_type"))]
 
 
-def _read_math(row: Fields) -> list[Record]:
-    return [Record(_user(row, "problem"), (row.text("solution"),), group=row.label("subject", "type"))]
+def _read_math(row: Fields, wanted: Wanted) -> list[Record]:
+    return [Record(_user(row, "problem"), _answers(row, "solution"), group=row.label("subject", "type"))]
 
 
-def _read_dialogue(row: Fields) -> list[Record]:
+def _read_dialogue(row: Fields, wanted: Wanted) -> list[Record]:
     names = [name for name in ("summary", "summary1", "summary2", "summary3") if name in row]
     dialogue = row.text("dialogue")
     # The fixed instruction must not hide that there is nothing to summarise.
     prompt = (Message("user", _DIALOGUE_INSTRUCTION if dialogue.strip() else ""),)
     return [Record(prompt, tuple(row.text(name) for name in names), dialogue)]
 
+
+# --- the layouts --------------------------------------------------------------------------------------------------
 
 _HINTS: tuple[tuple[set[str], str], ...] = (
     (
@@ -248,24 +375,23 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
         "as MiniLLM's valid.jsonl has them (its outputs are gpt-3.5-turbo's answers)",
     ),
     (
-        {"conversations"},
-        ". ShareGPT's `conversations` are not read: write them as `messages`, a list of {role, content}",
-    ),
-    (
         {"query", "answers", "tools"},
-        ". xLAM's rows are not read: write query and answers as `messages` with `tool_calls`",
+        ". xLAM's answers are not read: write query and answers as `messages` with `tool_calls`",
     ),
     ({"chosen", "rejected"}, ". Preferences are not read: write the chosen answer as `completion` or into `messages`"),
     ({"text"}, ". Rows of plain `text` are for lm_file"),
 )
 
 FORMATS = (
-    Format("pair", (("prompt",), ("completion",)), _read_pair),
-    Format("messages", (("messages",),), _read_conversation),
-    Format("instruction", (("instruction",), ("output", "response")), _read_instruction),
-    Format("instances", (("instruction",), ("instances",)), _read_instances),
-    Format("gsm_plus", (("question",), ("solution",), ("answer",), ("perturbation_type",)), _read_gsm_plus),
-    Format("gsm8k", (("question",), ("answer",)), _read_gsm8k),
-    Format("math", (("problem",), ("solution",)), _read_math),
-    Format("dialogue", (("dialogue",), ("summary", "summary1")), _read_dialogue),
+    Format("pair", (("prompt", "query"),), (("completion", "response"),), _read_pair),
+    Format("messages", (("messages",),), (), _read_conversation),
+    Format("messages", (("conversations",),), (), _read_sharegpt),
+    Format("instruction", (("instruction",),), (("output", "response"),), _read_instruction),
+    Format("instances", (("instruction",), ("instances",)), (), _read_instances),
+    Format("gsm_plus", (("question",), ("perturbation_type",)), (("solution",), ("answer",)), _read_gsm_plus),
+    Format("gsm8k", (("question",),), (("answer",),), _read_gsm8k),
+    Format("math", (("problem",),), (("solution",),), _read_math),
+    Format("dialogue", (("dialogue",),), (("summary", "summary1"),), _read_dialogue),
 )
+FIELD_NAMES = {name for known in FORMATS for names in known.fields + known.answers for name in names} | {"text"}
+"""The fields by which a row's layout is known."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.conversations import PROBE, Conversations, Marks, one_of
 from switchkd.data.formats import Message
-from switchkd.data.template_inputs import Template
+from switchkd.data.settings import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from switchkd.data.examples import Example
 
 
-TEACHER_FIELDS = ("prompt", "completion")
 _CHUNK, _CHUNK_TEXT = 256, 2**20  # examples and characters that are encoded together
 
 
@@ -40,47 +38,51 @@ def _plain_prompt(instruction: str, context: str = "") -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def check_teacher_prompt(text: str) -> None:
-    """Raise ConfigError unless ``text`` has at least one of the fields {prompt} and {completion}, and no other."""
-    try:
-        parts = [part for part in Formatter().parse(text) if part[1] is not None]
-    except ValueError as error:
-        raise ConfigError(f"teacher_prompt {text!r}: {error}; write {{{{ and }}}} for braces") from error
-    for _, name, layout, conversion in parts:
-        if name not in TEACHER_FIELDS or layout or conversion:
-            written = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{layout}' if layout else ''}}}"
-            raise ConfigError(
-                f"teacher_prompt {text!r} has the unknown field {written}; known are {{prompt}} and {{completion}}; write {{{{ and "
-                "}} for braces"
-            )
-    if not parts:
-        raise ConfigError(
-            f"teacher_prompt {text!r} has none of the fields {{prompt}} and {{completion}}, so it would be the same for every row"
-        )
+_Written = tuple[str, "str | None"]  # a prompt, and its completion if it has one
 
 
-def for_teacher(example: Example, teacher_prompt: str) -> Example:
-    """The example with its last user turn replaced by ``teacher_prompt``, filled in; an ``input`` stays beside it.
+def _with_some_answer(example: Example) -> Example:
+    """The example, or a prompt alone with an answer that nobody reads: a chat template is tried on whole conversations."""
+    return example if example.references else replace(example, completion=PROBE)
 
-    Raises DataError if it has no user turn.
-    """
-    turns = list(example.messages)
-    users = [place for place, turn in enumerate(turns) if turn.role == "user"]
-    if not users:
-        roles = ", ".join(turn.role for turn in turns)
-        raise DataError(f"no user turn that teacher_prompt could replace (roles: {roles})")
-    turn = turns[users[-1]]
-    content = teacher_prompt.format(prompt=turn.content, completion=example.completion)
-    turns[users[-1]] = replace(turn, content=content)
-    return replace(example, messages=tuple(turns))
+
+@dataclass(frozen=True)
+class TeacherReads:
+    """What a teacher reads that the student does not: ``prompt`` in place of the last user turn (with the fields {prompt} and
+    {completion}), a ``system`` prompt in place of the row's own, and the template of each teacher that has one, by its name."""
+
+    prompt: str = ""
+    system: str = ""
+    templates: Mapping[str, Template] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.prompt or self.system or self.templates)
+
+    def of(self, example: Example) -> Example:
+        """The example as its teacher reads it; an ``input`` stays beside it.
+
+        Raises DataError if ``prompt`` has no turn to replace.
+        """
+        turns = list(example.messages)
+        if self.prompt:
+            users = [place for place, turn in enumerate(turns) if turn.role == "user"]
+            if not users:
+                roles = ", ".join(turn.role for turn in turns)
+                raise DataError(f"no user turn that teacher_prompt could replace (roles: {roles})")
+            turn = turns[users[-1]]
+            content = self.prompt.format(prompt=turn.content, completion=example.completion)
+            turns[users[-1]] = replace(turn, content=content)
+        if self.system:
+            turns = [Message("system", self.system), *(turn for turn in turns if turn.role != "system")]
+        return replace(example, messages=tuple(turns))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into (prompt_ids, completion_ids); a completion ends with the end-of-turn token.
+    """Turns examples into (prompt_ids, completion_ids); a completion ends with the end-of-turn token, and a prompt alone has none.
 
-    ``chat`` is the tokenizer's own chat template, ``alpaca`` the Alpaca prompt, ``none`` the prompt text as it is; a `Template`
-    also says what a chat template is told.
+    ``chat`` is the tokenizer's own chat template, ``alpaca`` the Alpaca prompt, ``none`` the prompt text as it is, ``auto`` the
+    first of these that the tokenizer has; a `Template` also says what a chat template is told.
     ``eos_token_ids`` stop generation (default: the tokenizer's eos token): of several closing tokens that a chat template
     writes, the first of these ends the completion, and what stands before it is part of the text.
     Raises ConfigError if the template is unknown or the tokenizer lacks what it needs.
@@ -91,7 +93,7 @@ class Encoder:
     eos_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self._is_chat and not self.tokenizer.chat_template:
+        if self._is_chat and not (self._told.jinja or self.tokenizer.chat_template):
             raise ConfigError("template 'chat' needs a tokenizer with a chat template; use 'alpaca' or 'none'")
         if not self._is_chat and self._eos is None:
             raise ConfigError(
@@ -100,7 +102,7 @@ class Encoder:
 
     @cached_property
     def _told(self) -> Template:
-        return Template.of(self.template)
+        return Template.of(self.template).resolved(self.tokenizer)
 
     @property
     def _is_chat(self) -> bool:
@@ -129,12 +131,12 @@ class Encoder:
         self, examples: Sequence[Example], change: Callable[[Example], Example] = lambda example: example
     ) -> Iterator[tuple[list[int], list[int]] | DataError]:
         """The same for each example, which ``change`` may change before, or what is wrong with it."""
-        chunk: list[tuple[str, str] | DataError] = []
+        chunk: list[_Written | DataError] = []
         length = 0
         for example in examples:
             try:
-                prompt, completion = self._texts(change(example))
-                chunk.append((prompt, completion))
+                prompt, completion = self._texts(_with_some_answer(change(example)))
+                chunk.append((prompt, completion if example.references else None))
                 length += len(prompt) + len(completion)
             except DataError as error:
                 chunk.append(error)
@@ -145,21 +147,21 @@ class Encoder:
                 chunk, length = [], 0
         yield from self._encode_chunk(chunk)
 
-    def _encode_chunk(
-        self, chunk: Sequence[tuple[str, str] | DataError]
-    ) -> Iterator[tuple[list[int], list[int]] | DataError]:
+    def _encode_chunk(self, chunk: Sequence[_Written | DataError]) -> Iterator[tuple[list[int], list[int]] | DataError]:
         texts = [text for text in chunk if not isinstance(text, DataError)]
         prompts = iter(self._encode([prompt for prompt, _ in texts]))
-        wholes = iter(self._encode([prompt + completion for prompt, completion in texts]))
+        wholes = iter(self._encode([prompt + (completion or "") for prompt, completion in texts]))
         for text in chunk:
             yield text if isinstance(text, DataError) else self._ids(*text, next(prompts), next(wholes))
 
     def _ids(
-        self, prompt: str, completion: str, prompt_ids: list[int], whole: list[int]
+        self, prompt: str, completion: str | None, prompt_ids: list[int], whole: list[int]
     ) -> tuple[list[int], list[int]] | DataError:
         if not prompt_ids:
             return DataError("the prompt has no tokens")
         try:
+            if completion is None:
+                return self._spelt(prompt, prompt_ids), []
             prompt_ids, whole = self._spelt(prompt, prompt_ids), self._spelt(prompt + completion, whole)
             return prompt_ids, self._ended(self._continuation(prompt_ids, whole, completion))
         except DataError as error:

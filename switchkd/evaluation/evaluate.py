@@ -33,7 +33,9 @@ from switchkd.teachers.asked import TextReader, text_reader
 _TOKENS_AT_ONCE = 512
 
 Progress = Callable[[int, str | None], None]  # told of examples that are done, and what to show beside the bar
-Prompt = tuple[list[int], list[int]]  # token ids of a prompt and its response
+Read = tuple[
+    list[int], list[int], list[int]
+]  # of a prompt as the scored model reads it, as the teacher does, of a response
 
 
 def evaluate(
@@ -57,16 +59,22 @@ def evaluate(
     if settings.temperature and not settings.seeds:
         raise ConfigError("sampled completions need at least one of eval_seeds")
     _check_references(task, examples)
-    references = [(example.prompt_ids, example.completion_ids) for example in examples]
+    prompts = [(_asked(pair, model, example), example.teacher_reads) for example in examples]
+    references = [(*asked, example.completion_ids) for asked, example in zip(prompts, examples, strict=True)]
     scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
     completions, ids = complete(pair, model, examples, settings, progress)
     scores |= _text_scores(task, examples, completions)
     if settings.own_text:
-        own = [(e.prompt_ids, text) for row in ids for e, text in zip(examples, row, strict=True)]
+        own = [(*asked, text) for row in ids for asked, text in zip(prompts, row, strict=True)]
         kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
         scores["own_forward_kl"] = Values((kl.sum(0) / tokens.sum(0)).reshape(len(ids), len(examples)))
     groups = [example.group for example in examples]
     return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row])
+
+
+def _asked(pair: Pair, model: PreTrainedModel, example: TokenizedExample) -> list[int]:
+    """The prompt as the scored model reads it."""
+    return example.teacher_reads if model is pair.teacher else example.prompt_ids
 
 
 def work(examples: Sequence[TokenizedExample], settings: EvalSettings) -> int:
@@ -173,7 +181,7 @@ def _by_engine(
 
     passes = settings.passes
     seeds = [seed or 0 for seed in passes for _ in examples]
-    prompts, ids = [e.prompt_ids for _ in passes for e in examples], [e.id for _ in passes for e in examples]
+    prompts, ids = [_asked(pair, model, e) for _ in passes for e in examples], [e.id for _ in passes for e in examples]
     job = Job.of(model, pair.teacher, prompts, settings.decoding(0), ids, pair.ends, pair.vocab_size, seeds=seeds)
     rollouts = decode_job(job, on_round)
     if failed := [rollout for rollout in rollouts if rollout.error]:
@@ -192,7 +200,7 @@ def _by_generate(
     progress: Progress,
 ) -> Iterator[Sequence[tuple[list[int], str]]]:
     """Under each seed, one after the other: ``generate`` draws for a whole batch from one generator."""
-    prompts = [example.prompt_ids for example in examples]
+    prompts = [_asked(pair, model, example) for example in examples]
     for seed in settings.passes:
         yield complete_by_generate(
             model,
@@ -208,7 +216,7 @@ def _by_generate(
 
 
 def _likelihood_scores(
-    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Read], batch_size: int, progress: Progress
 ) -> dict[str, Values]:
     """Divergence to the teacher, in all and by position, and perplexity, on the reference tokens."""
     kl, nll, tokens = _token_sums(pair, model, rows, batch_size, progress)
@@ -224,7 +232,7 @@ def _per_token(sums: np.ndarray, tokens: np.ndarray) -> Values:
 
 @torch.no_grad()
 def _token_sums(
-    pair: Pair, model: PreTrainedModel, rows: Sequence[Prompt], batch_size: int, progress: Progress
+    pair: Pair, model: PreTrainedModel, rows: Sequence[Read], batch_size: int, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, and tokens there.
 
@@ -244,7 +252,7 @@ def _token_sums(
     while left:
         size = min(batch_size, len(left))
         (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size", alone)
-        lengths = [len(rows[place][1]) for place in places]
+        lengths = [len(rows[place][2]) for place in places]
         positions = np.concatenate([np.arange(length) for length in lengths])
         owners = np.repeat(places, lengths)
         per_token = np.stack([kl, nll, np.ones(len(owners))])
@@ -256,11 +264,13 @@ def _token_sums(
     return sums[0], sums[1], sums[2]
 
 
-def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read]) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
-    hidden_q = scored.hidden(rows)
-    hidden_p = hidden_q if scored is teacher else teacher.hidden(rows)
-    written = [token for _, completion in rows for token in completion]
+    hidden_q = scored.hidden([(prompt, completion) for prompt, _, completion in rows])
+    hidden_p = (
+        hidden_q if scored is teacher else teacher.hidden([(prompt, completion) for _, prompt, completion in rows])
+    )
+    written = [token for *_, completion in rows for token in completion]
     targets = scored.head.ends.events(torch.tensor(written, dtype=torch.int64, device=hidden_q.device))
     kl, nll = [], []
     for part in _chunks(len(targets)):

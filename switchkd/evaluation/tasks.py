@@ -25,7 +25,7 @@ from switchkd.evaluation.scores import (
 
 if TYPE_CHECKING:
     from switchkd.data.examples import Example
-    from switchkd.data.lines import BadRows
+    from switchkd.data.files import BadRows
 
 
 Score = Callable[[str, Sequence[str], str], dict[str, float]]
@@ -78,18 +78,19 @@ def task_named(name: str, source_format: str) -> Task:
 
 
 def scorable(task: Task, examples: Sequence[Example], bad: BadRows) -> list[Example]:
-    """The examples whose references the task can score against; the others are bad rows."""
+    """The examples whose references the task can score against, and those that have none yet; the others are bad rows."""
     kept = []
     for example in examples:
         try:
-            task.score("", example.references, example.group)
+            if example.references:
+                task.score("", example.references, example.group)
             kept.append(example)
         except DataError as error:
             bad.add(example.source, DataError(f"task {task.name}: {error}"))
     return kept
 
 
-def eval_source(eval_file: str, task: str) -> str:
+def eval_sources(eval_file: tuple[str, ...], task: str) -> tuple[str, ...]:
     """Where the examples come from: ``eval_file`` if one is given, else the data of the task ``task``.
 
     Raises ConfigError for an unknown task, or where neither says where the examples are.
@@ -102,7 +103,7 @@ def eval_source(eval_file: str, task: str) -> str:
         raise ConfigError("nothing to evaluate on: give eval_file, or a task that has data of its own")
     if not TASKS[task].hub:
         raise ConfigError(f"task {task} has no data of its own; give eval_file. {TASKS[task].source}")
-    return TASKS[task].hub
+    return (TASKS[task].hub,)
 
 
 # --- scores of a completion ---------------------------------------------------------------------------------------

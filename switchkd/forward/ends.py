@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ModelError, SwitchKDError
-from switchkd.data.template_inputs import Template
+from switchkd.data.settings import AUTO, Template
 from switchkd.data.templates import Encoder, named
 
 if TYPE_CHECKING:
@@ -160,18 +160,16 @@ def declared_ends(
 def pair_ends(
     declared: Mapping[str, tuple[int, ...]],
     tokenizer: PreTrainedTokenizerBase,
-    template: str | Template | None = None,
+    template: str | Template = AUTO,
     merge: bool = False,
 ) -> tuple[Ends, tuple[str, ...]]:
     """The ends of models that write together, from those that each declares (by its role), and sentences about them.
 
     A text stops at all of them, and at the token that ``template`` closes an answer with, or nothing would ever stop there.
     If all models declare the same ends, and the template closes with one of these, each is an event of its own. Else all are
-    one event, under the id that the template writes; so they are where ``merge`` says that they were before. ``template`` None is
-    the chat template where the tokenizer has one, else none. Raises ConfigError for an unknown one.
+    one event, under the id that the template writes; so they are where ``merge`` says that they were before.
+    Raises ConfigError for an unknown template.
     """
-    if template is None:
-        template = "chat" if tokenizer.chat_template else "none"
     ids = frozenset(i for own in declared.values() for i in own)
     close, told = _closing(tokenizer, Template.of(template), ids)
     stops = ids if close is None else ids | {close}

@@ -23,6 +23,7 @@ class Mix:
 
     generates = True  # whether a step may have the policy write
     wants_teacher_text = False  # whether the teacher's completions, made once, replace the examples' own
+    reads_completions = True  # whether a step may train on the examples' own completions; if not, prompts are enough
     capacity = 0  # rollouts kept for replay
     validation_steps = 0  # steps between looks at the validation loss; 0 never looks
 
@@ -52,6 +53,7 @@ class TeacherText(GroundTruth):
     """SeqKD (arXiv 1606.07947): the teacher's completion of every prompt, generated once, stored and read again."""
 
     wants_teacher_text = True
+    reads_completions = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Generated(Mix):
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda is a probability, got {self.lmbda}; give a number from 0 to 1")
 
+    @property
+    def reads_completions(self) -> bool:  # type: ignore[override] # which Mix has as a plain value
+        return self.lmbda < 1
+
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         return "policy" if chance < self.lmbda else "examples"
 
@@ -73,6 +79,7 @@ class Pairs(Mix):
     """DistiLLM-2 (arXiv 2503.07067): for every prompt the teacher's stored completion and a fresh one of the policy."""
 
     wants_teacher_text = True
+    reads_completions = False
 
     def source(self, chance: float, progress: float, buffered: int, memory: Memory) -> Source:
         return "pairs"

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchkd.base.errors import ConfigError, SwitchKDError, nearest
 from switchkd.base.storage import expanded
-from switchkd.data.template_inputs import Template
+from switchkd.data.settings import AUTO, Template
 from switchkd.forward.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.models.loading import (
     MADE,
@@ -62,6 +62,7 @@ class Pair:
     folder_dtype: str = "float32"
     merged_eos_token_id: int | None = None
     teachers_stay: bool = False
+    teacher_templates: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ends(self) -> Ends:
@@ -90,10 +91,11 @@ def load_pair(
     lora: "ModelConfig | None" = None,
     seed: int = 0,
     teachers: Mapping[str, str] | None = None,
-    template: str | Template | None = None,
+    template: str | Template = AUTO,
     teacher_place: Place | None = None,
     teacher_files: str = "",
     teacher_writer: str = "",
+    own_templates: bool = False,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, or a pair of `MADE` (for both if ``student`` is None).
 
@@ -106,8 +108,8 @@ def load_pair(
     ``dtype`` is of the student's weights and products, ``teacher_dtype`` of the teachers'; ``auto`` is bfloat16 on a GPU that is
     good at it, else float32, and float64 for a teacher beside a student in float64. A new or opened adapter is float32 or wider.
     ``teacher_place`` says where the teachers' weights lie, if not beside the student's.
-    ``template`` is the one that text will be written with: its end is one of the pair's. None: chat if the tokenizer has a chat
-    template, else none.
+    ``template`` is the one that text will be written with: its end is one of the pair's. Both models read prompts under the
+    teacher's chat template, or the student's where the teacher has none; with ``own_templates`` each reads under its own.
     ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
     not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows,
@@ -138,26 +140,84 @@ def load_pair(
     there = teacher_device(place, device_named(device))
     of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
     models = _load_teachers(sources, of_teachers, str(there), student_model, place, files, tokenizers, teacher_writer)
+    if teacher_name == BASE and not is_adapter(student_name):
+        notes += (
+            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
+            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
+            "adapter already",
+        )
+    pair = _put_together(models, student_model, tokenizers, student_tokenizer, vocab_size, template, own_templates)
+    return replace(
+        pair, warnings=notes + pair.warnings, folder_dtype=_folder_dtype(student_name), teachers_stay=place.stays
+    )
+
+
+def pair_of(
+    teacher: "PreTrainedModel",
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    lora: "ModelConfig | None" = None,
+    seed: int = 0,
+    template: str | Template = AUTO,
+) -> Pair:
+    """A pair of models that are loaded already, with the tokenizer of both, checked as `load_pair` checks one.
+
+    The student is trained as it is given, in float32 or wider: weights in fewer bits are widened in place. ``lora`` puts a new
+    adapter of these settings on it. Raises ConfigError for a student that has an adapter already, ModelError for a model that
+    cannot be decoded here, VocabularyError where a model has too few logits rows for the tokenizer.
+    """
+    from switchkd.forward.text_path import freeze_beside_text, frozen_note
+    from switchkd.models.adapters import add_adapter, has_adapter
+    from switchkd.runner.architecture import check_layers
+
+    for model in (teacher, student):
+        check_layers(model.config)
+        model.eval()
+    if has_adapter(student):
+        raise ConfigError("the student has an adapter already; save it, and name its folder as the student")
+    folder_dtype = dtype_name(student.dtype)
+    if student.dtype.itemsize < 4:
+        student.float()
+    beside = freeze_beside_text(student)
+    if lora is not None:
+        add_adapter(student, lora, seed, beside)
+    vocab_size = check_vocabulary(tokenizer, tokenizer)
+    teacher.requires_grad_(False)
+    pair = _put_together({"": teacher}, student, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
+    notes = (frozen_note(beside),) if beside else ()
+    stay = teacher.device != student.device
+    return replace(pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype, teachers_stay=stay)
+
+
+def _put_together(
+    models: "dict[str, PreTrainedModel]",
+    student_model: "PreTrainedModel",
+    tokenizers: "dict[str, PreTrainedTokenizerBase]",
+    student_tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    template: str | Template,
+    own_templates: bool,
+) -> Pair:
+    """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts."""
     for name, model in models.items():
         with _naming(name):
             vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
             vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
     left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
-    ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, template)
-    tokenizer = tokenizers.pop("")
-    warnings = notes + left_out + prompt_warnings(tokenizer, student_tokenizer) + other_prompts(tokenizer, tokenizers)
+    own = {name: _chat_template(name, each) for name, each in tokenizers.items()} if own_templates else {}
+    warnings = left_out
+    if not own_templates:
+        others = {name: each for name, each in tokenizers.items() if name}
+        warnings += prompt_warnings(tokenizers[""], student_tokenizer) + other_prompts(tokenizers[""], others)
+    tokenizer = student_tokenizer if own_templates else tokenizers[""]
+    tokenizer.chat_template = tokenizer.chat_template or student_tokenizer.chat_template
+    ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, tokenizer, template)
     warnings += told + settle_generation(student_model, tokenizer)
-    if teacher_name == BASE and not is_adapter(student_name):
-        warnings += (
-            "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
-            "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
-            "adapter already",
-        )
-    source_dtype = _folder_dtype(student_name)
     default = models.pop("")
     return Pair(
-        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models, source_dtype, ends.merged_into,
-        place.stays,
+        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models,
+        merged_eos_token_id=ends.merged_into, teacher_templates=own,
     )  # fmt: skip
 
 
@@ -181,6 +241,14 @@ def _same_model(one: str, other: str) -> bool:
     )
 
 
+def _chat_template(teacher: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The chat template of a teacher that is to read under its own."""
+    if not tokenizer.chat_template:
+        whose = f"teacher {teacher!r}" if teacher else "the teacher"
+        raise ConfigError(f"teacher_template 'own': {whose} has no chat template; leave teacher_template 'shared'")
+    return tokenizer.get_chat_template()
+
+
 @contextmanager
 def _naming(teacher: str) -> Iterator[None]:
     """What is wrong with a named teacher is said with its name."""
@@ -198,9 +266,10 @@ def _ends(
     tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
     student_tokenizer: "PreTrainedTokenizerBase",
     vocab_size: int,
-    template: str | Template | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | Template,
 ) -> tuple[Ends, tuple[str, ...]]:
-    """The ends of a pair, which all of its models then declare, and what there is to say of them."""
+    """The ends of a pair, which all of its models then declare, and what there is to say of them; ``tokenizer`` is the pair's."""
     found = {}
     for name, model in teachers.items():
         with _naming(name):
@@ -208,7 +277,7 @@ def _ends(
     found["student"] = declared_ends(student, student_tokenizer, vocab_size)
     models = [*teachers.values(), student]
     merged = any(merged_by(model) is not None for model in models)
-    ends, told = pair_ends({role: ids for role, (ids, _) in found.items()}, tokenizers[""], template, merged)
+    ends, told = pair_ends({role: ids for role, (ids, _) in found.items()}, tokenizer, template, merged)
     for model in models:
         ends.declare(model)
     return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)

@@ -75,8 +75,12 @@ def prompt_warnings(teacher: "PreTrainedTokenizerBase", student: "PreTrainedToke
     if student.chat_template is None and teacher.chat_template is not None:
         found.append("note: the student has no chat template; the teacher's is used for both")
     elif student.chat_template != teacher.chat_template:
-        which = "has none, so prompts stay plain" if teacher.chat_template is None else "is used for both"
-        found.append(f"teacher and student have different chat templates; the teacher's {which}")
+        found.append(
+            "note: the teacher has no chat template; the student's is used for both"
+            if teacher.chat_template is None
+            else "teacher and student have different chat templates; the teacher's is used for both, or with teacher_template own "
+            "each reads under its own"
+        )
     if teacher.encode("a") != student.encode("a"):
         found.append(
             f"teacher and student put different special tokens around a text ({teacher.encode('a')} and "

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypedDict, TypeVar
 
 from switchkd.base.errors import ConfigError, DataError, nearest
 from switchkd.base.plain import check_type, json_object, shown
-from switchkd.data.template_inputs import DATE
+from switchkd.data.settings import DATE
 from switchkd.evaluation.results import EVALUATION, FORMAT, Evaluation, results_of
 from switchkd.evaluation.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
 from switchkd.models.saved_student import SCORED, scored_another

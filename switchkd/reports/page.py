@@ -149,7 +149,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "on which text": settings_text(settings, "mix"),
         "teacher": ", ".join([settings["teacher_model_name_or_path"], *settings["teachers"].values()]),
         "student": settings["student_model_name_or_path"],
-        "trained on": settings["train_file"],
+        "trained on": ", ".join([read] if isinstance(read := settings["train_file"], str) else read),
         "seed": str(settings["seed"]),
         **_cost(run.metrics),
     }

@@ -50,7 +50,7 @@ class _Settings(TypedDict):
     teacher_model_name_or_path: str
     student_model_name_or_path: str
     teachers: dict[str, str]
-    train_file: str
+    train_file: str | list[str]
     seed: int
     max_steps: int
 

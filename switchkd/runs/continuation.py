@@ -21,6 +21,7 @@ from switchkd.base.manifest import file_sha256, json_sha256, read_record
 from switchkd.base.plain import check_type
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import is_leftover, write_file
+from switchkd.data.settings import AUTO
 from switchkd.data.texts import TokenizedExample
 from switchkd.evaluation.results import EVALUATION, completions_file
 from switchkd.methods.rules import NOUNS, name_of
@@ -31,9 +32,10 @@ from switchkd.training.records import CONFIG, ORIGIN
 from switchkd.training.settings import FREE_ON_RESUME, TrainConfig
 
 CONDITIONS = "conditions"
+ROWS = "given-rows"  # the folder of a run in which rows lie that were given in Python and not as a file
 TEACHER = "teacher_model_name_or_path"
 # What a run writes before its first checkpoint. It makes them anew.
-_EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers"}
+_EARLY = {CONFIG, ORIGIN, LOCK, EVALUATION, completions_file(Path(EVALUATION)).name, "trackers", ROWS}
 
 # --- what numbers depend on beside settings -----------------------------------------------------------------------
 Conditions = dict[str, Any]  # JSON-ready
@@ -106,13 +108,16 @@ def check_run(run: Path, config: TrainConfig) -> None:
 
 
 def as_recorded(run: Path, config: TrainConfig) -> TrainConfig:
-    """``config`` with what a run to resume found out at its start, unless it says otherwise: the day that its prompts are of, and
-    what its rounds cost."""
-    if not config.resumes or (config.template_date and config.costs):
+    """``config`` with what a run to resume found out at its start, unless it says otherwise: the template of its prompts, the day
+    that they are of, and what its rounds cost."""
+    if not config.resumes:
         return config
     before = read_config(run)
     return replace(
-        config, template_date=config.template_date or before.template_date, costs=config.costs or before.costs
+        config,
+        template=before.template if config.template == AUTO else config.template,
+        template_date=config.template_date or before.template_date,
+        costs=config.costs or before.costs,
     )
 
 
@@ -122,7 +127,7 @@ def begun(run: Path) -> bool:
     Settings without the checksums that a run writes before them are somebody's own, and would be written over.
     """
     names = {path.name for path in run.iterdir() if not is_leftover(path)} if run.exists() else set()
-    return not (names <= _EARLY and (ORIGIN in names or names <= {LOCK}))
+    return not (names <= _EARLY and (ORIGIN in names or names <= {LOCK, ROWS}))
 
 
 def check_origin(

@@ -37,8 +37,7 @@ from switchkd.base.manifest import CARD, json_sha256
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import tidy, write_file
 from switchkd.base.terminal import console, number
-from switchkd.data.settings import with_date
-from switchkd.data.template_inputs import today
+from switchkd.data.settings import today, with_template
 from switchkd.decoding.rollouts import Metrics, Rollouts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.results import EVALUATION, Evaluation, read_results
@@ -74,8 +73,11 @@ from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import OnStep, Trainer
 
 
-def distil(config: TrainConfig) -> dict[str, Evaluation]:
+def distil(config: TrainConfig, loaded: Pair | None = None, on_step: OnStep = lambda *_: None) -> dict[str, Evaluation]:
     """Train as ``config`` says and write the run directory; returns the scores of before and after.
+
+    ``loaded`` is a pair to take in place of the one that the settings name. ``on_step`` is told of every step's metrics and the
+    texts generated in it.
 
     SIGTERM and Ctrl-C end it at the next whole point, with a checkpoint of the last finished step; a second one, a second later or
     more, ends it at once. Called outside the main thread, it is ended as any other code.
@@ -92,7 +94,7 @@ def distil(config: TrainConfig) -> dict[str, Evaluation]:
     with signals.deferred(polled=accelerator.num_processes == 1):
         try:
             with mine as check_place:
-                return _distil(config, accelerator, check_place)
+                return _distil(config, accelerator, check_place, loaded, on_step)
         except (signals.Stopped, NonFiniteError, NoMemoryError, ServerError, DiskError) as error:
             error.add_note(standing(run))
             raise
@@ -105,7 +107,9 @@ def standing(run: Path) -> str:
     return f"no step is saved; to start anew, delete {run}" if begun(run) else "the same command starts anew"
 
 
-def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -> dict[str, Evaluation]:
+def _distil(
+    config: TrainConfig, accelerator: Accelerator, check_place: Check, loaded: Pair | None, on_step: OnStep
+) -> dict[str, Evaluation]:
     main, run = accelerator.is_main_process, Path(config.output_dir)
     quiet = config.quiet or not main
     config = with_dtypes(with_launchers_settings(accelerator, config), accelerator.device)
@@ -114,14 +118,14 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     check_trackers(config.report_to)
     if main and config.push_to_hub:
         check_push(config.push_to_hub, config)
-    pair = open_pair(config, quiet=not main, seed=config.seed, train=True)
-    config = with_date(config, pair.tokenizer, from_main(accelerator, today))
+    pair = open_pair(config, quiet=not main, seed=config.seed, train=True, loaded=loaded)
+    config = with_template(config, pair.tokenizer, from_main(accelerator, today))
     check_context(config, pair)
     together = Together.of(pair.teacher)
     asks = in_first_group(accelerator, together)
     with first_group_first(accelerator, together):  # the others then find it done
         train, teacher_cache = load_training_text(config, pair, quiet=quiet)
-    heldout = load_heldout(config, pair, quiet=quiet)
+        heldout = load_heldout(config, pair, quiet=quiet)
     validation = load_validation(config, pair, heldout.examples, quiet=quiet)
     corpus = load_corpus(config, pair, quiet=quiet)
     checksums = _model_checksums(pair, heldout) | own_code(config) if asks else {}
@@ -149,7 +153,7 @@ def _distil(config: TrainConfig, accelerator: Accelerator, check_place: Check) -
     if config.resumes:
         trainer.resume()
     trackers = Trackers(config.report_to if main else (), run, to_dict(config), trainer.step)
-    _train(trainer, heldout, settings, trackers, quiet)
+    _train(trainer, heldout, settings, trackers, on_step, quiet)
     trainer.load_best()
     weights = trainer.final_weights()
     with whole(trainer.student):
@@ -206,7 +210,9 @@ def _known_before(file: Path, config: TrainConfig) -> dict[str, Evaluation] | No
     return None
 
 
-def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, quiet: bool) -> None:
+def _train(
+    trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers: Trackers, on_step: OnStep, quiet: bool
+) -> None:
     watched = (heldout.examples or trainer.examples)[: trainer.config.sample_prompts]
 
     def scores(student: PreTrainedModel) -> dict[str, float]:
@@ -218,11 +224,12 @@ def _train(trainer: Trainer, heldout: Heldout, settings: EvalSettings, trackers:
         return samples(trainer.pair, watched, how, heldout.task if heldout.examples else None)
 
     def run(show: OnStep = lambda *_: None, on_round: OnRound | None = None) -> None:
-        def on_step(metrics: Metrics, rollouts: Rollouts) -> None:
+        def tell(metrics: Metrics, rollouts: Rollouts) -> None:
             trackers.log(metrics, metrics["step"])
             show(metrics, rollouts)
+            on_step(metrics, rollouts)
 
-        trainer.train(on_step, on_round, scores if heldout.examples else None, sample)
+        trainer.train(tell, on_round, scores if heldout.examples else None, sample)
 
     if quiet:
         run()

@@ -1,6 +1,6 @@
 """The held-out examples of a run: where they come from, and how a model is scored on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,21 +11,20 @@ from transformers import PreTrainedModel
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.manifest import json_sha256
 from switchkd.base.storage import write_file
-from switchkd.base.terminal import bar
-from switchkd.data.examples import load_examples
-from switchkd.data.lines import SAMPLE, BadRows
-from switchkd.data.settings import template_settings
-from switchkd.data.template_inputs import SOME_DAY
+from switchkd.base.terminal import bar, console
+from switchkd.data.examples import Example, split
+from switchkd.data.files import SAMPLE, BadRows
+from switchkd.data.settings import SOME_DAY, template_settings
 from switchkd.data.texts import TokenizedExample
 from switchkd.evaluation.evaluate import evaluate, score_names, work
 from switchkd.evaluation.results import Evaluation, write_results
 from switchkd.evaluation.settings import EvalConfig, EvalSettings
-from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_source, scorable, task_named
+from switchkd.evaluation.tasks import AUTO, TASKS, Task, eval_sources, scorable, task_named
 from switchkd.methods.policy import Policy
 from switchkd.models.pair import Pair
 from switchkd.models.saved_student import STUDENT, SavedStudent
 from switchkd.runs.model_card import public_name
-from switchkd.runs.opening import prepared
+from switchkd.runs.opening import prepared, read_examples, reads_sample, splits, train_limit, with_teachers_answers
 from switchkd.teachers.store import weights_sha256
 from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig
@@ -35,14 +34,18 @@ DEFAULT_HELDOUT = f"{SAMPLE}:heldout"
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out examples, the task that they are of, and the teacher that they are judged by."""
+    """Held-out examples, the task that they are of, and the teacher that they are judged by.
+
+    ``origin`` says how they came about where they are not as they lie in their files.
+    """
 
     task: Task
-    file: str
+    sources: tuple[str, ...]
     examples: list[TokenizedExample]
     teacher: PreTrainedModel
     on_some_day: list[TokenizedExample]
     """The same examples with the prompts of one fixed day. Their checksum is the same on every day; `examples` are what is read."""
+    origin: str = ""
 
     @cached_property
     def teacher_sha256(self) -> str:
@@ -51,41 +54,85 @@ class Heldout:
 
     def shown(self) -> dict[str, Any]:
         """Task and data in words, to stand before the settings."""
+        names = ", ".join(map(public_name, self.sources))
         return {
             "task": f"{self.task.name} version {self.task.version}",
-            "data": f"{public_name(self.file)}, sha256 {self.sha256[:12]}…",
+            "data": f"{names}{self.origin}, sha256 {self.sha256[:12]}…",
         }
 
     @cached_property
     def sha256(self) -> str:
-        """One checksum of prompts, references and ids."""
-        return json_sha256([[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.on_some_day])
+        """One checksum of prompts, references and ids, and of what the teacher reads in a prompt's place."""
+        own = [example.teacher_prompt_ids for example in self.on_some_day]
+        rows = [[e.id, e.prompt_ids, e.completion_ids, e.references] for e in self.on_some_day]
+        return json_sha256([rows, own] if any(own) else rows)
 
     def to_json(self) -> dict[str, Any]:
         """Which examples."""
         ids, groups = [e.id for e in self.examples], [e.group for e in self.examples]
-        return {"file": self.file, "sha256": self.sha256, "ids": ids, "groups": groups}
+        return {"file": ", ".join(self.sources) + self.origin, "sha256": self.sha256, "ids": ids, "groups": groups}
 
 
-def heldout_file(config: Any) -> str:
-    """Where held-out examples come from; raises ConfigError for an unknown task, or one without data of its own."""
-    return eval_source(config.eval_file or (DEFAULT_HELDOUT if config.task == AUTO else ""), config.task)
+def heldout_sources(config: Any) -> tuple[str, ...]:
+    """Where held-out examples come from; none where nothing is held out.
+
+    Raises ConfigError for an unknown task, or one without data of its own.
+    """
+    if splits(config):
+        return config.train_file
+    task = getattr(config, "task", AUTO)
+    if task == AUTO and not config.eval_file and not reads_sample(config):
+        return ()
+    return eval_sources(config.eval_file or ((DEFAULT_HELDOUT,) if task == AUTO else ()), task)
+
+
+def heldout_rows(
+    config: Any, sources: Sequence[str], limit: int | None, bad: BadRows, answers: bool = False
+) -> list[Example]:
+    """The first rows of ``sources`` that are held out, with or without answers."""
+    if not splits(config):
+        return read_examples(config, sources, limit, bad, answers)
+    examples = read_examples(config, config.train_file, train_limit(config), bad, answers)
+    return split(examples, config.eval_split)[1][:limit]
+
+
+def prompts_to_complete(config: Any, pair: Pair, limit: int) -> list[TokenizedExample]:
+    """The first held-out prompts, of the sample where nothing is held out; a teacher may read its own in their place."""
+    sources = heldout_sources(config) or (DEFAULT_HELDOUT,)
+    bad = BadRows(", ".join(sources), config.skip_bad)
+    examples = heldout_rows(config, sources, limit, bad, answers="{completion}" in config.teacher_prompt)
+    tokenized = prepared(config, pair, sources, examples, bad, training=True, teacher_field=config.teacher_field)
+    bad.tell()
+    return tokenized
 
 
 def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     """The held-out examples that a run or an evaluation asks for, perhaps none, and their task."""
-    if not config.eval_samples:
-        return Heldout(TASKS["references"], "", [], pair.teacher, [])
-    file = heldout_file(config)
-    bad = BadRows(file, config.skip_bad)
-    examples = load_examples(file, config.eval_samples if config.eval_samples > 0 else None, bad)
-    task = task_named(config.task, examples[0].format)
+    sources = heldout_sources(config) if config.eval_samples else ()
+    if not sources:
+        if config.eval_samples and not quiet:
+            console.print(
+                "nothing is held out, so nothing is scored: give --eval-file, or --eval-split above 0", soft_wrap=True
+            )
+        return Heldout(TASKS["references"], (), [], pair.teacher, [])
+    bad = BadRows(", ".join(sources), config.skip_bad)
+    examples = heldout_rows(config, sources, config.eval_samples if config.eval_samples > 0 else None, bad)
+    origin = f", {config.eval_split:.3g} of it held out" if splits(config) else ""
+    answered = all(example.references for example in examples)
+    task = task_named(config.task if answered or config.task != AUTO else "references", examples[0].format)
     examples = scorable(task, examples, bad) if bad.tolerated else examples
-    now = some_day = prepared(config, pair, file, examples, bad, quiet)
+    now = some_day = prepared(config, pair, sources, examples, bad, quiet)
     if config.prompts.reads_date(pair.tokenizer):
-        some_day = prepared(replace(config, template_date=SOME_DAY), pair, file, examples, bad, quiet=True)
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, sources, examples, bad, quiet=True)
     bad.tell()
-    return Heldout(task, file, now, pair.teacher, some_day)
+    if not answered:
+        origin += ", answered by the teacher where a row has no answer"
+        now = with_teachers_answers(config, pair, now, quiet)
+        written = {example.id: example for example in now}
+        some_day = [
+            replace(written[e.id], prompt_ids=e.prompt_ids, teacher_prompt_ids=e.teacher_prompt_ids) for e in some_day
+        ]
+    return Heldout(task, tuple(sources), now, pair.teacher, some_day, origin)
 
 
 def score(
@@ -129,6 +176,9 @@ def all_settings(config: Any, pair: Pair, heldout: Heldout, settings: EvalSettin
     names = "template", "max_prompt_length", "max_completion_length", "dtype", "teacher_dtype"
     text = {name: getattr(config, name) for name in names}
     text |= template_settings(config.prompts, pair.tokenizer)
+    # What the teacher alone reads, where it reads anything: files of before it was a setting can be compared with.
+    alone = {"teacher_system_prompt": config.teacher_system_prompt, "teacher_template": config.teacher_template}
+    text |= {name: value for name, value in alone.items() if value not in ("", "shared")}
     return settings.to_json() | text | {"teacher_sha256": heldout.teacher_sha256}
 
 

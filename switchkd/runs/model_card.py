@@ -22,7 +22,8 @@ from switchkd.base.manifest import CARD, MANIFEST
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import expanded
 from switchkd.base.terminal import number
-from switchkd.data.lines import PREFIX, SAMPLE
+from switchkd.data.files import SAMPLE
+from switchkd.data.tables import PREFIX
 from switchkd.data.templates import alpaca_prompt
 from switchkd.evaluation.statistics import FEW_EXAMPLES
 from switchkd.forward.served import ServedModel
@@ -140,7 +141,7 @@ def _models(config: TrainConfig) -> list[Source]:
 
 def _data(config: TrainConfig) -> list[Source]:
     files = {"training data": config.train_file, "text of the language-modelling loss": config.lm_file}
-    return [_source(role, file, "dataset") for role, file in files.items() if file]
+    return [_source(role, file, "dataset") for role, named in files.items() for file in named]
 
 
 def _source(role: str, name: str, kind: Literal["model", "dataset"]) -> Source:
@@ -333,10 +334,14 @@ def public_name(name: str) -> str:
     return path.name or name if local else name
 
 
+def _public(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return public_name(value) if isinstance(value, str) else tuple(map(public_name, value))
+
+
 def public_settings(config: TrainConfig) -> TrainConfig:
     """The settings of a run with `public_name` in the place of every model, file and folder."""
     fields = [f.name for f in dataclasses.fields(config) if f.name.endswith(("_path", "_file", "_dir"))]
-    changed: dict[str, Any] = {name: public_name(getattr(config, name)) for name in fields}
+    changed: dict[str, Any] = {name: _public(getattr(config, name)) for name in fields}
     changed |= {"teacher_files": "", "teacher_writer": ""}  # of a teacher whose address is left out too
     changed["teachers"] = {name: public_name(source) for name, source in config.teachers.items()}
     return dataclasses.replace(config, **changed)

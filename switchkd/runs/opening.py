@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
@@ -11,15 +13,16 @@ from switchkd.base.plain import check_text
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
 from switchkd.base.terminal import bar, console
-from switchkd.data.examples import Example, load_examples
-from switchkd.data.formats import Message
-from switchkd.data.lines import BadRows
-from switchkd.data.settings import DataConfig, template_settings
-from switchkd.data.template_inputs import Template
-from switchkd.data.templates import Encoder
+from switchkd.data.examples import Example, load_examples, split
+from switchkd.data.files import SAMPLE, BadRows
+from switchkd.data.formats import Message, Wanted
+from switchkd.data.settings import DataConfig, Template, template_settings
+from switchkd.data.templates import Encoder, TeacherReads
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
 from switchkd.decoding.served import check_served
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
+from switchkd.evaluation.tasks import AUTO, TASKS
 from switchkd.forward.proof import prove
 from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import Policy, StudentOnly, TeacherOnly
@@ -33,35 +36,21 @@ from switchkd.training.settings import TrainConfig
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {
-    "teacher_model_name_or_path", "teacher_dtype", "train_file", "train_samples", "template", "max_prompt_length",
+    "teacher_model_name_or_path", "teacher_dtype", "train_samples", "template", "max_prompt_length",
     "max_completion_length", "skip_bad", "teacher_prompt", "teachers", "teacher_field", "mix", "max_new_tokens", "temperature",
     "seed", "teacher_cache", "teacher_cache_top_k",
 }  # fmt: skip
 
 
-def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False) -> Pair:
+def open_pair(
+    config: ModelConfig, quiet: bool = False, seed: int = 0, train: bool = False, loaded: Pair | None = None
+) -> Pair:
     """Load the pair, say what is odd about it, and prove that all of its models are read and decoded exactly.
 
     ``seed`` is the key of a new adapter's weights. To ``train`` a student as a whole, its weights are loaded in float32 or wider,
-    which the trainer keeps; else the student is loaded in the dtype that it computes in.
+    which the trainer keeps; else the student is loaded in the dtype that it computes in. A ``loaded`` pair is taken as it is.
     """
-    _check_served(config)
-    names = config.teacher_model_name_or_path, config.student_model_name_or_path
-    lora = config if config.use_peft else None
-    template = config.prompts if isinstance(config, DataConfig) else None
-    dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
-    pair = load_pair(
-        *names,
-        dtype=dtype,
-        teacher_dtype=config.teacher_dtype,
-        lora=lora,
-        seed=seed,
-        teachers=config.teachers,
-        template=template,
-        teacher_place=config.teacher_place,
-        teacher_files=config.teacher_files,
-        teacher_writer=config.teacher_writer,
-    )
+    pair = loaded or _loaded(config, seed, train)
     if train:
         check_trainable(pair.student, isinstance(config, TrainConfig) and config.merge)
     if not quiet:
@@ -79,6 +68,28 @@ def open_pair(config: ModelConfig, quiet: bool = False, seed: int = 0, train: bo
     return pair
 
 
+def _loaded(config: ModelConfig, seed: int, train: bool) -> Pair:
+    """The pair that the settings name."""
+    _check_served(config)
+    names = config.teacher_model_name_or_path, config.student_model_name_or_path
+    lora = config if config.use_peft else None
+    template = config.prompts if isinstance(config, DataConfig) else AUTO
+    dtype = "float32" if train and lora is None and config.dtype != "float64" else config.dtype
+    return load_pair(
+        *names,
+        dtype=dtype,
+        teacher_dtype=config.teacher_dtype,
+        lora=lora,
+        seed=seed,
+        teachers=config.teachers,
+        template=template,
+        teacher_place=config.teacher_place,
+        teacher_files=config.teacher_files,
+        teacher_writer=config.teacher_writer,
+        own_templates=isinstance(config, DataConfig) and config.teacher_template == "own",
+    )
+
+
 def _check_served(config: ModelConfig) -> None:
     """Raise ConfigError, before anything is loaded, where a teacher behind a server cannot do what a command needs of it."""
     teachers = config.teacher_model_name_or_path, *config.teachers.values()
@@ -91,20 +102,33 @@ def _check_served(config: ModelConfig) -> None:
         check_served(rule, served[0], bool(config.teacher_writer))
 
 
+def teacher_reads(config: DataConfig, pair: Pair, training: bool) -> TeacherReads:
+    """What the teacher reads that the student does not. Its ``teacher_prompt`` is for training alone: it may tell the answer."""
+    asked = config.prompts.resolved(pair.tokenizer)
+    templates = {}
+    for name, jinja in pair.teacher_templates.items() if asked.name == "chat" else ():
+        own = replace(asked, jinja=jinja, variables={})
+        # Of the variables, which the student's template has, those that this one has too.
+        templates[name] = replace(
+            own, variables={k: v for k, v in asked.variables.items() if own.knows(k, pair.tokenizer)}
+        )
+    return TeacherReads(config.teacher_prompt if training else "", config.teacher_system_prompt, templates)
+
+
 def prepared(
     config: DataConfig,
     pair: Pair,
-    file: str,
+    sources: Sequence[str],
     examples: Sequence[Example],
     bad: BadRows,
     quiet: bool = False,
-    teacher_prompt: str = "",
+    training: bool = False,
     teacher_field: str = "",
 ) -> list[TokenizedExample]:
-    """Tokenise the examples of a file; prints how many are used, and what was left out and why. ``bad`` are the file's bad rows.
+    """Tokenise examples; prints how many are used, and what was left out and why. ``bad`` are the bad rows of their ``sources``.
 
-    ``teacher_prompt`` and ``teacher_field`` are given where a teacher is to judge or write: not in evaluation, which compares
-    models on one prompt with the default teacher.
+    For ``training`` a teacher may read a prompt of its own, and rows may name theirs in ``teacher_field``. Evaluation compares
+    models on one question with the default teacher.
     """
     signals.check()
     tokenized, drops = tokenize(
@@ -113,11 +137,11 @@ def prepared(
         template=config.prompts,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
-        teacher_prompt=teacher_prompt,
+        teacher=teacher_reads(config, pair, training),
         eos_token_ids=pair.eos_token_ids,
         bad=bad,
     )
-    kept = within(tokenized, pair)
+    file, kept = ", ".join(sources), within(tokenized, pair)
     if not kept:
         raise DataError(
             f"{file}: each of {len(tokenized)} examples holds a token that not all of the models know; take another file"
@@ -141,24 +165,60 @@ def prepared(
 def load_task(
     config: DataConfig,
     pair: Pair,
-    file: str,
+    sources: str | Sequence[str],
     limit: int | None = None,
     quiet: bool = False,
-    teacher_prompt: str = "",
-    teacher_field: str = "",
+    answers: bool = True,
 ) -> list[TokenizedExample]:
-    """Read and tokenise a data file, as ``prepared`` says."""
-    bad = BadRows(file, config.skip_bad)
-    examples = load_examples(file, limit, bad, teacher_field=teacher_field, teachers=pair.teachers)
-    tokenized = prepared(config, pair, file, examples, bad, quiet, teacher_prompt, teacher_field)
+    """Read and tokenise data files, as ``prepared`` says, each row with its answer unless prompts are enough."""
+    sources = [sources] if isinstance(sources, str) else sources
+    bad = BadRows(", ".join(sources), config.skip_bad)
+    examples = read_examples(config, sources, limit, bad, answers)
+    tokenized = prepared(config, pair, sources, examples, bad, quiet)
     bad.tell()
     return tokenized
 
 
+def read_examples(
+    config: DataConfig, sources: Sequence[str], limit: int | None, bad: BadRows, answers: bool, **teachers: Any
+) -> list[Example]:
+    """The examples of data files, as the settings want them; ``teachers`` are the settings of rows that name theirs."""
+    wanted = Wanted(answers, config.assistant_turns == "all")
+    return load_examples(sources, limit, bad, wanted=wanted, streaming=config.streaming, **teachers)
+
+
+def needs_answers(config: TrainConfig) -> bool:
+    """Whether training reads the completions of its rows, or their prompts are enough."""
+    return config.mix.reads_completions or "{completion}" in config.teacher_prompt
+
+
+def splits(config: Any) -> bool:
+    """Whether a part of train_file is held out: the user's own, where nothing else is named to score on."""
+    task = getattr(config, "task", AUTO)
+    named = config.eval_file or (task in TASKS and TASKS[task].hub)
+    return bool(config.eval_split and getattr(config, "eval_samples", -1) and not named and not reads_sample(config))
+
+
+def reads_sample(config: DataConfig) -> bool:
+    """Whether training is on the packaged sample, which has a held-out part of its own."""
+    return any(source.partition(":")[0] == SAMPLE for source in config.train_file)
+
+
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
-    """The examples of train_file, each with its teacher and what that one reads."""
-    limit = None if config.train_samples < 0 else config.train_samples
-    return load_task(config, pair, config.train_file, limit, quiet, config.teacher_prompt, config.teacher_field)
+    """The examples of train_file, each with its teacher and what that one reads; without those that are held out of it."""
+    bad = BadRows(", ".join(config.train_file), config.skip_bad)
+    named = {"teacher_field": config.teacher_field, "teachers": pair.teachers}
+    examples = read_examples(config, config.train_file, train_limit(config), bad, needs_answers(config), **named)
+    if splits(config):
+        examples, _ = split(examples, config.eval_split)
+    tokenized = prepared(config, pair, config.train_file, examples, bad, quiet, True, config.teacher_field)
+    bad.tell()
+    return tokenized
+
+
+def train_limit(config: DataConfig) -> int | None:
+    """Examples of train_file that are read; None for all."""
+    return None if config.train_samples < 0 else config.train_samples
 
 
 def load_training_text(
@@ -167,34 +227,77 @@ def load_training_text(
     """The examples that a run trains on, and what the teacher says of them where it keeps that; both made where missing."""
     examples = load_train(config, pair, quiet)
     if config.mix.wants_teacher_text:
-        with _stored(config, pair, "teacher text", len(examples), quiet) as (folder, advance):
+        with _stored(config, "teacher text", _of_training(config, pair), len(examples), quiet) as (folder, advance):
             examples = teacher_texts(pair, examples, folder, config.decoding(seed=config.seed), advance)
     if config.teacher_cache == "none":
         return examples, None
-    with _stored(config, pair, f"teacher {config.teacher_cache}", len(examples), quiet) as (folder, advance):
+    what = f"teacher {config.teacher_cache}"
+    with _stored(config, what, _of_training(config, pair), len(examples), quiet) as (folder, advance):
         cache = TeacherCache.build(
             pair, examples, folder, config.teacher_cache, top_k=config.teacher_cache_top_k, progress=advance
         )
     return examples, cache
 
 
+def with_teachers_answers(
+    config: TrainConfig | Any, pair: Pair, examples: list[TokenizedExample], quiet: bool = False
+) -> list[TokenizedExample]:
+    """Held-out examples, those without an answer with the teacher's own, written greedily once and stored; all as they were, if
+    every one has its answer.
+
+    Raises ConfigError where the teacher is behind a server that does not write.
+    """
+    missing = [example for example in examples if not example.references]
+    if not missing:
+        return examples
+    if isinstance(pair.teacher, ServedModel):
+        check_served(TeacherOnly(), config.teacher_model_name_or_path, bool(config.teacher_writer))
+    budget, rows = config.eval_max_new_tokens, config.per_device_eval_batch_size
+    settings = DecodeSettings(TeacherOnly(), max_new_tokens=budget, temperature=0.0, batch_size=rows)
+    named = _of_teacher(config, pair) | {"max_new_tokens": budget}
+    named["prompts"] = json_sha256([[example.id, example.teacher_reads] for example in missing])
+    with _stored(config, "teacher answers", named, len(missing), quiet) as (folder, advance):
+        written = teacher_texts(pair, missing, folder, settings, advance)
+    said = pair.tokenizer.batch_decode([e.completion_ids for e in written], skip_special_tokens=True)
+    answers = {e.id: replace(e, references=(text,)) for e, text in zip(written, said, strict=True)}
+    return [answers.get(example.id, example) for example in examples]
+
+
+def _of_training(config: TrainConfig, pair: Pair) -> dict[str, Any]:
+    """The settings on which the teacher's work on the text of training depends."""
+    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS}
+    named |= {"train_file": ", ".join(config.train_file)}
+    # What came later is named where it is not as it was before: the folders of then are found again.
+    named |= Sampling(config.temperature, config.top_p, config.top_k, config.min_p).cuts
+    named |= {"eval_split": config.eval_split} if splits(config) else {}
+    plain = DataConfig()
+    for name in ("assistant_turns", "teacher_system_prompt", "teacher_template"):
+        if (value := getattr(config, name)) != getattr(plain, name):
+            named[name] = value
+    return named | _of_teacher(config, pair) | template_settings(config.prompts, pair.tokenizer)
+
+
+def _of_teacher(config: TrainConfig | Any, pair: Pair) -> dict[str, Any]:
+    """The settings that say which teacher it is, and how it is loaded."""
+    named = {name: getattr(config, name) for name in ("teacher_model_name_or_path", "teacher_dtype")}
+    named |= {name: bits for name, bits in vars(config.teacher_place).items() if name.startswith("load_in_") and bits}
+    if isinstance(pair.teacher, ServedModel):  # it may move to another address
+        named["teacher_model_name_or_path"] = f"served {pair.teacher.files}"
+    return named
+
+
 @contextmanager
 def _stored(
-    config: TrainConfig, pair: Pair, what: str, examples: int, quiet: bool
+    config: Any, what: str, named: dict[str, Any], examples: int, quiet: bool
 ) -> Iterator[tuple[Path, Callable[[int], None]]]:
     """The folder of work that the teacher does once, and a progress bar; by default a folder in the cache.
 
-    Its name comes from settings alone, so that equal runs share it; what lies in it is checked against the models and data.
+    Its name comes from the settings that it depends on, so that equal runs share it; what lies in it is checked against the models
+    and data.
     """
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
-    # Cuts, and what the template is told, name it where there are some: a folder of before they were settings is found again.
-    named = {k: v for k, v in to_dict(config).items() if k in STORE_SETTINGS} | sampling.cuts
-    named |= {name: bits for name, bits in vars(config.teacher_place).items() if name.startswith("load_in_") and bits}
-    named |= template_settings(config.prompts, pair.tokenizer)
-    if isinstance(pair.teacher, ServedModel):  # it may move to another address
-        named["teacher_model_name_or_path"] = f"served {pair.teacher.files}"
     name = f"{what.replace(' ', '-')}-{json_sha256(named)[:12]}"
-    root = Path(config.teacher_store_dir) if config.teacher_store_dir else cache_folder()
+    own = getattr(config, "teacher_store_dir", "")
+    root = Path(own) if own else cache_folder()
     if not quiet:
         console.print(f"{what}: {root / name}", soft_wrap=True)
     with bar(what, examples, quiet) as shown:
@@ -215,9 +318,9 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     if not config.lm_file:
         return []
     longest = config.max_prompt_length + config.max_completion_length
-    texts = within(load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad), pair)
+    texts = within(load_text(config.lm_file, pair.tokenizer, longest, config.skip_bad, config.streaming), pair)
     if not quiet:
-        console.print(f"{config.lm_file}: {len(texts)} texts", soft_wrap=True)
+        console.print(f"{', '.join(config.lm_file)}: {len(texts)} texts", soft_wrap=True)
     return texts
 
 
@@ -227,8 +330,7 @@ def prompt_examples(texts: Sequence[str], template: str | Template, pair: Pair) 
         raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
     for i, text in enumerate(texts):
         check_text(text, f"prompt {i}")  # a command line may hold bytes that are not UTF-8
-    # The template writes whole conversations; the answer is a placeholder that is not used.
-    examples = [Example(i, (Message("user", text),), "-", ("-",), f"--prompt {i}") for i, text in enumerate(texts)]
+    examples = [Example(i, (Message("user", text),), "", (), f"--prompt {i}") for i, text in enumerate(texts)]
     encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)
     return [TokenizedExample(example.id, ids, [], [], (), False, example.source) for example, (ids, _) in encoded]
 
@@ -256,4 +358,4 @@ def role_of(teacher: str) -> str:
 def longest_teacher_prompt(config: DataConfig, pair: Pair) -> int:
     """Tokens of the longest prompt that the teacher may have to read."""
     lengths = config.max_prompt_length, config.max_completion_length
-    return teacher_prompt_limit(pair.tokenizer, config.teacher_prompt, *lengths)
+    return teacher_prompt_limit(pair.tokenizer, teacher_reads(config, pair, training=True), *lengths)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.settings import to_dict
-from switchkd.data.settings import with_date
+from switchkd.data.settings import with_template
 from switchkd.data.templates import Encoder, named
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.served import ServedModel
@@ -41,7 +41,7 @@ from switchkd.training.trainer import Trainer
 def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     """Load data as a run would and say what it would do and need, in lines; trains nothing."""
     check_trackers(config.report_to)
-    config = with_date(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer)
     train = load_train(config, pair)
     heldout = load_heldout(config, pair)
     check_context(config, pair)

@@ -10,8 +10,10 @@ from pathlib import Path
 from switchkd.base.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.base.settings import to_dict
 from switchkd.data.examples import Example, load_examples
-from switchkd.data.lines import PREFIX, dataset_loader
+from switchkd.data.files import rows_of
+from switchkd.data.formats import Wanted
 from switchkd.data.settings import DataConfig
+from switchkd.data.tables import PREFIX
 from switchkd.data.texts import TokenizedExample
 from switchkd.evaluation.evaluate import score_names
 from switchkd.evaluation.results import read_results
@@ -23,7 +25,8 @@ from switchkd.models.settings import BASE, with_dtypes
 from switchkd.reports.compare import training_settings
 from switchkd.reports.steps import is_to_teacher
 from switchkd.runs.continuation import begun, check_run
-from switchkd.runs.heldout import heldout_file
+from switchkd.runs.heldout import heldout_sources
+from switchkd.runs.opening import needs_answers, splits
 from switchkd.runs.tracking import check_trackers
 from switchkd.studies.plan import CELLS, LOGS, REPORT, Cell, Plan, Scoring, Size, joined, results_of_group, scoring
 from switchkd.studies.study import trained
@@ -73,6 +76,7 @@ def _check_group(plan: Plan, cells: Sequence[Cell]) -> None:
     """Raise ConfigError for runs that could not be compared, or that are one run by two names."""
     chosen = [dataclasses.replace(cell, config=with_dtypes(cell.config, default_device())) for cell in cells]
     names = [*_ALIKE, *(["teacher_model_name_or_path"] if _to_teacher(plan.scores) else [])]
+    names += ["train_file", "train_samples", "eval_split"] if splits(cells[0].config) else []
     first, known = chosen[0], dict[tuple[str, int], Cell]()
     for cell in chosen:
         for name in names:
@@ -94,7 +98,9 @@ def _to_teacher(scores: Sequence[str]) -> bool:
 
 
 def _place(value: object) -> object:
-    """A file or folder by where it is; anything else as it is."""
+    """A file or folder by where it is, several by where each is; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_place, value))
     return Path(value).resolve() if isinstance(value, str) and value and Path(value).exists() else value
 
 
@@ -114,11 +120,11 @@ class _Inputs:
         for package in ["peft"] * config.use_peft + ["bitsandbytes"] * config.load_in_4bit:
             require(package)
         check_trackers(config.report_to)
-        self._first(config.train_file, config, config.teacher_field, tuple(config.teachers))
+        self._first(config.train_file, config, needs_answers(config), config.teacher_field, tuple(config.teachers))
         if config.mix.validation_steps and config.validation_file:
             self._first(config.validation_file, config)
-        if config.lm_file and not (config.lm_file.startswith(PREFIX) or Path(config.lm_file).is_file()):
-            raise DataError(f"lm_file {config.lm_file}: no such file (from {Path.cwd()})")
+        if not any(source.startswith(PREFIX) for source in config.lm_file):
+            next(rows_of(config.lm_file), None)  # which raises for a file that is not there
         known = self.check_scoring(config)
         for name in filter(None, [config.metric_for_best_model, *scores]):
             if known and name not in known:
@@ -128,23 +134,32 @@ class _Inputs:
         """The names of an evaluation's scores, none where its data is on the hub; raises the error that it would end with."""
         if not config.eval_samples:
             raise ConfigError("a study compares scores, and eval_samples is 0; give -1 for all held-out examples")
-        if not (first := self._first(heldout_file(config), config)):
+        if not (sources := heldout_sources(config)):
+            raise ConfigError("a study compares scores, and nothing is held out; give eval_file, or eval_split above 0")
+        if not (first := self._first(sources, config, answers=False)):
             return []
         example = TokenizedExample(first.id, [], [], [], first.references, False, first.source, group=first.group)
         names = score_names(task_named(config.task, first.format), [example])
         return [*names, *(["own_forward_kl"] if config.eval_own_text else [])]
 
     def _first(
-        self, file: str, config: DataConfig, teacher_field: str = "", teachers: tuple[str, ...] = ()
+        self,
+        sources: Sequence[str],
+        config: DataConfig,
+        answers: bool = True,
+        teacher_field: str = "",
+        teachers: tuple[str, ...] = (),
     ) -> Example | None:
-        """The first example of a file; None for data on the hub, which would take a network and time."""
-        key = file, config.skip_bad, teacher_field, teachers
-        if file.startswith(PREFIX):
-            dataset_loader(file)
-        elif key not in self.examples:
-            found = load_examples(file, 1, config.skip_bad, teacher_field=teacher_field, teachers=teachers)
+        """The first example of data files; None for data on the hub, which would take a network and time."""
+        key = sources, config.skip_bad, answers, teacher_field, teachers
+        if any(source.startswith(PREFIX) for source in sources):
+            return None
+        if key not in self.examples:
+            found = load_examples(
+                sources, 1, config.skip_bad, wanted=Wanted(answers), teacher_field=teacher_field, teachers=teachers
+            )
             self.examples[key] = found[0]
-        return self.examples.get(key)
+        return self.examples[key]
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from switchkd.base.lock import locked
 from switchkd.base.plain import read_yaml
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import write_file, written
-from switchkd.data.template_inputs import DATE, today
+from switchkd.data.settings import DATE, today
 from switchkd.evaluation.results import EVALUATION, read_results
 from switchkd.studies.plan import CELLS, LOGS, Cell, Size
 from switchkd.training.checkpoint import checkpoints

@@ -80,8 +80,8 @@ def test_a_later_row_of_other_fields_loses_none_in_silence(tmp_path, caplog):
         (PAIR | {"tools": "[" * 100_000}, "nested too deeply"),
         (talk(("user", None, {"value": "a"}), ("assistant", "b", {})), "a turn without content .*role, value"),
         (
-            {"conversations": [{"from": "human", "value": "a"}]},
-            "ShareGPT's `conversations` are not read: write them as `messages`",
+            {"conversations": [{"from": "humna", "value": "a"}]},
+            "'conversations' has a turn from 'humna'; did you mean 'human'",
         ),
     ],
     ids=range(17),
@@ -106,7 +106,8 @@ def test_turns_that_are_not_trained_are_told_once_with_counts(tmp_path, caplog):
     one = [("user", "a", {}), ("assistant", "b", {})]
     read(tmp_path, talk(*one), talk(*one * 3), talk(*one * 2, ("user", "c", {})), talk(*one))
     assert [record.getMessage().split("a.jsonl: ")[1] for record in caplog.records] == [
-        "only the last answer of a row is used, earlier ones are read as its prompt (3 turns in 2 rows)",
+        "only the last answer of a row is used, earlier ones are read as its prompt; with assistant_turns all each is used "
+        "(3 turns in 2 rows)",
         "what follows the answer is not used (1 turn in 1 row)",
     ]
 

@@ -115,7 +115,7 @@ def test_bad_rows_are_counted_and_the_others_keep_their_numbers(tmp_path, lines)
 
 def test_a_reader_that_lets_a_bad_row_through_would_be_found(tmp_path, monkeypatch):
     """The negative control: json.loads keeps the last of what is given twice."""
-    monkeypatch.setattr("switchkd.data.lines.json_object", json.loads)
+    monkeypatch.setattr("switchkd.data.files.json_object", json.loads)
     with pytest.raises(AssertionError):
         check_counts(tmp_path / "a.jsonl", [GOOD[0], BAD[8]])
 

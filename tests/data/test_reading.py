@@ -206,9 +206,12 @@ BAD_ROWS = {
     "utf-8": (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at 12"),
     "surrogate": (b'{"prompt": "\\ud800", "completion": "a"}', "half of a surrogate pair"),
     "array": ([1, 2], "must be a JSON object, not list"),
-    "missing field": ({"prompt": "a", "text": "b"}, "has the fields prompt, text; needed are: prompt + completion"),
-    "type": ({"prompt": ["a"], "completion": "b"}, "'prompt' must be a string, not list"),
-    "null": ({"prompt": None, "completion": "b"}, "has the fields completion, prompt (null); needed are"),
+    "missing field": (
+        {"prompt": "a", "text": "b"},
+        "has the fields prompt, text; needed are, as in the file's first row: prompt|query + completion|response",
+    ),
+    "type": ({"prompt": ["a"], "completion": "b"}, "'prompt' must be a list of one or more objects, not ['a']"),
+    "null": ({"prompt": None, "completion": "b"}, "has the fields completion, prompt (null); needed are, as"),
     "empty prompt": ({"prompt": " \n", "completion": "b"}, "empty prompt"),
     "empty completion": ({"prompt": "a", "completion": ""}, "empty completion"),
 }
@@ -226,14 +229,18 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, name):
 BAD_FIRST_ROWS = {
     "unknown fields": (
         {"text": "b"},
-        "the row has the fields text; needed are: prompt + completion; or messages; or instruction + output|response; "
-        "or instruction + instances; or question + solution + answer + perturbation_type; or question + answer; "
-        "or problem + solution; or dialogue + summary|summary1",
+        "the row has the fields text; needed are: prompt|query + completion|response; or messages; or conversations; "
+        "or instruction + output|response; or instruction + instances; "
+        "or question + perturbation_type + solution + answer; or question + answer; "
+        "or problem + solution; or dialogue + summary|summary1. Rows of plain `text` are for lm_file",
     ),
     "no fields": ({}, "has the fields (none)"),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn (roles: ['user'])"),
-    "not turns": ({"messages": "hello"}, "'messages' must be a list of one or more objects, not 'hello'"),
-    "content parts": ({"messages": [{"role": "user", "content": [{}]}]}, "'content' must be a string, not list"),
+    "not turns": ({"messages": "hello"}, "'messages' is neither a list of objects nor one as JSON text"),
+    "content parts": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        "'messages[].content' holds {'image': 'a.png', 'type': 'image'}; of content in parts only",
+    ),
     "nothing before": ({"messages": [{"role": "assistant", "content": "a"}]}, "empty prompt"),
     "only a system turn": (
         {"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -272,14 +279,16 @@ def test_no_usable_row(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"none.jsonl: no such file .*'gsm8k-sample'"):
         load_examples(str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(
+        DataError, match=r"it is a folder, and datasets\.save_to_disk did not write it; name the files in it"
+    ):
         load_examples(str(tmp_path))
     whole = Path(
         write(tmp_path / "a.jsonl.gz", *[{**PAIR, "prompt": f"{i} {i * i}"} for i in range(2000)])
     ).read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:200] + b"\xff" * 50 + whole[250:]):
         (tmp_path / "b.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(DataError, match=r"b.jsonl.gz.*(cannot be read after line \d+|not UTF-8|broken JSON)"):
+        with pytest.raises(DataError, match=r"b.jsonl.gz.*(cannot be read: |not UTF-8|broken JSON)"):
             load_examples(str(tmp_path / "b.jsonl.gz"))
 
 
@@ -332,12 +341,14 @@ def test_a_data_set_on_the_hub(hub):
         (1, "hub:openai/gsm8k/main:test:1"),
     ]
     assert read[1].completion == "#### 1" and read[1].format == "gsm8k"
-    assert hub.asked == [("openai/gsm8k", {"name": "main", "split": "test", "revision": None})]
+    assert hub.asked == [("openai/gsm8k", {"name": "main", "split": "test", "revision": None, "streaming": False})]
 
 
 @pytest.mark.parametrize(
     ("name", "settings_"),
     [
+        ("hub:a/b", {"name": None, "split": "train", "revision": None}),
+        ("hub:a/b@v1.0", {"name": None, "split": "train", "revision": "v1.0"}),
         ("hub:a/b:test", {"name": None, "split": "test", "revision": None}),
         ("hub:a/b:test@v1.0", {"name": None, "split": "test", "revision": "v1.0"}),
         ("hub:a/b/c/d.jsonl:train", {"data_files": "c/d.jsonl", "split": "train", "revision": None}),
@@ -346,7 +357,8 @@ def test_a_data_set_on_the_hub(hub):
 )
 def test_names_on_the_hub(hub, name, settings_):
     load_examples(name)
-    assert hub.asked == [("a/b", settings_)]
+    load_examples(name, streaming=True)
+    assert hub.asked == [("a/b", settings_ | {"streaming": streaming}) for streaming in (False, True)]
 
 
 def test_a_null_on_the_hub_is_a_missing_field(hub, monkeypatch):
@@ -356,7 +368,7 @@ def test_a_null_on_the_hub_is_a_missing_field(hub, monkeypatch):
     assert read.references == ("b", "c")
 
 
-@pytest.mark.parametrize("name", ["hub:gsm8k:test", "hub:openai/gsm8k", "hub:a/b/main:", "hub:a/b:test[:10]", "hub:"])
+@pytest.mark.parametrize("name", ["hub:gsm8k:test", "hub:gsm8k", "hub:a/b/main:", "hub:a/b:test[:10]", "hub:"])
 def test_names_that_are_not_of_the_hub(hub, name):
     with pytest.raises(ConfigError, match=r"not of the form hub:OWNER/NAME"):
         load_examples(name)
@@ -369,12 +381,3 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     monkeypatch.setattr(hub, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"hub:a/b:test: cannot be read .*ConnectionError: Couldn't reach.*the network"):
         load_examples("hub:a/b:test", skip_bad=5)
-
-
-def test_without_datasets_or_with_one_that_runs_scripts(hub, monkeypatch):
-    monkeypatch.setattr(hub, "__version__", "3.6.0")
-    with pytest.raises(ConfigError, match=r"datasets 3.6.0 may run code .*pip install 'switchkd\[data\]'"):
-        load_examples("hub:a/b:test")
-    monkeypatch.setattr("switchkd.data.lines.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'switchkd\[data\]'"):
-        load_examples("hub:a/b:test")

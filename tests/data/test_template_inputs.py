@@ -12,11 +12,10 @@ from tiny import CHATML, byte_level_tokenizer, pair_on_disk
 from switchkd.base.errors import ConfigError, DataError, SwitchKDWarning
 from switchkd.base.settings import from_dict
 from switchkd.cli.main import main
-from switchkd.data import template_inputs
+from switchkd.data import settings as template_inputs
 from switchkd.data.examples import Example
 from switchkd.data.formats import Message
-from switchkd.data.settings import with_date
-from switchkd.data.template_inputs import Template
+from switchkd.data.settings import Template, with_template
 from switchkd.data.templates import Encoder
 from switchkd.reports.compare import compare
 from switchkd.reports.page import _score_sheets
@@ -82,14 +81,14 @@ def test_a_stopped_clock_says_what_the_clock_said_on_that_day(name, day, clock):
 
 def test_the_day_is_chosen_where_prompts_depend_on_it(clock):
     clock("2026-03-01")
-    config = TrainConfig()
+    config = TrainConfig(template="chat")
     for name, before in CLOCKS.items():
-        assert with_date(config, tokenizer(before)).template_date == "2026-03-01", name
-        assert with_date(dataclasses.replace(config, template="none"), tokenizer(before)) == dataclasses.replace(
+        assert with_template(config, tokenizer(before)).template_date == "2026-03-01", name
+        assert with_template(dataclasses.replace(config, template="none"), tokenizer(before)) == dataclasses.replace(
             config, template="none"
         )
-    assert with_date(config, tokenizer("")) == with_date(config, tokenizer(OLDER)) == config
-    assert with_date(dataclasses.replace(config, template_date="2020-01-02"), tokenizer(CLOCKS["smollm3"])) == (
+    assert with_template(config, tokenizer("")) == with_template(config, tokenizer(OLDER)) == config
+    assert with_template(dataclasses.replace(config, template_date="2020-01-02"), tokenizer(CLOCKS["smollm3"])) == (
         dataclasses.replace(config, template_date="2020-01-02")
     )
 

@@ -9,9 +9,9 @@ from tokenizers import AddedToken
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example, load_examples
+from switchkd.data.files import BadRows
 from switchkd.data.formats import Message
-from switchkd.data.lines import BadRows
-from switchkd.data.templates import Encoder
+from switchkd.data.templates import Encoder, TeacherReads
 from switchkd.data.texts import tokenize
 
 LENGTHS = {"max_prompt_length": 2000, "max_completion_length": 2000}
@@ -141,7 +141,7 @@ def test_fields_of_earlier_turns_that_a_template_leaves_out_are_told_with_counts
         Message("user", "Two?"),
     ]
     found = [replace(example(), messages=tuple(before)), example(), replace(example(), messages=tuple(before))]
-    rows(*found, teacher_prompt="{prompt}")
+    rows(*found, teacher=TeacherReads("{prompt}"))
     assert (
         "leaves out fields of earlier turns: 'messages[].name' (2 rows), 'messages[].thinking' (2 rows)" in caplog.text
     )
@@ -269,7 +269,7 @@ REFUSED = CHATML.replace(
     ("bad", "settings"),
     [
         (example(("user", "bad")), {}),
-        (example(("tool", "no user turn")), {"teacher_prompt": "{prompt}"}),
+        (example(("tool", "no user turn")), {"teacher": TeacherReads("{prompt}")}),
         (example(completion="<|im_start|>", tools=({"name": "add"},)), {}),
     ],
 )

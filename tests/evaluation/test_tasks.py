@@ -4,8 +4,8 @@ import pytest
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example
+from switchkd.data.files import BadRows
 from switchkd.data.formats import FORMATS, Message
-from switchkd.data.lines import BadRows
 from switchkd.evaluation.scores import SCORES
 from switchkd.evaluation.tasks import TASKS, eval_source, scorable, task_named
 

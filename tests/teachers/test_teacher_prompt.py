@@ -26,7 +26,7 @@ from switchkd.cli.main import main
 from switchkd.data.examples import Example
 from switchkd.data.formats import Message
 from switchkd.data.settings import DataConfig
-from switchkd.data.templates import alpaca_prompt
+from switchkd.data.templates import TeacherReads, alpaca_prompt
 from switchkd.data.texts import collate, teacher_prompt_limit, tokenize
 from switchkd.decoding.pace import BLOCKS, Pace
 from switchkd.decoding.settings import DecodeSettings
@@ -41,7 +41,7 @@ from switchkd.methods.objectives import DistiLLM2, ForwardKL
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.models.pair import load_pair
 from switchkd.runner.architecture import cache_bytes_per_token
-from switchkd.runs.opening import check_context, load_task
+from switchkd.runs.opening import check_context, load_task, load_train
 from switchkd.runs.preflight import memory_estimate
 from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
@@ -344,7 +344,7 @@ def tokenized(
 ):
     return tokenize(
         examples, tokenizer or byte_level_tokenizer(), template=template, max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length, teacher_prompt=teacher_prompt,
+        max_completion_length=max_completion_length, teacher=TeacherReads(teacher_prompt),
     )  # fmt: skip
 
 
@@ -382,13 +382,13 @@ def test_long_prompts_of_the_teacher_are_dropped_and_counted():
     longest = max(len(row.prompt_ids) for row in tokenized(rows, "chat", max_prompt_length=10**4)[0])
     kept, counts = tokenized(rows, "chat", max_prompt_length=longest)
     assert [row.id for row in kept] == [0, 1, 2] and counts.long_teacher_prompts == 0
-    limit = teacher_prompt_limit(tokenizer, TELLING, longest, 40)
+    limit = teacher_prompt_limit(tokenizer, TeacherReads(TELLING), longest, 40)
     assert limit == longest + 40 + len(tokenizer(TELLING)["input_ids"]) > max(len(r.teacher_prompt_ids) for r in kept)
     kept, counts = tokenized(rows, "chat", "{prompt} {prompt}", max_prompt_length=longest)
     assert [row.id for row in kept] == [0, 1] and (counts.long_prompts, counts.long_teacher_prompts) == (0, 1)
     with pytest.raises(DataError, match=r"none of 1 .* 1 prompts of the teacher are longer than \d+ tokens"):
         tokenized(rows[2:], "chat", "{prompt} {prompt}", max_prompt_length=longest)
-    assert teacher_prompt_limit(tokenizer, "", 12, 40) == 12
+    assert teacher_prompt_limit(tokenizer, TeacherReads(), 12, 40) == 12
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_contexts_and_memory_count_the_teachers_prompt(place):
     plain = TrainConfig(max_prompt_length=200, max_completion_length=150, max_new_tokens=100, use_peft=True)
     check_context(plain, pair)
     told = dataclasses.replace(plain, teacher_prompt="{prompt} {completion}")
-    limit = teacher_prompt_limit(pair.tokenizer, told.teacher_prompt, 200, 150)
+    limit = teacher_prompt_limit(pair.tokenizer, TeacherReads(told.teacher_prompt), 200, 150)
     with pytest.raises(
         ConfigError, match=rf"under teacher_prompt of up to {limit} \+ completion 150 .* the teacher's context"
     ):
@@ -472,6 +472,10 @@ def test_data_for_training_and_for_evaluation(tmp_path, place, capsys):
     plain = load_task(DataConfig(), pair, str(file))
     assert len(plain) == 2 and all(row.teacher_prompt_ids is None for row in plain)
     config = DataConfig(max_prompt_length=len(plain[1].prompt_ids), max_completion_length=9)
-    [kept] = load_task(config, pair, str(file), teacher_prompt="{prompt} {prompt}")
+    told = TrainConfig(
+        train_file=str(file), eval_split=0, teacher_prompt="{prompt} {prompt}",
+        max_prompt_length=config.max_prompt_length, max_completion_length=9,
+    )  # fmt: skip
+    [kept] = load_train(told, pair)
     assert kept.id == 0 and kept.teacher_prompt_ids
     assert "1 examples; 1 prompts of the teacher over their limit left out" in capsys.readouterr().out
