@@ -5,6 +5,7 @@ A command may go over several lines, each with a backslash at its end. A ``text`
 
 import dataclasses
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -121,7 +122,8 @@ def workplace(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name in ("my_data.jsonl", "my_heldout.jsonl"):
-        Path(name).write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 8)
+        rows = ({"prompt": f"What is {n} and 2?", "completion": f"It is {n + 2}."} for n in range(8))
+        Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for code in FILES:
         Path(code.splitlines()[0].removeprefix("# ")).write_text(code)
     return tmp_path
@@ -171,7 +173,8 @@ def test_python_in_the_pages(workplace, pair, number, capsys):
     if "runs/first" in code:  # which the tutorial has trained by then
         Path("runs/first").mkdir(parents=True)
         Path("runs/first/student").symlink_to(pair[1])
-    short = re.sub(r"max_steps=\d+", "max_steps=2", re.sub('"Qwen/.*?"', '"demo"', code))
+    few = "max_steps=2, max_new_tokens=8, eval_samples=2, eval_max_new_tokens=8"
+    short = re.sub(r"max_steps=\d+", few, re.sub('"Qwen/.*?"', '"demo"', code))
     exec(compile(short, page, "exec"), {"__name__": "docs"})
     printed = capsys.readouterr().out
     assert "[" in printed
