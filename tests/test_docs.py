@@ -25,6 +25,7 @@ from switchkd.cli.commands import COMMANDS as CLI
 from switchkd.cli.flags import parse
 from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
+from switchkd.data.formats import Wanted
 from switchkd.methods.mixes import MIXES
 from switchkd.methods.objectives import OBJECTIVES
 from switchkd.models import pypi_pairs
@@ -189,6 +190,19 @@ def test_plans_in_the_pages(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
     plan = load_plan(str(tmp_path / "plan.yaml"))
     assert all(cells(plan, size, tmp_path) for size in plan.sizes.values())
+
+
+ROWS = [(page, block) for page, block in blocks("json") if "{" in block]
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=[page for page, _ in ROWS])
+def test_rows_in_the_pages_are_read(tmp_path, number):
+    """Each row of a block for itself, as the rows of a block may be of several layouts."""
+    _, block = ROWS[number]
+    rows = [block] if block.count("\n{") == 0 else block.splitlines()
+    for row in rows:
+        (tmp_path / "row.jsonl").write_text(json.dumps(json.loads(row)) + "\n")
+        assert load_examples(str(tmp_path / "row.jsonl"), wanted=Wanted(answers=False))
 
 
 def test_the_flat_example_runs(workplace, capsys):
