@@ -18,7 +18,7 @@ spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
     "base", "methods", "data", "runner", "forward", "models", "teachers", "decoding", "evaluation", "training", "reports", "runs",
-    "studies", "api", "cli",
+    "api", "studies", "cli",
 )  # fmt: skip
 
 

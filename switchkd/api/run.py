@@ -13,6 +13,8 @@ from switchkd.base.plain import Lines
 from switchkd.base.storage import write_file
 from switchkd.decoding.rollouts import Rollout
 from switchkd.evaluation.results import EVALUATION
+from switchkd.models.loading import load_model
+from switchkd.models.pair import folder_dtype
 from switchkd.reports.record import RunRecord, trained_student
 
 if TYPE_CHECKING:
@@ -41,9 +43,8 @@ class Run:
     @cached_property
     def student(self) -> PreTrainedModel:
         """The trained student, loaded from ``student/`` in the dtype that it was saved in; an adapter sits on its base."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(trained_student(self.path), dtype="auto")
+        folder = trained_student(self.path)
+        return load_model(folder, folder_dtype(folder))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

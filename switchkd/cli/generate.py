@@ -76,7 +76,7 @@ def _examples(config: Any, pair: Pair, prompts: Sequence[str], limit: int) -> li
     from switchkd.runs.opening import prompt_examples
 
     if prompts:
-        return prompt_examples(prompts, config.prompts, pair)
+        return prompt_examples(prompts, config, pair)
     return prompts_to_complete(config, pair, limit)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.plain import shown
-from switchkd.data.formats import THOUGHTS, Message
+from switchkd.data.fields import THOUGHTS, Message
 from switchkd.data.settings import Template
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.manifest import json_sha256
-from switchkd.data.fields import Fields, Unused
+from switchkd.data.fields import Fields, Message, Unused
 from switchkd.data.files import BadRows, rows_of
-from switchkd.data.formats import Format, Message, Record, Wanted, examples_of, format_of
+from switchkd.data.formats import Format, Record, Wanted, examples_of, format_of
 
 logger = logging.getLogger(__name__)
 

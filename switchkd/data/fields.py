@@ -1,12 +1,13 @@
-"""The fields of a row, and what becomes of those that nobody asks for."""
+"""The fields of a row, the turns of a conversation in them, and what becomes of those that nobody asks for."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd.base.errors import DataError
+from switchkd.base.errors import DataError, nearest
 from switchkd.base.plain import json_value, shown
 
 MOST_BYTES = 2**22  # of a row: a million tokens; a tokenizer takes three hundred times as much memory as its text
@@ -139,3 +140,112 @@ def counted(names: Counter[str]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for what a model thinks before it answers
+_OF_A_TURN = (*THOUGHTS, "tool_calls", "tool_call_id", "name")  # what a template may write beside the content
+_TRAINED = ("weight", "train", "training", "loss")  # names for whether a turn is trained on
+_SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
+    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "tool": "tool", "observation": "tool",
+    "function_response": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is the call of a tool
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; ``more`` is what a chat template may write beside the content, by the names of fields."""
+
+    role: str
+    content: str
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_dict(self, in_parts: bool = False) -> dict[str, Any]:
+        """The turn as a chat template wants it; ``in_parts`` with its text as a list. Thoughts stand under each of their names."""
+        content = [{"type": "text", "text": self.content}] if in_parts else self.content
+        thoughts = dict.fromkeys(THOUGHTS, self.thoughts) if self.thoughts else {}
+        return {"role": self.role, "content": content, **thoughts, **self.more}
+
+    @property
+    def thoughts(self) -> str:
+        """What was thought before the content."""
+        return next((self.more[name] for name in THOUGHTS if name in self.more), "")
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The tools that are called, each with a name and arguments."""
+        return [call.get("function", call) for call in self.more.get("tool_calls", ())]
+
+
+def turn_of(turn: Fields, name: str) -> tuple[Message, bool]:
+    """A turn of the field ``name``, and whether it may be trained on."""
+    more = {part: turn[part] for part in _OF_A_TURN if turn.says(part)}
+    for part, value in more.items():
+        if part != "tool_calls":
+            checked_text(value, f"{name}[].{part}")
+    if "tool_calls" in more:
+        more["tool_calls"] = [_call(call) for call in objects_in(more["tool_calls"], f"{name}[].tool_calls")]
+    elif "content" not in turn:
+        raise DataError(f"field {name!r} has a turn without content (its fields: {turn.names()})")
+    return Message(turn.text("role"), _content(turn, name), more), _is_trained(turn, name)
+
+
+def _content(turn: Fields, name: str) -> str:
+    """The text of a turn, which may be written as a list of parts."""
+    if not isinstance(dict.get(turn, "content"), list):
+        return turn.text("content")
+    parts = []
+    for part in turn["content"]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"field '{name}[].content' holds {shown(part)}; of content in parts only {{'type': 'text', 'text': …}} is read here"
+            )
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def sharegpt_turn(turn: Fields) -> tuple[Message, bool]:
+    """A turn as ShareGPT writes it, with `from` and `value`; or one with role and content."""
+    if "from" not in turn:
+        return turn_of(turn, "conversations")
+    speaker, said = turn.text("from"), turn.text("value")
+    if speaker not in _SHAREGPT_ROLES:
+        raise DataError(f"field 'conversations' has a turn from {shown(speaker)}{nearest(speaker, _SHAREGPT_ROLES)}")
+    more = {}
+    if speaker in _CALLS:
+        found = json_value(said)
+        calls = objects_in(found if isinstance(found, list) else [found], "conversations[].value")
+        said, more = "", {"tool_calls": [_call(call) for call in calls]}
+    return Message(_SHAREGPT_ROLES[speaker], said, more), _is_trained(turn, "conversations")
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool with its arguments as an object: templates write these as JSON, and text would be quoted once more."""
+    function = function_of(call)
+    arguments = function.get("arguments")
+    arguments = json_value(arguments) if isinstance(arguments, str) else arguments
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
+
+
+def function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    """The function of a tool or of a call, which may stand in it or be it. Raises DataError for one without a name."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"a tool, or a call of one, needs a function with a name, not {shown(tool)}")
+    return function
+
+
+def _is_trained(turn: Fields, where: str) -> bool:
+    """Whether an answer may be trained on, as weights and marks of other trainers say it."""
+    marks = {name: turn[name] for name in _TRAINED if name in turn}
+    for name, value in marks.items():
+        if value not in (0, 1):  # True and False are among them
+            raise DataError(
+                f"field '{where}[].{name}' must be 0 or 1 (an answer is trained on or not), not {shown(value)}"
+            )
+    return all(marks.values())

@@ -9,46 +9,18 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from switchkd.base.errors import DataError, nearest
+from switchkd.base.errors import DataError
 from switchkd.base.plain import json_value, shown
-from switchkd.data.fields import Fields, checked_text, objects_in
+from switchkd.data.fields import Fields, Message, checked_text, function_of, objects_in, sharegpt_turn, turn_of
 
 _DIALOGUE_INSTRUCTION = "Summarize the following dialogue."
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for what a model thinks before it answers
-_OF_A_TURN = (*THOUGHTS, "tool_calls", "tool_call_id", "name")  # what a template may write beside the content
-_TRAINED = ("weight", "train", "training", "loss")  # names for whether a turn is trained on
 _EARLIER = (
     "only the last answer of a row is used, earlier ones are read as its prompt; with assistant_turns all each is used"
 )
 _LATER = "what follows the answer is not used"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; ``more`` is what a chat template may write beside the content, by the names of fields."""
-
-    role: str
-    content: str
-    more: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    def to_dict(self, in_parts: bool = False) -> dict[str, Any]:
-        """The turn as a chat template wants it; ``in_parts`` with its text as a list. Thoughts stand under each of their names."""
-        content = [{"type": "text", "text": self.content}] if in_parts else self.content
-        thoughts = dict.fromkeys(THOUGHTS, self.thoughts) if self.thoughts else {}
-        return {"role": self.role, "content": content, **thoughts, **self.more}
-
-    @property
-    def thoughts(self) -> str:
-        """What was thought before the content."""
-        return next((self.more[name] for name in THOUGHTS if name in self.more), "")
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        """The tools that are called, each with a name and arguments."""
-        return [call.get("function", call) for call in self.more.get("tool_calls", ())]
 
 
 @dataclass(frozen=True)
@@ -102,8 +74,14 @@ def format_of(row: Fields, wanted: Wanted) -> Format:
     known = next(full, None if wanted.answers else next(prompts, None))
     if known is None:
         hint = next((hint for names, hint in _HINTS if names <= row.keys()), "")
+        if not hint and (lists := [name for name, value in row.items() if _is_rows(value)]):
+            hint = f". Its field {lists[0]!r} is a list of objects; if these are the rows, write that list alone into the file"
         raise DataError(f"the row has the fields {row.names()}; {_needed(row)}{hint}")
     return known
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _needed(row: Fields) -> str:
@@ -135,7 +113,7 @@ def _with_row(row: Fields, record: Record) -> Record:
     """The record with what the row says beside any layout: a system prompt, and tools."""
     tools = tuple(objects_in(row["tools"], "tools")) if row.says("tools") else ()
     for tool in tools:
-        _function(tool)
+        function_of(tool)
     messages = record.messages
     if system := row.text("system", "system_prompt"):
         if any(message.role == "system" for message in messages):
@@ -155,20 +133,13 @@ def _answers(row: Fields, *names: str) -> tuple[str, ...]:
 
 # --- conversations ------------------------------------------------------------------------------------------------
 
-_SHAREGPT_ROLES = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
-    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "tool": "tool", "observation": "tool",
-    "function_response": "tool", "function_call": "assistant", "tool_call": "assistant",
-}  # fmt: skip
-_CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is the call of a tool
-
 
 def _read_conversation(row: Fields, wanted: Wanted) -> list[Record]:
-    return _conversation(row, [_turn(turn, "messages") for turn in row.objects("messages")], "messages", wanted)
+    return _conversation(row, [turn_of(turn, "messages") for turn in row.objects("messages")], "messages", wanted)
 
 
 def _read_sharegpt(row: Fields, wanted: Wanted) -> list[Record]:
-    turns = [_sharegpt_turn(turn) for turn in row.objects("conversations")]
+    turns = [sharegpt_turn(turn) for turn in row.objects("conversations")]
     return _conversation(row, turns, "conversations", wanted)
 
 
@@ -179,7 +150,7 @@ def _read_pair(row: Fields, wanted: Wanted) -> list[Record]:
             before = [(turn, False) for turn in _user(row, prompt)]
             return _conversation(row, [*before, *_completion(row)], "completion", wanted)
         return _with_history(row, Record(_user(row, prompt), _answers(row, "completion", "response")), wanted)
-    before = [(_turn(turn, prompt)[0], False) for turn in row.objects(prompt)]
+    before = [(turn_of(turn, prompt)[0], False) for turn in row.objects(prompt)]
     if before[-1][0].role == "assistant":
         raise DataError(
             f"field {prompt!r} ends with an assistant turn, which would be begun anew and not gone on with; end it before"
@@ -190,7 +161,7 @@ def _read_pair(row: Fields, wanted: Wanted) -> list[Record]:
 def _completion(row: Fields) -> list[tuple[Message, bool]]:
     """The turns of a pair's completion, each with whether it is trained on."""
     if isinstance(dict.get(row, "completion"), list) and row.says("completion"):
-        return [_turn(turn, "completion") for turn in row.objects("completion")]
+        return [turn_of(turn, "completion") for turn in row.objects("completion")]
     return [(Message("assistant", text), True) for text in _answers(row, "completion", "response")]
 
 
@@ -222,77 +193,6 @@ def _answered(messages: tuple[Message, ...], place: int) -> Record:
     calls = json.dumps(answer.calls, ensure_ascii=False) if answer.calls else ""
     said = answer.content if answer.content.strip() else calls
     return Record(messages[:place], (said,), answer=answer if answer.more else None)
-
-
-def _turn(turn: Fields, name: str) -> tuple[Message, bool]:
-    """A turn of the field ``name``, and whether it may be trained on."""
-    more = {part: turn[part] for part in _OF_A_TURN if turn.says(part)}
-    for part, value in more.items():
-        if part != "tool_calls":
-            checked_text(value, f"{name}[].{part}")
-    if "tool_calls" in more:
-        more["tool_calls"] = [_call(call) for call in objects_in(more["tool_calls"], f"{name}[].tool_calls")]
-    elif "content" not in turn:
-        raise DataError(f"field {name!r} has a turn without content (its fields: {turn.names()})")
-    return Message(turn.text("role"), _content(turn, name), more), _is_trained(turn, name)
-
-
-def _content(turn: Fields, name: str) -> str:
-    """The text of a turn, which may be written as a list of parts."""
-    if not isinstance(dict.get(turn, "content"), list):
-        return turn.text("content")
-    parts = []
-    for part in turn["content"]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise DataError(
-                f"field '{name}[].content' holds {shown(part)}; of content in parts only {{'type': 'text', 'text': …}} is read here"
-            )
-        parts.append(part["text"])
-    return "".join(parts)
-
-
-def _sharegpt_turn(turn: Fields) -> tuple[Message, bool]:
-    """A turn as ShareGPT writes it, with `from` and `value`; or one with role and content."""
-    if "from" not in turn:
-        return _turn(turn, "conversations")
-    speaker, said = turn.text("from"), turn.text("value")
-    if speaker not in _SHAREGPT_ROLES:
-        raise DataError(f"field 'conversations' has a turn from {shown(speaker)}{nearest(speaker, _SHAREGPT_ROLES)}")
-    more = {}
-    if speaker in _CALLS:
-        found = json_value(said)
-        calls = objects_in(found if isinstance(found, list) else [found], "conversations[].value")
-        said, more = "", {"tool_calls": [_call(call) for call in calls]}
-    return Message(_SHAREGPT_ROLES[speaker], said, more), _is_trained(turn, "conversations")
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool with its arguments as an object: templates write these as JSON, and text would be quoted once more."""
-    function = _function(call)
-    arguments = function.get("arguments")
-    arguments = json_value(arguments) if isinstance(arguments, str) else arguments
-    function = function | {"arguments": arguments}
-    return call | {"function": function} if "function" in call else function
-
-
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    """The function of a tool or of a call, which may stand in it or be it. Raises DataError for one without a name."""
-    function = tool.get("function", tool)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"a tool, or a call of one, needs a function with a name, not {shown(tool)}")
-    return function
-
-
-def _is_trained(turn: Fields, where: str) -> bool:
-    """Whether an answer may be trained on, as weights and marks of other trainers say it."""
-    marks = {name: turn[name] for name in _TRAINED if name in turn}
-    for name, value in marks.items():
-        if value not in (0, 1):  # True and False are among them
-            raise DataError(
-                f"field '{where}[].{name}' must be 0 or 1 (an answer is trained on or not), not {shown(value)}"
-            )
-    return all(marks.values())
 
 
 # --- rows of one question -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.conversations import PROBE, Conversations, Marks, one_of
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.settings import Template
 
 if TYPE_CHECKING:

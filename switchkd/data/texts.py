@@ -15,9 +15,8 @@ import numpy as np
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.conversations import PROBE
 from switchkd.data.examples import Example, logger, read_rows
-from switchkd.data.fields import Fields, counted
+from switchkd.data.fields import Fields, Message, counted
 from switchkd.data.files import BadRows
-from switchkd.data.formats import Message
 from switchkd.data.settings import Template, check_teacher_prompt
 from switchkd.data.templates import Encoder, TeacherReads, named
 from switchkd.methods.policy import REFERENCE
@@ -128,19 +127,19 @@ def tokenize(
     encode, shared = Encoder(tokenizer, template, frozenset(eos_token_ids)), _Shared()
     limit = teacher_prompt_limit(tokenizer, teacher, max_prompt_length, max_completion_length)
     bad = BadRows("examples") if bad is None else bad  # one without rows counts as false
-    of_teachers = _teacher_ids(examples, encode, teacher)
+    of_teachers = teacher_ids(examples, encode, teacher)
     for example, ids, of_teacher in zip(examples, encode.each(examples), of_teachers, strict=True):
         if isinstance(ids, DataError) or isinstance(of_teacher, DataError):
             bad.add(example.source, next(each for each in (ids, of_teacher) if isinstance(each, DataError)))
             continue
         prompt_ids, completion_ids = map(shared, ids)
-        teacher_ids, read = map(shared, of_teacher) if of_teacher else (None, completion_ids)
+        own_ids, read = map(shared, of_teacher) if of_teacher else (None, completion_ids)
         if example.teacher in teacher.templates and read != completion_ids:
             bad.add(example.source, DataError(_OTHER_ANSWER))
             continue
         if len(prompt_ids) > max_prompt_length:
             long_prompts += 1
-        elif len(teacher_ids or ()) > limit:
+        elif len(own_ids or ()) > limit:
             long_teacher_prompts += 1
         elif _spells_end(example.completion, completion_ids, eos_token_ids, tokenizer):
             end_tokens += 1
@@ -148,7 +147,7 @@ def tokenize(
             raise ConfigError(_stops_nothing(example.source, completion_ids[-1], eos_token_ids, tokenizer))
         else:
             cut = completion_ids[:max_completion_length]
-            kept.append(_with_ids(example, prompt_ids, cut, teacher_ids, truncated=len(cut) < len(completion_ids)))
+            kept.append(_with_ids(example, prompt_ids, cut, own_ids, truncated=len(cut) < len(completion_ids)))
     if encode.left_out:
         logger.warning(
             "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
@@ -234,7 +233,7 @@ _OTHER_ANSWER = (
 )
 
 
-def _teacher_ids(
+def teacher_ids(
     examples: Sequence[Example], encode: Encoder, teacher: TeacherReads
 ) -> Iterator[tuple[list[int], list[int]] | DataError | None]:
     """Prompt and completion of each example as its teacher reads them, if that is something else, or why it cannot."""

@@ -148,7 +148,7 @@ def load_pair(
         )
     pair = _put_together(models, student_model, tokenizers, student_tokenizer, vocab_size, template, own_templates)
     return replace(
-        pair, warnings=notes + pair.warnings, folder_dtype=_folder_dtype(student_name), teachers_stay=place.stays
+        pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype(student_name), teachers_stay=place.stays
     )
 
 
@@ -176,7 +176,7 @@ def pair_of(
         model.eval()
     if has_adapter(student):
         raise ConfigError("the student has an adapter already; save it, and name its folder as the student")
-    folder_dtype = dtype_name(student.dtype)
+    given = dtype_name(student.dtype)
     if student.dtype.itemsize < 4:
         student.float()
     beside = freeze_beside_text(student)
@@ -187,7 +187,7 @@ def pair_of(
     pair = _put_together({"": teacher}, student, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
     notes = (frozen_note(beside),) if beside else ()
     stay = teacher.device != student.device
-    return replace(pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype, teachers_stay=stay)
+    return replace(pair, warnings=notes + pair.warnings, folder_dtype=given, teachers_stay=stay)
 
 
 def _put_together(
@@ -351,7 +351,7 @@ def _load_student(
     return model, (frozen_note(beside),) if beside else ()
 
 
-def _folder_dtype(name: str) -> str:
+def folder_dtype(name: str) -> str:
     """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
     source, is_local = located(adapter_base(name))
     dtype = load_config(source, is_local).dtype

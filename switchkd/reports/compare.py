@@ -339,8 +339,12 @@ def _method(one: Trained) -> str:
 def training_settings(config: Mapping[str, Any]) -> str:
     """The settings of a run that move its training, but for the seed and the day, as text."""
     free = FREE_ON_RESUME | {"seed", DATE}
-    # Settings of evaluation train nothing, but the adaptive mix may look at eval_file.
-    moving = {k: v for k, v in config.items() if k not in free and (k == "eval_file" or not k.startswith("eval_"))}
+    # Settings of evaluation train nothing, but the adaptive mix may look at eval_file, and eval_split is not trained on.
+    moving = {
+        k: v
+        for k, v in config.items()
+        if k not in free and (k in ("eval_file", "eval_split") or not k.startswith("eval_"))
+    }
     return json.dumps(moving, sort_keys=True, default=str)
 
 

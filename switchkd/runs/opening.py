@@ -14,11 +14,12 @@ from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
 from switchkd.base.terminal import bar, console
 from switchkd.data.examples import Example, load_examples, split
+from switchkd.data.fields import Message
 from switchkd.data.files import SAMPLE, BadRows
-from switchkd.data.formats import Message, Wanted
-from switchkd.data.settings import DataConfig, Template, template_settings
+from switchkd.data.formats import Wanted
+from switchkd.data.settings import DataConfig, template_settings
 from switchkd.data.templates import Encoder, TeacherReads
-from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_prompt_limit, tokenize
+from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_ids, teacher_prompt_limit, tokenize
 from switchkd.decoding.served import check_served
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.decoding.teacher_texts import teacher_texts
@@ -324,15 +325,21 @@ def load_corpus(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[To
     return texts
 
 
-def prompt_examples(texts: Sequence[str], template: str | Template, pair: Pair) -> list[TokenizedExample]:
-    """User prompts under a template, without a completion."""
+def prompt_examples(texts: Sequence[str], config: DataConfig, pair: Pair) -> list[TokenizedExample]:
+    """User prompts under the template of ``config``, without a completion; a teacher may read its own in their place."""
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give it at least one word")
     for i, text in enumerate(texts):
         check_text(text, f"prompt {i}")  # a command line may hold bytes that are not UTF-8
     examples = [Example(i, (Message("user", text),), "", (), f"--prompt {i}") for i, text in enumerate(texts)]
-    encoded = zip(examples, Encoder(pair.tokenizer, template)(examples), strict=True)
-    return [TokenizedExample(example.id, ids, [], [], (), False, example.source) for example, (ids, _) in encoded]
+    encode, found = Encoder(pair.tokenizer, config.prompts), []
+    of_teachers = teacher_ids(examples, encode, teacher_reads(config, pair, training=False))
+    for example, (ids, _), of_teacher in zip(examples, encode(examples), of_teachers, strict=True):
+        if isinstance(of_teacher, DataError):
+            raise of_teacher
+        own = of_teacher and of_teacher[0]
+        found.append(TokenizedExample(example.id, ids, [], [], (), False, example.source, teacher_prompt_ids=own))
+    return found
 
 
 def check_context(config: TrainConfig, pair: Pair) -> None:

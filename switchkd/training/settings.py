@@ -54,10 +54,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Tokens a position that the top_k cache keeps; all others are one bucket, and the loss a lower bound."""
     teacher_store_dir: str = ""
     """Folder of the teacher's stored text or cache; default in the user's cache, by settings. Contents are checked."""
-    validation_file: str = ""
-    """File of the validation loss that the adaptive mix looks at; default eval_file."""
-    lm_file: str = ""
-    """JSONL of plain `text` rows for a language-modelling loss beside the objective."""
+    validation_file: tuple[str, ...] = ()
+    """Data of the validation loss that the adaptive mix looks at; default eval_file."""
+    lm_file: tuple[str, ...] = ()
+    """Data with plain `text` rows for a language-modelling loss beside the objective."""
     lm_weight: float = 1.0
     """Weight of that loss, a mean over its own tokens."""
     seed: int = 0

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.templates import alpaca_prompt
 from switchkd.data.texts import batch_indices, collate, tokenize
 

@@ -19,6 +19,7 @@ from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.settings import to_dict
 from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
+from switchkd.data.settings import DataConfig
 from switchkd.data.templates import Encoder
 from switchkd.data.texts import load_text
 from switchkd.decoding import rows
@@ -336,13 +337,13 @@ def test_a_folder_that_looks_like_a_checkpoint_is_none(records):
 
 @pytest.mark.parametrize("template", ["chat", "none"])
 def test_prompts_are_tokens_or_an_error(template):
-    pair = SimpleNamespace(tokenizer=TOKENIZER)
+    pair, config = SimpleNamespace(tokenizer=TOKENIZER, teacher_templates={}), DataConfig(template=template)
     for text in ("\0", "<|im_end|>", "<|im_end|><|im_end|>", "a" * 2**14, "a<|im_end|>"):
-        [one] = prompt_examples([text], template, pair)
+        [one] = prompt_examples([text], config, pair)
         assert text in TOKENIZER.decode(one.prompt_ids)
     for text, words in ((" \n\t", "prompt 0 is empty"), ("\udcff", "prompt 0 holds half of a surrogate pair")):
         with pytest.raises(DataError, match=words):
-            prompt_examples([text], template, pair)
+            prompt_examples([text], config, pair)
 
 
 LIMIT = 64  # of the tiny models

@@ -140,6 +140,10 @@ def test_calls_of_tools_in_sharegpt_are_calls(tmp_path):
         ({"messages": [{"role": "user", "content": ["Two?"]}]}, "holds 'Two[?]'; of content in parts only"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "a turn from 'narrator'; known: assistant, bing"),
         ({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "broken JSON"),
+        (
+            {"data": [{"prompt": "a"}]},
+            "Its field 'data' is a list of objects; if these are the rows, write that list alone",
+        ),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "Preferences are not read"),
     ],
 )

@@ -14,7 +14,7 @@ from switchkd.base.settings import from_dict
 from switchkd.cli.main import main
 from switchkd.data import settings as template_inputs
 from switchkd.data.examples import Example
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.settings import Template, with_template
 from switchkd.data.templates import Encoder
 from switchkd.reports.compare import compare

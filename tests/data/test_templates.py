@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example, load_examples
+from switchkd.data.fields import Message
 from switchkd.data.files import BadRows
-from switchkd.data.formats import Message
 from switchkd.data.templates import Encoder, TeacherReads
 from switchkd.data.texts import tokenize
 

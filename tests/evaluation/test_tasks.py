@@ -4,10 +4,11 @@ import pytest
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.data.examples import Example
+from switchkd.data.fields import Message
 from switchkd.data.files import BadRows
-from switchkd.data.formats import FORMATS, Message
+from switchkd.data.formats import FORMATS
 from switchkd.evaluation.scores import SCORES
-from switchkd.evaluation.tasks import TASKS, eval_source, scorable, task_named
+from switchkd.evaluation.tasks import TASKS, eval_sources, scorable, task_named
 
 NAMES = {
     "rouge": {"rouge_1", "rouge_2", "rouge_l", "exact_match"},
@@ -100,15 +101,16 @@ def test_a_missing_package_shows_when_the_task_is_chosen(monkeypatch):
 
 
 def test_where_the_examples_come_from():
-    assert eval_source("mine.jsonl", "gsm8k") == eval_source("mine.jsonl", "auto") == "mine.jsonl"
-    assert eval_source("", "gsm8k") == "hub:openai/gsm8k/main:test"
+    mine = ("mine.jsonl",)
+    assert eval_sources(mine, "gsm8k") == eval_sources(mine, "auto") == mine
+    assert eval_sources((), "gsm8k") == ("hub:openai/gsm8k/main:test",)
     with pytest.raises(ConfigError, match="task unnatural_instructions has no data of its own; give eval_file"):
-        eval_source("", "unnatural_instructions")
+        eval_sources((), "unnatural_instructions")
     with pytest.raises(ConfigError, match="nothing to evaluate on: give eval_file"):
-        eval_source("", "auto")
-    for file in ("", "mine.jsonl"):
+        eval_sources((), "auto")
+    for file in ((), mine):
         with pytest.raises(ConfigError, match=r"did you mean 'gsm8k'\?"):
-            eval_source(file, "gsm8")
+            eval_sources(file, "gsm8")
 
 
 def test_rows_that_a_task_cannot_score_against_are_bad_rows():

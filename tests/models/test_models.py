@@ -226,7 +226,7 @@ def test_one_id_more_than_logits_rows_is_never_drawn_and_rows_that_hold_it_are_l
     file.write_text("".join(json.dumps({"prompt": text, "completion": "four"}) + "\n" for text in texts))
     config = TrainConfig(
         teacher_model_name_or_path=str(tmp_path / "teacher"), student_model_name_or_path=str(tmp_path / "student"),
-        train_file=str(file), template="none",
+        train_file=str(file), template="none", eval_split=0,
     )  # fmt: skip
     pair = open_pair(config)
     assert pair.vocab_size == rows == len(pair.tokenizer) - 1
@@ -288,7 +288,7 @@ def test_eos_outside_the_vocabulary_is_refused(folder):
         ("A", "A", []),
         (None, None, []),
         ("A", "B", ["teacher and student have different chat templates; the teacher's is used for both"]),
-        (None, "B", ["different chat templates; the teacher's has none"]),
+        (None, "B", ["note: the teacher has no chat template; the student's is used for both"]),
         ("A", None, ["note: the student has no chat template"]),
     ],
 )
@@ -298,7 +298,7 @@ def test_chat_templates_that_differ_are_told(tmp_path, teacher, student, words):
     pair = load_pair(str(tmp_path / "t"), str(tmp_path / "s"), device="cpu")
     assert len(pair.warnings) == len(words)
     assert all(word in warning for word, warning in zip(words, pair.warnings, strict=True))
-    assert pair.tokenizer.chat_template == teacher
+    assert pair.tokenizer.chat_template == (teacher or student)
 
 
 def test_special_tokens_around_a_text_that_differ_are_told(folder, tmp_path):

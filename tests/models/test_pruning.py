@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.data.examples import Example
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.models import pruning
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pruning import choose_layers, layer_influence, prune

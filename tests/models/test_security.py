@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from switchkd.base.errors import DataError, ModelError, SwitchKDError
 from switchkd.data.examples import Example, load_examples
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.templates import Encoder
 from switchkd.models.adapters import add_adapter
 from switchkd.models.loading import load_model, load_tokenizer

@@ -15,7 +15,7 @@ from switchkd.methods.policy import StudentOnly
 from switchkd.reports.record import RunRecord
 from switchkd.runs.distil import distil
 from switchkd.runs.heldout import eval_settings, load_heldout, prompts_to_complete
-from switchkd.runs.opening import load_train, needs_answers, open_pair
+from switchkd.runs.opening import load_train, needs_answers, open_pair, prompt_examples
 from switchkd.training.settings import TrainConfig, load_recipe
 
 SMALL = {
@@ -153,6 +153,10 @@ def test_each_model_reads_under_its_own_template_if_asked_to(two_templates):
     for example in [*load_train(config, pair, quiet=True), *load_heldout(config, pair, quiet=True).examples]:
         student, teacher = map(pair.tokenizer.decode, (example.prompt_ids, example.teacher_reads))
         assert "dear" not in student and teacher == student.replace("<|im_start|>", "<|im_start|>dear ")
+    [asked] = prompt_examples(["Where?"], config, pair)
+    assert pair.tokenizer.decode(asked.teacher_reads).count("dear") == 2 and "dear" not in pair.tokenizer.decode(
+        asked.prompt_ids
+    )
     shared = open_pair(settings(two_templates), quiet=True)
     assert shared.tokenizer.chat_template == OTHER
     assert any("with teacher_template own each reads under its own" in warning for warning in shared.warnings)

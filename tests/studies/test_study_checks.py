@@ -72,7 +72,7 @@ WRONG = {
     "an evaluation of other rows": ({"evaluations": {"gsm_plus": {}}}, "task gsm_plus is scored on rows of the layout"),
     "an evaluation of no rows": ({"evaluations": {"gsm8k": {"eval_file": "no.jsonl"}}}, "no.jsonl: no such file"),
     "no rows to train on": ({"methods": {"sft": "sft", "k": {"recipe": "kd", "train_file": "no.jsonl"}}}, "k-seed0 could not"),
-    "no rows of plain text": ({"settings": {"lm_file": "no.jsonl"}}, "lm_file no.jsonl: no such file"),
+    "no rows of plain text": ({"settings": {"lm_file": "no.jsonl"}}, "could not be run: no.jsonl: no such file"),
     "no teacher": ({"methods": {"k": {"recipe": "kd", "teacher_model_name_or_path": "./no"}}}, "./no does not exist"),
     "no student": ({"settings": {"student_model_name_or_path": "./no"}}, "./no does not exist"),
     "no scores": ({"settings": {"eval_samples": 0}}, "eval_samples is 0"),

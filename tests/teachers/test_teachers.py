@@ -19,7 +19,7 @@ from switchkd.cli.flags import parse
 from switchkd.cli.generate import GenerateConfig
 from switchkd.cli.main import main
 from switchkd.data.examples import Example, load_examples
-from switchkd.data.formats import Message
+from switchkd.data.fields import Message
 from switchkd.data.texts import by_teacher, tokenize
 from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
