@@ -56,7 +56,9 @@ NOT_HERE = (
 ELSEWHERE = re.compile(r"^torchrun |^srun | --teacher-(device|load-in)")
 SHORT = {
     "demo": ["--max-steps", "2"],
-    "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
+    "train": [
+        "--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8", "--sample-prompts", "2",
+    ],
     "check": ["--eval-samples", "2"],
     "evaluate": ["--eval-samples", "2", "--eval-max-new-tokens", "8"],
     "generate": ["--max-new-tokens", "8"],
@@ -69,7 +71,7 @@ SHORT = {
     "report": [],
     "plot": [],
     "study": [],
-}
+}  # fmt: skip
 
 
 def blocks(language):
