@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -25,11 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import ModelError
 
+try:
+    import resource
+except ImportError:  # Windows: a trial has seconds by the clock, and no limit of memory
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 SECONDS = 10  # of work for a trial, however busy the machine is; usual ones take less than one, of large tokenizers two
+START_SECONDS = 20  # more, for the process to start, where work cannot be told from waiting
 MEMORY = 4 * 2**30  # bytes of address space of a trial
 MOST_COUNTED = 10_000  # what a config's class makes a list of, such as layers
 # Long runs of one character, and every character beside every other kind: where patterns go back and forth, and normalisers grow.
@@ -86,15 +91,20 @@ def no_larger_than(weights: int, source: str) -> Iterator[None]:
 
 
 def _try(work: dict[str, Any], what: str) -> None:
-    done = subprocess.run(
-        command("switchkd.base.limits"),
-        input=json.dumps(work | {"seconds": SECONDS, "memory": MEMORY}),
-        text=True,
-        capture_output=True,
-        env=environment(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1"),  # every thread takes address space
-    )
-    if done.returncode == -signal.SIGXCPU:
-        raise ModelError(f"{what} took more than {SECONDS} s on short texts and was stopped; take another one")
+    too_long = f"{what} took more than {SECONDS} s on short texts and was stopped; take another one"
+    try:
+        done = subprocess.run(
+            command("switchkd.base.limits"),
+            input=json.dumps(work | {"seconds": SECONDS, "memory": MEMORY}),
+            text=True,
+            capture_output=True,
+            env=environment(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1"),  # every thread takes address space
+            timeout=None if resource else SECONDS + START_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(too_long) from error
+    if resource and done.returncode == -signal.SIGXCPU:
+        raise ModelError(too_long)
     if done.returncode < 0:
         raise ModelError(
             f"{what} took more than {MEMORY:,} bytes of memory on short texts and was stopped; take another one"
@@ -108,12 +118,13 @@ def _try(work: dict[str, Any], what: str) -> None:
 
 def _serve() -> None:
     work = json.load(sys.stdin)
-    for limit, most in (
-        (resource.RLIMIT_CPU, work["seconds"]),
-        (resource.RLIMIT_AS, work["memory"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(limit, (most, most + (limit == resource.RLIMIT_CPU)))  # at the harder one it is killed
+    if resource:
+        for limit, most in (
+            (resource.RLIMIT_CPU, work["seconds"]),
+            (resource.RLIMIT_AS, work["memory"]),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(limit, (most, most + (limit == resource.RLIMIT_CPU)))  # at the harder one it is killed
     for pattern in work.get("patterns", ()):
         for name in work["names"]:
             re.match(rf"(?:^|.*?\.)(?:{pattern})$", name)  # in the ways that peft asks

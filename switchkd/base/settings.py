@@ -23,7 +23,9 @@ from switchkd.base.storage import expand_settings, expanded
 _KINDS: dict[type, tuple[Callable[[Any, str], Any], Callable[[Any], dict[str, Any]]]] = {}
 # In files of earlier versions: they moved time alone, and nothing reads them now.
 RETIRED = ("repeatable", "static_step")
-INPUT_ONLY = ("bf16",)  # another name for a setting, under which nothing is recorded
+# Not recorded, as they are no property of a run: another name for a setting, how somebody looks on, and whether it goes on, or out,
+# this time.
+INPUT_ONLY = ("bf16", "quiet", "resume", "resume_from", "allow_change", "push_to_hub")
 
 
 def settings_kind(kind: type, read: Callable[[Any, str], Any], write: Callable[[Any], dict[str, Any]]) -> None:

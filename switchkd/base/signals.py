@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+STOPPING = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None)
 # A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.
 ONE_SIGNAL_SECONDS = 1.0
 
@@ -97,7 +98,7 @@ def terminable() -> Iterator[None]:
 
 def _heard() -> list[signal.Signals]:
     """What is listened to: all of STOPPING, but for a SIGHUP that `nohup` has this process ignore."""
-    return [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return [n for n in STOPPING if n != HANGUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _say(text: str) -> None:

@@ -180,8 +180,11 @@ def free_bytes(path: Path) -> int:
 def sync(path: Path) -> None:
     """Push a file or folder to the disk: a rename may otherwise survive a power cut that the contents do not.
 
-    Some file systems cannot do that, for folders or at all; what is written there is as safe as they make it.
+    Some file systems cannot do that, for folders or at all; what is written there is as safe as they make it. So it is on Windows,
+    which does not do it for folders, nor for what is open for reading.
     """
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,27 +7,61 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 import tyro
 
-from switchkd.base.errors import ConfigError, nearest
+from switchkd.base.errors import ConfigError
 from switchkd.base.storage import expanded
 from switchkd.base.terminal import complain
-from switchkd.cli.commands import COMMANDS, NOT_FROM_RECIPE, OF_A_RUN, TAKE_RECIPE
+from switchkd.cli.commands import COMMANDS, MANY, NOT_FROM_RECIPE, OF_A_RUN, TAKE_RECIPE
+from switchkd.cli.other_names import in_our_words, note_on_lengths
 from switchkd.methods.rules import NOUNS, name_of, rule
+from switchkd.training.records import CONFIG
 from switchkd.training.settings import TrainConfig, load_recipe
 
 Config = TypeVar("Config")
 STUDENT_FLAGS = ("--student", "--student-model-name-or-path")
-# The settings in groups, as `--help` shows them, by the class that has them. A command's own stand first.
-GROUP_OF = {"ModelConfig": "model", "DataConfig": "data", "DecodeConfig": "decoding", "EvalConfig": "evaluation",
-          "TrainConfig": "training"}  # fmt: skip
-RECIPE = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE|RUN]", help_behavior_hint="(optional)", help=(
-    "A YAML file, a name that `switchkd methods` lists, or a run directory: its settings are the defaults."
-))]  # fmt: skip
-SHELLS = ("bash", "fish", "zsh")
+# The settings in groups, as help shows them, in this order; a command's own stand first.
+GROUPS = ("model", "data", "method", "writing", "training", "evaluation", "output")
+# A setting is in the group of the class that has it, but for some, which are in these.
+GROUP_OF = {"ModelConfig": "model", "DataConfig": "data", "DecodeConfig": "writing", "EvalConfig": "evaluation",
+            "TrainConfig": "training"}  # fmt: skip
+ELSEWHERE = {
+    "data": ("validation_file", "lm_file"),
+    "method": ("policy", "objective", "mix", "method", "loss_over", "lm_weight", "teacher_cache", "teacher_cache_top_k",
+               "teacher_store_dir"),
+    "writing": ("max_new_tokens_start",),
+    "evaluation": ("eval_on_start", "eval_steps", "metric_for_best_model"),
+    "output": ("output_dir", "save_steps", "save_total_limit", "sample_steps", "sample_prompts", "report_to", "save_dtype", "merge",
+               "push_to_hub", "hub_private_repo", "resume", "resume_from", "allow_change", "quiet"),
+}  # fmt: skip
+# What `--help` shows of a command with more settings than a screen holds; `--help-all` shows all.
+FIRST = (
+    "teacher_model_name_or_path", "student_model_name_or_path", "dtype", "use_peft", "train_file", "eval_file", "template",
+    "policy", "objective", "mix", "max_new_tokens", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
+    "output_dir", "resume", "report_to", "push_to_hub",
+)  # fmt: skip
+ALSO_FIRST = {"evaluate": ("task", "eval_samples", "eval_max_new_tokens", "eval_temperature"), "generate": ("temperature",),
+              "play": ("temperature",), "chat": ("temperature",)}  # fmt: skip
+FEW = 20
+MODEL_FILES = ("config.json", "adapter_config.json")
+HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
+OF_THE_RULES = (
+    "Who writes each token, what is lowered, and on which text. With a name after one of these, or a recipe, help lists its "
+    "settings too: --policy adaswitch --help."
+)
+# What may stand before the flags: of most commands a recipe, of those that are of a student one of these.
+RECIPE = (
+    "[RECIPE|RUN]",
+    "A YAML file, a name that `switchkd methods` lists, or a run directory: its settings are the defaults.",
+)
+STUDENT = (
+    "[RUN|MODEL|RECIPE]",
+    "A run directory, a model's folder or its name on the hub: its student writes alone. Or a recipe.",
+)
 
 
 def parse(cls: type[Config], args: Sequence[str]) -> Config:
@@ -37,47 +71,71 @@ def parse(cls: type[Config], args: Sequence[str]) -> Config:
     """
     command, *rest = args
     recipe = rest[0] if command in TAKE_RECIPE and rest and not rest[0].startswith("-") else ""
+    rest = in_our_words(cls, rest)
     named = {word.partition("=")[0].replace("_", "-") for word in rest}
     default = _defaults(cls, command, recipe, not named.isdisjoint(STUDENT_FLAGS)) if recipe else cls()
     rules = _rules(default, rest)
-    parsed = vars(_tyro({command: _arguments(default, rules, command)}, args))
+    if asked := [word for word in rest if word in (*HELP, *HELP_ALL)]:
+        own = [noun for noun in rules if recipe or f"--{noun}" in named]
+        shown = None if asked[0] in HELP_ALL else _first(cls, command, own)
+        _tyro({command: _arguments(default, rules, command, shown)}, [command, "--help"])
+    parsed = vars(_tyro({command: _arguments(default, rules, command)}, [command, *rest]))
     if (late := parsed.pop("recipe", "")) != recipe:
         raise ConfigError(f"{late!r} is a recipe or a run if it comes first: switchkd {command} {late} …")
-    grouped = [vars(parsed[group]) for group in GROUP_OF.values() if group in parsed]
+    grouped = [vars(parsed[f"{group}_group"]) for group in GROUPS if f"{group}_group" in parsed]
     given = parsed | {name: value for group in grouped for name, value in group.items()}
     values = {setting.name: given[setting.name] for setting in dataclasses.fields(cls)}  # type: ignore[arg-type]
     try:
-        return cls(**values | {noun: given[f"{noun}_settings"] for noun in rules})
+        config = cls(**values | {noun: given[f"{noun}_settings"] for noun in rules})
     except ConfigError as error:
         complain(f"error: {error}")
         raise SystemExit(2) from error
+    if isinstance(config, TrainConfig):
+        note_on_lengths(rest, config)
+    return config
 
 
-def complete(args: Sequence[str]) -> None:
-    """Print or write the script that completes all commands and their flags in a shell, as ``args`` say."""
-    if len(args) > 1 and args[1] not in SHELLS:
-        raise ConfigError(f"{args[0]}: no script for the shell {args[1]!r}{nearest(args[1], SHELLS)}")
+def _first(cls: type, command: str, rules: Sequence[str]) -> set[str] | None:
+    """What ``--help`` shows of a command, with the settings of these ``rules``; None if that is all."""
+    names = [setting.name for setting in dataclasses.fields(cls)]
+    if len(names) <= FEW:
+        return None
+    own = {name for name, (group, _) in _groups_and_texts(cls).items() if not group}
+    return own | {*FIRST, *ALSO_FIRST.get(command, ())} | {f"{noun}_settings" for noun in rules}
+
+
+def print_completion(shell: str) -> None:
+    """Print the script that completes all commands and their flags in a shell."""
     defaults = {name: command.settings() for name, command in COMMANDS.items()}
-    _tyro({name: _arguments(default, _rules(default, []), name) for name, default in defaults.items()}, args)
+    arguments = {name: _arguments(default, _rules(default, []), name) for name, default in defaults.items()}
+    with suppress(SystemExit):  # by which tyro says that it has printed it
+        _tyro(arguments, ["--tyro-print-completion", shell])
 
 
 def _tyro(arguments: dict[str, type], args: Sequence[str]) -> Any:
     """What tyro makes of ``args``. It knows the names of all commands, and what those in ``arguments`` take."""
     nothing = dataclasses.make_dataclass("Nothing", [])
     commands = [
-        Annotated[Any, tyro.conf.subcommand(name, constructor=arguments.get(name, nothing), description=command.summary)]
-        for name, command in COMMANDS.items()
+        Annotated[Any, tyro.conf.subcommand(name, constructor=arguments.get(name, nothing), description=_about(name))]
+        for name in COMMANDS
     ]  # fmt: skip
     union, upper = Union[tuple(commands)], tyro.conf.PositionalMetavarFromFieldName  # noqa: UP007
     return tyro.cli(union, args=args, prog="switchkd", use_underscores=False, config=(upper,))
 
 
-def _arguments(default: Any, rules: dict[str, Any], command: str) -> type:
+def _about(command: str) -> str:
+    """What a command does, and how to see all of its settings if help shows the first ones."""
+    own = COMMANDS[command]
+    more = f" (`switchkd {command} --help-all` lists all settings)" if command in MANY else ""
+    return f"{own.summary}{more}"
+
+
+def _arguments(default: Any, rules: dict[str, Any], command: str, shown: set[str] | None = None) -> type:
     """A dataclass of which tyro makes the arguments of a command: its own settings, a field for each group of others, and one
-    for the settings of each rule."""
-    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in ("", *GROUP_OF.values())}
+    for the settings of each rule. All others than those ``shown``, if there are such, are left out."""
+    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in ("", *GROUPS)}
     described, hints = _groups_and_texts(type(default)), get_type_hints(type(default), include_extras=True)
-    for name in [setting.name for setting in dataclasses.fields(default)]:
+    for name in [setting.name for setting in dataclasses.fields(default) if shown is None or setting.name in shown]:
         (group, text), kind, value = described[name], hints[name], getattr(default, name)
         if name in rules:  # the flag takes a name; the settings of that rule have flags of their own
             value = name_of(rules[name])
@@ -86,10 +144,18 @@ def _arguments(default: Any, rules: dict[str, Any], command: str) -> type:
     own = groups.pop("")
     for group, settings in groups.items():
         made = dataclasses.make_dataclass(group, settings)
-        own += [_field(group, Annotated[made, tyro.conf.arg(help="")], made())] if settings else []
+        about = OF_THE_RULES if group == "method" else ""
+        said = tyro.conf.arg(name=group, help=about)
+        own += [_field(f"{group}_group", Annotated[made, said], made())] if settings else []
     for noun, value in rules.items():
+        if shown is not None and f"{noun}_settings" not in shown:
+            continue
         own.append(_field(f"{noun}_settings", Annotated[type(value), tyro.conf.arg(name=noun)], value))
-    return dataclasses.make_dataclass(command, [_field("recipe", RECIPE, ""), *own] if command in TAKE_RECIPE else own)
+    if command in TAKE_RECIPE:
+        metavar, about = STUDENT if command in OF_A_RUN else RECIPE
+        said = tyro.conf.arg(metavar=metavar, help_behavior_hint="(optional)", help=about)
+        own.insert(0, _field("recipe", Annotated[tyro.conf.Positional[str], said], ""))
+    return dataclasses.make_dataclass(command, own)
 
 
 def _field(name: str, kind: Any, value: Any) -> tuple[str, Any, Any]:
@@ -104,7 +170,9 @@ def _groups_and_texts(cls: type) -> dict[str, tuple[str, str]]:
         for line, text in itertools.pairwise(tree.body):  # type: ignore[attr-defined]
             if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
                 name, words = ast.unparse(line.target), " ".join(ast.literal_eval(text.value).split())
-                found[name] = found.get(name, (GROUP_OF.get(owner.__name__, ""),))[0], words
+                group = GROUP_OF.get(owner.__name__, "")
+                group = next((other for other, names in ELSEWHERE.items() if name in names), group) if group else ""
+                found[name] = found.get(name, (group,))[0], words
     return found
 
 
@@ -128,6 +196,9 @@ def _defaults(cls: type[Config], command: str, path: str, names_student: bool) -
     path = expanded(path)
     folder = Path(path)
     own: dict[str, Any] = {}
+    if command in OF_A_RUN and _is_model(path):
+        rules = {noun: rule(noun, name, noun) for noun, name in OF_A_RUN[command].items()}
+        return cls(**{"student_model_name_or_path": path}, **rules)
     if not folder.is_dir():
         recipe: TrainConfig = load_recipe(path)
     else:
@@ -140,6 +211,16 @@ def _defaults(cls: type[Config], command: str, path: str, names_student: bool) -
     settings = [setting.name for setting in dataclasses.fields(cls)]  # type: ignore[arg-type]
     taken = [name for name in settings if hasattr(recipe, name) and name not in NOT_FROM_RECIPE.get(command, ())]
     return cls(**{name: getattr(recipe, name) for name in taken} | own)
+
+
+def _is_model(name: str) -> bool:
+    """Whether a word names a model, and no run, recipe or file: a folder that holds one, or a name on the hub or of a pair."""
+    from switchkd.models.loading import HUB_NAME, MADE
+
+    folder = Path(name)
+    if folder.is_dir():
+        return not (folder / CONFIG).is_file() and any((folder / file).is_file() for file in MODEL_FILES)
+    return not folder.exists() and (name in MADE or ("/" in name and bool(HUB_NAME.fullmatch(name))))
 
 
 def _with_student(recipe: TrainConfig, student: str) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from switchkd.base import __version__, signals
 from switchkd.base.errors import ConfigError, SwitchKDError, SwitchKDWarning, nearest
 from switchkd.base.terminal import complain, console, leave, open_standard_streams, visible
-from switchkd.cli.commands import COMMANDS, LASTING, overview
+from switchkd.cli.commands import COMMANDS, LASTING, QUICK, overview
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +61,14 @@ def _command(args: list[str]) -> int:
     if args == ["--version"]:
         console.print(f"switchkd {__version__}")
         return 0
-    if args[0].replace("_", "-").startswith("--tyro-"):
-        from switchkd.cli.flags import complete
-
-        complete(args)
-        return 0
     if args[0] not in COMMANDS:
         raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
     from switchkd.cli.flags import parse  # which loads tyro and the settings; the overview is there without
 
     command = COMMANDS[args[0]]
     config: Any = parse(command.settings, args)
-    _quiet_libraries()
+    if args[0] not in QUICK:
+        _quiet_libraries()
     warnings.formatwarning = _warning
     command.function(config)
     return 0

@@ -221,6 +221,19 @@ def _put_together(
     )  # fmt: skip
 
 
+def load_alone(name: str, dtype: str = "float32", template: str | Template = AUTO, load_in_4bit: bool = False) -> Pair:
+    """A student without its teacher, for text that it writes alone: itself stands in the teacher's place, and is never asked there.
+
+    Arguments and errors are those of ``load_pair``; of a pair that is made by name, this is its student.
+    """
+    source = made(name, "student")
+    verify_saved(Path(expanded(source)))
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype, load_in_4bit=load_in_4bit)
+    vocab_size = check_vocabulary(tokenizer, tokenizer)
+    return _put_together({"": model}, model, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
+
+
 def student_base(name: str) -> str:
     """The model that the teacher ``"base"`` of student ``name`` is."""
     return adapter_base(_pair_names(BASE, name)[1])

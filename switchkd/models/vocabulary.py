@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from switchkd.base.errors import VocabularyError
@@ -158,4 +158,6 @@ HOW_FOUND = ("name_or_path", "is_local", "local_files_only", "cache_dir")
 
 
 def is_path(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("/") and "\n" not in value and len(Path(value).parts) > 2
+    if not isinstance(value, str) or "\n" in value:
+        return False
+    return (value.startswith("/") and len(Path(value).parts) > 2) or PureWindowsPath(value).is_absolute()

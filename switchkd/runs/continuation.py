@@ -109,16 +109,13 @@ def check_run(run: Path, config: TrainConfig) -> None:
 
 def as_recorded(run: Path, config: TrainConfig) -> TrainConfig:
     """``config`` with what a run to resume found out at its start, unless it says otherwise: the template of its prompts, the day
-    that they are of, and what its rounds cost."""
-    if not config.resumes:
+    that they are of, what its rounds cost, and the learning rate for a student of that size."""
+    found = [name for name in ("template_date", "costs", "learning_rate") if getattr(config, name) in ("", (), None)]
+    found += ["template"] if config.template == AUTO else []
+    if not config.resumes or not found:
         return config
     before = read_config(run)
-    return replace(
-        config,
-        template=before.template if config.template == AUTO else config.template,
-        template_date=config.template_date or before.template_date,
-        costs=config.costs or before.costs,
-    )
+    return replace(config, **{name: getattr(before, name) for name in found})
 
 
 def begun(run: Path) -> bool:

@@ -87,12 +87,12 @@ def heldout_sources(config: Any) -> tuple[str, ...]:
 
 
 def heldout_rows(
-    config: Any, sources: Sequence[str], limit: int | None, bad: BadRows, answers: bool = False
+    config: Any, sources: Sequence[str], limit: int | None, bad: BadRows, answers: bool = False, **teachers: Any
 ) -> list[Example]:
-    """The first rows of ``sources`` that are held out, with or without answers."""
+    """The first rows of ``sources`` that are held out, with or without answers; ``teachers`` as `read_examples` takes them."""
     if not splits(config):
-        return read_examples(config, sources, limit, bad, answers)
-    examples = read_examples(config, config.train_file, train_limit(config), bad, answers)
+        return read_examples(config, sources, limit, bad, answers, **teachers)
+    examples = read_examples(config, config.train_file, train_limit(config), bad, answers, **teachers)
     return split(examples, config.eval_split)[1][:limit]
 
 
@@ -100,7 +100,8 @@ def prompts_to_complete(config: Any, pair: Pair, limit: int) -> list[TokenizedEx
     """The first held-out prompts, of the sample where nothing is held out; a teacher may read its own in their place."""
     sources = heldout_sources(config) or (DEFAULT_HELDOUT,)
     bad = BadRows(", ".join(sources), config.skip_bad)
-    examples = heldout_rows(config, sources, limit, bad, answers="{completion}" in config.teacher_prompt)
+    teachers = {"teacher_field": config.teacher_field, "teachers": pair.teachers}
+    examples = heldout_rows(config, sources, limit, bad, "{completion}" in config.teacher_prompt, **teachers)
     tokenized = prepared(config, pair, sources, examples, bad, training=True, teacher_field=config.teacher_field)
     bad.tell()
     return tokenized

@@ -52,6 +52,7 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
         validation=load_validation(config, pair, heldout.examples),
         corpus=load_corpus(config, pair),
     )
+    config = replace(config, learning_rate=trainer.config.learning_rate)
     sources = {"": config.teacher_model_name_or_path, **config.teachers}
     models = {role_of(name): (sources[name], model) for name, model in pair.named_teachers.items()}
     models["student"] = config.student_model_name_or_path, pair.student

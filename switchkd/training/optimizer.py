@@ -1,17 +1,62 @@
 """AdamW, its learning rate at every step, and how many steps there are."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError
+from switchkd.base.terminal import number
 from switchkd.forward.sharding import full, is_sharded
-from switchkd.models.settings import dtype_in
+from switchkd.models.adapters import has_adapter
+from switchkd.models.settings import dtype_in, quantised
+from switchkd.runner.architecture import num_parameters
 from switchkd.training.settings import TrainConfig
+
+# Peak learning rates by the parameters of a student, up to so many, when all of its weights are trained.
+RATES = {200_000_000: 1e-4, 400_000_000: 3e-5, 2_000_000_000: 1e-5, 5_000_000_000: 5e-6}
+RATE_ABOVE = 2e-6
+OF_AN_ADAPTER = 10.0
+
+
+def with_learning_rate(
+    config: TrainConfig, student: PreTrainedModel, say: Callable[[str], None] = lambda line: None
+) -> TrainConfig:
+    """``config`` with a number for the learning rate: its own, or one that goes by the size of the student, which is said.
+
+    The numbers are a place to start from and no measured optimum: round ones that lie among those that were published. SWITCH
+    searched 5e-4, 1e-4 and 5e-5 for students below 1B, GPT-2 and OPT, and 5e-5, 1e-5 and 5e-6 above; Veto has 1e-5 for a student
+    of 0.5B that is an instruct model, as have SKD and TRB; CA-OPD and Relay-OPD have 1e-6. The recipes' comments say which. That an
+    adapter takes about ten times as much is from Thinking Machines Lab, LoRA Without Regret, 2025.
+    """
+    if config.learning_rate is not None:
+        return config
+    size, adapter = logical_parameters(student), has_adapter(student)
+    rate = next((rate for most, rate in RATES.items() if size <= most), RATE_ABOVE)
+    rate = float(f"{rate * OF_AN_ADAPTER:.1g}") if adapter else rate
+    of = "the adapter of a student" if adapter else "a student"
+    say(f"learning_rate {rate:g}: chosen for {of} of {_millions(size)} parameters; --learning-rate sets another")
+    return replace(config, learning_rate=rate)
+
+
+def logical_parameters(student: PreTrainedModel) -> int:
+    """Parameters of the model itself, as its config says: without an adapter, and none of them packed into fewer bits."""
+    if not has_adapter(student) and not quantised(student.config):
+        return num_parameters(student)
+    with torch.device("meta"):
+        return num_parameters(type(student)(copy.deepcopy(student.config)))
+
+
+def _millions(size: int) -> str:
+    if size < 1e6:
+        return f"{size:,}"
+    return f"{number(size / 1e9, 2)}B" if size >= 1e9 else f"{number(size / 1e6)}M"
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
@@ -20,16 +65,16 @@ def learning_rate(config: TrainConfig, step: int, total_steps: float) -> float:
     As there, what falls would reach its end with the update after the last. Warm-up is one step ahead of theirs, so that no
     update has rate 0: ``learning_rate / warmup`` is the first, ``learning_rate`` the last of it. ``constant`` warms up too.
     """
-    warmup = _warmup(config, total_steps)
+    peak, warmup = config.peak_rate, _warmup(config, total_steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     if config.lr_scheduler_type.startswith("constant"):
-        return config.learning_rate
+        return peak
     done = (step - warmup) / max(total_steps - warmup, 1)
     if config.lr_scheduler_type == "linear":
-        return config.learning_rate * max(1 - done, 0.0)
-    floor = config.min_lr + config.min_lr_rate * config.learning_rate  # one of the two, or 0
-    return floor + (config.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * max(1 - done, 0.0)
+    floor = config.min_lr + config.min_lr_rate * peak  # one of the two, or 0
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _warmup(config: TrainConfig, total_steps: float) -> float:
@@ -77,7 +122,7 @@ def adamw(weights: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.A
         {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_rate, betas=betas, eps=config.adam_epsilon, fused=True)
     # As the first update would make them; made here, the first checkpoint already has the size of all others.
     for weight in weights:
         step = torch.zeros((), dtype=torch.float32, device=weight.device)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.plain import read_yaml
@@ -26,10 +28,10 @@ from switchkd.models.settings import ModelConfig
 
 # Settings that may change between a run and its continuation: they move time, disk or rounding, never a decision.
 FREE_ON_RESUME = {
-    "resume", "resume_from", "save_steps", "save_total_limit", "output_dir", "merge",
+    "save_steps", "save_total_limit", "output_dir", "merge",
     "block_size", "generation_batch_size", "generation_memory_gib", "costs", "graphs", "method", "teacher_store_dir",
     "eval_on_start", "fsdp", "sample_steps", "sample_prompts", "per_device_eval_batch_size",
-    "report_to", "quiet", "allow_change", "save_dtype", "push_to_hub", "hub_private_repo", "teacher_device",
+    "report_to", "save_dtype", "hub_private_repo", "teacher_device",
     "teacher_tensor_parallel", "teacher_expert_parallel", "teacher_files", "teacher_writer",
 }  # fmt: skip
 
@@ -78,8 +80,11 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Over several processes: keep the student's weights, gradients and moments in shards (FSDP2), gathered once a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: by size)")] = (
+        None
+    )
+    """Peak learning rate of AdamW. Without one it is chosen by the size of the student, and whether an adapter is trained; the run
+    says which it is, and records it."""
     loss_over: Literal["tokens", "sequences"] = "tokens"
     """The objective is a mean over all response tokens, or over the texts' own means, where short texts count like long ones."""
     lr_scheduler_type: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
@@ -147,14 +152,15 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             "max_prompt_length": 1, "max_completion_length": 1, "skip_bad": 0, "max_new_tokens": 1, "block_size": 0,
             "generation_batch_size": 1, "generation_memory_gib": 0.0, "max_steps": -1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.0,
-            "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 2, "learning_rate": 0.0,
+            "max_grad_norm": 0.0, "seed": 0, "save_steps": 0, "save_total_limit": 2,
             "temperature": 0.0, "max_new_tokens_start": 0, "teacher_cache_top_k": 1, "lm_weight": 0.0,
             "eval_steps": 0, "sample_steps": 0, "sample_prompts": 1, "max_train_tokens": 0, "max_train_seconds": 0.0,
             "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0, "warmup_ratio": 0.0, "min_lr": 0.0, "min_lr_rate": 0.0,
         }  # fmt: skip
         check_at_least(self, least)
-        if self.router_aux_loss_coef is not None:
-            check_at_least(self, {"router_aux_loss_coef": 0.0})
+        for name in ("learning_rate", "router_aux_loss_coef"):
+            if getattr(self, name) is not None:
+                check_at_least(self, {name: 0.0})
         if max(self.adam_beta1, self.adam_beta2) >= 1:
             raise ConfigError(f"adam_beta1 and adam_beta2 must be below 1, got {self.adam_beta1} and {self.adam_beta2}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
@@ -193,6 +199,13 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
         """Whether the run goes on from a checkpoint."""
         return self.resume or bool(self.resume_from)
 
+    @property
+    def peak_rate(self) -> float:
+        """``learning_rate`` as a number; raises ConfigError while none is given and none has been chosen."""
+        if self.learning_rate is None:
+            raise ConfigError("learning_rate is not given, and is chosen where the student is known: give a number")
+        return self.learning_rate
+
     def token_budget(self, progress: float) -> int:
         """Tokens that a completion of training may have at this ``progress``; a sample may always have the most."""
         start, end = self.max_new_tokens_start, self.max_new_tokens
@@ -212,10 +225,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
                     f"cosine_with_min_lr needs its floor once, got min_lr {floors[0]:g} and min_lr_rate {floors[1]:g}; give one "
                     "of them, such as min_lr_rate 0.1 for a tenth of learning_rate"
                 )
-            if self.min_lr > self.learning_rate or self.min_lr_rate > 1:
+            if self.min_lr_rate > 1 or (self.learning_rate is not None and self.min_lr > self.learning_rate):
                 raise ConfigError(
-                    f"the floor, min_lr {floors[0]:g} or min_lr_rate {floors[1]:g}, is above learning_rate "
-                    f"{self.learning_rate:g}; lower it"
+                    f"the floor, min_lr {floors[0]:g} or min_lr_rate {floors[1]:g}, is above learning_rate"
+                    f"{'' if self.learning_rate is None else f' {self.learning_rate:g}'}; lower it"
                 )
         elif any(floors) and self.lr_scheduler_type in ("linear", "cosine"):
             raise ConfigError(

@@ -21,6 +21,7 @@ from switchkd.base import signals
 from switchkd.base.errors import ConfigError, NoMemoryError, NonFiniteError, ServerError
 from switchkd.base.lock import Check
 from switchkd.base.storage import append_lines
+from switchkd.base.terminal import console
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.rollouts import Metrics, Rollouts, memory_bytes, or_none, rollout_metrics
 from switchkd.evaluation.statistics import lower_is_better
@@ -43,7 +44,7 @@ from switchkd.training.checkpoint import (
     save_checkpoint,
 )
 from switchkd.training.learner import Learner, Part
-from switchkd.training.optimizer import learning_rate, schedule_progress, total_steps
+from switchkd.training.optimizer import learning_rate, schedule_progress, total_steps, with_learning_rate
 from switchkd.training.processes import (
     from_main,
     in_first_group,
@@ -58,6 +59,11 @@ from switchkd.training.restoring import take_back, whole_checkpoint
 from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
+
+
+def _say(loud: bool, line: str) -> None:
+    if loud:
+        console.print(line, soft_wrap=True)
 
 
 class Trainer:
@@ -82,8 +88,10 @@ class Trainer:
         scored_on: str = "",
     ):
         self.accelerator = accelerator or new_accelerator()
-        self.config = config = with_launchers_settings(self.accelerator, config)
+        config = with_launchers_settings(self.accelerator, config)
         check_trainable(pair.student, config.merge)
+        loud = self.accelerator.is_main_process and not config.quiet
+        self.config = config = with_learning_rate(config, pair.student, partial(_say, loud))
         self.pair, self.examples, self.validation, self.corpus = pair, examples, validation, corpus
         self.check_place, self.scored_on = check_place, scored_on
         if config.mix.validation_steps and not validation:

@@ -258,7 +258,7 @@ MODELS = {"teacher_model_name_or_path": "1" * 64, "student_model_name_or_path": 
 @pytest.fixture
 def run(tmp_path):
     """A run directory as one leaves it that was stopped."""
-    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    config = TrainConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-4)
     folder = tmp_path / "run"
     folder.mkdir()
     check_origin(folder, config, {"train_file": toy_examples(4), "eval_file": toy_examples(2)}, MODELS, {})

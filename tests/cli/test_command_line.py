@@ -15,8 +15,8 @@ import switchkd
 from switchkd import AdaSwitch, StudentOnly
 from switchkd.base.errors import ConfigError
 from switchkd.cli import flags
-from switchkd.cli.commands import COMMANDS, GROUPS, LASTING, NOT_FROM_RECIPE, OF_A_RUN, TAKE_RECIPE
-from switchkd.cli.flags import parse
+from switchkd.cli.commands import COMMANDS, GROUPS, LASTING, MANY, NOT_FROM_RECIPE, OF_A_RUN, TAKE_RECIPE
+from switchkd.cli.flags import FEW, FIRST, parse
 from switchkd.cli.main import main
 from switchkd.methods.rules import NOUNS
 from switchkd.training.settings import TrainConfig, load_recipe
@@ -69,13 +69,13 @@ def boxes(text):
 
 
 def test_the_help_of_train_names_the_rules_and_has_the_settings_in_groups(capfd):
-    found = boxes(said(capfd, "train", "--help"))
+    found = boxes(said(capfd, "train", "--help-all"))
     assert list(found) == [
-        "positional arguments", "options", "model options", "data options", "decoding options", "evaluation options",
-        "training options", "policy options", "objective options", "mix options",
+        "positional arguments", "options", "model options", "data options", "method options", "writing options", "training options",
+        "evaluation options", "output options", "policy options", "objective options", "mix options",
     ]  # fmt: skip
-    for noun, group in (("policy", "decoding"), ("objective", "training"), ("mix", "training")):
-        [listed] = re.findall(rf"--{noun} \{{(.*?)\}}", found[f"{group} options"])
+    for noun in ("policy", "objective", "mix"):
+        [listed] = re.findall(rf"--{noun} \{{(.*?)\}}", found["method options"])
         assert re.split(r",\s*", listed) == list(NOUNS[noun][1])
     assert "--lora-r INT Rank of the adapter." in found["model options"]
     assert (
@@ -84,9 +84,49 @@ def test_the_help_of_train_names_the_rules_and_has_the_settings_in_groups(capfd)
     )
 
 
+@pytest.mark.parametrize("name", MANY)
+def test_the_help_of_a_command_with_many_settings_is_short_and_names_the_way_to_all(name, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text, whole = said(capfd, name, "--help"), said(capfd, name, "--help-all")
+    assert f"`switchkd {name} --help-all` lists all settings" in " ".join(text.split())
+    assert len(text.splitlines()) < 0.5 * len(whole.splitlines()) and len(text.splitlines()) < 110
+    assert all(len(line) <= 80 for line in text.splitlines() if line[:1] in "│╭╰")
+    assert set(re.findall("--[a-z-]+", text)) < set(re.findall("--[a-z-]+", whole)) | {"--help-all", "--policy"}
+
+
+def test_what_the_help_of_train_shows_first(capfd):
+    text = said(capfd, "train", "--help")
+    flags = {flag for line in text.splitlines() for flag in re.findall(r"^│ (--[a-z-]+)", line)}
+    names = {name.replace("_", "-").replace("-model-name-or-path", "") for name in FIRST}
+    assert flags - {"--help"} == {f"--{name}" for name in names}
+    wanted = "teacher student train-file eval-file template max-steps num-train-epochs learning-rate per-device-train-batch-size"
+    for name in f"{wanted} max-new-tokens dtype use-peft output-dir resume report-to push-to-hub".split():
+        assert f"--{name}" in flags
+    assert "--policy adaswitch --help" in " ".join(boxes(text)["method options"].split())
+
+
+def test_only_commands_with_few_settings_show_all_at_once():
+    many = {name for name, command in COMMANDS.items() if len(command.settings.__dataclass_fields__) > FEW}
+    assert many == {*MANY}
+
+
+def test_groups_and_first_settings_name_settings_that_there_are():
+    fields = set(TrainConfig.__dataclass_fields__)
+    assert {*FIRST} <= fields and {name for names in flags.ELSEWHERE.values() for name in names} <= fields
+    assert {*flags.ELSEWHERE, *flags.GROUP_OF.values()} == {*flags.GROUPS}
+    for command, names in flags.ALSO_FIRST.items():
+        assert {*names} <= COMMANDS[command].settings.__dataclass_fields__.keys()
+
+
+def test_a_rule_that_is_named_has_its_settings_in_the_short_help(capfd):
+    assert "policy options" not in boxes(said(capfd, "train", "--help"))
+    found = boxes(said(capfd, "train", "--save-steps", "3", "--policy", "adaswitch", "-h"))
+    assert "--policy.ratio FLOAT" in found["policy options"] and "mix options" not in found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_setting_of_a_command_stands_in_its_help_with_its_text(name, capfd):
-    text = said(capfd, name, "--help")
+    text = said(capfd, name, "--help-all")
     words, settings = " ".join(boxes(text).values()), COMMANDS[name].settings
     for setting, (_, about) in flags._groups_and_texts(settings).items():
         flag = setting.replace("_", "-")
@@ -97,7 +137,7 @@ def test_every_setting_of_a_command_stands_in_its_help_with_its_text(name, capfd
 
 def test_help_after_a_recipe_has_its_defaults_and_its_rules(capfd):
     found = boxes(said(capfd, "train", "adaswitch", "--objective", "jsd", "--help"))
-    assert "my_module:MyRule. (default: adaswitch)" in found["decoding options"]
+    assert "my_module:MyRule. (default: adaswitch)" in found["method options"]
     assert "--policy.ratio FLOAT" in found["policy options"] and "--objective.beta FLOAT" in found["objective options"]
 
 
@@ -107,6 +147,10 @@ def test_help_after_a_recipe_has_its_defaults_and_its_rules(capfd):
         (["--help"], ("torch", "transformers", "numpy", "tyro", "switchkd.training.settings")),
         (["--version"], ("torch", "transformers", "numpy", "tyro", "switchkd.training.settings")),
         (["train", "--help"], ("torch", "transformers", "numpy")),
+        (["train", "--help-all"], ("torch", "transformers", "numpy")),
+        (["train", "--beta", "0.5", "--help"], ("torch", "transformers", "numpy")),
+        (["chat", "--help"], ("torch", "transformers", "numpy")),
+        (["completion", "bash"], ("torch", "transformers", "numpy")),
         (["evaluate", "adaswitch", "--help"], ("torch", "transformers", "numpy")),
         (["compare", "--help"], ("torch", "transformers", "numpy")),
     ],
@@ -120,7 +164,7 @@ def test_help_loads_none_of_the_heavy_libraries(arguments, absent):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     loaded = done.stderr.split()
-    assert done.returncode == 0 and done.stdout and "switchkd.cli.main" in loaded
+    assert done.returncode == 0 and (done.stdout or "--beta" in arguments) and "switchkd.cli.main" in loaded
     assert not set(absent) & set(loaded)
 
 
@@ -133,8 +177,10 @@ def bash(tmp_path_factory):
     if not shutil.which("bash"):
         pytest.skip("no bash")
     script = tmp_path_factory.mktemp("completion") / "switchkd.sh"
-    with pytest.raises(SystemExit):
-        main(["--tyro-write-completion", "bash", str(script)])
+    made = subprocess.run(
+        [sys.executable, "-m", "switchkd.cli", "completion", "bash"], cwd=ROOT, capture_output=True, text=True
+    )
+    script.write_text(made.stdout)
     code = (
         'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()\n'
         '[[ $(complete -p switchkd) =~ -F\\ ([^ ]+) ]] && "${BASH_REMATCH[1]}" && printf "%s\\n" "${COMPREPLY[@]}"'
@@ -153,7 +199,7 @@ def bash(tmp_path_factory):
 
 def test_bash_completes_commands(bash):
     assert set(bash("")) == {*COMMANDS, "-h", "--help"}
-    assert bash("tra") == ["train"] and set(bash("m")) == {"make-pair", "methods"}
+    assert bash("tra") == ["train"] and bash("cha") == ["chat"] and set(bash("m")) == {"make-pair", "methods"}
 
 
 @pytest.mark.parametrize(
@@ -173,15 +219,20 @@ def test_bash_completes_flags_and_their_values(bash, words, found):
     assert found and bash(*words) == found
 
 
-@pytest.mark.parametrize("shell", flags.SHELLS)
-def test_other_shells_have_their_script(shell, capfd):
-    script = said(capfd, "--tyro-print-completion", shell)
-    assert "make-pair" in script and "--learning-rate" in script
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_what_is_completed_has_every_flag_of_every_command(shell, capfd):
+    script = said(capfd, "completion", shell)
+    for name, command in COMMANDS.items():
+        assert name in script
+        for setting, field in command.settings.__dataclass_fields__.items():
+            positional = "Positional" in str(field.type)
+            assert positional or setting.replace("_", "-") in script, (name, setting)
 
 
 def test_an_unknown_shell_is_explained(capfd):
-    assert main(["--tyro-print-completion", "bsh"]) == 1
-    assert "no script for the shell 'bsh'; did you mean 'bash'" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["completion", "bsh"])
+    assert "bash" in capfd.readouterr().err
 
 
 # --- words before and among the flags -----------------------------------------------------------------------------------
@@ -204,7 +255,7 @@ def test_a_rule_of_ones_own_is_named_by_its_path_and_its_settings_are_flags(tmp_
     policy = parse(TrainConfig, [*named, "--policy.patience", "4", "--policy.ratio", "2"]).policy
     assert (type(policy).__name__, policy.patience, policy.ratio) == ("Patient", 4, 2.0)
     found = boxes(said(capfd, *named, "--help"))
-    assert "relay,rule_of_my_own:Patient}" in re.sub(r",\s*", ",", found["decoding options"])
+    assert "relay,rule_of_my_own:Patient}" in re.sub(r",\s*", ",", found["method options"])
     assert "--policy.patience INT how often it looks away" in found["policy options"]
 
 

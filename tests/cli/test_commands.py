@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_told_of_in_a_line_and_passed_over(run, tmp_path
 
 def test_resuming_with_other_settings_is_refused(run, place, capsys):
     assert train(place, run, "--resume", **{"--save-steps": "1", "--learning-rate": "0.5"}) == 1
-    assert "learning_rate: 0.0005 -> 0.5" in capsys.readouterr().err
+    assert "learning_rate: 0.0001 -> 0.5" in capsys.readouterr().err
 
 
 def test_a_used_output_dir_is_refused(run, place, capsys):

@@ -144,7 +144,7 @@ def of_pair(tokenizer, ids, template="chat"):
 
 def test_a_templates_end_that_stops_nothing_joins_with_a_warning(tmp_path):
     folders = base_pair(tmp_path)
-    for template in ("chat", None):
+    for template in ("chat", "auto"):
         pair = load_pair(*folders, device="cpu", template=template)
         assert pair.ends == Ends((CHAT_END, TEXT_END), CHAT_END)
         [warning] = pair.warnings

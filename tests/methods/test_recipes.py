@@ -56,28 +56,28 @@ def test_names_and_words_are_no_numbers():
 
 # Numbers that papers or their code have, read there.
 PUBLISHED = {
-    "switch": {"learning_rate": 5e-4, "num_train_epochs": 20, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0},
+    "switch": {"num_train_epochs": 20, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0},
     "minillm": {
-        "learning_rate": 5e-6, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 100, "max_steps": 5000, "rows": 16,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 100, "max_steps": 5000, "rows": 16,
         "lm_weight": 0.5,
     },
-    "distillm": {"learning_rate": 5e-4, "lr_scheduler_type": "cosine_with_min_lr", "min_lr": 1e-7, "lm_weight": 1.0},
+    "distillm": {"lr_scheduler_type": "cosine_with_min_lr", "min_lr": 1e-7, "lm_weight": 1.0},
     "distillm2": {
-        "learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "num_train_epochs": 1.0, "temperature": 0.8,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "num_train_epochs": 1.0, "temperature": 0.8,
         "lora_r": 16, "lora_alpha": 128, "objective": DistiLLM2(beta=1.0, detach_mixture=True),
     },
-    "skd": {"learning_rate": 1e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_new_tokens": 768},
+    "skd": {"lr_scheduler_type": "linear", "warmup_steps": 0, "max_new_tokens": 768},
     "ca_opd": {
-        "learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 471, "rows": 32,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 471, "rows": 32,
         "policy": CAOPD(0.5, 0.25, 0.1), "objective": ReplacedCE(divergence="forward_kl", top_k=64),
     },
     "trb": {
-        "learning_rate": 1e-5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15, "rows": 64, "max_new_tokens": 7168,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15, "rows": 64, "max_new_tokens": 7168,
         "policy": TRB(0.01, 25), "objective": ReverseKL(top_k=16),
     },
-    "veto": {"learning_rate": 1e-5, "warmup_ratio": 0.1, "num_train_epochs": 3, "objective": Veto(beta=0.8)},
-    "taid": {"learning_rate": 1e-4, "rows": 64, "num_train_epochs": 5},
-    "opd": {"learning_rate": 5e-5, "lora_r": 128, "max_new_tokens": 4096, "temperature": 1.0},
+    "veto": {"warmup_ratio": 0.1, "num_train_epochs": 3, "objective": Veto(beta=0.8)},
+    "taid": {"rows": 64, "num_train_epochs": 5},
+    "opd": {"lora_r": 128, "max_new_tokens": 4096, "temperature": 1.0},
 }  # fmt: skip
 
 
@@ -86,6 +86,37 @@ def test_recipes_hold_what_was_published(name):
     recipe = load_recipe(name)
     rows = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     assert {key: rows if key == "rows" else getattr(recipe, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+# Rates that papers or their code have, for their own models.
+RATES = {
+    "switch": "5e-4", "distillm": "5e-4", "minillm": "5e-6", "distillm2": "5e-5", "skd": "1e-5", "ca_opd": "1e-6", "trb": "1e-5",
+    "veto": "1e-5", "taid": "1e-4", "opd": "5e-5", "relay": "1e-6",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped("recipes"))
+def test_a_rate_that_was_published_is_told_and_not_given_to_other_models(name):
+    """A paper's rate is for its own students; that of another one goes by its size."""
+    assert load_recipe(name).learning_rate is None
+    rate = next((RATES[known] for known in RATES if name == known or name.startswith(f"{known}_")), None)
+    told = re.search(
+        r"^# learning_rate: by the size of the student; the (?:paper|code) has (\S+?)[;,\s]", _text(name), re.M
+    )
+    assert (told and told.group(1)) == rate
+
+
+def _text(name):
+    return shipped("recipes")[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", shipped("plans"))
+def test_a_plan_has_one_rate_for_all_of_its_runs(name):
+    plan = load_plan(name)
+    rates = {
+        size: {cell.config.learning_rate for cell in cells(plan, plan.sized(size), Path("out"))} for size in plan.sizes
+    }
+    assert rates == {"small": {3e-3}, "full": {1e-4}}
 
 
 def test_the_methods_that_average_over_texts_first():
