@@ -1,7 +1,11 @@
-"""Every command and every piece of Python in README and docs, run on a tiny pair that takes the demo pair's place."""
+"""Every command and every piece of Python in README and docs, run on a tiny pair that takes the demo pair's place.
+
+A command may go over several lines, each with a backslash at its end. A ``text`` block behind a piece of Python is what it prints.
+"""
 
 import dataclasses
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -10,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import CHATML, save_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,27 +25,40 @@ from switchkd.cli.commands import COMMANDS as CLI
 from switchkd.cli.flags import parse
 from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
+from switchkd.data.formats import Wanted
 from switchkd.methods.mixes import MIXES
 from switchkd.methods.objectives import OBJECTIVES
 from switchkd.models import pypi_pairs
 from switchkd.studies.plan import cells, load_plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("guide", "data", "evaluation", "methods", "engine", "traps", "scale", "parallel_teachers")
-    ),
-]
+
+
+def pages_of(entries):
+    """The pages of a navigation, in its order."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            yield from pages_of(entry.values())
+        else:
+            yield from pages_of(entry)
+
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in pages_of(SITE["nav"]))]
 # What sets up, tests or formats this checkout is run by the test command itself.
-NOT_HERE = ("./run test", ".venv/bin/python -m pytest", ".venv/bin/ruff")
+NOT_HERE = (
+    "./run test", "./run docs", ".venv/bin/python -m pytest", ".venv/bin/ruff", "git clone", "cd switchkd", "pip install",
+    "python3 -m venv", "source .venv", "switchkd --version",
+)  # fmt: skip
 # What needs several processes or GPUs is read, not run.
 ELSEWHERE = re.compile(r"^torchrun |^srun | --teacher-(device|load-in)")
 SHORT = {
     "demo": ["--max-steps", "2"],
-    "train": ["--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8"],
+    "train": [
+        "--max-steps", "2", "--eval-samples", "2", "--max-new-tokens", "8", "--eval-max-new-tokens", "8", "--sample-prompts", "2",
+    ],
     "check": ["--eval-samples", "2"],
     "evaluate": ["--eval-samples", "2", "--eval-max-new-tokens", "8"],
     "generate": ["--max-new-tokens", "8"],
@@ -53,7 +71,7 @@ SHORT = {
     "report": [],
     "plot": [],
     "study": [],
-}
+}  # fmt: skip
 
 
 def blocks(language):
@@ -62,15 +80,18 @@ def blocks(language):
             yield page, block
 
 
-COMMANDS = list(dict.fromkeys(
-    line.split("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()
-    if line.strip() and not line.startswith(NOT_HERE)
-))  # fmt: skip
+def commands_in(block):
+    """The commands of a block, each on one line."""
+    lines = re.sub(r"\\\n\s*", "", block).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip() and not line.startswith(NOT_HERE)]
+
+
+COMMANDS = list(dict.fromkeys(command for _, block in blocks("bash") for command in commands_in(block)))
 
 
 # Python that the pages tell to put into a file of the name in its first line, and Python to be run.
 FILES = [code for _, code in blocks("python") if re.match(r"# \w+\.py\n", code)]
-SNIPPETS = [code for _, code in blocks("python") if code not in FILES]
+SNIPPETS = [(page, code) for page, code in blocks("python") if code not in FILES]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +125,8 @@ def workplace(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name in ("my_data.jsonl", "my_heldout.jsonl"):
-        Path(name).write_text('{"prompt": "What is 2 and 2?", "completion": "It is 4."}\n' * 8)
+        rows = ({"prompt": f"What is {n} and 2?", "completion": f"It is {n + 2}."} for n in range(8))
+        Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for code in FILES:
         Path(code.splitlines()[0].removeprefix("# ")).write_text(code)
     return tmp_path
@@ -116,6 +138,9 @@ def typed(command):
     if ELSEWHERE.search(command):
         own = words[next(at for at, word in enumerate(words) if word in CLI) :]
         assert parse(CLI[own[0]].settings, own), command
+    elif words[-1] == "--help":
+        with pytest.raises(SystemExit, match="0"):
+            main(words[1:])
     elif words[1] == "push":  # to a hub: the name is read, and the run is there
         assert Path(parse(CLI["push"].settings, words[1:]).run, "student").is_dir(), command
     elif words[1] == "lm-eval":  # its benchmarks come from a hub: the flags are read, and the run is there
@@ -145,10 +170,21 @@ def test_commands_in_the_order_of_the_pages(workplace, capsys):
         assert Path("report.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_python_in_the_pages(workplace, number, capsys):
-    exec(compile(SNIPPETS[number], "docs", "exec"), {"__name__": "docs"})
-    assert "[" in capsys.readouterr().out
+@pytest.mark.parametrize("number", range(len(SNIPPETS)), ids=[page for page, _ in SNIPPETS])
+def test_python_in_the_pages(workplace, pair, number, capsys):
+    page, code = SNIPPETS[number]
+    if "runs/first" in code:  # which the tutorial has trained by then
+        Path("runs/first").mkdir(parents=True)
+        Path("runs/first/student").symlink_to(pair[1])
+    few = "max_steps=2, max_new_tokens=8, eval_samples=2, eval_max_new_tokens=8"
+    short = re.sub(r"max_steps=\d+", few, re.sub('"Qwen/.*?"', '"demo"', code))
+    exec(compile(short, page, "exec"), {"__name__": "docs"})
+    printed = capsys.readouterr().out
+    assert "[" in printed
+    if shown := re.search(
+        rf"```python\n{re.escape(code)}```\n\n```text\n(.*?)```", (ROOT / page).read_text(), re.DOTALL
+    ):
+        assert printed == shown[1]
 
 
 @pytest.mark.parametrize("text", [block for _, block in blocks("yaml") if "sizes:" in block])
@@ -158,27 +194,43 @@ def test_plans_in_the_pages(tmp_path, text):
     assert all(cells(plan, size, tmp_path) for size in plan.sizes.values())
 
 
+ROWS = [(page, block) for page, block in blocks("json") if "{" in block]
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=[page for page, _ in ROWS])
+def test_rows_in_the_pages_are_read(tmp_path, number):
+    """Each row of a block for itself, as the rows of a block may be of several layouts."""
+    _, block = ROWS[number]
+    rows = [block] if block.count("\n{") == 0 else block.splitlines()
+    for row in rows:
+        (tmp_path / "row.jsonl").write_text(json.dumps(json.loads(row)) + "\n")
+        assert load_examples(str(tmp_path / "row.jsonl"), wanted=Wanted(answers=False))
+
+
 def test_the_flat_example_runs(workplace, capsys):
     script("examples/switch_loop.py", "--steps", "2", "--budget", "6")
     assert "step 2: loss" in capsys.readouterr().out
 
 
-def test_files_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = set(re.findall(r"^      (\w+)/", text.split("## The tree")[1].split("## Promises")[0], re.MULTILINE))
+def test_commands_over_several_lines_are_one():
+    assert commands_in("switchkd train kd \\\n    --max-steps 2 # two\n./run test\nswitchkd tasks\n") == [
+        "switchkd train kd --max-steps 2", "switchkd tasks"
+    ]  # fmt: skip
+
+
+def test_the_tree_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = set(re.findall(r"^      (\w+)/", text, re.MULTILINE))
     assert tree == {path.parent.name for path in (ROOT / "switchkd").glob("*/__init__.py")}
-    for name in re.findall(r"`(test_\w+\.py)`", text):
-        assert list((ROOT / "tests").rglob(name)), name
-    assert len(text.splitlines()) < 200
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_pages_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
         assert any((place / path).exists() for place in (ROOT, ROOT / "switchkd")), f"{page}: {path}"
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((ROOT / "tests").rglob(name)), f"{page}: {name}"
 
 
 def test_tests_named_in_the_traps_exist():

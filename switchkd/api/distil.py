@@ -124,7 +124,7 @@ def _config(method: str, settings: Mapping[str, Any], **own: Any) -> TrainConfig
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if unknown := [name for name in settings if name not in names]:
         raise ConfigError(
-            f"there is no setting {unknown[0]!r}{nearest(unknown[0], names)}; docs/settings.md lists them"
+            f"there is no setting {unknown[0]!r}{nearest(unknown[0], names)}; docs/reference/settings.md lists them"
         )
     recipe = load_recipe(method) if method else TrainConfig()
     return dataclasses.replace(recipe, **own | dict(settings))

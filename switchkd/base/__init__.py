@@ -4,4 +4,4 @@ In come bytes and text that others wrote; out go values that are what their type
 there.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,8 +1,9 @@
 """The student in shards, one for each process (FSDP2): weights, gradients and moments at rest take an N-th of their memory.
 
-Rows are decoded at their own pace, and a forward in which all ranks must take part would then wait for ever. So the weights are
-gathered once a step, by all ranks together; every forward finds them whole until the step's last backward, which sums the
-gradients and leaves shards. A model that was never sharded passes through all functions here as it is.
+Processes write texts of different lengths, and run different numbers of forwards. If each forward gathered the weights, one that
+the other processes do not run would never end. So the weights are gathered once a step, by all processes together; every forward
+finds them whole until the step's last backward, which sums the gradients and leaves shards. A model that was never sharded passes
+through all functions here as it is.
 """
 
 import atexit

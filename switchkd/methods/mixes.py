@@ -18,7 +18,8 @@ Memory = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mix:
-    """Subclass and implement ``source``; one that learns from a validation loss also has a ``memory``."""
+    """Which text a training step reads. Subclass and implement ``source``; a mix that changes with a validation loss also
+    implements ``memory`` and ``remember``."""
 
     generates = True  # whether a step may have the policy write
     wants_teacher_text = False  # whether the teacher's completions, made once, replace the examples' own
@@ -39,7 +40,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class GroundTruth(Mix):
-    """The data's own completions."""
+    """The answers of the data. Nothing is generated."""
 
     generates = False
 

@@ -41,7 +41,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Subclass and implement ``per_token``.
+    """The number that is lowered at every token of an answer. Subclass and implement ``per_token``.
 
     An objective that changes over training keeps what it must in a memory of plain numbers: ``memory`` makes it,
     ``remember`` moves it after each step, ``at`` gives the objective of the next step. The trainer saves it.
@@ -56,7 +56,7 @@ class Objective:
     over_tokens: ClassVar[bool] = False  # whether its mean is over tokens, whatever ``loss_over`` says
 
     temperature: float = 1.0
-    """Temperature of both distributions; reaches neither sampling nor the policy, nor cross-entropy."""
+    """Temperature of both distributions in the loss. It changes neither sampling nor who writes, nor cross-entropy."""
     ce_weight: float = 0.0
     """Share of cross-entropy in the loss of a reference text's tokens."""
     student_weight: float = 1.0

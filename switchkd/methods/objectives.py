@@ -59,7 +59,7 @@ class ReverseKL(Objective):
 
 @dataclass(frozen=True)
 class JSD(Objective):
-    """GKD's generalised JSD (arXiv 2306.13649); beta is the teacher's weight in the mixture, and a strength too."""
+    """GKD's generalised JSD (arXiv 2306.13649): ``beta KL(p ‖ m) + (1 − beta) KL(q ‖ m)`` with ``m = beta p + (1 − beta) q``."""
 
     compares: ClassVar[bool] = True
     beta: float = 0.5  # the teacher's weight in the mixture
@@ -183,7 +183,7 @@ class AKL(Objective):
 
 @dataclass(frozen=True)
 class TAID(Objective):
-    """TAID (arXiv 2501.16937): forward KL to a constant target between student and teacher that moves to the teacher.
+    """TAID (arXiv 2501.16937): forward KL to a target that begins between student and teacher and moves to the teacher.
 
     Target ``softmax((1−s) · student logits + s · teacher logits)``. s starts at ``s`` and ends at ``s_end``; after each step
     it grows by ``step · sigmoid(momentum) · (1 − s)``, where momentum averages the relative fall of the loss, and is never
@@ -227,7 +227,7 @@ class TAID(Objective):
 
 @dataclass(frozen=True)
 class Veto(Objective):
-    """Veto (arXiv 2601.07155): a divergence to the constant target ∝ p q^β, which over training moves to the teacher.
+    """Veto (arXiv 2601.07155): a divergence to the target ∝ p q^β, which moves to the teacher during training.
 
     β falls linearly from ``beta`` in the first step to ``beta_end`` in the last. The paper has 0.8 for reasoning, 1.0 for code and
     0.3 for summaries, each to 0, where the target is p, and the KL in both directions.
@@ -303,8 +303,9 @@ class MiniLLM(Objective):
 
     With rewards ``r_t = log p(y_t) − log q(y_t)``, the loss of a token is the exact single step ``w_t KL(q_t ‖ p_t)`` plus
     ``max(−R w_t, −R clip(w_t, 1 ± clip))``, where R is the mean reward of the tokens after t and
-    ``w_t = q(y_t) / (α p(y_t) + (1−α) q(y_t))`` weighs text of the mix-in back to the student's; the denominator, R and the
-    weight of the single step are constants. ``alpha`` must be the policy's (0 where the student writes alone).
+    ``w_t = q(y_t) / (α p(y_t) + (1−α) q(y_t))`` corrects for text that the blend wrote and not the student alone. The
+    denominator, R and the weight of the single step are constants. ``alpha`` must be that of the policy ``mix_in`` (0 where the
+    student writes alone).
     """
 
     looks_ahead: ClassVar[bool] = True

@@ -4,9 +4,9 @@ A policy maps the two next-token distributions at a position to the **target dis
 says who speaks. It knows no model, no tokenizer, no cache. Its state is a tuple of tensors whose first dimension is the
 row, so that the engine can undo a step, row by row, by keeping the old state.
 
-A rule may blend: then the target is a sum of a student's and a teacher's part, and who spoke is drawn, given the token,
-with the odds of the two parts there. Tokens and speakers have exactly the joint law of the published procedures that
-propose, test and resample.
+A rule may blend: then the target is a sum of a student's and a teacher's part. Who spoke is drawn at random; the teacher with
+the share that its part has in the probability of the token. So token and speaker together are distributed exactly as in the
+published procedures that propose a token, test it and draw another one.
 
 Shapes: B rows, V vocabulary. ``p`` is the teacher, ``q`` the student, ``t`` the response position (0 for the first token).
 """
@@ -42,18 +42,19 @@ if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` a
 
 @dataclass(frozen=True)
 class Switch(Policy):
-    """SWITCH (arXiv 2410.19503): m = p where JSD(p, q) > tau(t), else q. Memoryless; control may return at once.
+    """SWITCH (arXiv 2410.19503): the teacher writes where JSD(p, q) is above the threshold ``tau(t)``, else the student does.
 
-    The divergence is the JSD in bits, so it lies between 0 and 1, and ``tau(t)`` is
+    Each token is decided for itself, so that the student may write again at the next one. The JSD is in bits and lies between 0
+    and 1. With t the position in the answer, ``tau(t)`` is
 
     * ``exponential``: ``tau_0 · exp(−decay · t)``, the paper's rule with its tau_0 = 1 and decay = 1/10;
     * ``linear``: ``tau_0 · (1 − t / horizon)``, at least 0; the horizon is by default the maximum response length;
     * ``constant``: ``tau_0`` (the paper's ablation: 0.2);
     * ``growth``: ``tau_0 · exp(decay · t)``. The paper gives no constants; tau_0 = 0.01 with decay 0.1 mirrors its decay.
 
-    A threshold of 1 or more never hands over, a negative one always does. Late in a text ``tau(t)`` falls below what two
-    forwards of one model differ by, in fp32 after some 220 tokens, in bf16 after some 100 (``docs/engine.md``). Where the two
-    models agree as nearly as that, who speaks is chance from there on; what is written is the same.
+    With a threshold of 1 or more the student always writes, with a negative one the teacher. Late in a text ``tau(t)`` falls
+    below the rounding of the models, in fp32 after some 220 tokens, in bf16 after some 100 (``docs/engine.md``). Where the two
+    models agree to all their digits, who writes is chance from there on; what is written is the same.
     """
 
     unit = "bits"
@@ -101,22 +102,22 @@ class Switch(Policy):
 
 @dataclass(frozen=True)
 class AdaSwitch(Policy):
-    """AdaSwitch (arXiv 2510.07842): the student explores; at the first jump of the divergence the teacher takes over.
+    """AdaSwitch (arXiv 2510.07842): the student writes until the divergence jumps; from there on the teacher writes.
 
-    At position t, ``d_t = D(p ‖ q)`` (nats) is compared with ``ratio`` times the mean of the last ``window`` divergences;
-    once above it, the teacher writes to the end. The paper's ratio is 3. The window length is not in the text available
-    to us: its default is ours, from a sweep (``docs/methods.md``). So are three further readings: no switch before the window
-    is full, the teacher writes the token at the switching position (``switch_token_by``), and no jump is one that stays below
-    ``floor``. Without it a student that is its teacher, or begins as an adapter on it, would be handed over for rounding. After
-    the switch the student is not looked at and the divergence is NaN.
+    At each position the divergence D(p ‖ q) in nats is compared with ``ratio`` times the mean of the last ``window`` divergences.
+    Once it is above, the teacher writes to the end. The paper's ratio is 3. The window length is not in the text available
+    to us: its default is ours, from a sweep (``docs/methods.md``). Three further choices are ours: no switch before the window is
+    full; the teacher writes the token at which the switch comes (``switch_token_by``); and a divergence below ``floor`` is never a
+    jump, because without that a student that equals its teacher would be replaced for rounding alone. After the switch the
+    student is not looked at, and the divergence is NaN.
 
     State: (window ``[B, L]`` fp32, number seen ``[B]``, switched ``[B]``).
     """
 
     hands_over = True
 
-    window: int = 4  # L, in tokens
-    ratio: float = 3.0  # K
+    window: int = 4  # divergences of which the mean is taken: L of the paper, in tokens
+    ratio: float = 3.0  # how many times the mean counts as a jump: K of the paper
     divergence: str = "forward_kl"  # a name of switchkd.divergences
     switch_token_by: Literal["teacher", "student"] = "teacher"  # who writes the token at the switching position
     require_full_window: bool = True  # no switch before L tokens
@@ -161,10 +162,10 @@ class AdaSwitch(Policy):
 
 @dataclass(frozen=True)
 class MixIn(Policy):
-    """MiniLLM's teacher-mixed sampling (arXiv 2306.08543): m = α p + (1 − α) q; the paper's α is 0.2.
+    """MiniLLM's blend (arXiv 2306.08543): the token is drawn from α p + (1 − α) q; the paper's α is 0.2.
 
-    It is also SWITCH's ablation with a random source for each token: a coin with probability α for the teacher, then a
-    draw from whom it names, has the same law.
+    This is also SWITCH's ablation with a random writer for each token: a coin that names the teacher with probability α, and
+    then a draw from the model that it named, gives each token the same probability.
     """
 
     alpha: float = 0.2  # the teacher's share
@@ -181,16 +182,17 @@ class MixIn(Policy):
 
 @dataclass(frozen=True)
 class SKD(Policy):
-    """Speculative Knowledge Distillation (arXiv 2410.11325): a student's proposal outside the teacher's top-K is resampled.
+    """Speculative Knowledge Distillation (arXiv 2410.11325): the student proposes a token; if it is not among the teacher's
+    ``top_k`` most probable ones, the teacher draws another.
 
-    ``m(y) = q(y) [y in top-K of p] + (1 − q(top-K)) p(y)``. The divergence is the probability of a rejection,
-    ``1 − q(top-K)``. ``student_`` and ``teacher_`` temperature and top_p shape what each proposes, as in the released
-    code (0.5 and 0.5, 0.2 and 0.5); the top-K is of p itself.
+    A token y then has the probability ``q(y) [y in top-K of p] + (1 − q(top-K)) p(y)``. The divergence that is recorded is the
+    probability of a rejection, ``1 − q(top-K)``. ``student_`` and ``teacher_`` temperature and top_p shape what each proposes, as
+    in the released code (0.5 and 0.5, 0.2 and 0.5); the top-K is of p itself.
     """
 
     unit = "probability"
 
-    top_k: int = 25  # K
+    top_k: int = 25  # K of the paper: tokens of the teacher that are accepted
     student_temperature: float = 1.0  # of the proposal
     student_top_p: float = 1.0  # of the proposal
     teacher_temperature: float = 1.0  # of what is drawn in its place
@@ -219,7 +221,7 @@ class SKD(Policy):
 
 @dataclass(frozen=True)
 class SSD(Policy):
-    """Speculative self-distillation: the teacher samples where the divergence exceeds a constant ``tau``.
+    """Speculative self-distillation: the teacher writes where the divergence exceeds a constant ``tau``, else the student does.
 
     The divergence is the JSD in nats (at most ln 2); values of tau from 0.2 to 0.5 are reported to be good.
     """
@@ -239,7 +241,7 @@ class SSD(Policy):
 
 @dataclass(frozen=True)
 class Hysteresis(Policy):
-    """Two thresholds at every token: the teacher takes over above ``take`` and keeps on until below ``give``.
+    """Two thresholds: the teacher begins to write where the divergence is above ``take``, and goes on until it is below ``give``.
 
     The rule is ours, and so are its numbers. DASH-OPD (arXiv 2607.29078) has two thresholds for whole turns of an agent, which is
     another method. The divergence is the JSD in nats by default. State: whether the teacher holds ``[B]``.
@@ -269,7 +271,8 @@ class Hysteresis(Policy):
 
 @dataclass(frozen=True)
 class CAOPD(Policy):
-    """CA-OPD: the teacher's argmax replaces a proposal to which the teacher gives a probability below ``alpha``.
+    """CA-OPD: the student proposes a token; if the teacher gives it a probability below ``alpha``, the teacher's most probable
+    token takes its place.
 
     Over training −log alpha follows half a cosine from that of ``alpha`` to that of ``alpha_end``, after a first part ``hold``
     of the steps in which it stays: 0.693 to 1.386 with the paper's 0.5, 0.25 and 0.1. The divergence is the probability of a
@@ -303,11 +306,12 @@ class CAOPD(Policy):
 
 @dataclass(frozen=True)
 class TRB(Policy):
-    """Trust-region blending (arXiv 2605.31159): m ∝ q^(1−a) p^a with the largest a for which KL(m ‖ q) is within a budget.
+    """Trust-region blending (arXiv 2605.31159): the token is drawn from m ∝ q^(1−a) p^a, with the largest a for which KL(m ‖ q) is
+    within a budget.
 
     ``budget`` is in nats and falls linearly to 0 over the first ``warmup`` steps, however many follow; from there on the
     student writes. The paper has 0.001 to 0.05 nats and 15, 25 or 50 steps. The divergence is KL(m ‖ q). As such a blend is no
-    sum, the teacher's part is what m has above q: it then speaks as seldom as any account of m allows.
+    sum, the teacher's part is what m has above q, which makes the teacher's share the smallest that fits m.
     """
 
     budget: float = 0.01  # at the first step, in nats

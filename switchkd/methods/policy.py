@@ -20,7 +20,7 @@ State = tuple["Tensor", ...]
 
 
 class Decision(NamedTuple):
-    """What a policy says about one position of each row."""
+    """What a policy says about one position of each of B rows: whose token it is, and from which probabilities it is drawn."""
 
     log_probs: Tensor  # [B, V] the target distribution, log
     speaker: Tensor  # [B] int64, 0 student, 1 teacher
@@ -39,7 +39,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """A rule for who speaks. Subclass and implement ``step``.
+    """A rule for who writes the next token: the teacher, the student, or a blend of both. Subclass and implement ``step``.
 
     A rule with state overrides ``init``, and ``observe`` if its state depends on the tokens drawn, ``spoke`` if on who wrote
     them; one that may leave a model unread overrides ``reads``, one that may end a text ``ends``. One that needs the tokenizer or
@@ -100,7 +100,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class StudentOnly(Policy):
-    """On-policy text: m = q."""
+    """On-policy text: the student writes every token."""
 
     def reads(self, state: State) -> tuple[bool, bool]:
         return True, False
@@ -111,7 +111,7 @@ class StudentOnly(Policy):
 
 @dataclass(frozen=True)
 class TeacherOnly(Policy):
-    """The teacher's own text, as in SeqKD: m = p. With student drafts it is speculative decoding of the teacher."""
+    """The teacher writes every token, as in SeqKD. Where the student drafts for it, this is speculative decoding."""
 
     hands_over = True
 

@@ -1,4 +1,4 @@
-"""Relay: the teacher takes over for a few paragraphs where it would reflect."""
+"""Relay: where the teacher would write a word of reflection (Wait, But, Hmm), it writes the next few paragraphs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # tensor methods suffice at run time, and `switchkd --help` a
 
 @dataclass(frozen=True)
 class Relay(Policy):
-    """Relay-OPD (arXiv 2607.26057, and its released code): where the teacher would reflect and the student would not, the
-    teacher takes a leg.
+    """Relay-OPD (arXiv 2607.26057, and its released code): where the teacher would write a word of reflection and the student
+    would not, the teacher writes that word and the next few paragraphs, called a leg.
 
     A trigger is a position at which the teacher's best token is one of ``triggers`` and not among the student's ``student_top``
     best. That token is then written. Where the student would have drawn it too, it is the student's and nothing follows; else it

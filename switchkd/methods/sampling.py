@@ -188,7 +188,10 @@ def keyed_uniform(seed: int, sample_id: int, position: int, use: Use = Use.TOKEN
 
 
 def speakers(decision: Decision, token: Tensor, keys: Tensor) -> Tensor:
-    """Who wrote ``token`` ``[B]``: the policy's word, or, for a blended target, a draw with the odds of the two parts there.
+    """Who wrote ``token`` ``[B]``: what the policy says, or, where it blends both models, one of them, drawn at random.
+
+    The teacher is drawn with the share that its part has in the probability of the token. With p 0.5, q 0.1 and the blend
+    0.2 p + 0.8 q = 0.18, that is 0.2 · 0.5 / 0.18.
 
     ``keys`` ``[B]`` are those of the tokens' noise; the draw is independent of it.
     """

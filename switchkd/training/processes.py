@@ -63,9 +63,9 @@ def with_launchers_settings(accelerator: Accelerator, config: TrainConfig) -> Tr
 def _refuse_foreign(accelerator: Accelerator) -> None:
     if accelerator.distributed_type in SHARDED:
         raise ConfigError(
-            f"weights sharded by accelerate's {accelerator.distributed_type.value} are not supported: rows are decoded at their "
-            "own pace, and a forward in which not all ranks take part would wait for ever; launch with plain data parallelism, and "
-            "shard the student with --fsdp"
+            f"weights sharded by accelerate's {accelerator.distributed_type.value} are not supported: processes write "
+            "texts of different lengths, and a forward that not all of them run would never end; launch with plain data "
+            "parallelism, and shard the student with --fsdp"
         )
     dynamo, ways = accelerator.state.dynamo_plugin, accelerator.parallelism_config
     foreign = {

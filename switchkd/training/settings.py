@@ -75,7 +75,7 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     per_device_train_batch_size: int = 8
     """Rows in one forward and backward of one process."""
     gradient_accumulation_steps: int = 1
-    """Forwards and backwards in one optimizer step; 8x1, 4x2 and 1x8 give the same gradient."""
+    """Forwards and backwards in one optimizer step. Eight rows at once, four rows twice or one row eight times: one gradient."""
     fsdp: bool = False
     """Over several processes: keep the student's weights, gradients and moments in shards (FSDP2), gathered once a step."""
     gradient_checkpointing: bool = False
@@ -262,8 +262,9 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
             wrote = self.policy.alpha
         if wrote != self.objective.alpha:
             raise ConfigError(
-                f"minillm weighs text back to the student's from a mix-in of alpha={self.objective.alpha:g}, and "
-                f"{name_of(self.policy)} writes {'otherwise' if wrote is None else f'with alpha={wrote:g}'}; use the policy "
+                "the objective minillm corrects for text drawn from the blend alpha p + (1 - alpha) q with "
+                f"alpha={self.objective.alpha:g}, and the policy {name_of(self.policy)} writes "
+                f"{'otherwise' if wrote is None else f'with alpha={wrote:g}'}; use the policy "
                 "mix_in with the same alpha, or student_only with objective.alpha 0"
             )
 

@@ -144,8 +144,9 @@ class Trainer:
             NoMemoryError: one row is too much for the memory.
             ServerError: a teacher behind a server gives no usable answer any more.
             Stopped: a signal asked for an end. The step in which it came is dropped.
-            In each of these cases a checkpoint of the last finished step is saved, from which ``resume`` goes on.
             DiskError: something cannot be written. The last checkpoint stands.
+
+        Except for DiskError, a checkpoint of the last finished step is saved, from which ``resume`` goes on.
         """
         rollouts = Rollouts()
         try:

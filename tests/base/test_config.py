@@ -74,7 +74,10 @@ def test_the_papers_settings():
         ({"objective": "jds"}, "unknown objective 'jds'; did you mean 'jsd'"),
         ({"objective": {"name": "jsd", "beta": 1}}, "beta must lie strictly between"),
         ({"objective": {"name": "tvd", "alpha": 0.1}}, "objective tvd: unknown setting 'alpha'"),
-        ({"objective": "minillm"}, "minillm weighs text .* from a mix-in of alpha=0.2, and switch writes otherwise"),
+        (
+            {"objective": "minillm"},
+            "minillm corrects for text .* with alpha=0.2, and the policy switch writes otherwise",
+        ),
         ({"objective": "minillm", "policy": "mix_in", "max_new_tokens_start": 300}, "a budget grows"),
         ({"objective": "minillm", "policy": "student_only"}, "student_only writes with alpha=0"),
         ({"policy": {"name": "relay", "triggers": 3}}, "triggers must be"),

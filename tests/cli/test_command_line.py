@@ -47,7 +47,7 @@ def test_help_lists_every_command_with_its_summary_in_its_group(capfd):
 
 
 def test_version(capfd):
-    assert said(capfd, "--version") == f"switchkd {switchkd.__version__}\n" == "switchkd 0.1.0\n"
+    assert said(capfd, "--version") == f"switchkd {switchkd.__version__}\n" == "switchkd 0.2.0\n"
 
 
 def test_what_the_table_says_of_a_command_is_said_of_one_that_is_there():
@@ -275,7 +275,7 @@ def test_settings_that_are_right_together_may_be_given_together():
 def test_settings_that_contradict_each_other_are_wrong_usage(capfd):
     with pytest.raises(SystemExit, match="2"):
         parse(TrainConfig, ["train", "kd", "--objective", "minillm"])
-    assert capfd.readouterr().err.startswith("error: minillm weighs text back")
+    assert capfd.readouterr().err.startswith("error: the objective minillm corrects for text")
 
 
 def test_flags_win_over_the_recipe_and_may_be_written_with_underscores():

@@ -368,3 +368,23 @@ def test_the_page_has_what_the_command_prints(qwen):
         text = text.replace(folder, name)
     assert text in page, f"put this into docs/scale.md:\n{text}"
     assert len(page.splitlines()) <= 110
+
+
+def test_the_page_on_costs_has_what_the_command_prints(qwen, tmp_path):
+    teacher = tmp_path / "config.json"
+    sizes = dict(
+        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008
+    )
+    teacher.write_text(json.dumps(SHARED | QWEN["0.5b"] | sizes))
+    page = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+    config = TrainConfig(
+        teacher_model_name_or_path=str(tmp_path), student_model_name_or_path=qwen.student_model_name_or_path, dtype="bfloat16",
+        teacher_dtype="bfloat16",
+    )  # fmt: skip
+    text = "\n".join(estimate_run(config, ONE, ""))
+    for folder, name in {str(tmp_path): "3B", qwen.student_model_name_or_path: "0.5B"}.items():
+        text = text.replace(folder, f"Qwen/Qwen2.5-{name}-Instruct")
+    table, _, changes = text.partition("\nIt is said to fit")
+    assert table.strip() in page, f"put this into docs/costs.md:\n{table}"
+    needed = [line.split()[0] for line in changes.splitlines() if line.startswith("     ")]
+    assert len(needed) == 5 and all(f"| {number} |" in page for number in needed)
