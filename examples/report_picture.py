@@ -79,7 +79,8 @@ def live_view(run: Path, picture: Path) -> None:
     )
     pictures, seconds = [], [0.0]
     view = TrainView(trainer, record.metrics.primary, pictures.append, lambda: seconds[0])  # type: ignore[arg-type]
-    texts = [json.loads(line) for line in (run / "rollouts.jsonl").open()] if (run / "rollouts.jsonl").exists() else []
+    file = run / "rollouts.jsonl"
+    texts = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for line in steps:
         trainer.step, trainer.progress = line["step"], line["step"] / len(record.metrics)
         seconds[0] += line["seconds"]

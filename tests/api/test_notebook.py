@@ -27,7 +27,7 @@ def check(notebook):
 
 
 @pytest.mark.demo_pair
-def test_the_notebook_runs_and_shows_its_output(tmp_path, demo):
+def test_the_notebook_runs_and_shows_its_output(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     check(notebook)  # as it is kept
     for cell in notebook.cells:
