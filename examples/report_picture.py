@@ -57,7 +57,10 @@ def viewer(browser: Browser, address: str, picture: Path) -> None:
         teacher.first.hover()
     box = page.locator("#texts").bounding_box()
     assert box, "the report has no texts"
-    page.screenshot(path=picture, full_page=True, clip=box | {"x": 0, "width": 1100})
+    top = box["y"] + page.evaluate("scrollY")  # the box is where the window shows it, and pointing has scrolled
+    page.screenshot(
+        path=picture, full_page=True, clip={"x": 0, "y": top, "width": 1100, "height": min(box["height"], 760)}
+    )
 
 
 def phone(browser: Browser, address: str, picture: Path) -> None:

@@ -31,7 +31,9 @@ def check(notebook):
 def test_the_notebook_runs_and_shows_its_output(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     check(notebook)  # as it is kept
-    assert not re.search(r"/(home|tmp|root|Users|site-packages)/", NOTEBOOK.read_text()), "no place of a machine stands in it"
+    assert not re.search(r"/(home|tmp|root|Users|site-packages)/", NOTEBOOK.read_text()), (
+        "no place of a machine stands in it"
+    )
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
