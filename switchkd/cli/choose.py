@@ -92,8 +92,7 @@ WHICH = (
 WHY = {
     "kd": "the student learns from the answers of the data, token by token from the teacher; no text is written, which is quickest",
     "seqkd": "the teacher writes an answer to each prompt once, and the student learns from these",
-    "switch": "half of the text is the data's; the other half the student writes, and the teacher where the two differ much",
-    "adaswitch": "the student begins every text, and the teacher goes on where they have come to differ; no answers are needed",
+    "on_policy": "the student writes every text, and learns from what the teacher thinks of each token; no answers are needed",
 }
 
 
@@ -102,7 +101,7 @@ def which(answers: bool, runs: bool, time: bool) -> str:
     if not runs:
         return "seqkd"
     if time:
-        return "switch" if answers else "adaswitch"
+        return "on_policy"
     return "kd" if answers else "seqkd"
 
 

@@ -175,7 +175,7 @@ def test_an_answer_is_printed_as_it_grows_and_no_half_character(monkeypatch):
 
 @pytest.mark.parametrize(
     ("answers", "method"),
-    [("yyy", "switch"), ("yyn", "kd"), ("nyy", "adaswitch"), ("nyn", "seqkd"), ("yny", "seqkd"), ("nnn", "seqkd")],
+    [("yyy", "on_policy"), ("yyn", "kd"), ("nyy", "on_policy"), ("nyn", "seqkd"), ("yny", "seqkd"), ("nnn", "seqkd")],
 )
 def test_three_questions_choose_a_method_and_the_recipe_is_whole(answers, method, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
