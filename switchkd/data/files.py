@@ -227,7 +227,7 @@ def _table_rows(lines: Iterator[bytes], delimiter: str, name: str) -> Iterator[t
     csv.field_size_limit(MOST_BYTES)
     reader = csv.reader(_decoded(lines, name), delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
+        header = [name.strip() for name in next(reader)]
         if len(set(header)) < len(header):
             raise OtherKind(f"{name}: its first line names a field twice: {shown(header)}")
         line = reader.line_num

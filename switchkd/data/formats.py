@@ -74,6 +74,9 @@ def format_of(row: Fields, wanted: Wanted) -> Format:
     known = next(full, None if wanted.answers else next(prompts, None))
     if known is None:
         hint = next((hint for names, hint in _HINTS if names <= row.keys()), "")
+        small = Fields({name.strip().lower(): value for name, value in row.items()})
+        if not hint and (meant := next((f for f in FORMATS if f.matches(small, wanted.answers)), None)):
+            hint = f". Field names are written small and without spaces here: {meant}"
         if not hint and (lists := [name for name, value in row.items() if _is_rows(value)]):
             hint = f". Its field {lists[0]!r} is a list of objects; if these are the rows, write that list alone into the file"
         raise DataError(f"the row has the fields {row.names()}; {_needed(row)}{hint}")

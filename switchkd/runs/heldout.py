@@ -122,7 +122,8 @@ def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
     answered = all(example.references for example in examples)
     task = task_named(config.task if answered or config.task != AUTO else "references", examples[0].format)
     examples = scorable(task, examples, bad) if bad.tolerated else examples
-    now = some_day = prepared(config, pair, sources, examples, bad, quiet)
+    which = ", held out" if splits(config) else ""
+    now = some_day = prepared(config, pair, sources, examples, bad, quiet, which=which)
     if config.prompts.reads_date(pair.tokenizer):
         some_day = prepared(replace(config, template_date=SOME_DAY), pair, sources, examples, bad, quiet=True)
     bad.tell()

@@ -128,8 +128,10 @@ def prepared(
     quiet: bool = False,
     training: bool = False,
     teacher_field: str = "",
+    which: str = "",
 ) -> list[TokenizedExample]:
-    """Tokenise examples; prints how many are used, and what was left out and why. ``bad`` are the bad rows of their ``sources``.
+    """Tokenise examples; prints how many are used, and what was left out and why. ``bad`` are the bad rows of their ``sources``,
+    ``which`` says which rows of these they are, if not all.
 
     For ``training`` a teacher may read a prompt of its own, and rows may name theirs in ``teacher_field``. Evaluation compares
     models on one question with the default teacher.
@@ -162,7 +164,7 @@ def prepared(
         shares = (f"{name or 'the default'} {len(places)}" for name, places in by_teacher(kept).items())
         notes += f"; teachers: {', '.join(shares)}"
     if not quiet:
-        console.print(f"{file}: {len(kept)} examples{notes}", soft_wrap=True)
+        console.print(f"{file}{which}: {len(kept)} examples{notes}", soft_wrap=True)
     return kept
 
 
@@ -213,9 +215,10 @@ def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[Tok
     bad = BadRows(", ".join(config.train_file), config.skip_bad)
     named = {"teacher_field": config.teacher_field, "teachers": pair.teachers}
     examples = read_examples(config, config.train_file, train_limit(config), bad, needs_answers(config), **named)
+    which = ""
     if splits(config):
-        examples, _ = split(examples, config.eval_split)
-    tokenized = prepared(config, pair, config.train_file, examples, bad, quiet, True, config.teacher_field)
+        (examples, _), which = split(examples, config.eval_split), ", to train on"
+    tokenized = prepared(config, pair, config.train_file, examples, bad, quiet, True, config.teacher_field, which)
     bad.tell()
     return tokenized
 

@@ -169,6 +169,7 @@ TAKEN = {
     "h.csv": lambda rows: b"\xef\xbb\xbf" + _table(rows, ";"),
     "i.tsv": lambda rows: _table(rows, "\t"),
     "j.txt": lambda rows: _table(rows, "|"),
+    "k.csv": lambda rows: _table(rows, ",").replace(b"prompt,completion", b"prompt, completion", 1),
     "k.csv.gz": lambda rows: gzip.compress(_table(rows, ",")),
     "l.parquet": lambda rows: _columns(rows, pyarrow.parquet.write_table),
     "m.bin": lambda rows: _columns(rows, pyarrow.parquet.write_table),

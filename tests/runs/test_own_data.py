@@ -92,13 +92,16 @@ def test_the_teachers_answers_are_its_greedy_text_and_are_stored(place, monkeypa
     assert load_heldout(config, pair, quiet=True).sha256 == heldout.sha256
 
 
-def test_a_part_of_ones_own_data_is_held_out_and_never_the_sample(place):
+def test_a_part_of_ones_own_data_is_held_out_and_never_the_sample(place, capsys):
     config = settings(place)
     pair = open_pair(config, quiet=True)
     train, heldout = load_train(config, pair, quiet=True), load_heldout(config, pair, quiet=True)
     assert {e.id for e in train}.isdisjoint(e.id for e in heldout.examples)
     assert {e.id for e in train} | {e.id for e in heldout.examples} == set(range(24))
     assert heldout.sources == config.train_file
+    load_train(config, pair), load_heldout(config, pair)
+    said = capsys.readouterr().out
+    assert f", to train on: {len(train)} examples" in said and f", held out: {24 - len(train)} examples" in said
     assert [e.id for e in prompts_to_complete(config, pair, 9)] == [e.id for e in heldout.examples][:9]
     nothing = dataclasses.replace(config, eval_split=0.0)
     assert load_heldout(nothing, pair, quiet=True).examples == [] and len(load_train(nothing, pair, quiet=True)) == 24
