@@ -66,7 +66,7 @@ def test_the_card_of_a_run_says_what_was_made_how_and_how_good_it_is(run, settin
     )
     for words in (
         "# `mine`", f"- teacher: `teacher`, {teacher:,} parameters", "dtype: float32",
-        r"SWITCH: Koo \*et al.\*", "m = p where JSD(p, q) > tau(t)", "data: `data.jsonl`, 12 examples",
+        r"SWITCH: Koo \*et al.\*", "the teacher writes where JSD(p, q) is above the threshold", "data: `data.jsonl`, 12 examples",
         f"2 optimizer steps on {trained} response tokens", "- task: `references version 1`", "- max_new_tokens: `4`",
         "unknown: check where it came from", "switchkd train config.yaml", f"torch {torch.__version__}",
     ):  # fmt: skip

@@ -398,7 +398,8 @@ def test_from_the_command_line(tmp_path, capsys):
     for rollout in lines(tmp_path / "run", "rollouts.jsonl"):
         first = int(tokenizer.decode(rollout["prompt_ids"]).split("user\n")[1][0])
         assert first % 3 == by_source[rollout["teacher"]]
-    assert main(["generate", str(tmp_path / "run"), *flags(limit=3, output_file=tmp_path / "out.jsonl")]) == 0
+    asked = flags(limit=3, output_file=tmp_path / "out.jsonl", policy="switch")  # which reads the teachers of the rows
+    assert main(["generate", str(tmp_path / "run"), *asked]) == 0
     assert [r["teacher"] for r in lines(tmp_path, "out.jsonl")] == list(NAMES)
     (tmp_path / "m1").rename(tmp_path / "gone")  # evaluation asks the default teacher alone
     assert main(["evaluate", str(tmp_path / "run"), *flags(eval_samples=2)]) == 0
