@@ -163,9 +163,9 @@ def pair_of(
 ) -> Pair:
     """A pair of models that are loaded already, with the tokenizer of both, checked as `load_pair` checks one.
 
-    The student is trained as it is given, in float32 or wider: weights in fewer bits are widened in place. ``lora`` puts a new
-    adapter of these settings on it. Raises ConfigError for a student that has an adapter already, ModelError for a model that
-    cannot be decoded here, VocabularyError where a model has too few logits rows for the tokenizer.
+    The student is trained in place. ``lora`` puts a new adapter of these settings on it.
+    Raises ConfigError for a student that has an adapter already, ModelError for a model that cannot be decoded here,
+    VocabularyError where a model has too few logits rows for the tokenizer.
     """
     from switchkd.forward.text_path import freeze_beside_text, frozen_note
     from switchkd.models.adapters import add_adapter, has_adapter
@@ -177,8 +177,6 @@ def pair_of(
     if has_adapter(student):
         raise ConfigError("the student has an adapter already; save it, and name its folder as the student")
     given = dtype_name(student.dtype)
-    if student.dtype.itemsize < 4:
-        student.float()
     beside = freeze_beside_text(student)
     if lora is not None:
         add_adapter(student, lora, seed, beside)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -176,19 +177,23 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_texts_in_a_notebook_mark_the_teachers_tokens_and_run_nothing(names):
-    tokenizer = AutoTokenizer.from_pretrained(names[1])
-    ids = tokenizer.encode("<script>alert(1)</script> & é", add_special_tokens=False)
-    speakers = [place % 2 for place in range(len(ids))]
-    seen = {"divergences": [0.25] * len(ids), "thresholds": [math.nan] * len(ids)}
-    rollout = Rollout(0, tokenizer.encode("<b>Hi</b>"), ids, speakers, **seen, stop_reason="length")
+def test_texts_in_a_notebook_mark_the_teachers_tokens_and_run_nothing():
+    words = [
+        "<script>alert(1)</script>",
+        " & ",
+        "é",
+        "<b>Hi</b>",
+    ]  # whole tags in one token, as large vocabularies have them
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(words[index] for index in ids))
+    seen = {"divergences": [0.25] * 3, "thresholds": [math.nan] * 3}
+    rollout = Rollout(0, [3], [0, 1, 2], [0, 1, 0], **seen, stop_reason="length")
     page = Page(show(rollout, tokenizer)._repr_html_())
     tags = [tag for tag, _ in page.tags]
     assert "script" not in tags and "b" not in tags
     assert "<script>alert(1)</script> & é" in page.text and "<b>Hi</b>" in page.text
     tokens = [attrs for tag, attrs in page.tags if tag == "span" and "title" in attrs]
-    assert [("style" in attrs) for attrs in tokens] == [bool(speaker) for speaker in speakers]
-    assert tokens[0]["title"].startswith("divergence 0.25")
+    assert [("style" in attrs) for attrs in tokens] == [False, True, False]
+    assert tokens[0]["title"] == "divergence 0.250"
     assert switchkd.show([rollout, rollout], tokenizer)._repr_html_().count("<details>") == 2
 
 
