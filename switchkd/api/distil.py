@@ -126,6 +126,8 @@ def _config(method: str, settings: Mapping[str, Any], **own: Any) -> TrainConfig
         raise ConfigError(
             f"there is no setting {unknown[0]!r}{nearest(unknown[0], names)}; docs/reference/settings.md lists them"
         )
+    if twice := [name for name in settings if own.get(name)]:
+        raise ConfigError(f"{twice[0]} is what another argument of this function says already; leave it out")
     recipe = load_recipe(method) if method else TrainConfig()
     return dataclasses.replace(recipe, **own | dict(settings))
 

@@ -49,7 +49,11 @@ def check_text(text: str, name: str) -> None:
 
 def json_object(text: bytes | str) -> dict[str, Any]:
     """The one JSON object in ``text``. Raises DataError for anything else."""
-    value = json_value(text)
+    return checked_object(json_value(text))
+
+
+def checked_object(value: Any) -> dict[str, Any]:
+    """``value``, if it is a JSON object. Raises DataError for anything else."""
     if not isinstance(value, dict):
         raise DataError(f"it must be a JSON object, not {type(value).__name__}")
     return value

@@ -151,12 +151,8 @@ ANSWERS: dict[str, Answer] = {
     "offload_teacher_model": Answer(
         "--teacher-device cpu", "a teacher may be on another device for the whole run", "true"
     ),
-    "train_type": Answer(
-        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "without it all weights are trained", "lora"
-    ),
-    "tuner_type": Answer(
-        _by_value(lora="--use-peft", qlora="--use-peft --load-in-4bit"), "without it all weights are trained", "lora"
-    ),
+    "train_type": Answer(_TUNER, "without it all weights are trained", "lora"),
+    "tuner_type": Answer(_TUNER, "without it all weights are trained", "lora"),
     "target_modules": Answer(
         lambda value, given: "" if value == "all-linear" else f"--lora-target-modules {value}",
         "all linear layers are the default",

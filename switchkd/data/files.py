@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from switchkd.base.errors import DataError, nearest
-from switchkd.base.plain import json_object, json_value, shown
+from switchkd.base.plain import checked_object, json_object, json_value, shown
 from switchkd.base.storage import expanded
 from switchkd.data.fields import MOST_BYTES
 from switchkd.data.formats import FIELD_NAMES
@@ -41,10 +41,11 @@ class OtherKind(DataError):
 
 
 class BadRows:
-    """The rows of one file that cannot be used, as reading, template and tokenizer find them; ``tolerated`` may be left out."""
+    """The rows of data files that cannot be used, as reading, template and tokenizer find them; ``tolerated`` may be left out."""
 
-    def __init__(self, path: str, tolerated: int = 0) -> None:
-        self.path, self.tolerated = path, tolerated
+    def __init__(self, sources: str | Sequence[str], tolerated: int = 0) -> None:
+        self.path = sources if isinstance(sources, str) else ", ".join(sources)
+        self.tolerated = tolerated
         self._found: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -84,9 +85,10 @@ def rows_of(sources: Sequence[str], streaming: bool = False) -> Iterator[tuple[i
     A source is a file, a pattern of files (``data/*.jsonl``), a folder that ``datasets.save_to_disk`` wrote, ``gsm8k-sample``,
     ``small:…`` or ``hub:…``. Blank lines are not rows. Raises DataError for a file that cannot be read, or that is no file of rows.
     """
-    first = index = 0
+    first = 0
     for source in sources:
         for name in _expand(source):
+            index = -1  # of a file without rows
             for index, place, row in _rows(name, streaming):
                 yield first + index, place, row
             first += index + 1
@@ -216,10 +218,10 @@ def _list_rows(file: IO[bytes], most: float, name: str) -> Iterator[tuple[str, R
         yield from _json_lines(_lines(file, most, name), kind)
         return
     for place, row in enumerate(rows):
-        if isinstance(row, dict):
-            yield f"[{place}]", row
-        else:
-            yield f"[{place}]", DataError(f"it must be a JSON object, not {type(row).__name__}")
+        try:
+            yield f"[{place}]", checked_object(row)
+        except DataError as error:
+            yield f"[{place}]", error
 
 
 def _table_rows(lines: Iterator[bytes], delimiter: str, name: str) -> Iterator[tuple[str, Row]]:

@@ -34,10 +34,8 @@ from switchkd.reports.steps import SCORE, TEACHER, is_to_teacher, settings_text,
 from switchkd.reports.tables import Sheet, difference_text, direction, estimate_text, score_words
 from switchkd.reports.viewer import answers, payload, rule_words
 
-FOR_TEXTS, FOR_ANSWERS = (
-    3_500_000,
-    600_000,
-)  # bytes for the viewer and the answers; scores and curves take about a fifth
+# Bytes for the viewer and the answers; scores and curves take about a fifth.
+FOR_TEXTS, FOR_ANSWERS = 3_500_000, 600_000
 MODELS = {"student before": "Student before training", "student after": "Student after training", "teacher": "Teacher"}
 BEFORE, AFTER, JUDGE = MODELS
 MISSING = "–"

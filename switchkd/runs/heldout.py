@@ -99,10 +99,10 @@ def heldout_rows(
 def prompts_to_complete(config: Any, pair: Pair, limit: int) -> list[TokenizedExample]:
     """The first held-out prompts, of the sample where nothing is held out; a teacher may read its own in their place."""
     sources = heldout_sources(config) or (DEFAULT_HELDOUT,)
-    bad = BadRows(", ".join(sources), config.skip_bad)
+    bad = BadRows(sources, config.skip_bad)
     teachers = {"teacher_field": config.teacher_field, "teachers": pair.teachers}
     examples = heldout_rows(config, sources, limit, bad, "{completion}" in config.teacher_prompt, **teachers)
-    tokenized = prepared(config, pair, sources, examples, bad, training=True, teacher_field=config.teacher_field)
+    tokenized = prepared(config, pair, examples, bad, training=True, teacher_field=config.teacher_field)
     bad.tell()
     return tokenized
 
@@ -116,16 +116,15 @@ def load_heldout(config: Any, pair: Pair, quiet: bool = False) -> Heldout:
                 "nothing is held out, so nothing is scored: give --eval-file, or --eval-split above 0", soft_wrap=True
             )
         return Heldout(TASKS["references"], (), [], pair.teacher, [])
-    bad = BadRows(", ".join(sources), config.skip_bad)
+    bad = BadRows(sources, config.skip_bad)
     examples = heldout_rows(config, sources, config.eval_samples if config.eval_samples > 0 else None, bad)
-    origin = f", {config.eval_split:.3g} of it held out" if splits(config) else ""
+    origin, which = (f", {config.eval_split:.3g} of it held out", ", held out") if splits(config) else ("", "")
     answered = all(example.references for example in examples)
     task = task_named(config.task if answered or config.task != AUTO else "references", examples[0].format)
     examples = scorable(task, examples, bad) if bad.tolerated else examples
-    which = ", held out" if splits(config) else ""
-    now = some_day = prepared(config, pair, sources, examples, bad, quiet, which=which)
+    now = some_day = prepared(config, pair, examples, bad, quiet, which=which)
     if config.prompts.reads_date(pair.tokenizer):
-        some_day = prepared(replace(config, template_date=SOME_DAY), pair, sources, examples, bad, quiet=True)
+        some_day = prepared(replace(config, template_date=SOME_DAY), pair, examples, bad, quiet=True)
     bad.tell()
     if not answered:
         origin += ", answered by the teacher where a row has no answer"

@@ -122,7 +122,6 @@ def teacher_reads(config: DataConfig, pair: Pair, training: bool) -> TeacherRead
 def prepared(
     config: DataConfig,
     pair: Pair,
-    sources: Sequence[str],
     examples: Sequence[Example],
     bad: BadRows,
     quiet: bool = False,
@@ -130,8 +129,8 @@ def prepared(
     teacher_field: str = "",
     which: str = "",
 ) -> list[TokenizedExample]:
-    """Tokenise examples; prints how many are used, and what was left out and why. ``bad`` are the bad rows of their ``sources``,
-    ``which`` says which rows of these they are, if not all.
+    """Tokenise examples; prints how many are used, and what was left out and why. ``bad`` knows their files, and
+    which rows of these are bad; ``which`` says which rows they are, if not all.
 
     For ``training`` a teacher may read a prompt of its own, and rows may name theirs in ``teacher_field``. Evaluation compares
     models on one question with the default teacher.
@@ -147,7 +146,7 @@ def prepared(
         eos_token_ids=pair.eos_token_ids,
         bad=bad,
     )
-    file, kept = ", ".join(sources), within(tokenized, pair)
+    file, kept = bad.path, within(tokenized, pair)
     if not kept:
         raise DataError(
             f"{file}: each of {len(tokenized)} examples holds a token that not all of the models know; take another file"
@@ -178,9 +177,9 @@ def load_task(
 ) -> list[TokenizedExample]:
     """Read and tokenise data files, as ``prepared`` says, each row with its answer unless prompts are enough."""
     sources = [sources] if isinstance(sources, str) else sources
-    bad = BadRows(", ".join(sources), config.skip_bad)
+    bad = BadRows(sources, config.skip_bad)
     examples = read_examples(config, sources, limit, bad, answers)
-    tokenized = prepared(config, pair, sources, examples, bad, quiet)
+    tokenized = prepared(config, pair, examples, bad, quiet)
     bad.tell()
     return tokenized
 
@@ -212,13 +211,13 @@ def reads_sample(config: DataConfig) -> bool:
 
 def load_train(config: TrainConfig, pair: Pair, quiet: bool = False) -> list[TokenizedExample]:
     """The examples of train_file, each with its teacher and what that one reads; without those that are held out of it."""
-    bad = BadRows(", ".join(config.train_file), config.skip_bad)
+    bad = BadRows(config.train_file, config.skip_bad)
     named = {"teacher_field": config.teacher_field, "teachers": pair.teachers}
     examples = read_examples(config, config.train_file, train_limit(config), bad, needs_answers(config), **named)
     which = ""
     if splits(config):
         (examples, _), which = split(examples, config.eval_split), ", to train on"
-    tokenized = prepared(config, pair, config.train_file, examples, bad, quiet, True, config.teacher_field, which)
+    tokenized = prepared(config, pair, examples, bad, quiet, True, config.teacher_field, which)
     bad.tell()
     return tokenized
 

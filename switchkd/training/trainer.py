@@ -59,9 +59,8 @@ from switchkd.training.restoring import take_back, whole_checkpoint
 from switchkd.training.settings import TrainConfig
 
 OnStep = Callable[[Metrics, Rollouts], None]  # told of a step's metrics and the rollouts made in it
-OnPhase = Callable[
-    [str], None
-]  # told what begins now: writing, reading, updating, validating, evaluating, sampling, saving
+# Told what begins now: writing, reading, updating, validating, evaluating, sampling, saving.
+OnPhase = Callable[[str], None]
 
 
 def _say(loud: bool, line: str) -> None:

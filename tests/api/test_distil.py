@@ -114,6 +114,11 @@ def test_a_loaded_student_can_be_trained_by_an_adapter(names, tmp_path):
     ("settings", "error", "words"),
     [
         ({"learning_rat": 1}, ConfigError, "no setting 'learning_rat'; did you mean 'learning_rate'"),
+        (
+            {"train_file": "other.jsonl"},
+            ConfigError,
+            "train_file is what another argument of this function says already",
+        ),
         ({"method": "adaswich"}, ConfigError, "did you mean 'adaswitch'"),
         ({"method": "kd"}, DataError, "a prompt without the answer"),
         ({"data": [{"prompt": "a"}, "b"]}, DataError, "row 1 of the data must be a dictionary, not str"),

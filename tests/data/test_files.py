@@ -212,6 +212,9 @@ def test_several_files_and_patterns_are_one_after_the_other(tmp_path):
     read = load_examples([str(tmp_path / "c.csv"), str(tmp_path / "*.js*")])
     assert [example.completion for example in read] == ["None", "2020-01-01 10:00:00", "NA", "None", "007", "NA"]
     assert [example.id for example in read] == list(range(6)), "an id is a row's place among all of them"
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = [str(tmp_path / name) for name in ("empty.jsonl", "b.jsonl", "empty.jsonl", "c.csv")]
+    assert [example.id for example in load_examples(empty)] == list(range(4)), "a file without rows takes no place"
     with pytest.raises(DataError, match=r"\*\.parquet: no file fits this pattern"):
         load_examples(str(tmp_path / "*.parquet"))
     (tmp_path / "a[1].jsonl").write_bytes(_lines(TRICKY))
