@@ -21,7 +21,6 @@ from switchkd import AdaSwitch, StudentOnly, Switch
 from switchkd.base.errors import ModelError, SwitchKDWarning
 from switchkd.cli.main import main
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.samples import samples
 from switchkd.evaluation.settings import EvalSettings
@@ -38,6 +37,7 @@ from switchkd.teachers.store import weights_sha256
 from switchkd.training import processes, reading
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
+from switchkd.writing.teacher_texts import teacher_texts
 
 # By name: the teacher, whether its experts are in shards, who writes, which text a step reads, and more settings.
 CASES = {

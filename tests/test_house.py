@@ -17,8 +17,8 @@ drawn = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
-    "base", "methods", "data", "runner", "forward", "models", "teachers", "decoding", "evaluation", "training", "reports", "runs",
-    "api", "studies", "cli",
+    "base", "methods", "data", "runner", "forward", "crossing", "models", "teachers", "decoding", "writing", "evaluation",
+    "training", "reports", "runs", "api", "studies", "cli",
 )  # fmt: skip
 
 

@@ -87,9 +87,9 @@ class ChatConfig(Settings):
 
 
 def generate(config: GenerateConfig) -> None:
-    from switchkd.decoding.decode import decode_examples
     from switchkd.reports.live import cost_line, print_rollout
     from switchkd.runs.opening import open_pair
+    from switchkd.writing.examples import decode_examples
 
     if isinstance(config.policy, StudentOnly):
         pair = _open_alone(config.student_model_name_or_path, config.dtype, config.prompts, config.load_in_4bit)
@@ -200,7 +200,7 @@ def _answer(
     from switchkd.data.examples import Example
     from switchkd.data.templates import Encoder
     from switchkd.data.texts import TokenizedExample
-    from switchkd.decoding.decode import decode_examples
+    from switchkd.writing.examples import decode_examples
 
     example = Example(number, tuple(turns), "", (), f"turn {number}")
     [(prompt_ids, _)] = Encoder(pair.tokenizer, template)([example])

@@ -49,6 +49,8 @@ class Text:
     speakers: list[int]
     teacher_prompt_ids: list[int] | None = field(default=None, kw_only=True)
     """What the teacher reads in the prompt's place; None where it reads the prompt."""
+    teacher_completion_ids: list[int] | None = field(default=None, kw_only=True)
+    """The completion in the tokens of a teacher with another tokenizer; None where it reads the completion's own ids."""
     teacher: str = field(default="", kw_only=True)
     """The name of its teacher; "" is the default one."""
     said: Said | None = field(default=None, repr=False, compare=False, kw_only=True)
@@ -62,6 +64,11 @@ class Text:
     def teacher_reads(self) -> list[int]:
         """The prompt as the teacher reads it."""
         return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    @property
+    def teacher_completion(self) -> list[int]:
+        """The completion as the teacher reads it."""
+        return self.completion_ids if self.teacher_completion_ids is None else self.teacher_completion_ids
 
     @property
     def name(self) -> str:

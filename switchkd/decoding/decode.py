@@ -24,10 +24,9 @@ from transformers import PreTrainedModel
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError
 from switchkd.base.memory import fits, tell_fewer
-from switchkd.data.texts import TokenizedExample, by_teacher
 from switchkd.decoding.engine import BlockEngine
 from switchkd.decoding.pace import NO_COSTS
-from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
+from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.decoding.rows import Job, Row
 from switchkd.decoding.served import by_student, decode_served, reads_none
 from switchkd.decoding.settings import DecodeSettings, Drafter
@@ -37,7 +36,6 @@ from switchkd.forward.proof import prove
 from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor, noise_key, speakers
-from switchkd.models.pair import Pair
 from switchkd.runner.fast_layers import kept_layers
 from switchkd.runner.modes import evaluating
 from switchkd.runner.runner import Runner
@@ -279,56 +277,3 @@ def _rows_within(job: Job) -> int:
             "raise it, shorten the prompts or lower max_new_tokens"
         )
     return int(memory_gib * 2**30 / row)
-
-
-# --- the examples of a pair ---------------------------------------------------------------------------------------
-
-
-def decode_examples(
-    pair: Pair,
-    examples: Sequence[TokenizedExample],
-    settings: DecodeSettings,
-    sample_ids: Sequence[int],
-    progress: Callable[[DecodeCost], None] | None = None,
-    watch: Callable[[Rollouts], None] | None = None,
-    runners: Runners | None = None,
-) -> Rollouts:
-    """Complete examples as a pair's models read them, each with its own teacher, in their order; errors are ``decode``'s.
-
-    Each teacher's rows are decoded together; a row's text depends on its own sample id, prompts and teacher alone.
-    """
-    made: dict[int, Rollout] = {}
-    runners = runners or Runners()
-    cost, fitting = DecodeCost(), None
-    for name, places in by_teacher(examples).items():
-        mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
-        job = job_of(pair, name, mine, settings, ids)
-        rollouts = decode_job(job, progress and partial(_further, progress, cost), watch, runners)
-        if rollouts.rows_that_fit:
-            fitting = rollouts.rows_that_fit
-            settings = replace(settings, batch_size=fitting)
-        for place, example, rollout in zip(places, mine, rollouts, strict=True):
-            made[place] = replace(rollout, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids)
-        cost += rollouts.cost
-    return Rollouts((made[place] for place in range(len(examples))), cost, fitting)
-
-
-def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:
-    progress(before + now)
-
-
-def job_of(
-    pair: Pair, teacher: str, examples: Sequence[TokenizedExample], settings: DecodeSettings, sample_ids: Sequence[int]
-) -> Job:
-    """The examples of one teacher."""
-    own = any(example.teacher_prompt_ids is not None for example in examples)
-    return Job.of(
-        pair.student,
-        pair.teacher_named(teacher),
-        [example.prompt_ids for example in examples],
-        settings,
-        sample_ids,
-        pair.ends,
-        pair.vocab_size,
-        [example.teacher_reads for example in examples] if own else None,
-    )

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ class RolloutRecord(TypedDict):
     stop_reason: str
     error: str | None
     teacher_prompt_ids: list[TokenId] | None
+    teacher_completion_ids: NotRequired[list[TokenId]]
     teacher: str
 
 
@@ -79,6 +80,8 @@ class Rollout(Text):
         """A JSON-ready dictionary of everything but what the teacher said; NaN becomes null."""
         record = {name: getattr(self, "id" if name == "sample_id" else name) for name in RolloutRecord.__annotations__}
         record |= {name: [None if math.isnan(v) else v for v in record[name]] for name in _WITH_NAN}
+        if self.teacher_completion_ids is None:
+            del record["teacher_completion_ids"]
         return cast(RolloutRecord, record)
 
     @staticmethod
@@ -98,6 +101,7 @@ class DecodeCost:
 
     ``blocks`` counts a round once for each row in it, and ``block_positions`` the positions that those blocks had; at
     ``compared`` positions both models ran, and at ``equal`` of them both, given one noise, would have written the same token.
+    ``words`` counts those of texts that models with different tokenizers write together, else it is 0.
     """
 
     seconds: float = 0.0
@@ -112,6 +116,7 @@ class DecodeCost:
     block_positions: int = 0
     compared: int = 0
     equal: int = 0
+    words: int = 0
 
     def __add__(self, other: "DecodeCost") -> "DecodeCost":
         return DecodeCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.models.pair import Pair
 from switchkd.teachers.asked import TextReader, text_reader
+from switchkd.writing.examples import decode_examples
 
 TOP = 5
 

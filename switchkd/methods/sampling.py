@@ -38,6 +38,9 @@ class Use(IntEnum):
     ADAPTER = 5  # (seed, 0, 0): a LoRA adapter's first weights
     WEIGHTS = 6  # (seed, 0, role): the small pair's first weights
     GENERATE = 7  # (seed, first prompt of a batch, 0): the generator that transformers' generate draws from
+    TEACHER = (
+        8  # (seed, sample id, byte position): the noise of the teacher's token, where it has a tokenizer of its own
+    )
 
 
 @dataclass(frozen=True)

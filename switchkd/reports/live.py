@@ -26,11 +26,11 @@ from rich.table import Table
 from rich.text import Text
 
 from switchkd.base.terminal import SAY_EVERY, console, duration, harmless, number, percent, visible
-from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.reports.tables import scores_line, step_line
 from switchkd.reports.viewer import SPEAKERS, bars, pieces, spoken
+from switchkd.writing.examples import decode_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,6 @@ from switchkd.data.templates import Encoder, TeacherReads
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_ids, teacher_prompt_limit, tokenize
 from switchkd.decoding.served import check_served
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.tasks import AUTO, TASKS
 from switchkd.forward.proof import prove
 from switchkd.forward.served import ServedModel
@@ -34,6 +33,7 @@ from switchkd.models.settings import ModelConfig, is_address
 from switchkd.runner.architecture import beyond_context
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.settings import TrainConfig
+from switchkd.writing.teacher_texts import teacher_texts
 
 # Settings that name the folder of the teacher's stored work.
 STORE_SETTINGS = {

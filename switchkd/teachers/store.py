@@ -3,7 +3,7 @@
 manifest.json           what the work was made from, and the first example of every part; with a checksum of these
 part-00000-<sha256>.…   the work on consecutive examples; the checksum is of its bytes, its place, and what the manifest says
 
-A kind of work says what it is made from, where its parts begin and how one is made: ``states``, ``decoding.teacher_texts``.
+A kind of work says what it is made from, where its parts begin and how one is made: ``states``, ``writing.teacher_texts``.
 """
 
 import ctypes

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from accelerate import Accelerator
 
 from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.decoding.decode import Runners, decode_examples, job_of, measured_costs
+from switchkd.decoding.decode import Runners, measured_costs
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.parallel import Together
@@ -16,6 +16,7 @@ from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.processes import all_rollouts, check_agreed, from_main
 from switchkd.training.settings import TrainConfig
+from switchkd.writing.examples import decode_examples, job_of
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 

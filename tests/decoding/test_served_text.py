@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from switchkd.base.errors import ConfigError, ModelError, ServerError, SwitchKDWarning
 from switchkd.decoding import served as served_module
-from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.methods.policies import AdaSwitch
 from switchkd.methods.policy import STUDENT, TEACHER, TeacherOnly
 from switchkd.methods.sampling import gumbel_noise, keys_tensor, noise_key, row_key
@@ -24,6 +22,8 @@ from switchkd.models.pair import load_pair
 from switchkd.runs.distil import distil
 from switchkd.runs.opening import open_pair
 from switchkd.training.settings import load_recipe
+from switchkd.writing.examples import decode_examples
+from switchkd.writing.teacher_texts import teacher_texts
 
 RULES = {
     "adaswitch": AdaSwitch(window=2, ratio=1.1),

@@ -27,9 +27,7 @@ from switchkd import StudentOnly, Switch, decode, decode_reference, load_pair
 from switchkd.base.errors import CheckpointError, ConfigError, ModelError
 from switchkd.cli.main import main
 from switchkd.data.texts import collate, tokenize
-from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import read_results
@@ -48,6 +46,8 @@ from switchkd.teachers.said import TeacherStates, TeacherTopK
 from switchkd.teachers.states import TeacherCache
 from switchkd.training import loss
 from switchkd.training.loss import response_tokens
+from switchkd.writing.examples import decode_examples
+from switchkd.writing.teacher_texts import teacher_texts
 
 START, CHAT_END, TEXT_END, BEGIN = 283, 284, 285, 286  # of byte_level_tokenizer
 HASH = 2  # "#" there, and the eos_token_id of a Llama's config that names none

@@ -16,7 +16,6 @@ from tiny import VOCAB, toy_examples, toy_pair
 from switchkd.base.settings import shipped
 from switchkd.data.texts import collate
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import log_probs
 from switchkd.methods.policy import REFERENCE, STUDENT, TEACHER, TeacherOnly
@@ -24,6 +23,7 @@ from switchkd.methods.relay import Relay
 from switchkd.training.loss import response_tokens
 from switchkd.training.settings import TrainConfig, load_recipe
 from switchkd.training.trainer import Trainer
+from switchkd.writing.teacher_texts import teacher_texts
 
 TRAJECTORIES = Path(__file__).with_name("trajectories.json")
 S, T, R = {STUDENT}, {TEACHER}, {REFERENCE}

@@ -29,7 +29,6 @@ from switchkd.base.settings import from_dict, to_dict
 from switchkd.cli.main import main
 from switchkd.data.texts import collate
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.settings import EvalSettings
@@ -57,6 +56,7 @@ from switchkd.training.loss import response_tokens, total
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
+from switchkd.writing.teacher_texts import teacher_texts
 
 LORA = ModelConfig(use_peft=True, lora_r=4, lora_alpha=8)
 SETTINGS = TrainConfig(

@@ -9,7 +9,6 @@ from tiny import CHATML, byte_level_tokenizer, pair_on_disk, save_llama
 
 from switchkd.base.errors import ConfigError, DataError, SwitchKDWarning
 from switchkd.base.settings import shipped
-from switchkd.decoding.decode import decode_examples
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.methods.policy import StudentOnly
 from switchkd.reports.record import RunRecord
@@ -17,6 +16,7 @@ from switchkd.runs.distil import distil
 from switchkd.runs.heldout import eval_settings, load_heldout, prompts_to_complete
 from switchkd.runs.opening import load_train, needs_answers, open_pair, prompt_examples
 from switchkd.training.settings import TrainConfig, load_recipe
+from switchkd.writing.examples import decode_examples
 
 SMALL = {
     "max_steps": 1, "max_new_tokens": 6, "eval_max_new_tokens": 6, "per_device_train_batch_size": 2, "eval_samples": 4,
@@ -88,7 +88,7 @@ def test_the_teachers_answers_are_its_greedy_text_and_are_stored(place, monkeypa
     def no_text(*_, **__):
         raise AssertionError("it was written before")
 
-    monkeypatch.setattr("switchkd.decoding.teacher_texts.decode_examples", no_text)
+    monkeypatch.setattr("switchkd.writing.teacher_texts.decode_examples", no_text)
     assert load_heldout(config, pair, quiet=True).sha256 == heldout.sha256
 
 

@@ -30,7 +30,6 @@ from switchkd.data.templates import TeacherReads, alpaca_prompt
 from switchkd.data.texts import collate, teacher_prompt_limit, tokenize
 from switchkd.decoding.pace import BLOCKS, Pace
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
 from switchkd.evaluation.tasks import TASKS
@@ -47,6 +46,7 @@ from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig
+from switchkd.writing.teacher_texts import teacher_texts
 
 PROMPTS = [[3, 4, 5], [7], [2, 2, 9, 11, 4, 6, 8], [5, 5], [10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 OWN = [[6, 2], [8, 9, 10, 2, 3, 7, 7, 4, 11, 12], [12], [5, 5], [9, 3, 4, 5, 6, 17, 2]]

@@ -26,9 +26,7 @@ from switchkd.base.errors import (
     SwitchKDWarning,
 )
 from switchkd.data.texts import TokenizedExample, collate
-from switchkd.decoding import teacher_texts as texts_module
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.head import Head, response_hidden
 from switchkd.methods.divergences import log_probs
 from switchkd.methods.objectives import OBJECTIVES
@@ -37,6 +35,8 @@ from switchkd.teachers.said import TeacherStates, TeacherTopK
 from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
 from switchkd.training.loss import response_tokens, total
+from switchkd.writing import teacher_texts as texts_module
+from switchkd.writing.teacher_texts import teacher_texts
 
 SETTINGS = dict(max_new_tokens=6, temperature=1.0, seed=5, batch_size=2)
 

@@ -21,10 +21,8 @@ from switchkd.cli.main import main
 from switchkd.data.examples import Example, load_examples
 from switchkd.data.fields import Message
 from switchkd.data.texts import by_teacher, tokenize
-from switchkd.decoding.decode import decode_examples
 from switchkd.decoding.rollouts import DecodeCost
 from switchkd.decoding.settings import DecodeSettings
-from switchkd.decoding.teacher_texts import teacher_texts
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import Sizes
 from switchkd.methods.mixes import Adaptive, Generated
@@ -36,6 +34,8 @@ from switchkd.teachers.states import TeacherCache
 from switchkd.teachers.store import fingerprint
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig, load_recipe
+from switchkd.writing.examples import decode_examples
+from switchkd.writing.teacher_texts import teacher_texts
 
 NAMES = ("", "math", "code")
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.decode import DEFAULT_BATCH, decode_examples
+from switchkd.decoding.decode import DEFAULT_BATCH
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.parallel import Together
 from switchkd.methods.policy import TEACHER, TeacherOnly
 from switchkd.models.pair import Pair
 from switchkd.teachers.store import Header, Progress, Store, fingerprint
+from switchkd.writing.examples import decode_examples
 
 # Batches decoded for a part: enough to keep a batch full while rows finish, few enough to lose little in a kill.
 _PART_BATCHES = 4
