@@ -77,8 +77,8 @@ def check_policy(policy: Policy) -> None:
             else f"looks at single tokens ({', '.join(looks)})"
         )
         raise ConfigError(
-            f"the policy {name_of(policy)} {why}, which needs one tokenizer for both models; with two, texts are written in turns "
-            "of words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher with the student's tokenizer"
+            f"the policy {name_of(policy)} {why}, which needs one tokenizer for both; with two, texts are written in turns of "
+            "words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher with the student's tokenizer"
         )
 
 
