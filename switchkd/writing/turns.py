@@ -61,6 +61,12 @@ class TurnJob:
         return TurnJob(bridge, student, teacher, texts, settings)
 
 
+def only_reader(policy: Policy) -> int | None:
+    """STUDENT or TEACHER if it is the only model that a rule ever reads, which then writes alone; else None."""
+    reads = policy.reads(()) if type(policy).init is Policy.init else (True, True)
+    return {(True, False): STUDENT, (False, True): TEACHER}.get((reads[0] is True, reads[1] is True))
+
+
 def check_policy(policy: Policy) -> None:
     """Raise ConfigError for a rule that cannot decide word by word.
 
@@ -78,7 +84,7 @@ def check_policy(policy: Policy) -> None:
         )
         raise ConfigError(
             f"the policy {name_of(policy)} {why}, which needs one tokenizer for both; with two, texts are written in turns of "
-            "words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher with the student's tokenizer"
+            "words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher of the student's family"
         )
 
 
