@@ -17,6 +17,7 @@ from switchkd.teachers.states import TeacherCache
 from switchkd.training.processes import all_rollouts, check_agreed, from_main
 from switchkd.training.settings import TrainConfig
 from switchkd.writing.examples import costs_of, decode_examples
+from switchkd.writing.turns import check_policy
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 
@@ -40,6 +41,8 @@ class Reading:
         self.accelerator, self.teacher_cache = accelerator, teacher_cache
         self.together = Together.of(pair.teacher)
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
+        if pair.bridges and config.mix.generates:
+            check_policy(self.policy)
         self.memory = config.mix.memory()
         self.replay: list[Rollout] = []
         self.rows_read = 0

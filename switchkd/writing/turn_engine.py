@@ -139,7 +139,9 @@ class TurnEngine:
     def round(self) -> None:
         """Let each row's writer go on for a block, and ask the rule at every place in it."""
         reads = self._reads()
-        groups = {who: [row for row, text in self.rows.items() if text.writer == who] for who in (None, STUDENT, TEACHER)}
+        groups = {
+            who: [row for row, text in self.rows.items() if text.writer == who] for who in (None, STUDENT, TEACHER)
+        }
         for who, group in groups.items():
             if group:
                 drafts, own = self._begun(group) if who is None else self._draft(who, group)

@@ -44,16 +44,19 @@ class TurnJob:
         teacher_prompt_ids: Sequence[Sequence[int]],
         settings: DecodeSettings,
         sample_ids: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> "TurnJob":
-        """``prompt_ids`` are the student's ids of each prompt, ``teacher_prompt_ids`` the teacher's.
+        """``prompt_ids`` are the student's ids of each prompt, ``teacher_prompt_ids`` the teacher's. ``seeds`` has one for each,
+        in place of the settings' own.
 
         Raises what `check_policy` does.
         """
         check_policy(settings.policy)
         ids = range(len(prompt_ids)) if sample_ids is None else sample_ids
+        keys = [settings.seed] * len(ids) if seeds is None else seeds
         texts = [
-            TurnText(bridge, i, (list(own), list(theirs)), settings.max_new_tokens, settings.seed)
-            for i, own, theirs in zip(ids, prompt_ids, teacher_prompt_ids, strict=True)
+            TurnText(bridge, i, (list(own), list(theirs)), settings.max_new_tokens, seed)
+            for i, own, theirs, seed in zip(ids, prompt_ids, teacher_prompt_ids, keys, strict=True)
         ]
         for text in texts:
             if settings.max_new_tokens == 0:
