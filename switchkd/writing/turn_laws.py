@@ -16,6 +16,7 @@ from torch import Tensor
 from switchkd.crossing.boundaries import last_character
 from switchkd.crossing.bridge import Bridge
 from switchkd.crossing.laws import SharedLaw
+from switchkd.decoding.decide import spread
 from switchkd.methods.policy import STUDENT, TEACHER, Policy, State
 
 # A model that gives so little to all words together believes that the word goes on: it is not asked who writes the next one.
@@ -95,8 +96,9 @@ class TurnLaws:
         if student is not None and teacher is not None:
             logp, logq = self.shared.coarse(teacher[0], student[0])
             others = teacher[1].where(writer == STUDENT, student[1])
-            first = torch.tensor([not data for data in before], device=self.device)
-            asked = first | (others >= math.log(LEAST_MASS))
+            reads = [spread(read, asked) for read in policy.reads(state)]
+            alone = torch.tensor([not data for data in before], device=self.device) | ~(reads[STUDENT] & reads[TEACHER])
+            asked = alone | (others >= math.log(LEAST_MASS))
         else:
             one = teacher if student is None else student
             assert one is not None, "a rule for words reads one model at least"
