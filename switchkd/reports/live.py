@@ -245,7 +245,9 @@ class _Head:
             yield Text("…", style="dim")
 
 
-PLAY_KEY = "; under each {} a bar: the divergence, how far the two models disagree about it, and below that the threshold of the rule"
+PLAY_KEY = (
+    "; under each {} a bar: the divergence, how far the two models disagree about it, and below that the threshold of the rule"
+)  # fmt: skip
 
 
 def play(pair: Pair, example: TokenizedExample, settings: DecodeSettings, sample_id: int) -> Rollout:
@@ -287,7 +289,7 @@ def _watched(
 def _sides(pair: Pair, example: TokenizedExample) -> Sides | None:
     """How both models spell text, where they do not spell it alike."""
     bridge = pair.bridges.get(example.teacher)
-    return bridge and bridge.sides
+    return bridge.sides if bridge else None
 
 
 def state_line(rows: Rollouts, budget: int) -> Text:

@@ -92,6 +92,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         score_words=_words(runs),
         curves=_curves(runs, names),
         has_answers=bool(data["answers"]),
+        unit="word" if all(run.two_tokenizers for run in runs) else "token",
         has_texts=bool(data["texts"]),
         data=_script_json(data),
     )

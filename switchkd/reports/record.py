@@ -72,7 +72,7 @@ class TextLine(RolloutRecord):
 
 
 class SampleLine(TextLine):
-    """A line of samples.jsonl."""
+    """A line of samples.jsonl. Where the teacher has another tokenizer, what both models say is known at tokens that both have."""
 
     reference: str | None
     scores: dict[str, float]

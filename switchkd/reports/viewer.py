@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -349,7 +350,8 @@ def words(sides: Sides, student_ids: Sequence[int], teacher_ids: Sequence[int]) 
 
 
 def _shown(tokens: Sequence[bytes]) -> list[str]:
-    return [data.decode(errors="backslashreplace") for data in tokens]
+    whole = (data.decode(errors="surrogateescape") for data in tokens)
+    return [re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text) for text in whole]
 
 
 def _name(side: Side, token: int) -> str:

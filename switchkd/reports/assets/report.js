@@ -35,6 +35,7 @@
   const total = (values) => values.reduce((a, b) => a + b, 0);
   const lengthOf = (one) => total(sizes(one));
   const shareOf = (one) => (one.speakers.length ? total(sizes(one).filter((_, place) => one.speakers[place] === "1")) : NaN) / lengthOf(one);
+  const likely = (logProb) => (logProb === null ? "–" : percent(Math.exp(logProb)));
   const reading = (one, place, who) => one.readings[place][who].map((part) => JSON.stringify(part)).join(" ") || "–";
   const spoken = (one, place) => MODELS[Number(one.speakers[place])];
 
@@ -158,19 +159,20 @@
     if (now.divergences[place] !== null) lines.push([`divergence (${run().unit})`, show(now.divergences[place])]);
     if (now.thresholds[place] !== null) lines.push([`threshold (${run().unit})`, show(now.thresholds[place])]);
     if (now.jsd && (run().unit !== "bits" || now.divergences[place] === null)) lines.push(["Jensen-Shannon divergence (bits)", show(now.jsd[place])]);
-    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`probability, ${name}`, percent(Math.exp(now.logProbs[who][place]))]));
+    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`probability, ${name}`, likely(now.logProbs[who][place])]));
     const facts = element("table");
     for (const [name, value] of lines) {
       const row = facts.insertRow();
       row.append(element("th", { scope: "row" }, name), element("td", {}, String(value)));
     }
     const parts = [element("h3", {}, quoted(now.tokens[place])), facts];
+    if (now.jsd && now.readings && now.jsd[place] === null) parts.push(element("p", {}, "The two have no token in common here, so that what they say cannot be compared."));
     return now.top ? [...parts, best(now, place)] : [...parts, element("p", {}, "What else was likely is kept only for the prompts that are answered again and again.")];
   }
 
   function best(now, place) {
     const made = element("table");
-    made.append(element("caption", {}, "Most likely tokens here"));
+    made.append(element("caption", {}, now.readings ? "Most likely tokens where it begins" : "Most likely tokens here"));
     const head = made.createTHead().insertRow();
     MODELS.forEach((name) => head.append(element("th", { scope: "col", colspan: 2 }, name)));
     const body = made.createTBody();
@@ -178,8 +180,8 @@
     for (let rank = 0; rank < rows; rank++) {
       const row = body.insertRow();
       for (const model of now.top) {
-        const [id, logProb] = model[place][rank];
-        row.append(element("td", {}, quoted(run().vocabulary[id])), element("td", {}, percent(Math.exp(logProb))));
+        const [id, logProb] = model[place][rank] ?? [null, null];
+        row.append(element("td", {}, id === null ? "" : quoted(run().vocabulary[id])), element("td", {}, id === null ? "" : likely(logProb)));
       }
     }
     return made;
@@ -193,7 +195,7 @@
     const body = element("tbody");
     now.tokens.forEach((text, place) => {
       const cells = [place, quoted(text), spoken(now, place), ...(now.readings ? MODELS.map((_, who) => reading(now, place, who)) : []), show(now.divergences[place]), show(now.thresholds[place])];
-      if (now.logProbs) cells.push(...now.logProbs.map((model) => percent(Math.exp(model[place]))));
+      if (now.logProbs) cells.push(...now.logProbs.map((model) => likely(model[place])));
       const row = element("tr");
       row.append(...cells.map((cell) => element("td", {}, String(cell))));
       body.append(row);
