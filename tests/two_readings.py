@@ -29,7 +29,7 @@ def written_by(parts, sample_id=0, end=True):
     limits = [math.nan if math.isnan(value) else 0.5 for value in seen]
     return Rollout(
         sample_id, [5], ids, speakers, seen, limits, "eos" if end else "length",
-        None if end else "cut", teacher_prompt_ids=[6], teacher_completion_ids=others,
+        None, teacher_prompt_ids=[6], teacher_completion_ids=others,
     )  # fmt: skip
 
 

@@ -341,17 +341,18 @@ def words(sides: Sides, student_ids: Sequence[int], teacher_ids: Sequence[int]) 
     found = []
     for places in groups(*spelt):
         own, others = (name[place.start : place.stop] for name, place in zip(names, places, strict=True))
-        tokens = (
-            [data.decode(errors="backslashreplace") for data in own],
-            [data.decode(errors="backslashreplace") for data in others],
-        )
-        found.append(Word(b"".join(own).decode(errors="replace"), places[STUDENT], tokens))
+        found.append(Word(b"".join(own).decode(errors="replace"), places[STUDENT], (_shown(own), _shown(others))))
     return found
 
 
 def _shown(tokens: Sequence[bytes]) -> list[str]:
-    whole = (data.decode(errors="surrogateescape") for data in tokens)
-    return [re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text) for text in whole]
+    return [
+        _LONE.sub(lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", data.decode(errors="surrogateescape"))
+        for data in tokens
+    ]
+
+
+_LONE = re.compile("[\udc80-\udcff]")  # bytes that are no character, as surrogateescape has them
 
 
 def _name(side: Side, token: int) -> str:

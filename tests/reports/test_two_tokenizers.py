@@ -24,7 +24,7 @@ from switchkd.api.run import Run
 from switchkd.base.errors import DataError
 from switchkd.cli.main import main
 from switchkd.crossing.alignment import groups
-from switchkd.decoding.rollouts import Rollout, Rollouts, mean, rollout_metrics
+from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean, rollout_metrics
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policies import Switch
 from switchkd.reports import live
@@ -66,7 +66,7 @@ def crossing(**changes):
 
 @st.composite
 def readings(draw):
-    text = draw(st.text(alphabet="ab é東🙂", max_size=8)).encode()
+    text = draw(st.text(alphabet="ab é東🙂", min_size=1, max_size=8)).encode()
     cuts = [sorted(draw(st.sets(st.integers(1, max(len(text) - 1, 1)))) | {0, len(text)}) for _ in range(2)]
     return text, [[text[a:b] for a, b in pairwise(own)] for own in cuts]
 
@@ -231,9 +231,9 @@ def test_bars_stand_under_words_and_the_newest_numbers_are_those_of_the_newest_w
     assert [len(line.split()[1]) for line in live.mark_lines(rollout, firsts)] == [5, 5]
     assert math.isnan(rollout.divergences[-1]) or len(firsts) == len(rollout.completion_ids)
     cut = dataclasses.replace(rollout, divergences=[0.75] + [math.nan] * (len(rollout.completion_ids) - 1))
-    assert live.state_line(Rollouts([cut]), 9).plain.startswith("divergence 0.75 > 0.50")
+    assert live.state_line(Rollouts([cut], DecodeCost(1.0)), 9).plain.startswith("divergence 0.75 > 0.50")
     alone = dataclasses.replace(cut, teacher_completion_ids=None)
-    assert live.state_line(Rollouts([alone]), 9).plain.startswith("divergence – ·")
+    assert live.state_line(Rollouts([alone], DecodeCost(1.0)), 9).plain.startswith("divergence – ·")
 
 
 def test_a_word_is_coloured_whole():
@@ -266,28 +266,9 @@ def test_play_shows_words(monkeypatch, terminal):
 
 def test_generate_says_who_wrote_each_word(models, tmp_path):
     file = tmp_path / "made.jsonl"
-    names = [
-        "--teacher",
-        str(models / "teacher"),
-        "--student",
-        str(models / "student"),
-        "--template",
-        "plain",
-        "--dtype",
-        "float64",
-    ]
-    rule = [
-        "--policy",
-        "switch",
-        "--policy.tau-0",
-        "0.08",
-        "--policy.decay",
-        "0",
-        "--max-new-tokens",
-        "16",
-        "--seed",
-        "3",
-    ]
+    roles = [f"--{role}={models / role}" for role in ("teacher", "student")]
+    names = [*roles, "--template=none", "--dtype=float64"]
+    rule = ["--policy=switch", "--policy.tau-0=0.08", "--policy.decay=0", "--max-new-tokens=16", "--seed=3"]
     assert main(["generate", *names, *rule, "--prompt", "the cat sat", "What is", "--output-file", str(file)]) == 0
     made = [json.loads(line) for line in file.read_text().splitlines()]
     assert {word["speaker"] for record in made for word in record["words"]} == {"student", "teacher"}
@@ -297,7 +278,8 @@ def test_generate_says_who_wrote_each_word(models, tmp_path):
         assert record["teacher_completion_ids"] == rollout.teacher_completion_ids and len(record["words"]) == len(found)
         for told, word in zip(record["words"], found, strict=True):
             assert told == {"text": word.text, "speaker": ("student", "teacher")[rollout.speakers[word.places.start]]}
-    assert main(["generate", *names[1:], "--prompt", "the", "--max-new-tokens", "3", "--output-file", str(file)]) == 0
+    alone = [*names[1:], "--policy=student_only", "--max-new-tokens=3"]
+    assert main(["generate", *alone, "--prompt", "the", "--output-file", str(file)]) == 0
     assert "words" not in json.loads(file.read_text())
 
 
