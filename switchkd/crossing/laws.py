@@ -15,6 +15,8 @@ from switchkd.methods.policy import STUDENT, TEACHER
 
 # What is left beside the shared tokens is known to the rounding of 1: below that it counts as that much.
 _LEAST = math.log(1.2e-7)
+# The log of no mass: finite, so that the gradient of a sum of nothing is no NaN.
+_NO_MASS = -1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class SharedLaw:
     @staticmethod
     def with_rest(logs: Tensor, ids: Tensor) -> Tensor:
         """A law on these ids and one bucket with all else."""
-        rest = logs.index_fill(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+        rest = logs.index_fill(-1, ids, _NO_MASS).logsumexp(-1, keepdim=True)
         return torch.cat([logs.index_select(-1, ids), rest.clamp(min=_LEAST)], -1)
 
     def mass(self, logs: Tensor, who: int) -> Tensor:
