@@ -16,13 +16,14 @@ def spans(tokens: Sequence[bytes]) -> np.ndarray:
 def one_to_one(one: Sequence[bytes], other: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of two readings that have the same bytes at the same place: their places in each, ascending.
 
-    Tokens without bytes match nothing. ``other`` may read the beginning of the text alone.
-    Raises DataError where the two spell two texts.
+    Tokens without bytes match nothing. One of the two may read the beginning of the text alone.
+    Raises DataError where they spell two texts.
     """
-    if not b"".join(one).startswith(b"".join(other)):
+    texts = sorted((b"".join(one), b"".join(other)), key=len)
+    if not texts[1].startswith(texts[0]):
         raise DataError(f"two readings spell two texts: {_shown(one)} and {_shown(other)}")
     mine, theirs = spans(one), spans(other)
-    length = int(mine[-1, 1]) + 1 if len(mine) else 1
+    length = len(texts[1]) + 1
     filled = [np.flatnonzero(each[:, 1] > each[:, 0]) for each in (mine, theirs)]
     keys = [each[places, 0] * length + each[places, 1] for each, places in zip((mine, theirs), filled, strict=True)]
     _, left, right = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
