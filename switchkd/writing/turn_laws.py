@@ -91,17 +91,18 @@ class TurnLaws:
         """
         cut = [None if law is None else self.beginning(who, law, before) for who, law in enumerate(laws)]
         student, teacher = cut
-        asked = torch.ones_like(writer, dtype=torch.bool)
         if student is not None and teacher is not None:
             logp, logq = self.shared.coarse(teacher[0], student[0])
             others = teacher[1].where(writer == STUDENT, student[1])
-            first = torch.tensor([not data for data in before], device=self.device)
-            asked = first | (others >= math.log(LEAST_MASS))
         else:
-            one = teacher if student is None else student
+            who, one = (STUDENT, student) if teacher is None else (TEACHER, teacher)
             assert one is not None, "a rule for words reads one model at least"
-            ids = (self.shared.student, self.shared.teacher)[TEACHER if student is None else STUDENT]
-            logp = logq = SharedLaw.with_rest(one[0], ids)
+            logp = logq = SharedLaw.with_rest(one[0], (self.shared.student, self.shared.teacher)[who])
+            others = one[1].masked_fill(
+                writer == who, 0.0
+            )  # what the other says, if it is the writer that is read, is unknown
+        first = torch.tensor([not data for data in before], device=self.device)
+        asked = first | (others >= math.log(LEAST_MASS))
         decision = policy.step(state, logq, logp, turns)
         new = policy.spoke(decision.state, decision.speaker)
         return Turn(
