@@ -14,7 +14,7 @@ from switchkd.base.storage import write_file
 from switchkd.decoding.rollouts import Rollout
 from switchkd.evaluation.results import EVALUATION
 from switchkd.models.loading import load_model, silent_libraries
-from switchkd.models.pair import folder_dtype
+from switchkd.models.members import folder_dtype
 from switchkd.reports.record import RunRecord, trained_student
 
 if TYPE_CHECKING:

@@ -169,7 +169,7 @@ def demo_settings(config: DemoConfig) -> TrainConfig:
 
 
 def prune(config: PruneConfig) -> None:
-    from switchkd.models.pruning import prune as prune_model
+    from switchkd.studies.pruning import prune as prune_model
 
     prune_model(config.model_name_or_path, Path(config.output_dir), config.layers, seed=config.seed)
 

@@ -47,16 +47,26 @@ def _with_some_answer(example: Example) -> Example:
 
 
 @dataclass(frozen=True)
+class OtherTokenizer:
+    """What a teacher with a tokenizer of its own reads with: an encoder of prompts, and how it reads a completion's ids."""
+
+    encoder: Encoder
+    reading: Callable[[list[int]], list[int]]
+
+
+@dataclass(frozen=True)
 class TeacherReads:
     """What a teacher reads that the student does not: ``prompt`` in place of the last user turn (with the fields {prompt} and
-    {completion}), a ``system`` prompt in place of the row's own, and the template of each teacher that has one, by its name."""
+    {completion}), a ``system`` prompt in place of the row's own, and, by the names of teachers, the ``templates`` and tokenizers
+    (``others``) of those that have their own."""
 
     prompt: str = ""
     system: str = ""
     templates: Mapping[str, Template] = field(default_factory=dict)
+    others: Mapping[str, OtherTokenizer] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.prompt or self.system or self.templates)
+        return bool(self.prompt or self.system or self.templates or self.others)
 
     def of(self, example: Example) -> Example:
         """The example as its teacher reads it; an ``input`` stays beside it.

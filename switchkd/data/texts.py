@@ -18,7 +18,7 @@ from switchkd.data.examples import Example, logger, read_rows
 from switchkd.data.fields import Fields, Message, counted
 from switchkd.data.files import BadRows
 from switchkd.data.settings import Template, check_teacher_prompt
-from switchkd.data.templates import Encoder, TeacherReads, named
+from switchkd.data.templates import Encoder, OtherTokenizer, TeacherReads, named
 from switchkd.methods.policy import REFERENCE
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def tokenize(
             continue
         prompt_ids, completion_ids = map(shared, ids)
         own_ids, read = map(shared, of_teacher) if of_teacher else (None, completion_ids)
+        other = teacher.others.get(example.teacher)
         if example.teacher in teacher.templates and read != completion_ids:
             bad.add(example.source, DataError(_OTHER_ANSWER))
             continue
@@ -154,7 +155,7 @@ def tokenize(
             raise ConfigError(_stops_nothing(example.source, completion_ids[-1], eos_token_ids, tokenizer))
         else:
             cut = completion_ids[:max_completion_length]
-            kept.append(_with_ids(example, prompt_ids, cut, own_ids, truncated=len(cut) < len(completion_ids)))
+            kept.append(_with_ids(example, prompt_ids, cut, own_ids, other, truncated=len(cut) < len(completion_ids)))
     if encode.left_out:
         logger.warning(
             "%s: the chat template leaves out fields of earlier turns: %s", bad.path, counted(encode.left_out)
@@ -177,11 +178,17 @@ class _Shared:
 
 
 def _with_ids(
-    example: Example, prompt_ids: list[int], completion_ids: list[int], teacher_ids: list[int] | None, truncated: bool
+    example: Example,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    teacher_ids: list[int] | None,
+    other: OtherTokenizer | None,
+    truncated: bool,
 ) -> TokenizedExample:
     return TokenizedExample(
         example.id, prompt_ids, completion_ids, [REFERENCE] * len(completion_ids), example.references, truncated,
         example.source, example.group, teacher_prompt_ids=teacher_ids, teacher=example.teacher,
+        teacher_completion_ids=None if other is None else other.reading(completion_ids),
     )  # fmt: skip
 
 
@@ -230,8 +237,13 @@ def teacher_prompt_limit(
         len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (teacher.prompt, teacher.system)
     )
     probe = Example(0, (Message("user", PROBE),), "", (), "a probe")
-    own = [len(next(Encoder(tokenizer, template)([probe]))[0]) for template in teacher.templates.values()]
-    return max_prompt_length + (max_completion_length if teacher.prompt else 0) + words + max(own, default=0)
+    encoders = [Encoder(tokenizer, template) for template in teacher.templates.values()]
+    own = [
+        len(next(encoder([probe]))[0]) for encoder in [*encoders, *(other.encoder for other in teacher.others.values())]
+    ]
+    # Another tokenizer may cut a text into more tokens; twice as many it seldom does.
+    longest = (max_prompt_length + (max_completion_length if teacher.prompt else 0)) * (2 if teacher.others else 1)
+    return longest + words + max(own, default=0)
 
 
 _OTHER_ANSWER = (
@@ -251,6 +263,7 @@ def teacher_ids(
     found: list[tuple[list[int], list[int]] | DataError | None] = [None] * len(examples)
     for name, places in by_teacher(examples).items():
         own = replace(encode, template=teacher.templates.get(name, encode.template))
+        own = teacher.others[name].encoder if name in teacher.others else own
         encoded = own.each([examples[place] for place in places], teacher.of)
         for place, ids in zip(places, encoded, strict=True):
             found[place] = ids

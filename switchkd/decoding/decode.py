@@ -178,10 +178,10 @@ class Runners:
         self.lasting = lasting
         self._of: dict[int, Runner] = {}
 
-    def of_pair(self, job: Job) -> tuple[Runner, Runner]:
-        """The runners of student and teacher, which are proved; two of them also where both are one model."""
-        student, teacher = self._runner(job.student), self._runner(job.teacher)
-        return student, Runner(job.teacher) if teacher is student else teacher
+    def of_pair(self, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[Runner, Runner]:
+        """The runners of two models, which are proved; two of them also where both are one model."""
+        one, other = self._runner(student), self._runner(teacher)
+        return one, Runner(teacher) if other is one else other
 
     def _runner(self, model: PreTrainedModel) -> Runner:
         prove(model)
@@ -203,7 +203,7 @@ def measured_costs(job: Job) -> tuple[float, ...]:
     decodable = [row for row in job.rows if row.stop_reason is None]
     if not decodable:
         return NO_COSTS.plain()
-    student, teacher = pair = Runners().of_pair(job)
+    student, teacher = pair = Runners().of_pair(job.student, job.teacher)
     with evaluating(job.student, job.teacher), student.fast(), teacher.fast():
         mine = _begun(job, decodable, _most(job, decodable), pair)[0].pace.costs.plain()
     return Together.of(job.teacher).first(lambda: mine)
@@ -227,7 +227,7 @@ def decode_job(
     alone = Together.of(job.teacher).alone
     if not alone and not job.settings.costs:  # plans must be the same on all processes that run the teacher
         job = replace(job, settings=replace(job.settings, costs=measured_costs(job)))
-    pair = (runners or Runners()).of_pair(job)
+    pair = (runners or Runners()).of_pair(job.student, job.teacher)
     most, (student, teacher) = _most(job, decodable), pair
     # Given costs ask for the same text each time, which another number of threads may round otherwise, or cannot.
     any_number = not job.settings.costs or (student.fast.steady and teacher.fast.steady)

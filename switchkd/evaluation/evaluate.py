@@ -7,18 +7,20 @@ p is the teacher, q the scored model; N examples, S sampling seeds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from switchkd.base import signals
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.base.memory import halving
+from switchkd.crossing.bridge import Bridge, Side
+from switchkd.crossing.laws import SharedLaw
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.decode import decode_job
 from switchkd.decoding.rollouts import BANDS, DecodeCost
-from switchkd.decoding.rows import Job
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import Completion, Evaluation, Question
 from switchkd.evaluation.settings import EvalSettings
@@ -27,15 +29,52 @@ from switchkd.evaluation.tasks import Task
 from switchkd.forward.parallel import Together
 from switchkd.methods.divergences import forward_kl
 from switchkd.models.pair import Pair
-from switchkd.teachers.asked import TextReader, text_reader
+from switchkd.teachers.across import laid_out
+from switchkd.teachers.asked import TextReader, side_reader
+from switchkd.writing.examples import write_seeds
 
 # Response tokens whose two distributions over the vocabulary are held at a time.
 _TOKENS_AT_ONCE = 512
 
 Progress = Callable[[int, str | None], None]  # told of examples that are done, and what to show beside the bar
-Read = tuple[
-    list[int], list[int], list[int]
-]  # of a prompt as the scored model reads it, as the teacher does, of a response
+# A prompt as the scored model reads it and as the teacher does, and a response as each of them does.
+Read = tuple[list[int], list[int], list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The model of a pair that is scored, beside the pair's teacher, which may have another tokenizer."""
+
+    pair: Pair
+    model: PreTrainedModel
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.model is self.pair.teacher
+
+    @property
+    def bridge(self) -> Bridge | None:
+        """From this model to the teacher, where they have two tokenizers."""
+        return None if self.is_teacher else self.pair.bridges.get("")
+
+    @property
+    def side(self) -> Side:
+        """How it spells text."""
+        return self.pair.side_of("") if self.is_teacher else self.pair.side
+
+    def prompt(self, example: TokenizedExample) -> list[int]:
+        """The prompt as it reads it."""
+        return example.teacher_reads if self.is_teacher else example.prompt_ids
+
+    def reference(self, example: TokenizedExample) -> Read:
+        """The example's own completion, as both read it."""
+        own = example.teacher_completion if self.is_teacher else example.completion_ids
+        return self.prompt(example), example.teacher_reads, own, example.teacher_completion
+
+    def own(self, example: TokenizedExample, ids: list[int]) -> Read:
+        """What it wrote itself, as both read it."""
+        theirs = ids if self.bridge is None else self.bridge.teacher_reading(ids)
+        return self.prompt(example), example.teacher_reads, ids, theirs
 
 
 def evaluate(
@@ -59,23 +98,18 @@ def evaluate(
     if settings.temperature and not settings.seeds:
         raise ConfigError("sampled completions need at least one of eval_seeds")
     _check_references(task, examples)
-    prompts = [(_asked(pair, model, example), example.teacher_reads) for example in examples]
-    references = [(*asked, example.completion_ids) for asked, example in zip(prompts, examples, strict=True)]
-    scores = _likelihood_scores(pair, model, references, settings.score_batch_size, progress)
+    scored = Scored(pair, model)
+    references = [scored.reference(example) for example in examples]
+    scores = _likelihood_scores(scored, references, settings.score_batch_size, progress)
     completions, ids = complete(pair, model, examples, settings, progress)
     scores |= _text_scores(task, examples, completions)
     if settings.own_text:
-        own = [(*asked, text) for row in ids for asked, text in zip(prompts, row, strict=True)]
-        kl, _, tokens = _token_sums(pair, model, own, settings.score_batch_size, progress)
-        scores["own_forward_kl"] = Values((kl.sum(0) / tokens.sum(0)).reshape(len(ids), len(examples)))
+        own = [scored.own(example, text) for row in ids for example, text in zip(examples, row, strict=True)]
+        kl, _, compared, _ = _token_sums(scored, own, settings.score_batch_size, progress)
+        scores["own_forward_kl"] = Values((kl.sum(0) / compared.sum(0)).reshape(len(ids), len(examples)))
     groups = [example.group for example in examples]
     asked = [Question(pair.tokenizer.decode(e.prompt_ids), tuple(e.references)) for e in examples]
     return Evaluation(scores, task.primary, groups, {}, [text for row in completions for text in row], asked)
-
-
-def _asked(pair: Pair, model: PreTrainedModel, example: TokenizedExample) -> list[int]:
-    """The prompt as the scored model reads it."""
-    return example.teacher_reads if model is pair.teacher else example.prompt_ids
 
 
 def work(examples: Sequence[TokenizedExample], settings: EvalSettings) -> int:
@@ -150,11 +184,10 @@ def complete(
 ) -> tuple[list[list[Completion]], list[list[list[int]]]]:
     """The model's own completions under each seed, ``[S][N]``, and their token ids."""
     write = _by_generate if settings.backend == "generate" else _by_engine
-    completions, ids = [], []
-    for seed, written in zip(settings.passes, write(pair, model, examples, settings, progress), strict=True):
-        texts = pair.tokenizer.batch_decode(
-            [pair.ends.answer(own, pair.tokenizer) for own, _ in written], skip_special_tokens=True
-        )
+    completions, ids, scored = [], [], Scored(pair, model)
+    tokenizer, ends = scored.side.tokenizer, scored.side.ends
+    for seed, written in zip(settings.passes, write(scored, examples, settings, progress), strict=True):
+        texts = tokenizer.batch_decode([ends.answer(own, tokenizer) for own, _ in written], skip_special_tokens=True)
         completions.append([
             Completion(example.id, seed, text, len(own), reason)
             for example, text, (own, reason) in zip(examples, texts, written, strict=True)
@@ -164,8 +197,7 @@ def complete(
 
 
 def _by_engine(
-    pair: Pair,
-    model: PreTrainedModel,
+    scored: Scored,
     examples: Sequence[TokenizedExample],
     settings: EvalSettings,
     progress: Progress,
@@ -182,9 +214,15 @@ def _by_engine(
 
     passes = settings.passes
     seeds = [seed or 0 for seed in passes for _ in examples]
-    prompts, ids = [_asked(pair, model, e) for _ in passes for e in examples], [e.id for _ in passes for e in examples]
-    job = Job.of(model, pair.teacher, prompts, settings.decoding(0), ids, pair.ends, pair.vocab_size, seeds=seeds)
-    rollouts = decode_job(job, on_round)
+    rollouts = write_seeds(
+        scored.pair,
+        scored.is_teacher,
+        scored.model,
+        list(examples) * len(passes),
+        settings.decoding(0),
+        seeds,
+        on_round,
+    )
     if failed := [rollout for rollout in rollouts if rollout.error]:
         broken = len({rollout.id for rollout in failed})
         raise failed[0].failure(f"{broken} of {len(examples)} held-out prompts cannot be completed")
@@ -194,21 +232,20 @@ def _by_engine(
 
 
 def _by_generate(
-    pair: Pair,
-    model: PreTrainedModel,
+    scored: Scored,
     examples: Sequence[TokenizedExample],
     settings: EvalSettings,
     progress: Progress,
 ) -> Iterator[Sequence[tuple[list[int], str]]]:
     """Under each seed, one after the other: ``generate`` draws for a whole batch from one generator."""
-    prompts = [_asked(pair, model, example) for example in examples]
+    prompts, side = [scored.prompt(example) for example in examples], scored.side
     for seed in settings.passes:
         yield complete_by_generate(
-            model,
+            scored.model,
             prompts,
             settings.decoding(seed or 0),
-            pair.ends,
-            pair.vocab_size,
+            side.ends,
+            side.vocab_size,
             lambda count: progress(count, None),
         )
 
@@ -216,14 +253,12 @@ def _by_generate(
 # --- distributions ------------------------------------------------------------------------------------------------
 
 
-def _likelihood_scores(
-    pair: Pair, model: PreTrainedModel, rows: Sequence[Read], batch_size: int, progress: Progress
-) -> dict[str, Values]:
+def _likelihood_scores(scored: Scored, rows: Sequence[Read], batch_size: int, progress: Progress) -> dict[str, Values]:
     """Divergence to the teacher, in all and by position, and perplexity, on the reference tokens."""
-    kl, nll, tokens = _token_sums(pair, model, rows, batch_size, progress)
-    whole = tokens.sum(0)
-    scores = {"forward_kl": _per_token(kl.sum(0), whole), "perplexity": _per_token(nll.sum(0), whole)}
-    bands = zip(BANDS, kl, tokens, strict=True)
+    kl, nll, compared, tokens = _token_sums(scored, rows, batch_size, progress)
+    forward_kl = _per_token(kl.sum(0), compared.sum(0))
+    scores = {"forward_kl": forward_kl, "perplexity": _per_token(nll.sum(0), tokens.sum(0))}
+    bands = zip(BANDS, kl, compared, strict=True)
     return scores | {f"forward_kl@{band}": _per_token(own, count) for band, own, count in bands}
 
 
@@ -232,55 +267,78 @@ def _per_token(sums: np.ndarray, tokens: np.ndarray) -> Values:
 
 
 @torch.no_grad()
-def _token_sums(
-    pair: Pair, model: PreTrainedModel, rows: Sequence[Read], batch_size: int, progress: Progress
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, and tokens there.
+def _token_sums(scored: Scored, rows: Sequence[Read], batch_size: int, progress: Progress) -> tuple[np.ndarray, ...]:
+    """Forward KL KL(p‖q) and negative log-likelihood (nats) summed in each position band of each row, tokens there that are
+    compared, and all tokens. With two tokenizers those are compared that match, on what both vocabularies have.
 
     Each ``[bands, rows]`` float64. ``batch_size`` rows are read at once, fewer where memory runs out.
     """
-    sums = np.zeros((3, len(BANDS), len(rows)))
-    teacher = text_reader(pair.teacher, pair.vocab_size, pair.ends)
-    scored = teacher if model is pair.teacher else text_reader(model, pair.vocab_size, pair.ends)
+    pair = scored.pair
+    sums = np.zeros((4, len(BANDS), len(rows)))
+    teacher = side_reader(pair.teacher, pair.side_of(""))
+    reader = teacher if scored.is_teacher else side_reader(scored.model, scored.side)
     alone = Together.of(pair.teacher).alone
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
-    def read(size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    def read(size: int) -> tuple[list[int], np.ndarray]:
         """The next ``size`` places, and what their tokens lose."""
         signals.check()
-        return left[:size], *_token_losses(teacher, scored, [rows[place] for place in left[:size]])
+        return left[:size], _token_losses(teacher, reader, [rows[place] for place in left[:size]], scored.bridge)
 
     while left:
         size = min(batch_size, len(left))
-        (places, kl, nll), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size", alone)
+        (places, per_token), batch_size = halving(read, size, "scoring", "EvalSettings.score_batch_size", alone)
         lengths = [len(rows[place][2]) for place in places]
         positions = np.concatenate([np.arange(length) for length in lengths])
         owners = np.repeat(places, lengths)
-        per_token = np.stack([kl, nll, np.ones(len(owners))])
         for band, (low, high) in enumerate(BANDS.values()):
             inside = (low <= positions) & (positions <= high)
             np.add.at(sums[:, band].T, owners[inside], per_token[:, inside].T)
         left = left[len(places) :]
         progress(len(places), None)
-    return sums[0], sums[1], sums[2]
+    return tuple(sums)
 
 
-def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read]) -> tuple[np.ndarray, np.ndarray]:
-    """Forward KL to the teacher and negative log-likelihood of every response token of a batch, in nats."""
-    hidden_q = scored.hidden([(prompt, completion) for prompt, _, completion in rows])
-    hidden_p = (
-        hidden_q if scored is teacher else teacher.hidden([(prompt, completion) for _, prompt, completion in rows])
-    )
-    written = [token for *_, completion in rows for token in completion]
+def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read], bridge: Bridge | None) -> np.ndarray:
+    """Of every response token of a batch its forward KL to the teacher and negative log-likelihood, in nats, whether it is
+    compared, and 1: ``[4, N]``."""
+    hidden_q = scored.hidden([(prompt, completion) for prompt, _, completion, _ in rows])
+    hidden_p = hidden_q if scored is teacher else teacher.hidden([(prompt, own) for _, prompt, _, own in rows])
+    written = [token for _, _, completion, _ in rows for token in completion]
     targets = scored.head.ends.events(torch.tensor(written, dtype=torch.int64, device=hidden_q.device))
     kl, nll = [], []
     for part in _chunks(len(targets)):
         logq = scored.log_probs(hidden_q[part])
-        logp = logq if scored is teacher else teacher.log_probs(hidden_p[part]).to(logq.device)
-        kl.append(forward_kl(logp, logq))
         nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
+        if bridge is None:
+            logp = logq if scored is teacher else teacher.log_probs(hidden_p[part]).to(logq.device)
+            kl.append(forward_kl(logp, logq))
+    compared = np.ones(len(targets))
     # Sums are float64, which not every device has: on the host.
-    return torch.cat(kl).cpu().double().numpy(), torch.cat(nll).cpu().double().numpy()
+    likelihoods = torch.cat(nll).cpu().double().numpy()
+    if bridge is None:
+        divergences = torch.cat(kl).cpu().double().numpy()
+    else:
+        divergences, compared = _compared(teacher, scored, rows, bridge, hidden_p, hidden_q)
+    return np.stack([divergences, likelihoods, compared, np.ones(len(targets))])
+
+
+def _compared(
+    teacher: TextReader, scored: TextReader, rows: Sequence[Read], bridge: Bridge, hidden_p: Tensor, hidden_q: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forward KL at the tokens that match those of the teacher, 0 at others, and which match."""
+    found = [bridge.matches(own, theirs) for _, _, own, theirs in rows]
+    mine, theirs = laid_out(found, [(len(own), len(other)) for _, _, own, other in rows])
+    law = SharedLaw.of(bridge, hidden_q.device)
+    kl = [
+        forward_kl(
+            *law(teacher.log_probs(hidden_p[theirs[part]]).to(hidden_q.device), scored.log_probs(hidden_q[mine[part]]))
+        )
+        for part in _chunks(len(mine))
+    ]
+    divergences, compared = np.zeros((2, len(hidden_q)))
+    divergences[mine], compared[mine] = torch.cat(kl).cpu().double().numpy(), 1.0
+    return divergences, compared
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd.crossing.bridge import Bridge, Side
+from switchkd.crossing.laws import SharedLaw
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.rollouts import Rollout
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.models.pair import Pair
-from switchkd.teachers.asked import TextReader, text_reader
+from switchkd.teachers.across import matches
+from switchkd.teachers.asked import TextReader, side_reader
 from switchkd.writing.examples import decode_examples
 
 TOP = 5
@@ -31,12 +34,13 @@ class Trace:
 
     ``log_probs[who][t]``, in nats, is of the token that was written; ``top[who][t]`` are the `TOP` most probable tokens, each
     as (id, log-probability); ``who`` is STUDENT or TEACHER. ``jsd[t]`` is the divergence of the two in bits, whatever the
-    policy looked at.
+    policy looked at. Where the teacher has a tokenizer of its own, both are known on what both vocabularies have, at the tokens
+    that match; at others the teacher's are None, and no token is its likeliest.
     """
 
-    log_probs: list[list[float]]
+    log_probs: list[list[float | None]]
     top: list[list[list[tuple[int, float]]]]
-    jsd: list[float]
+    jsd: list[float | None]
 
 
 class Reader:
@@ -48,16 +52,21 @@ class Reader:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[Tensor]:
-        """The next-token log-distributions of STUDENT and TEACHER along a rollout, ``[T, V]`` each, on the host."""
-        teacher = self.pair.teacher_named(rollout.teacher)
-        read = (self.pair.student, rollout.prompt_ids), (teacher, rollout.teacher_reads)
-        return [self._log_probs(model, prompt, rollout.completion_ids) for model, prompt in read]
+        """The next-token log-distributions of STUDENT and TEACHER along a rollout, ``[T, V]`` each, on the host.
 
-    def _log_probs(self, model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+        A teacher with a tokenizer of its own says them in its own tokens.
+        """
+        teacher, name = self.pair.teacher_named(rollout.teacher), rollout.teacher
+        return [
+            self._log_probs(self.pair.student, self.pair.side, rollout.prompt_ids, rollout.completion_ids),
+            self._log_probs(teacher, self.pair.side_of(name), rollout.teacher_reads, rollout.teacher_completion),
+        ]
+
+    def _log_probs(self, model: PreTrainedModel, side: Side, prompt: list[int], completion: list[int]) -> Tensor:
         if not completion:
-            return torch.empty(0, self.pair.vocab_size)
+            return torch.empty(0, side.vocab_size)
         if model not in self._readers:
-            self._readers[model] = text_reader(model, self.pair.vocab_size, self.pair.ends)
+            self._readers[model] = side_reader(model, side)
         reader = self._readers[model]
         return reader.log_probs(reader.hidden([(prompt, completion)])).cpu()
 
@@ -65,16 +74,39 @@ class Reader:
 def trace(read: Reader, rollout: Rollout) -> Trace:
     """What the student, and the teacher that a rollout was written with, say of it at temperature 1."""
     logs = read(rollout)
+    if bridge := read.pair.bridges.get(rollout.teacher):
+        return _trace_across(bridge, rollout, *logs)
     written = torch.tensor(rollout.completion_ids).unsqueeze(1)
-    best = [each.topk(min(TOP, each.shape[1])) for each in logs]
     q, p = logs
     return Trace(
         [each.gather(1, written)[:, 0].tolist() for each in logs],
-        [
-            [list(zip(*row, strict=True)) for row in zip(b.indices.tolist(), b.values.tolist(), strict=True)]
-            for b in best
-        ],
+        [_likeliest(each) for each in logs],
         (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist(),
+    )
+
+
+def _likeliest(logs: Tensor) -> list[list[tuple[int, float]]]:
+    best = logs.topk(min(TOP, logs.shape[1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
+
+
+def _trace_across(bridge: Bridge, rollout: Rollout, logq: Tensor, logp: Tensor) -> Trace:
+    """A trace whose teacher has a tokenizer of its own; its likeliest tokens are given as the student's ids."""
+    count = len(rollout.completion_ids)
+    written = bridge.student.ends.events(torch.tensor(rollout.completion_ids, dtype=torch.int64)).unsqueeze(1)
+    law, places = SharedLaw.of(bridge, logq.device), matches(bridge, rollout)
+    mine, theirs = (torch.from_numpy(each) for each in places)
+    p, q = law(logp[theirs], logq[mine])
+    of_text = p.gather(1, law.index[written[mine]])[:, 0].tolist()
+    apart = (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist()
+    best = [[(int(law.student[at]), value) for at, value in row] for row in _likeliest(p)]
+    known = dict(zip(mine.tolist(), zip(of_text, apart, best, strict=True), strict=True))
+    found = [known.get(t, (None, None, [])) for t in range(count)]
+    return Trace(
+        [logq.gather(1, written)[:, 0].tolist(), [own for own, _, _ in found]],
+        [_likeliest(logq), [likely for _, _, likely in found]],
+        [distance for _, distance, _ in found],
     )
 
 

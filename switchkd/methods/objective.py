@@ -26,7 +26,7 @@ class Tokens:
     returns: Tensor | None = None  # [N] rewards to come, for an objective that ``looks_ahead``
     lengths: Tensor | None = None  # [N] int64: tokens of the text it is in, where each text counts by its mean
 
-    def __getitem__(self, part: slice) -> Tokens:
+    def __getitem__(self, part: slice | Tensor) -> Tokens:
         returns, lengths = (None if x is None else x[part] for x in (self.returns, self.lengths))
         return Tokens(self.ids[part], self.speakers[part], self.rows[part], returns, lengths)
 

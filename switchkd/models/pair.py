@@ -1,14 +1,16 @@
-"""A teacher and a student over one tokenizer, loaded and checked together."""
+"""A teacher and a student, loaded and checked together: over one tokenizer, or with a bridge between two."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.base.errors import ConfigError, SwitchKDError, nearest
+from switchkd.base.errors import ConfigError, VocabularyError, nearest
 from switchkd.base.storage import expanded
+from switchkd.crossing.bridge import Bridge, Side
+from switchkd.crossing.opening import open_bridge
+from switchkd.crossing.spelling import Spelling
 from switchkd.data.settings import AUTO, Template
 from switchkd.forward.ends import Ends, declared_ends, merged_by, pair_ends
 from switchkd.models.loading import (
@@ -17,14 +19,13 @@ from switchkd.models.loading import (
     check_place,
     device_named,
     is_adapter,
-    load_config,
     load_model,
     load_tokenizer,
-    located,
     made,
 )
+from switchkd.models.members import files_of, folder_dtype, load_student, load_teachers, naming
 from switchkd.models.saved_student import settle_generation, verify_saved
-from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, is_address, teacher_device
+from switchkd.models.settings import BASE, Place, chosen_teacher_dtype, dtype_name, teacher_device
 from switchkd.models.vocabulary import (
     check_logits_rows,
     check_vocabulary,
@@ -42,14 +43,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher (frozen) and a student (trainable) over one tokenizer, both in eval mode.
+    """A teacher (frozen) and a student (trainable), both in eval mode.
 
     ``vocab_size`` counts the ids that the tokenizer and both models' logits have; logits rows from ``vocab_size`` on
     are padding. ``eos_token_ids`` stop a text; where ``merged_eos_token_id`` is one of them, all are one event (``ends``).
     ``warnings`` are sentences to print once: the pair can be used, but differs in what they say. ``teachers`` are
     more teachers by name, for data rows that name one; all others have ``teacher``. ``folder_dtype`` is what the student's folder
     says that its weights are in, in which a distilled student is saved by default. ``teachers_stay``: the teachers' weights lie
-    where they were asked to, and training does not move them to its device.
+    where they were asked to, and training does not move them to its device. ``bridges`` are those to teachers with another
+    tokenizer, by their names; ``tokenizer``, ``vocab_size`` and ends are then the student's.
     """
 
     teacher: "PreTrainedModel"
@@ -63,6 +65,16 @@ class Pair:
     merged_eos_token_id: int | None = None
     teachers_stay: bool = False
     teacher_templates: Mapping[str, str] = field(default_factory=dict)
+    bridges: Mapping[str, Bridge] = field(default_factory=dict)
+
+    @property
+    def side(self) -> Side:
+        """How the student spells text, and every teacher without a bridge."""
+        return Side(self.tokenizer, self.vocab_size, self.ends)
+
+    def side_of(self, teacher: str) -> Side:
+        """How the teacher of that name spells text."""
+        return self.bridges[teacher].teacher if teacher in self.bridges else self.side
 
     @property
     def ends(self) -> Ends:
@@ -96,6 +108,7 @@ def load_pair(
     teacher_files: str = "",
     teacher_writer: str = "",
     own_templates: bool = False,
+    marks: Mapping[str, str] | None = None,
 ) -> Pair:
     """Load and check a pair; each name is a hub name, a local folder, or a pair of `MADE` (for both if ``student`` is None).
 
@@ -110,9 +123,10 @@ def load_pair(
     ``teacher_place`` says where the teachers' weights lie, if not beside the student's.
     ``template`` is the one that text will be written with: its end is one of the pair's. Both models read prompts under the
     teacher's chat template, or the student's where the teacher has none; with ``own_templates`` each reads under its own.
-    ``device`` None is the current CUDA device if there is one, else the CPU.
+    A teacher may have another tokenizer than the student; ``marks`` are special tokens that mean the same in both, the student's
+    name of each to the teacher's. ``device`` None is the current CUDA device if there is one, else the CPU.
     Raises ConfigError for a wrong setting, ModelError for a model that cannot be used, CheckpointError for what a run saved and is
-    not as it was written, VocabularyError where the tokenizers are not equal id by id or a model has too few logits rows,
+    not as it was written, VocabularyError where tokenizers differ and cannot be bridged or a model has too few logits rows,
     ServerError where a server does not answer as it must.
     """
     teacher_name, student_name = _pair_names(teacher, student)
@@ -126,27 +140,26 @@ def load_pair(
         )
     place = teacher_place or Place()
     for name, source in sources.items():
-        with _naming(name):
+        with naming(name):
             check_place(source, place)
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers, sizes, files = {}, [], {}
+    tokenizers, files = {}, {}
     for name, source in sources.items():  # before any weights are read
-        with _naming(name):
-            files[name] = _files_of(source, "" if name else teacher_files)
+        with naming(name):
+            files[name] = files_of(source, "" if name else teacher_files)
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
-            sizes.append(check_vocabulary(tokenizers[name], student_tokenizer))
-    vocab_size = min(sizes)
-    student_model, notes = _load_student(student_name, dtype, device, lora, seed)
+            _size_of(tokenizers[name], student_tokenizer)
+    student_model, notes = load_student(student_name, dtype, device, lora, seed)
     there = teacher_device(place, device_named(device))
     of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
-    models = _load_teachers(sources, of_teachers, str(there), student_model, place, files, tokenizers, teacher_writer)
+    models = load_teachers(sources, of_teachers, str(there), student_model, place, files, tokenizers, teacher_writer)
     if teacher_name == BASE and not is_adapter(student_name):
         notes += (
             "note: a new adapter has no effect, so the student starts as its teacher, and a divergence on equal prompts has no "
             "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
             "adapter already",
         )
-    pair = _put_together(models, student_model, tokenizers, student_tokenizer, vocab_size, template, own_templates)
+    pair = _put_together(models, student_model, tokenizers, student_tokenizer, template, own_templates, marks)
     return replace(
         pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype(student_name), teachers_stay=place.stays
     )
@@ -160,10 +173,12 @@ def pair_of(
     lora: "ModelConfig | None" = None,
     seed: int = 0,
     template: str | Template = AUTO,
+    teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Pair:
     """A pair of models that are loaded already, with the tokenizer of both, checked as `load_pair` checks one.
 
-    The student is trained in place. ``lora`` puts a new adapter of these settings on it.
+    A teacher with another one has ``teacher_tokenizer``. The student is trained in place. ``lora`` puts a new adapter of these
+    settings on it.
     Raises ConfigError for a student that has an adapter already, ModelError for a model that cannot be decoded here,
     VocabularyError where a model has too few logits rows for the tokenizer.
     """
@@ -180,9 +195,9 @@ def pair_of(
     beside = freeze_beside_text(student)
     if lora is not None:
         add_adapter(student, lora, seed, beside)
-    vocab_size = check_vocabulary(tokenizer, tokenizer)
     teacher.requires_grad_(False)
-    pair = _put_together({"": teacher}, student, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
+    tokenizers = {"": teacher_tokenizer or tokenizer}
+    pair = _put_together({"": teacher}, student, tokenizers, tokenizer, template, own_templates=False)
     notes = (frozen_note(beside),) if beside else ()
     stay = teacher.device != student.device
     return replace(pair, warnings=notes + pair.warnings, folder_dtype=given, teachers_stay=stay)
@@ -193,30 +208,65 @@ def _put_together(
     student_model: "PreTrainedModel",
     tokenizers: "dict[str, PreTrainedTokenizerBase]",
     student_tokenizer: "PreTrainedTokenizerBase",
-    vocab_size: int,
     template: str | Template,
     own_templates: bool,
+    marks: Mapping[str, str] | None = None,
 ) -> Pair:
     """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts."""
-    for name, model in models.items():
-        with _naming(name):
-            vocab_size = check_logits_rows(model, vocab_size, "teacher", tokenizers[name])
-            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizers[name])
-    left_out = left_out_note([student_tokenizer, *tokenizers.values()], vocab_size)
-    own = {name: _chat_template(name, each) for name, each in tokenizers.items()} if own_templates else {}
-    warnings = left_out
+    sizes = {}
+    for name, tokenizer in tokenizers.items():
+        with naming(name):
+            sizes[name] = _size_of(tokenizer, student_tokenizer)
+    others = {name: tokenizers[name] for name, size in sizes.items() if size is None}  # with tokenizers of their own
+    shared = {name: tokenizer for name, tokenizer in tokenizers.items() if name not in others}
+    vocab_size = min(
+        [size for size in sizes.values() if size] or [check_vocabulary(student_tokenizer, student_tokenizer)]
+    )
+    for name, tokenizer in shared.items():
+        with naming(name):
+            vocab_size = check_logits_rows(models[name], vocab_size, "teacher", tokenizer)
+            vocab_size = check_logits_rows(student_model, vocab_size, "student", tokenizer)
+    if not shared:
+        vocab_size = check_logits_rows(student_model, vocab_size, "student", student_tokenizer)
+    warnings = left_out_note([student_tokenizer, *shared.values()], vocab_size)
+    own = {name: _chat_template(name, each) for name, each in shared.items()} if own_templates else {}
+    first = shared.get("", student_tokenizer)
     if not own_templates:
-        others = {name: each for name, each in tokenizers.items() if name}
-        warnings += prompt_warnings(tokenizers[""], student_tokenizer) + other_prompts(tokenizers[""], others)
-    tokenizer = student_tokenizer if own_templates else tokenizers[""]
+        warnings += prompt_warnings(first, student_tokenizer)
+        warnings += other_prompts(first, {name: each for name, each in shared.items() if name})
+    tokenizer = student_tokenizer if own_templates else first
     tokenizer.chat_template = tokenizer.chat_template or student_tokenizer.chat_template
-    ends, told = _ends(models, student_model, tokenizers, student_tokenizer, vocab_size, tokenizer, template)
+    same = {name: models[name] for name in shared}
+    ends, told = _ends(same, student_model, shared, student_tokenizer, vocab_size, tokenizer, template, bool(others))
     warnings += told + settle_generation(student_model, tokenizer)
+    bridges = {}
+    for name, other in others.items():
+        with naming(name):
+            size = check_logits_rows(models[name], check_vocabulary(other, other), "teacher", other)
+            side = Side(tokenizer, vocab_size, ends)
+            bridges[name], notes = open_bridge(side, models[name], other, size, template, marks)
+            warnings += notes
     default = models.pop("")
     return Pair(
-        default, student_model, tokenizer, vocab_size, ends.ids, warnings, models,
-        merged_eos_token_id=ends.merged_into, teacher_templates=own,
+        default, student_model, tokenizer, vocab_size, ends.ids, tuple(dict.fromkeys(warnings)), models,
+        merged_eos_token_id=ends.merged_into, teacher_templates=own, bridges=bridges,
     )  # fmt: skip
+
+
+def _size_of(tokenizer: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> int | None:
+    """The ids that a teacher's tokenizer shares with the student's; None where it is another one, to which a bridge leads.
+
+    Raises VocabularyError where none can.
+    """
+    try:
+        return check_vocabulary(tokenizer, student)
+    except VocabularyError as differ:
+        try:
+            for each, role in ((tokenizer, "teacher"), (student, "student")):
+                Spelling(each, role)
+        except VocabularyError as error:
+            raise VocabularyError(f"{error}. (One text in two tokenizers, since they differ: {differ})") from error
+        return None
 
 
 def load_alone(name: str, dtype: str = "float32", template: str | Template = AUTO, load_in_4bit: bool = False) -> Pair:
@@ -228,8 +278,7 @@ def load_alone(name: str, dtype: str = "float32", template: str | Template = AUT
     verify_saved(Path(expanded(source)))
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, load_in_4bit=load_in_4bit)
-    vocab_size = check_vocabulary(tokenizer, tokenizer)
-    return _put_together({"": model}, model, {"": tokenizer}, tokenizer, vocab_size, template, own_templates=False)
+    return _put_together({"": model}, model, {"": tokenizer}, tokenizer, template, own_templates=False)
 
 
 def student_base(name: str) -> str:
@@ -245,30 +294,12 @@ def _pair_names(teacher: str, student: str | None) -> tuple[str, str]:
     return made(teacher, "teacher"), made(teacher if student is None else student, "student")
 
 
-def _same_model(one: str, other: str) -> bool:
-    folders = [Path(expanded(name)) for name in (one, other)]
-    return one == other or (
-        BASE not in (one, other) and all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])
-    )
-
-
 def _chat_template(teacher: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The chat template of a teacher that is to read under its own."""
     if not tokenizer.chat_template:
         whose = f"teacher {teacher!r}" if teacher else "the teacher"
         raise ConfigError(f"teacher_template 'own': {whose} has no chat template; leave teacher_template 'shared'")
     return tokenizer.get_chat_template()
-
-
-@contextmanager
-def _naming(teacher: str) -> Iterator[None]:
-    """What is wrong with a named teacher is said with its name."""
-    try:
-        yield
-    except SwitchKDError as error:
-        if not teacher:
-            raise
-        raise type(error)(f"teacher {teacher!r}: {error}") from error
 
 
 def _ends(
@@ -279,98 +310,35 @@ def _ends(
     vocab_size: int,
     tokenizer: "PreTrainedTokenizerBase",
     template: str | Template,
+    one_event: bool,
 ) -> tuple[Ends, tuple[str, ...]]:
-    """The ends of a pair, which all of its models then declare, and what there is to say of them; ``tokenizer`` is the pair's."""
+    """The ends of a pair, which all of its models then declare, and what there is to say of them; ``tokenizer`` is the pair's.
+
+    ``one_event``: several of them are one in any case.
+    """
     found = {}
     for name, model in teachers.items():
-        with _naming(name):
+        with naming(name):
             found[f"teacher {name!r}" if name else "teacher"] = declared_ends(model, tokenizers[name], vocab_size)
     found["student"] = declared_ends(student, student_tokenizer, vocab_size)
     models = [*teachers.values(), student]
-    merged = any(merged_by(model) is not None for model in models)
+    merged = one_event or any(merged_by(model) is not None for model in models)
     ends, told = pair_ends({role: ids for role, (ids, _) in found.items()}, tokenizer, template, merged)
     for model in models:
         ends.declare(model)
     return ends, (*dict.fromkeys(note for _, note in found.values() if note), *told)
 
 
-def _files_of(source: str, files: str) -> str:
-    """Where the files of a teacher lie, which may be behind a server."""
-    if not is_address(source):
-        return source
-    from switchkd.models.served_teacher import served_files
-
-    return served_files(source, files)
-
-
-def _load_teacher(name: str, dtype: str, device: str, student: "PreTrainedModel", place: Place) -> "PreTrainedModel":
-    if name != BASE:
-        return load_model(name, dtype, device, place=place).requires_grad_(False)
-    from switchkd.forward.base_model import BaseModel
-
-    return BaseModel(student)
-
-
-def _load_teachers(
-    sources: Mapping[str, str],
-    dtype: str,
-    device: str,
-    student: "PreTrainedModel",
-    place: Place,
-    files: Mapping[str, str],
-    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
-    writer: str,
-) -> "dict[str, PreTrainedModel]":
-    """The teachers by name, one model for equal sources; ``files`` are where the tokenizers of each came from.
-
-    ``writer`` writes as the default one.
-    """
-    models: dict[str, PreTrainedModel] = {}
-    for name, source in sources.items():
-        same = next((other for other in models if _same_model(sources[other], source)), None)
-        with _naming(name):
-            if same is not None:
-                models[name] = models[same]
-            elif is_address(source):
-                from switchkd.models.served_teacher import load_served
-
-                models[name] = load_served(source, tokenizers[name], dtype, device, files[name], "" if name else writer)
-            else:
-                models[name] = _load_teacher(source, dtype, device, student, place)
-    return models
-
-
-def _load_student(
-    name: str, dtype: str, device: str | None, lora: "ModelConfig | None", seed: int
-) -> "tuple[PreTrainedModel, tuple[str, ...]]":
-    """The student, and what there is to say of it."""
-    from switchkd.forward.text_path import freeze_beside_text, frozen_note
-
-    if lora is None:
-        model = load_model(name, dtype, device)
-        beside = freeze_beside_text(model)
-    else:
-        from switchkd.models.adapters import add_adapter, open_adapter
-
-        model = load_model(adapter_base(name), dtype, device, lora.load_in_4bit)
-        beside = freeze_beside_text(model)
-        if is_adapter(name):
-            open_adapter(model, Path(name), asked=lora)
-            freeze_beside_text(model)  # what another hand has adapted there
-        else:
-            add_adapter(model, lora, seed, beside)
-    return model, (frozen_note(beside),) if beside else ()
-
-
-def folder_dtype(name: str) -> str:
-    """What a model's config.json says that its weights are in; float32 where it says nothing. Of an adapter, its base's."""
-    source, is_local = located(adapter_base(name))
-    dtype = load_config(source, is_local).dtype
-    return "float32" if dtype is None else dtype_name(dtype)
-
-
 def within(examples: "Sequence[TokenizedExample]", pair: "Pair") -> "list[TokenizedExample]":
     """The examples whose every token is in the vocabulary that a pair shares; all, where its tokenizer has no other token."""
-    if pair.vocab_size > max(pair.tokenizer.get_vocab().values()):
+    sides = [pair.side, *(bridge.teacher for bridge in pair.bridges.values())]
+    if all(side.vocab_size > max(side.tokenizer.get_vocab().values()) for side in sides):
         return list(examples)
-    return [e for e in examples if max(chain(e.prompt_ids, e.teacher_reads, e.completion_ids)) < pair.vocab_size]
+    return [e for e in examples if _is_within(e, pair)]
+
+
+def _is_within(example: "TokenizedExample", pair: "Pair") -> bool:
+    theirs = max(chain(example.teacher_reads, example.teacher_completion))
+    return max(chain(example.prompt_ids, example.completion_ids)) < pair.vocab_size and (
+        theirs < pair.side_of(example.teacher).vocab_size
+    )

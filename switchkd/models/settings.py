@@ -64,6 +64,9 @@ class ModelConfig(Settings):
     """More teachers, by the name that a row's teacher_field gives them; rows that name none have the teacher above."""
     teacher_field: str = ""
     """The field of a training row that names its teacher, one of `teachers`."""
+    shared_marks: dict[str, str] = field(default_factory=dict)
+    """Where teacher and student have different tokenizers: special tokens that mean the same, the student's name of each to the
+    teacher's, such as {"<think>": "<think>"}. The ends of texts always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """What the student multiplies in; auto is bfloat16 on a GPU that is good at it, else float32. Trained weights and moments are
     kept and updated in float32 in any case (in float64 with float64), and so are divergences and decisions."""

@@ -74,8 +74,8 @@ class SampleLine(TextLine):
 
     reference: str | None
     scores: dict[str, float]
-    jsd: list[float]
-    log_probs: tuple[list[float], list[float]]
+    jsd: list[float | None]
+    log_probs: tuple[list[float | None], list[float | None]]
     top: tuple[list[list[tuple[TokenId, float]]], list[list[tuple[TokenId, float]]]]
 
 
@@ -83,14 +83,19 @@ class SampleLine(TextLine):
 def _sample_by_token(record: Mapping[str, Any]) -> str:
     count = len(record["completion_ids"])
     lists = {"jsd": [record["jsd"]], "log_probs": record["log_probs"], "top": record["top"]}
+    # A teacher with a tokenizer of its own says something of the tokens that match its own alone.
+    across = "teacher_completion_ids" in record
+    known = record["top"][:1] if across else record["top"]
     return first(
         {
             **{
                 f"{name} has not an entry for each of {count} tokens": any(len(own) != count for own in both)
                 for name, both in lists.items()
             },
-            "a jsd is not in 0..1 bits": not all(0 <= value <= 1 for value in record["jsd"]),
-            "a token of top has no likely ones": not all(best for both in record["top"] for best in both),
+            "a jsd is not in 0..1 bits": not all(0 <= value <= 1 for value in record["jsd"] if value is not None),
+            "a token of top has no likely ones": not all(best for both in known for best in both),
+            "jsd or log_probs has a null": not across
+            and any(value is None for own in [record["jsd"], *record["log_probs"]] for value in own),
         }
     )
 

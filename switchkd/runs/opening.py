@@ -13,12 +13,14 @@ from switchkd.base.plain import check_text
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import cache_folder
 from switchkd.base.terminal import bar, console
+from switchkd.crossing.bridge import Bridge
+from switchkd.crossing.opening import of_its_own
 from switchkd.data.examples import Example, load_examples, split
 from switchkd.data.fields import Message
 from switchkd.data.files import SAMPLE, BadRows
 from switchkd.data.formats import Wanted
 from switchkd.data.settings import DataConfig, template_settings
-from switchkd.data.templates import Encoder, TeacherReads
+from switchkd.data.templates import Encoder, OtherTokenizer, TeacherReads
 from switchkd.data.texts import TokenizedExample, by_teacher, load_text, teacher_ids, teacher_prompt_limit, tokenize
 from switchkd.decoding.served import check_served
 from switchkd.decoding.settings import DecodeSettings
@@ -91,6 +93,7 @@ def _loaded(config: ModelConfig, seed: int, train: bool) -> Pair:
         teacher_files=config.teacher_files,
         teacher_writer=config.teacher_writer,
         own_templates=isinstance(config, DataConfig) and config.teacher_template == "own",
+        marks=config.shared_marks,
     )
 
 
@@ -116,7 +119,17 @@ def teacher_reads(config: DataConfig, pair: Pair, training: bool) -> TeacherRead
         templates[name] = replace(
             own, variables={k: v for k, v in asked.variables.items() if own.knows(k, pair.tokenizer)}
         )
-    return TeacherReads(config.teacher_prompt if training else "", config.teacher_system_prompt, templates)
+    others = {name: _other_tokenizer(config, bridge) for name, bridge in pair.bridges.items()}
+    return TeacherReads(config.teacher_prompt if training else "", config.teacher_system_prompt, templates, others)
+
+
+def _other_tokenizer(config: DataConfig, bridge: Bridge) -> OtherTokenizer:
+    """How a teacher with a tokenizer of its own reads: prompts under its own chat template, if it has one."""
+    side, template = bridge.teacher, of_its_own(config.prompts).resolved(bridge.teacher.tokenizer)
+    if template.name == "chat":
+        asked = config.prompts.variables.items()
+        template = replace(template, variables={k: v for k, v in asked if template.knows(k, side.tokenizer)})
+    return OtherTokenizer(Encoder(side.tokenizer, template, frozenset(side.ends.ids)), bridge.teacher_reading)
 
 
 def prepared(

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd.crossing.bridge import Side
+from switchkd.crossing.laws import SharedLaw
 from switchkd.data.texts import Text, by_teacher
 from switchkd.forward.ends import NO_ENDS, Ends
 from switchkd.forward.head import Head, Scorer
 from switchkd.forward.parallel import Together
 from switchkd.forward.served import ServedModel, ServedReader
 from switchkd.models.pair import Pair
+from switchkd.teachers.across import TeacherAcross, Voice, laid_out, matches
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
 Rows = Sequence[Text]
@@ -42,6 +45,11 @@ def text_reader(model: PreTrainedModel | ServedModel, vocab_size: int, ends: End
     return scorer if together.alone else GroupReader(scorer, together)
 
 
+def side_reader(model: PreTrainedModel | ServedModel, side: Side) -> TextReader:
+    """The same for a model that spells text so."""
+    return text_reader(model, side.vocab_size, side.ends)
+
+
 class GroupReader:
     """A model that several processes run together, each of which has rows of its own, perhaps none: all must ask in step."""
 
@@ -69,17 +77,57 @@ class Teachers:
         self.pair, self.device, self.together = pair, device, Together.of(pair.teacher)
         stay = pair.teachers_stay or not self.together.alone
         named = {name: model if stay else model.to(device) for name, model in pair.named_teachers.items()}
-        self._readers = {name: text_reader(model, pair.vocab_size, pair.ends) for name, model in named.items()}
+        self._readers = {name: side_reader(model, pair.side_of(name)) for name, model in named.items()}
+        self._laws = {name: SharedLaw.of(bridge, device) for name, bridge in pair.bridges.items()}
+
+    def trained(self, row: Text) -> int:
+        """How many tokens of a row its teacher speaks of: those that match, where it has a tokenizer of its own."""
+        bridge = self.pair.bridges.get(row.teacher)
+        return len(row.completion_ids) if bridge is None else len(matches(bridge, row)[0])
+
+    @torch.no_grad()
+    def voices(self, rows: Rows) -> list[Voice]:
+        """What each row's teacher says at the row's response tokens, or at those of them that match its own.
+
+        Processes that run the teachers together ask in step.
+        """
+        bridges, groups = self.pair.bridges, by_teacher(rows)
+        if not bridges:
+            return [Voice(self(rows))]
+        own = [i for i, row in enumerate(rows) if row.teacher not in bridges]
+        starts = torch.tensor([0, *(len(row.completion_ids) for row in rows)]).cumsum(0)
+        asked = list(bridges) if not self.together.alone else [name for name in groups if name in bridges]
+        found = [self._voice(name, rows, groups.get(name, []), starts) for name in asked]
+        if own or (not self.together.alone and len(bridges) < len(self._readers)):
+            places = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in own] or [starts[:0]])
+            found.append(Voice(self([rows[i] for i in own]), places.to(self.device)))
+        return found
+
+    def _voice(self, name: str, rows: Rows, places: Sequence[int], starts: Tensor) -> Voice:
+        """What a teacher with a tokenizer of its own says of its rows, at these places of a batch."""
+        own = [rows[place] for place in places]
+        states = self._states(name, own)
+        found = [matches(self.pair.bridges[name], row) for row in own]
+        _, theirs = laid_out(found, [(0, len(row.teacher_completion)) for row in own])
+        mine = torch.cat(
+            [starts[:0], *(torch.from_numpy(at) + starts[i] for i, (at, _) in zip(places, found, strict=True))]
+        )
+        hidden = states.hidden[torch.from_numpy(theirs).to(states.hidden.device)]
+        return Voice(TeacherAcross(states.head, hidden, self._laws[name]), mine.to(self.device))
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Teacher:
-        """What each row's teacher says at the row's response tokens. Processes that run the teachers together ask in step."""
+        """What each row's teacher says at the row's response tokens, where teachers have the student's tokenizer.
+
+        Processes that run the teachers together ask in step.
+        """
         if top := [row.said for row in rows if isinstance(row.said, tuple)]:
             ids, logs = zip(*top, strict=True)
             return TeacherTopK(torch.cat(ids).to(self.device), torch.cat(logs).to(self.device))
         groups = by_teacher(rows)
         # A process may have no row of a teacher that another one has rows of: all ask every teacher, in one order.
-        asked = groups if self.together.alone else dict.fromkeys([*self._readers, *groups])
+        shared = [name for name in self._readers if name not in self.pair.bridges]
+        asked = groups if self.together.alone else dict.fromkeys([*shared, *groups])
         found = {name: self._states(name, [rows[place] for place in groups.get(name, ())]) for name in asked}
         parts = [found[name] for name in groups]
         if len(parts) == 1:
@@ -96,7 +144,7 @@ class Teachers:
         unknown = rows if len(known) < len(rows) else []
         hidden = reader.head.linear.weight[:0]
         if unknown or not self.together.alone:  # the others may have rows to be read
-            hidden = reader.hidden([(row.teacher_reads, row.completion_ids) for row in unknown])
+            hidden = reader.hidden([(row.teacher_reads, row.teacher_completion) for row in unknown])
         if not unknown:
             hidden = torch.cat([hidden, *(states.to(hidden.device) for states in known)])
         return TeacherStates(reader.head, hidden)

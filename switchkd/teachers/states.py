@@ -25,7 +25,7 @@ from switchkd.forward.head import Head, sizes_on
 from switchkd.forward.parallel import Together
 from switchkd.models.pair import Pair
 from switchkd.models.settings import dtype_name
-from switchkd.teachers.asked import TextReader, text_reader
+from switchkd.teachers.asked import TextReader, side_reader
 from switchkd.teachers.store import Header, Part, Progress, Store, fingerprint
 
 Kind = Literal["hidden", "top_k"]
@@ -84,7 +84,7 @@ class TeacherCache:
 
         @cache  # asked for when the first part is made
         def reader() -> TextReader:
-            return text_reader(pair.teacher, pair.vocab_size, pair.ends)
+            return side_reader(pair.teacher, pair.side_of(""))
 
         def made(places: range) -> bytes:
             part, record = examples[places.start : places.stop], _recorder(reader(), kind, top_k)
@@ -134,7 +134,7 @@ def _store(pair: Pair, examples: Sequence[TokenizedExample], folder: Path, kind:
     token_bytes = header["hidden_size"] * size if kind == "hidden" else top_k * (size + 4)
     firsts, used = [0], 0
     for index, example in enumerate(examples):
-        taken = len(example.completion_ids) * token_bytes
+        taken = len(example.teacher_completion) * token_bytes
         if used and used + taken > PART_BYTES:
             firsts.append(index)
             used = 0
@@ -147,7 +147,7 @@ def _opened(kind: Kind, examples: Sequence[TokenizedExample], parts: Sequence[Pa
     for part in parts:
         stop = 0
         for example in examples[part.examples.start : part.examples.stop]:
-            start, stop = stop, stop + len(example.completion_ids)
+            start, stop = stop, stop + len(example.teacher_completion)
             places.append(_Place(part.file, start, stop))
     return TeacherCache(kind, tuple(places))
 
@@ -162,6 +162,10 @@ def _header(pair: Pair, examples: Sequence[TokenizedExample], kind: Kind, top_k:
     header: Header = {"kind": kind, "vocab_size": pair.vocab_size}
     if kind == "hidden":
         header |= {"dtype": dtype_name(weight.dtype), "hidden_size": weight.shape[1]}
+    elif pair.bridges:
+        raise ConfigError(
+            "a teacher cache of the kind 'top_k' keeps token ids of the teacher, whose tokenizer is not the student's; use 'hidden'"
+        )
     elif not 1 <= top_k <= pair.vocab_size:
         raise ConfigError(f"top_k must lie in 1..{pair.vocab_size} (the vocabulary), got {top_k}")
     else:
@@ -203,7 +207,7 @@ def _read_teacher(
     kept = [nothing] * len(examples)
     for places in _batches(examples, batch_size):
         signals.check()
-        rows = [(examples[place].teacher_reads, examples[place].completion_ids) for place in places]
+        rows = [(examples[place].teacher_reads, examples[place].teacher_completion) for place in places]
         tensors = record(reader.hidden(rows))
         lengths = [len(completion) for _, completion in rows]
         by_row = zip(*(tensor.split(lengths) for tensor in tensors.values()), strict=True)
@@ -215,8 +219,8 @@ def _read_teacher(
 
 def _batches(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[list[int]]:
     """Places of the examples that have a completion, the longest first: rows of nearly equal length, little padding."""
-    sizes = [len(example.teacher_reads) + len(example.completion_ids) for example in examples]
-    places = [place for place, example in enumerate(examples) if example.completion_ids]
+    sizes = [len(example.teacher_reads) + len(example.teacher_completion) for example in examples]
+    places = [place for place, example in enumerate(examples) if example.teacher_completion]
     places.sort(key=lambda place: -sizes[place])
     while places:
         rows = min(batch_size, max(1, BATCH_TOKENS // sizes[places[0]]))

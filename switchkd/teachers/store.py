@@ -234,6 +234,14 @@ def fingerprint(pair: Pair, examples: Sequence[TokenizedExample], *, completions
         "tokenizer": json_sha256(pair.tokenizer.get_vocab()),
         "examples": _examples_sha256(examples, completions),
     }
+    if pair.bridges:
+        parts["teacher_tokenizers"] = json_sha256(
+            {
+                name: [bridge.teacher.tokenizer.get_vocab(), list(bridge.teacher.ends.ids)]
+                for name, bridge in pair.bridges.items()
+            }
+        )
+        parts["teacher_readings"] = json_sha256([e.teacher_completion for e in examples] if completions else [])
     if pair.teachers:
         named = {name: [weights_sha256(model), _config_sha256(model)] for name, model in pair.teachers.items()}
         parts |= {"teachers": json_sha256(named), "teacher_of_example": json_sha256([e.teacher for e in examples])}

@@ -24,8 +24,8 @@ from switchkd.methods.objective import Objective, PlainText
 from switchkd.methods.sampling import Use, noise_key
 from switchkd.models.pair import Pair
 from switchkd.runner.modes import evaluating, restoring_modes
+from switchkd.teachers.across import Voice, check_across
 from switchkd.teachers.asked import Rows, Teachers
-from switchkd.teachers.said import Teacher
 from switchkd.training.loss import balance_coefficient, balancing, response_tokens, total
 from switchkd.training.optimizer import Masters, adamw
 from switchkd.training.settings import TrainConfig
@@ -64,6 +64,8 @@ class Learner:
         self.masters = Masters(self.student, compute)
         self.optimizer = adamw(list(self.masters.named.values()), config)
         self.teachers = Teachers(pair, accelerator.device)
+        if pair.bridges:
+            check_across(config.objective)
 
     def update(self, parts: Sequence[Part], step: int, rate: float) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW at the learning rate ``rate``, behind ``step`` updates.
@@ -74,7 +76,7 @@ class Learner:
             NonFiniteError: a loss or the gradient is not finite; the weights are as they were.
         """
         accelerator = self.accelerator
-        lengths = [[len(row.completion_ids) for row in part.rows] for part in parts]
+        lengths = [[self._trained(row, part.objective) for row in part.rows] for part in parts]
         texts = [self._by_text(part.objective) for part in parts]
         own = [[sum(each) for each in lengths], [sum(map(bool, each)) for each in lengths]]
         tokens, rows = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
@@ -112,7 +114,7 @@ class Learner:
             with dropout, balancing(self.student, self.balance > 0) as balance:
                 rows = parts[i].rows[start : start + size]
                 loss = self.loss(rows, parts[i].objective) / max(counts[i], 1)
-                share = sum(len(row.completion_ids) for row in rows) / max(tokens[i], 1)
+                share = sum(self._trained(row, parts[i].objective) for row in rows) / max(tokens[i], 1)
                 aux = torch.stack(balance).sum() * share if balance else loss.new_zeros(())
                 ((loss + self.balance * aux) * (parts[i].weight * averaged)).backward()
             sums[i] += loss.detach()
@@ -122,17 +124,28 @@ class Learner:
 
     def loss(self, rows: Rows, objective: Objective) -> torch.Tensor:
         """Sum of the objective over the response tokens of one micro-batch, or of its mean over each text."""
-        hidden, batch, teacher = self.read(rows, objective)
+        hidden, batch, voices = self.read(rows, objective)
         tokens = response_tokens(batch, [r.speakers for r in rows])
-        return total(objective, teacher, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
+        if not voices:
+            return total(objective, None, self.head, hidden, tokens.by_text() if self._by_text(objective) else tokens)
+        losses = []
+        for voice in voices:
+            own = voice.of(tokens)
+            own = own.by_text() if self._by_text(objective) else own
+            losses.append(total(objective, voice.teacher, self.head, voice.states(hidden), own))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, Teacher | None]:
-        """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teacher says."""
+    def _trained(self, row: Text, objective: Objective) -> int:
+        """Tokens of a row that have a loss."""
+        return self.teachers.trained(row) if objective.reads_teacher else len(row.completion_ids)
+
+    def read(self, rows: Rows, objective: Objective) -> tuple[torch.Tensor, Batch, list[Voice]]:
+        """What enters the student's output layer at the rows' response tokens, the batch of them, and what the teachers say."""
         batch = collate([(row.prompt_ids, row.completion_ids) for row in rows]).to(self.accelerator.device)
         start = self.watch.now()
-        teacher = self.teachers(rows) if objective.reads_teacher else None
+        voices = self.teachers.voices(rows) if objective.reads_teacher else []
         self.watch.lap(len(rows), start)
-        return response_hidden(self.student, batch), batch, teacher
+        return response_hidden(self.student, batch), batch, voices
 
     def negative_log_likelihood(self, texts: Sequence[Text]) -> tuple[float, int]:
         """Sum of the negative log-likelihood (nats) of all completions, over all ranks, and their tokens."""
@@ -222,14 +235,16 @@ def blame(learner: Learner, parts: Sequence[Part]) -> str:
 
 def _broken(learner: Learner, row: Text, objective: Objective) -> str:
     # Both are asked for whatever the first one shows, or the row holds: other ranks may need this one to run their teacher.
-    hidden, _, teacher = learner.read([row], objective)
+    hidden, _, voices = learner.read([row], objective)
     loss = learner.loss([row], objective)
     if not row.completion_ids:
         return ""
     logq = learner.head.log_probs(learner.head(hidden))
     # Log-softmax spreads one NaN or +inf over its whole row; a log-probability of −inf is a masked token.
-    if teacher is not None and teacher.at(slice(0, len(logq)))(slice(None), logq)[0].isnan().any():
-        return "the teacher's logits are not finite"
+    for voice in voices:
+        own = voice.states(logq)
+        if voice.teacher.at(slice(0, len(own)))(slice(None), own)[0].isnan().any():
+            return "the teacher's logits are not finite"
     if logq.isnan().any():
         return "the student's logits are not finite"
     return "" if loss.isfinite() else "the loss is not finite"

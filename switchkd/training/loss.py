@@ -21,10 +21,13 @@ from switchkd.forward.head import Head, sizes_on
 from switchkd.methods.objective import Objective, Tokens
 from switchkd.runner.architecture import has_router_logits
 from switchkd.runner.modes import evaluating
+from switchkd.teachers.across import TeacherAcross
 from switchkd.teachers.said import Teacher
 
 
-def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Tensor, tokens: Tokens) -> Tensor:
+def total(
+    objective: Objective, teacher: Teacher | TeacherAcross | None, head: Head, hidden: Tensor, tokens: Tokens
+) -> Tensor:
     """Sum of the objective over N tokens, from the student's ``hidden`` states ``[N, H]``; 0 for no tokens.
 
     Where ``tokens`` know the lengths of their texts, it is the sum of the means over each text.
@@ -32,7 +35,8 @@ def total(objective: Objective, teacher: Teacher | None, head: Head, hidden: Ten
     Gradients reach ``hidden`` and the student's ``head``; the teacher is a constant, and None if the objective does not ask
     it.
     """
-    tokens = replace(tokens, ids=head.ends.events(tokens.ids))
+    ids = head.ends.events(tokens.ids)
+    tokens = replace(tokens, ids=teacher.events(ids) if isinstance(teacher, TeacherAcross) else ids)
     if objective.looks_ahead:
         assert teacher is not None
         tokens = objective.look_ahead(tokens, *_of_text(objective, teacher, head, hidden, tokens))
@@ -48,7 +52,7 @@ class _Total(torch.autograd.Function):
     def forward(
         ctx: Any,
         objective: Objective,
-        teacher: Teacher | None,
+        teacher: Teacher | TeacherAcross | None,
         head: Head,
         tokens: Tokens,
         learns: bool,
@@ -98,14 +102,14 @@ class _Total(torch.autograd.Function):
         return None, None, None, None, None, *(d if d is None else d.mul_(grad) for d in gradients)
 
 
-def _says(teacher: Teacher | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
+def _says(teacher: Teacher | TeacherAcross | None, rows: slice) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]]:
     """What the teacher says of a chunk; where none is asked, the student's own words stand in, and nobody looks."""
     return teacher.at(rows) if teacher is not None else lambda _, logq: (logq.detach(), logq)
 
 
 @torch.no_grad()
 def _of_text(
-    objective: Objective, teacher: Teacher, head: Head, hidden: Tensor, tokens: Tokens
+    objective: Objective, teacher: Teacher | TeacherAcross, head: Head, hidden: Tensor, tokens: Tokens
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` of the tokens written, under teacher and student, at the objective's temperature."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])

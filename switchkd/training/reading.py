@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from accelerate import Accelerator
 
 from switchkd.data.texts import TokenizedExample, batch_indices
-from switchkd.decoding.decode import Runners, measured_costs
+from switchkd.decoding.decode import Runners
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.forward.parallel import Together
@@ -16,7 +16,8 @@ from switchkd.teachers.asked import Rows
 from switchkd.teachers.states import TeacherCache
 from switchkd.training.processes import all_rollouts, check_agreed, from_main
 from switchkd.training.settings import TrainConfig
-from switchkd.writing.examples import decode_examples, job_of
+from switchkd.writing.examples import costs_of, decode_examples
+from switchkd.writing.turns import check_policy
 
 OnRound = Callable[[DecodeCost], None]  # told of what decoding has cost so far in the step
 
@@ -40,6 +41,8 @@ class Reading:
         self.accelerator, self.teacher_cache = accelerator, teacher_cache
         self.together = Together.of(pair.teacher)
         self.policy = config.policy.bind(pair.tokenizer, config.max_new_tokens)
+        if pair.bridges and config.mix.generates:
+            check_policy(self.policy)
         self.memory = config.mix.memory()
         self.replay: list[Rollout] = []
         self.rows_read = 0
@@ -133,9 +136,8 @@ class Reading:
         if config.costs or not config.mix.generates:
             return config.costs
         rows = self.examples[: self.generation_rows]
-        settings, ids = self.decoding(0, 0.0), range(len(rows))
-        job = job_of(self.pair, rows[0].teacher, rows, settings, ids)
+        settings = self.decoding(0, 0.0)
         if self.together.alone:
-            return from_main(self.accelerator, lambda: measured_costs(job)) or ()
-        mine = measured_costs(job)  # which needs them all
+            return from_main(self.accelerator, lambda: costs_of(self.pair, rows, settings)) or ()
+        mine = costs_of(self.pair, rows, settings)  # which needs them all
         return from_main(self.accelerator, lambda: mine)

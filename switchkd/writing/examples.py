@@ -1,15 +1,22 @@
 """The texts of examples, each written with its own teacher: token by token, or word by word where that has another tokenizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from transformers import PreTrainedModel
+
+from switchkd.crossing.bridge import Bridge
 from switchkd.data.texts import TokenizedExample, by_teacher
-from switchkd.decoding.decode import Runners, decode_job
+from switchkd.decoding.decode import Runners, decode_job, measured_costs
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job
 from switchkd.decoding.settings import DecodeSettings
+from switchkd.methods.policy import STUDENT, TEACHER, StudentOnly
 from switchkd.models.pair import Pair
+from switchkd.writing.turn_engine import decode_turns
+from switchkd.writing.turns import TurnJob, only_reader
 
 
 def decode_examples(
@@ -30,19 +37,124 @@ def decode_examples(
     cost, fitting = DecodeCost(), None
     for name, places in by_teacher(examples).items():
         mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
-        job = job_of(pair, name, mine, settings, ids)
-        rollouts = decode_job(job, progress and partial(_further, progress, cost), watch, runners)
+        write = _write_across if name in pair.bridges else _write
+        rollouts = write(
+            pair, name, mine, settings, ids, progress and partial(_further, progress, cost), watch, runners
+        )
         if rollouts.rows_that_fit:
             fitting = rollouts.rows_that_fit
             settings = replace(settings, batch_size=fitting)
         for place, example, rollout in zip(places, mine, rollouts, strict=True):
-            made[place] = replace(rollout, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids)
+            made[place] = replace(
+                rollout, prompt_ids=example.prompt_ids, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids
+            )
         cost += rollouts.cost
     return Rollouts((made[place] for place in range(len(examples))), cost, fitting)
 
 
 def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:
     progress(before + now)
+
+
+def _write(
+    pair: Pair,
+    teacher: str,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    sample_ids: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None,
+    watch: Callable[[Rollouts], None] | None,
+    runners: Runners,
+) -> Rollouts:
+    """Texts of a teacher with the student's tokenizer."""
+    return decode_job(job_of(pair, teacher, examples, settings, sample_ids), progress, watch, runners)
+
+
+def _write_across(
+    pair: Pair,
+    teacher: str,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    sample_ids: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None,
+    watch: Callable[[Rollouts], None] | None,
+    runners: Runners,
+) -> Rollouts:
+    """Texts of a teacher with a tokenizer of its own: in turns of words, or, where one model is all that is asked, by it alone."""
+    bridge, who = pair.bridges[teacher], only_reader(settings.policy)
+    if who is None:
+        prompts = [e.prompt_ids for e in examples], [e.teacher_reads for e in examples]
+        job = TurnJob.of(bridge, pair.student, pair.teacher_named(teacher), *prompts, settings, sample_ids)
+        return decode_turns(job, progress, watch, runners)
+    rollouts = decode_job(alone_job(pair, teacher, examples, settings, sample_ids, who), progress, None, runners)
+    read = read_by_teacher if who == STUDENT else read_by_student
+    return Rollouts((read(r, bridge, settings) for r in rollouts), rollouts.cost, rollouts.rows_that_fit)
+
+
+def alone_job(
+    pair: Pair,
+    teacher: str,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    sample_ids: Sequence[int],
+    who: int,
+) -> Job:
+    """The examples of one teacher, written by one of the two models in its own tokens."""
+    side = pair.bridges[teacher].sides[who]
+    model = pair.student if who == STUDENT else pair.teacher_named(teacher)
+    prompts = [e.prompt_ids if who == STUDENT else e.teacher_reads for e in examples]
+    alone = replace(settings, policy=StudentOnly(), keep_hidden=False)
+    return Job.of(model, model, prompts, alone, sample_ids, side.ends, side.vocab_size)
+
+
+def read_by_teacher(rollout: Rollout, bridge: Bridge, settings: DecodeSettings) -> Rollout:
+    """What the student wrote, with what the teacher reads of it."""
+    return replace(rollout, teacher_completion_ids=bridge.teacher_reading(rollout.completion_ids))
+
+
+def read_by_student(rollout: Rollout, bridge: Bridge, settings: DecodeSettings) -> Rollout:
+    """What the teacher wrote, as a text of the student's tokens. It is cut where that has more of them than the budget."""
+    ids = bridge.student_reading(rollout.completion_ids)
+    cut, theirs, reason = ids[: settings.max_new_tokens], rollout.completion_ids, rollout.stop_reason
+    if len(cut) < len(ids):
+        theirs, reason = bridge.teacher_reading(cut), "length"
+    notes = [math.nan] * len(cut)
+    return replace(
+        rollout, completion_ids=cut, speakers=[TEACHER] * len(cut), divergences=notes, thresholds=notes, stop_reason=reason,
+        teacher_completion_ids=theirs,
+    )  # fmt: skip
+
+
+def write_seeds(
+    pair: Pair,
+    by_teacher: bool,
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    seeds: Sequence[int],
+    progress: Callable[[DecodeCost], None] | None,
+) -> Rollouts:
+    """Texts that are scored, each with a seed of its own, in the tokens of the model that is: ``model``, in the student's seat, or
+    the pair's default teacher."""
+    side, ids = pair.side_of("") if by_teacher else pair.side, [example.id for example in examples]
+    prompts = [example.teacher_reads if by_teacher else example.prompt_ids for example in examples]
+    if "" not in pair.bridges or by_teacher or only_reader(settings.policy) == STUDENT:
+        other = pair.teacher if "" not in pair.bridges else model
+        job = Job.of(model, other, prompts, settings, ids, side.ends, side.vocab_size, seeds=seeds)
+        return decode_job(job, progress)
+    theirs = [example.teacher_reads for example in examples]
+    return decode_turns(
+        TurnJob.of(pair.bridges[""], model, pair.teacher, prompts, theirs, settings, ids, seeds), progress
+    )
+
+
+def costs_of(pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings) -> tuple[float, ...]:
+    """What rounds of such texts are planned by, for the setting ``costs``; texts in turns are planned by other things."""
+    teacher, ids = examples[0].teacher, range(len(examples))
+    if teacher not in pair.bridges:
+        return measured_costs(job_of(pair, teacher, examples, settings, ids))
+    who = only_reader(settings.policy)
+    return () if who is None else measured_costs(alone_job(pair, teacher, examples, settings, ids, who))
 
 
 def job_of(

@@ -67,12 +67,20 @@ def teacher_texts(
 
 def _line(rollout: Rollout) -> bytes:
     kept = {"id": rollout.id, "completion_ids": rollout.completion_ids, "truncated": rollout.stop_reason == "length"}
+    if rollout.teacher_completion_ids is not None:
+        kept["teacher_completion_ids"] = rollout.teacher_completion_ids
     return json.dumps(kept).encode() + b"\n"
 
 
 def _completed(example: TokenizedExample, kept: Header) -> TokenizedExample:
     ids = kept["completion_ids"]
-    return replace(example, completion_ids=ids, speakers=[TEACHER] * len(ids), truncated=kept["truncated"])
+    return replace(
+        example,
+        completion_ids=ids,
+        speakers=[TEACHER] * len(ids),
+        truncated=kept["truncated"],
+        teacher_completion_ids=kept.get("teacher_completion_ids"),
+    )
 
 
 def _header(pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings) -> Header:

@@ -16,6 +16,7 @@ from torch import Tensor
 from switchkd.crossing.boundaries import last_character
 from switchkd.crossing.bridge import Bridge
 from switchkd.crossing.laws import SharedLaw
+from switchkd.decoding.decide import spread
 from switchkd.methods.policy import STUDENT, TEACHER, Policy, State
 
 # A model that gives so little to all words together believes that the word goes on: it is not asked who writes the next one.
@@ -93,16 +94,11 @@ class TurnLaws:
         student, teacher = cut
         if student is not None and teacher is not None:
             logp, logq = self.shared.coarse(teacher[0], student[0])
-            others = teacher[1].where(writer == STUDENT, student[1])
         else:
             who, one = (STUDENT, student) if teacher is None else (TEACHER, teacher)
             assert one is not None, "a rule for words reads one model at least"
             logp = logq = SharedLaw.with_rest(one[0], (self.shared.student, self.shared.teacher)[who])
-            others = one[1].masked_fill(
-                writer == who, 0.0
-            )  # what the other says, if it is the writer that is read, is unknown
-        first = torch.tensor([not data for data in before], device=self.device)
-        asked = first | (others >= math.log(LEAST_MASS))
+        asked = self._asks(policy, state, [None if each is None else each[1] for each in cut], before, writer)
         decision = policy.step(state, logq, logp, turns)
         new = policy.spoke(decision.state, decision.speaker)
         return Turn(
@@ -112,6 +108,18 @@ class TurnLaws:
             decision.thresholds.masked_fill(~asked, math.nan),
             tuple(_where(asked, one, old) for one, old in zip(new, state, strict=True)),
         )
+
+    def _asks(
+        self, policy: Policy, state: State, masses: Sequence[Tensor | None], before: Sequence[bytes], writer: Tensor
+    ) -> Tensor:
+        """Whether the rule is asked, ``[n]``: it is before a text's first word, where it does not read the model that does not
+        write, and where that model believes that the word has ended."""
+        asked = torch.tensor([not data for data in before], device=self.device)
+        for who, (read, mass) in enumerate(zip(policy.reads(state), masses, strict=True)):
+            if mass is not None:
+                asked = asked | ((writer != who) & (mass >= math.log(LEAST_MASS)))
+            asked = asked | ((writer != who) & ~spread(read, asked))
+        return asked
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from switchkd.decoding.rollouts import Rollout
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.methods.sampling import Use, noise_key
 
-_USES = (Use.TOKEN, Use.TEACHER)
+USES = (Use.TOKEN, Use.TEACHER)  # of the noise of STUDENT, TEACHER
 
 
 @dataclass
@@ -43,12 +43,15 @@ class TurnText:
 
     def ids(self, who: int) -> list[int]:
         """The prompt and the completion as a model reads it; of the word, those of the writer alone."""
-        own = (self.student_ids, self.teacher_ids)[who]
-        return self.prompts[who] + own + (self.word if who == self.writer else [])
+        return self.prompts[who] + self.reading(who) + (self.word if who == self.writer else [])
+
+    def reading(self, who: int) -> list[int]:
+        """The finished words as a model reads them."""
+        return (self.student_ids, self.teacher_ids)[who]
 
     def key(self, who: int) -> int:
         """Of the noise of the next token, if ``who`` draws it."""
-        return noise_key(self.seed, self.id, self.clock, _USES[who])
+        return noise_key(self.seed, self.id, self.clock, USES[who])
 
     def begins(self, token: int) -> bool:
         """Whether a token of the writer begins a word."""

@@ -44,21 +44,30 @@ class TurnJob:
         teacher_prompt_ids: Sequence[Sequence[int]],
         settings: DecodeSettings,
         sample_ids: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> "TurnJob":
-        """``prompt_ids`` are the student's ids of each prompt, ``teacher_prompt_ids`` the teacher's.
+        """``prompt_ids`` are the student's ids of each prompt, ``teacher_prompt_ids`` the teacher's. ``seeds`` has one for each,
+        in place of the settings' own.
 
         Raises what `check_policy` does.
         """
         check_policy(settings.policy)
         ids = range(len(prompt_ids)) if sample_ids is None else sample_ids
+        keys = [settings.seed] * len(ids) if seeds is None else seeds
         texts = [
-            TurnText(bridge, i, (list(own), list(theirs)), settings.max_new_tokens, settings.seed)
-            for i, own, theirs in zip(ids, prompt_ids, teacher_prompt_ids, strict=True)
+            TurnText(bridge, i, (list(own), list(theirs)), settings.max_new_tokens, seed)
+            for i, own, theirs, seed in zip(ids, prompt_ids, teacher_prompt_ids, keys, strict=True)
         ]
         for text in texts:
             if settings.max_new_tokens == 0:
                 text.stop_reason = "length"
         return TurnJob(bridge, student, teacher, texts, settings)
+
+
+def only_reader(policy: Policy) -> int | None:
+    """STUDENT or TEACHER if it is the only model that a rule ever reads, which then writes alone; else None."""
+    reads = policy.reads(()) if type(policy).init is Policy.init else (True, True)
+    return {(True, False): STUDENT, (False, True): TEACHER}.get((reads[0] is True, reads[1] is True))
 
 
 def check_policy(policy: Policy) -> None:
@@ -78,7 +87,7 @@ def check_policy(policy: Policy) -> None:
         )
         raise ConfigError(
             f"the policy {name_of(policy)} {why}, which needs one tokenizer for both; with two, texts are written in turns of "
-            "words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher with the student's tokenizer"
+            "words: take switch, adaswitch, ssd, hysteresis, student_only or teacher_only, or a teacher of the student's family"
         )
 
 

@@ -11,11 +11,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from switchkd.base.errors import ConfigError, ModelError, NonFiniteError
 from switchkd.data.examples import Example
 from switchkd.data.fields import Message
-from switchkd.models import pruning
 from switchkd.models.loading import load_model, load_tokenizer
-from switchkd.models.pruning import choose_layers, layer_influence, prune
 from switchkd.runner.cache import CACHE
 from switchkd.runner.layers import decoder_layers, prune_layers
+from switchkd.studies import pruning
+from switchkd.studies.pruning import choose_layers, layer_influence, prune
 
 KEEP = [0, 2, 4]
 IDS = torch.tensor([[3, 7, 11, 2, 19, 5, 5, 8]])
@@ -282,7 +282,7 @@ def test_default_texts_depend_on_the_seed_alone(monkeypatch):
     def load_examples(path: str) -> list[Example]:
         return [Example(i, (Message("user", f"{path} {i}?"),), f"{i}!", (), "") for i in range(200)]
 
-    monkeypatch.setattr("switchkd.models.pruning.load_examples", load_examples)
+    monkeypatch.setattr("switchkd.studies.pruning.load_examples", load_examples)
     torch.manual_seed(1)
     first, state = pruning.default_texts(0), torch.random.get_rng_state()
     torch.manual_seed(2)

@@ -16,8 +16,8 @@ from switchkd.forward.base_model import BaseModel
 from switchkd.forward.head import Head
 from switchkd.methods.mixes import Generated
 from switchkd.methods.policy import StudentOnly
-from switchkd.models.pruning import layer_influence
 from switchkd.runner.modes import evaluating
+from switchkd.studies.pruning import layer_influence
 from switchkd.teachers.asked import Teachers
 from switchkd.teachers.states import TeacherCache
 

@@ -167,8 +167,8 @@ MUTANTS = {
     ),
     "the reader lacks the last token of the word": (
         turn_texts,
-        "return self.prompts[who] + own +",
-        "return self.prompts[who] + (own if who == self.writer else own[:-1]) +",
+        "return self.prompts[who] + self.reading(who) +",
+        "return self.prompts[who] + self.reading(who)[: None if who == self.writer else -1] +",
     ),
     "the reader is given the writer's ids": (turn_texts, READ, "return self.word"),
     "the reader reads single bytes": (
@@ -188,11 +188,11 @@ MUTANTS = {
         "self.laws.beginning(speaker, law, [text.tail])[0]",
         "law",
     ),
-    "both models have one noise": (turn_texts, "_USES[who]", "_USES[0]"),
-    "after a hand-over the noise of the other": (turn_texts, "_USES[who]", "_USES[self.writer or 0]"),
+    "both models have one noise": (turn_texts, "USES[who]", "USES[0]"),
+    "after a hand-over the noise of the other": (turn_texts, "USES[who]", "USES[self.writer or 0]"),
     "noise by token in place of byte": (turn_texts, "self.clock += max(len(data), 1)", "self.clock += bool(self.word[1:])"),
-    "a model that sees no word's end is asked": (turn_laws, "(others >= math.log(LEAST_MASS))", "(others > -math.inf)"),
-    "the writer's mass in place of the other's": (turn_laws, "where(writer == STUDENT,", "where(writer == TEACHER,"),
+    "a model that sees no word's end is asked": (turn_laws, "mass >= math.log(LEAST_MASS)", "mass > -math.inf"),
+    "the writer's mass in place of the other's": (turn_laws, "(writer != who) & (mass", "(writer == who) & (mass"),
     "the rule compares full laws": (
         turn_laws,
         "self.shared.coarse(teacher[0], student[0])",
