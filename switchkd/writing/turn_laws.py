@@ -92,18 +92,13 @@ class TurnLaws:
         """
         cut = [None if law is None else self.beginning(who, law, before) for who, law in enumerate(laws)]
         student, teacher = cut
-        asked = torch.ones_like(writer, dtype=torch.bool)
         if student is not None and teacher is not None:
             logp, logq = self.shared.coarse(teacher[0], student[0])
-            others = teacher[1].where(writer == STUDENT, student[1])
-            reads = [spread(read, asked) for read in policy.reads(state)]
-            alone = torch.tensor([not data for data in before], device=self.device) | ~(reads[STUDENT] & reads[TEACHER])
-            asked = alone | (others >= math.log(LEAST_MASS))
         else:
-            one = teacher if student is None else student
+            who, one = (STUDENT, student) if teacher is None else (TEACHER, teacher)
             assert one is not None, "a rule for words reads one model at least"
-            ids = (self.shared.student, self.shared.teacher)[TEACHER if student is None else STUDENT]
-            logp = logq = SharedLaw.with_rest(one[0], ids)
+            logp = logq = SharedLaw.with_rest(one[0], (self.shared.student, self.shared.teacher)[who])
+        asked = self._asks(policy, state, [None if each is None else each[1] for each in cut], before, writer)
         decision = policy.step(state, logq, logp, turns)
         new = policy.spoke(decision.state, decision.speaker)
         return Turn(
@@ -111,9 +106,22 @@ class TurnLaws:
             decision.speaker.where(asked, writer),
             decision.divergence.masked_fill(~asked, math.nan),
             decision.thresholds.masked_fill(~asked, math.nan),
-            tuple(_where(asked, one, old) for one, old in zip(new, state, strict=True)),
+            tuple(where_rows(asked, one, old) for one, old in zip(new, state, strict=True)),
         )
 
+    def _asks(
+        self, policy: Policy, state: State, masses: Sequence[Tensor | None], before: Sequence[bytes], writer: Tensor
+    ) -> Tensor:
+        """Whether the rule is asked, ``[n]``: it is before a text's first word, where it does not read the model that does not
+        write, and where that model believes that the word has ended."""
+        asked = torch.tensor([not data for data in before], device=self.device)
+        for who, (read, mass) in enumerate(zip(policy.reads(state), masses, strict=True)):
+            if mass is not None:
+                asked = asked | ((writer != who) & (mass >= math.log(LEAST_MASS)))
+            asked = asked | ((writer != who) & ~spread(read, asked))
+        return asked
 
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+
+def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` ``[n, …]`` in the rows ``[n]`` that say so, ``old`` in the others."""
     return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)
