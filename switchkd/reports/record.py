@@ -216,9 +216,11 @@ class RunRecord:
 
     @cached_property
     def two_tokenizers(self) -> bool:
-        """Whether a teacher has another tokenizer than the student, as the first of the texts say."""
-        found = (self.path / name for name in (ROLLOUTS, SAMPLES))
-        return any(b'"teacher_completion_ids"' in _first_line(file) for file in found if file.is_file())
+        """Whether a teacher has another tokenizer than the student, as steps or the first of the texts say."""
+        if any("cross/coverage" in line for line in self.metrics):
+            return True
+        files = (self.path / name for name in (ROLLOUTS, SAMPLES))
+        return any(b'"teacher_completion_ids"' in _first_line(file) for file in files if file.is_file())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, the student's where there are two, from what it saved, else from the model that it began with;

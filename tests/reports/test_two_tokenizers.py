@@ -27,6 +27,7 @@ from switchkd.crossing.alignment import groups
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean, rollout_metrics
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policies import Switch
+from switchkd.models.pypi_pairs import PAIRS
 from switchkd.reports import live
 from switchkd.reports.curves import run_curves
 from switchkd.reports.page import page
@@ -173,6 +174,25 @@ def test_a_teachers_tokens_that_are_not_known_are_left_out_with_a_sentence(run, 
     shutil.rmtree(folder)
     [note] = payload(RunRecord.read(run([other])), "a", 10**6)["notes"]
     assert "two readings spell two texts" in note
+
+
+def test_a_teacher_that_the_package_makes_is_read_where_it_was_made_and_never_made(run, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+    folder = run([written_by(PARTS)], teacher_model_name_or_path="demo")
+    [note] = payload(RunRecord.read(folder), "a", 10**6)["notes"]
+    assert "would have to be made first" in note and not (tmp_path / "cache").exists()
+    shutil.copytree(models, tmp_path / "cache" / PAIRS["demo"].folder)
+    shown = payload(RunRecord.read(folder), "a", 10**6)
+    assert shown["notes"] == [] and shown["texts"][0]["looks"][0]["tokens"] == WORDS
+
+
+def test_text_is_read_with_the_students_tokenizer_also_where_only_some_teachers_have_another(run):
+    other = written_by(PARTS)
+    same = dataclasses.replace(other, teacher_completion_ids=None, teacher="alike")
+    record = RunRecord.read(run([same, other], metrics=[metric(1, **crossing())]))
+    assert record.tokenizer().get_vocab() == tokenizer_of(STUDENT).get_vocab() != tokenizer_of(TEACHER).get_vocab()
+    looks = [text["looks"][0]["tokens"] for text in payload(record, "a", 10**6)["texts"]]
+    assert len(looks[0]) == len(same.completion_ids) and looks[1] == WORDS
 
 
 def test_a_page_says_that_they_take_turns_by_words_and_what_they_share(run):
