@@ -10,7 +10,7 @@ from switchkd.decoding.rollouts import Rollout
 from switchkd.methods.policies import Switch
 from switchkd.training.settings import TrainConfig
 
-STUDENT, TEACHER = "coarse", "fine"
+STUDENT, TEACHER = "fine", "coarse"
 BRIDGE = bridge_of(STUDENT, TEACHER)
 SIDES = BRIDGE.sides
 

@@ -114,10 +114,10 @@ def test_a_word_shows_how_each_model_cuts_it_and_a_character_in_parts_is_drawn_o
     found = drawn(rollout, tokenizer_of(STUDENT), SIDES)
     assert [word.text for word in found] == WORDS
     told = {word.text: word.told for word in found}
-    assert told[" 東京"].endswith('teacher: " " "<0xE6>" "<0x9D>" "<0xB1>" "<0xE4>" "<0xBA>" "<0xAC>"')
+    assert told[" 東京"] == 'student: " " "<0xE6>" "<0x9D>" "<0xB1>" "<0xE4>" "<0xBA>" "<0xAC>" · teacher: " 東京"'
     assert told["<|end|>"] == 'student: "<|end|>" · teacher: "<|end|>"'
-    ids, others = (side.spelling.encode("東🙂".encode()) for side in (BRIDGE.teacher, BRIDGE.student))
-    assert len(ids) == 7 and [w.text for w in words(SIDES[::-1], ids, others)] == ["東", "🙂"]
+    ids, others = (side.spelling.encode("東🙂".encode()) for side in SIDES)
+    assert len(ids) == 7 and [word.text for word in words(SIDES, ids, others)] == ["東", "🙂"]
 
 
 def test_without_the_teachers_tokens_or_with_one_tokenizer_a_text_is_drawn_by_tokens():
