@@ -37,6 +37,15 @@ PARTS = [(0, "the"), (1, " cats"), (0, " sat"), (1, " naïve"), (0, " 東京")]
 WORDS = ["the", " cats", " sat", " naïve", " 東京", "<|end|>"]
 
 
+def sample_of(rollout):
+    """A sample in which the two models have the first token in common, and no other."""
+    count = len(rollout.completion_ids)
+    log_probs = [[-1.0] * count, [-2.0] + [None] * (count - 1)]
+    top = [[[[7, -0.5]]] * count, [[[8, -0.25]]] + [[]] * (count - 1)]
+    said = {"jsd": [0.25] + [None] * (count - 1), "log_probs": log_probs, "top": top}
+    return {"step": 1, **rollout.to_json(), **said, "scores": {}, "reference": None}
+
+
 def save_models(folder):
     """Folders ``student`` and ``teacher`` with different tokenizers; returns ``folder``."""
     for seed, (role, name) in enumerate((("student", STUDENT), ("teacher", TEACHER))):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
 from tiny import pair_on_disk
-from two_readings import PARTS, SIDES, STUDENT, WORDS, run_of, save_models, written_by
+from two_readings import PARTS, SIDES, STUDENT, WORDS, run_of, sample_of, save_models, written_by
 from two_tokenizers import tokenizer_of
 
 from switchkd.base.terminal import number, percent, visible
@@ -317,3 +317,18 @@ def test_the_viewer_shows_the_tokens_of_both_models_of_a_word(visit, tmp_path):
     shown.locator("summary", has_text="All words as a table").click()
     assert shown.locator("#table tbody tr").count() == 6
     assert "the teacher's tokens" in shown.locator("#table thead").text_content()
+
+
+def test_the_viewer_says_where_two_tokenizers_have_nothing_to_compare(visit, tmp_path):
+    rollout = written_by(PARTS)
+    folder = run_of(save_models(tmp_path), tmp_path / "run", [rollout], [sample_of(rollout)])
+    assert main(["report", str(folder)]) == 0
+    shown = visit(folder / "report.html")
+    found = shown.locator("#response .token")
+    found.nth(0).hover()
+    assert [fact(shown, f"probability, {who}") for who in ("student", "teacher")] == ["37%", "14%"]
+    assert "Most likely tokens where it begins" in shown.locator("#token-facts").text_content()
+    found.nth(1).hover()
+    assert fact(shown, "probability, teacher") == "–" != fact(shown, "probability, student")
+    assert "no token in common here" in shown.locator("#token-facts").text_content()
+    assert shown.locator("#token-facts table").nth(1).locator("tbody td").all_text_contents()[1:] == ["61%", "", ""]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny import toy_examples, toy_pair
-from two_readings import BRIDGE, PARTS, SIDES, STUDENT, TEACHER, WORDS, run_of, save_models, written_by
+from two_readings import BRIDGE, PARTS, SIDES, STUDENT, TEACHER, WORDS, run_of, sample_of, save_models, written_by
 from two_tokenizers import model_of, tokenizer_of
 
 from switchkd import show
@@ -151,10 +151,7 @@ def test_a_report_shows_words_with_the_tokens_of_both(run):
 def test_a_sample_says_of_a_word_what_is_known_of_it(run):
     rollout = written_by([(0, "the"), (0, " naïve")], end=False)
     count = len(rollout.completion_ids)
-    own = {"jsd": [0.25] + [None] * (count - 1), "log_probs": [[-1.0] * count, [-2.0] + [None] * (count - 1)]}
-    top = [[[[7, -0.5]]] * count, [[[8, -0.25]]] + [[]] * (count - 1)]
-    sample = {"step": 1, **rollout.to_json(), **own, "top": top, "scores": {}, "reference": None}
-    [prompt] = payload(RunRecord.read(run([rollout], [sample])), "a", 10**6)["prompts"]
+    [prompt] = payload(RunRecord.read(run([rollout], [sample_of(rollout)])), "a", 10**6)["prompts"]
     [look] = prompt["looks"]
     sizes = [len(tokens) for tokens, _ in look["readings"]]
     assert sum(sizes) == count and look["jsd"][0] == 0.25 and set(look["jsd"][1:]) == {None}
