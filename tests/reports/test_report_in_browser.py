@@ -315,6 +315,7 @@ def test_the_viewer_shows_the_tokens_of_both_models_of_a_word(visit, tmp_path):
     shown.keyboard.press("ArrowLeft")
     assert fact(shown, "written by") == "the teacher" and fact(shown, "divergence") == "0.250"
     shown.locator("summary", has_text="All words as a table").click()
+    shown.wait_for_selector("#table tbody tr")
     assert shown.locator("#table tbody tr").count() == 6
     assert "the teacher's tokens" in shown.locator("#table thead").text_content()
 
