@@ -155,8 +155,8 @@ class PrefixLaw:
             torch.from_numpy(each).to(p.device) for each in (rows, places.source[rows], places.token[rows])
         )
         chain = token_logs[torch.from_numpy(under).to(p.device)].masked_fill(~counted, 0.0).sum(-1) - mass[at]
-        none = chain == -math.inf
-        left = (chain - p[at, source]).masked_fill(none, -math.inf).clamp(max=0)
+        chain = chain.minimum(p[at, source])  # no more than is there, however the two were rounded
+        left = (chain - p[at, source]).masked_fill(chain == -math.inf, -math.inf)
         p[at, source] += torch.log1p(-left.exp())
         p[at, token] = p[at, token].logaddexp(chain)
         return p
@@ -177,8 +177,6 @@ def _longest(spelt: dict[bytes, int], data: bytes, none: int) -> int:
 
 def _summed(logs: Tensor, route: Tensor, size: int) -> Tensor:
     """Log of the mass that comes to each of ``size`` events ``[n, size]``; where one token alone does, its own to the bit."""
-    index = route.expand(len(logs), -1)
-    most = logs.new_full((len(logs), size), -math.inf).scatter_reduce(1, index, logs, "amax")
-    base = most.masked_fill(most == -math.inf, 0.0)
-    total = torch.zeros_like(base).scatter_add(1, index, (logs - base.gather(1, index)).exp())
-    return base + total.log()
+    alone = torch.bincount(route, minlength=size)[route] == 1
+    found = logs.new_zeros(len(logs), size).index_add_(1, route, logs.exp()).log_()
+    return found.index_copy_(1, route[alone], logs[:, alone])
