@@ -37,8 +37,9 @@ class PrefixLaw:
 
     A teacher token goes to the longest student token that is a prefix of it, ends to the end, other tokens without bytes to the
     bucket. Where the student's token begins inside a teacher token, the law is that of the teacher tokens that go on from the
-    bytes already there. Where it reaches beyond the teacher token, the mass of the teacher's tokens under it, one after the other,
-    is counted as its own: a lower bound of what the teacher would give it.
+    bytes already there; those that end there are left out, since what would follow them nobody has asked. Where it reaches beyond
+    the teacher token, the mass of the teacher's tokens under it, one after the other, is counted as its own, which is a lower
+    bound of what the teacher gives to texts that go on so.
     """
 
     reads_tokens: ClassVar[bool] = True
