@@ -37,8 +37,9 @@ class PrefixLaw:
 
     A teacher token goes to the longest student token that is a prefix of it, ends to the end, other tokens without bytes to the
     bucket. Where the student's token begins inside a teacher token, the law is that of the teacher tokens that go on from the
-    bytes already there. Where it reaches beyond the teacher token, the mass of the teacher's tokens under it, one after the other,
-    is counted as its own: a lower bound of what the teacher would give it.
+    bytes already there; those that end there are left out, since what would follow them nobody has asked. Where it reaches beyond
+    the teacher token, the mass of the teacher's tokens under it, one after the other, is counted as its own, which is a lower
+    bound of what the teacher gives to texts that go on so.
     """
 
     reads_tokens: ClassVar[bool] = True
@@ -155,8 +156,8 @@ class PrefixLaw:
             torch.from_numpy(each).to(p.device) for each in (rows, places.source[rows], places.token[rows])
         )
         chain = token_logs[torch.from_numpy(under).to(p.device)].masked_fill(~counted, 0.0).sum(-1) - mass[at]
-        none = chain == -math.inf
-        left = (chain - p[at, source]).masked_fill(none, -math.inf).clamp(max=0)
+        chain = chain.minimum(p[at, source])  # no more than is there, however the two were rounded
+        left = (chain - p[at, source]).masked_fill(chain == -math.inf, -math.inf)
         p[at, source] += torch.log1p(-left.exp())
         p[at, token] = p[at, token].logaddexp(chain)
         return p
@@ -177,8 +178,6 @@ def _longest(spelt: dict[bytes, int], data: bytes, none: int) -> int:
 
 def _summed(logs: Tensor, route: Tensor, size: int) -> Tensor:
     """Log of the mass that comes to each of ``size`` events ``[n, size]``; where one token alone does, its own to the bit."""
-    index = route.expand(len(logs), -1)
-    most = logs.new_full((len(logs), size), -math.inf).scatter_reduce(1, index, logs, "amax")
-    base = most.masked_fill(most == -math.inf, 0.0)
-    total = torch.zeros_like(base).scatter_add(1, index, (logs - base.gather(1, index)).exp())
-    return base + total.log()
+    alone = torch.bincount(route, minlength=size)[route] == 1
+    found = logs.new_zeros(len(logs), size).index_add_(1, route, logs.exp()).log_()
+    return found.index_copy_(1, route[alone], logs[:, alone])

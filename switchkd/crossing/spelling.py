@@ -199,7 +199,7 @@ def _plain(settings: dict[str, Any]) -> "Tokenizer":
     """The tokenizer without what it puts around a text, and without Unicode's composition (NFC), which would change its bytes."""
     from tokenizers import Tokenizer
 
-    settings = {**settings, "post_processor": None, "truncation": None, "padding": None}
+    settings = {**settings, "truncation": None, "padding": None}
     if settings["model"].get("dropout"):
         settings["model"] = {**settings["model"], "dropout": None}
     kept = [part for part in _parts(settings["normalizer"], "normalizers") if part["type"] not in ("Prepend", "NFC")]

@@ -29,7 +29,7 @@ from switchkd.evaluation.tasks import Task
 from switchkd.forward.parallel import Together
 from switchkd.methods.divergences import forward_kl
 from switchkd.models.pair import Pair
-from switchkd.teachers.across import laid_out
+from switchkd.teachers.across import joined
 from switchkd.teachers.asked import TextReader, side_reader
 from switchkd.writing.examples import write_seeds
 
@@ -327,9 +327,11 @@ def _compared(
     teacher: TextReader, scored: TextReader, rows: Sequence[Read], bridge: Bridge, hidden_p: Tensor, hidden_q: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL at the tokens that match those of the teacher, 0 at others, and which match."""
-    found = [bridge.matches(own, theirs) for _, _, own, theirs in rows]
-    mine, theirs = laid_out(found, [(len(own), len(other)) for _, _, own, other in rows])
     law = SharedLaw.of(bridge, hidden_q.device)
+    places = joined(
+        [law.places(own, theirs) for _, _, own, theirs in rows], [(len(own), len(other)) for _, _, own, other in rows]
+    )
+    mine, theirs = places.student, places.teacher
     kl = [
         forward_kl(
             *law(teacher.log_probs(hidden_p[theirs[part]]).to(hidden_q.device), scored.log_probs(hidden_q[mine[part]]))

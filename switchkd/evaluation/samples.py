@@ -21,7 +21,7 @@ from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.tasks import Task
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.models.pair import Pair
-from switchkd.teachers.across import matches
+from switchkd.teachers.across import compared
 from switchkd.teachers.asked import TextReader, side_reader
 from switchkd.writing.examples import decode_examples
 
@@ -95,8 +95,9 @@ def _trace_across(bridge: Bridge, rollout: Rollout, logq: Tensor, logp: Tensor) 
     """A trace whose teacher has a tokenizer of its own; its likeliest tokens are given as the student's ids."""
     count = len(rollout.completion_ids)
     written = bridge.student.ends.events(torch.tensor(rollout.completion_ids, dtype=torch.int64)).unsqueeze(1)
-    law, places = SharedLaw.of(bridge, logq.device), matches(bridge, rollout)
-    mine, theirs = (torch.from_numpy(each) for each in places)
+    law = SharedLaw.of(bridge, logq.device)
+    places = compared(law, rollout)
+    mine, theirs = torch.from_numpy(places.student), torch.from_numpy(places.teacher)
     p, q = law(logp[theirs], logq[mine])
     of_text = p.gather(1, law.index[written[mine]])[:, 0].tolist()
     apart = (jsd(p, q) / LN2).clamp(0.0, 1.0).tolist()

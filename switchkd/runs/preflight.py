@@ -35,7 +35,7 @@ from switchkd.runs.opening import (
     role_of,
 )
 from switchkd.runs.tracking import check_trackers
-from switchkd.teachers.across import laid_out, matches
+from switchkd.teachers.across import compared, joined
 from switchkd.teachers.asked import side_reader
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig
@@ -93,19 +93,20 @@ def _of_bridge(pair: Pair, name: str, examples: Sequence[TokenizedExample]) -> l
     lines = bridge.describe()
     if not rows:
         return [f"  {line}" for line in lines]
-    found = [matches(bridge, row) for row in rows]
-    tokens, matched = sum(len(row.completion_ids) for row in rows), sum(len(own) for own, _ in found)
+    law = SharedLaw.of(bridge, pair.student.device)
+    found = [compared(law, row) for row in rows]
+    tokens, matched = sum(len(row.completion_ids) for row in rows), sum(map(len, found))
     lines.append(
         f"of the first {len(rows)} answers of the data, {matched / tokens:.1%} of {tokens} student tokens match"
     )
-    mine, theirs = laid_out(found, [(len(row.completion_ids), len(row.teacher_completion)) for row in rows])
-    read = (pair.student, pair.side, [(r.prompt_ids, r.completion_ids) for r in rows], mine), (
-        pair.teacher_named(name), bridge.teacher, [(r.teacher_reads, r.teacher_completion) for r in rows], theirs,
+    places = joined(found, [(len(row.completion_ids), len(row.teacher_completion)) for row in rows])
+    read = (pair.student, pair.side, [(r.prompt_ids, r.completion_ids) for r in rows], places.student), (
+        pair.teacher_named(name), bridge.teacher, [(r.teacher_reads, r.teacher_completion) for r in rows], places.teacher,
     )  # fmt: skip
-    for who, (model, side, texts, places) in enumerate(read):
+    for who, (model, side, texts, at) in enumerate(read):
         reader = side_reader(model, side)
-        law = SharedLaw.of(bridge, reader.head.linear.weight.device)
-        mass = law.mass(reader.log_probs(reader.hidden(texts)[places[:_PLACES_OF_BRIDGE]]), who).mean().item()
+        logs = reader.log_probs(reader.hidden(texts)[at[:_PLACES_OF_BRIDGE]]).to(pair.student.device)
+        mass = law.mass(logs, who).mean().item()
         lines.append(f"there the shared tokens hold {mass:.2%} of the {side.role}'s probability")
     return [f"  {line}" for line in lines]
 

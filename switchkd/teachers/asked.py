@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from switchkd.crossing.alignments import alignment_of
 from switchkd.crossing.bridge import Side
-from switchkd.crossing.laws import SharedLaw
 from switchkd.data.texts import Text, by_teacher
 from switchkd.forward.ends import NO_ENDS, Ends
-from switchkd.forward.head import Head, Scorer
+from switchkd.forward.head import Head, Scorer, sizes_on
 from switchkd.forward.parallel import Together
 from switchkd.forward.served import ServedModel, ServedReader
 from switchkd.models.pair import Pair
-from switchkd.teachers.across import TeacherAcross, Voice, laid_out, matches
+from switchkd.teachers.across import Tally, TeacherAcross, Voice, compared, joined
 from switchkd.teachers.said import SeveralTeachers, Teacher, TeacherStates, TeacherTopK
 
 Rows = Sequence[Text]
@@ -71,19 +71,23 @@ class GroupReader:
 
 
 class Teachers:
-    """The teachers of a pair, for a student on ``device``."""
+    """The teachers of a pair, for a student on ``device``.
 
-    def __init__(self, pair: Pair, device: torch.device):
+    Those with a tokenizer of their own are compared with it by the ``alignment``; the ``tally`` says at how many tokens.
+    """
+
+    def __init__(self, pair: Pair, device: torch.device, alignment: str = "strict"):
         self.pair, self.device, self.together = pair, device, Together.of(pair.teacher)
         stay = pair.teachers_stay or not self.together.alone
         named = {name: model if stay else model.to(device) for name, model in pair.named_teachers.items()}
         self._readers = {name: side_reader(model, pair.side_of(name)) for name, model in named.items()}
-        self._laws = {name: SharedLaw.of(bridge, device) for name, bridge in pair.bridges.items()}
+        self._laws = {name: alignment_of(alignment, bridge, device) for name, bridge in pair.bridges.items()}
+        self.tally = Tally()
 
     def trained(self, row: Text) -> int:
         """How many tokens of a row its teacher speaks of: those that match, where it has a tokenizer of its own."""
-        bridge = self.pair.bridges.get(row.teacher)
-        return len(row.completion_ids) if bridge is None else len(matches(bridge, row)[0])
+        law = self._laws.get(row.teacher)
+        return len(row.completion_ids) if law is None else len(compared(law, row))
 
     @torch.no_grad()
     def voices(self, rows: Rows) -> list[Voice]:
@@ -105,15 +109,20 @@ class Teachers:
 
     def _voice(self, name: str, rows: Rows, places: Sequence[int], starts: Tensor) -> Voice:
         """What a teacher with a tokenizer of its own says of its rows, at these places of a batch."""
-        own = [rows[place] for place in places]
+        own, law = [rows[place] for place in places], self._laws[name]
         states = self._states(name, own)
-        found = [matches(self.pair.bridges[name], row) for row in own]
-        _, theirs = laid_out(found, [(0, len(row.teacher_completion)) for row in own])
+        found = [compared(law, row) for row in own]
+        self.tally.tokens += sum(len(row.completion_ids) for row in own)
+        self.tally.compared += sum(map(len, found))
         mine = torch.cat(
-            [starts[:0], *(torch.from_numpy(at) + starts[i] for i, (at, _) in zip(places, found, strict=True))]
+            [starts[:0], *(torch.from_numpy(p.student) + starts[i] for i, p in zip(places, found, strict=True))]
         )
-        hidden = states.hidden[torch.from_numpy(theirs).to(states.hidden.device)]
-        return Voice(TeacherAcross(states.head, hidden, self._laws[name]), mine.to(self.device))
+        if not own:  # of another process alone
+            return Voice(TeacherStates(states.head, states.hidden), mine.to(self.device))
+        at = joined(found, [(0, len(row.teacher_completion)) for row in own])
+        hidden = states.hidden[torch.from_numpy(at.teacher).to(states.hidden.device)]
+        logs = _of_reading(states, own).to(self.device) if law.reads_tokens else None
+        return Voice(TeacherAcross(states.head, hidden, law, at, logs, self.tally), mine.to(self.device))
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Teacher:
@@ -148,3 +157,16 @@ class Teachers:
         if not unknown:
             hidden = torch.cat([hidden, *(states.to(hidden.device) for states in known)])
         return TeacherStates(reader.head, hidden)
+
+
+def _of_reading(states: TeacherStates, rows: Rows) -> Tensor:
+    """Log-probabilities ``[N]`` that a teacher gives to the tokens of its reading of rows."""
+    head, device = states.head, states.hidden.device
+    ids = torch.tensor([i for row in rows for i in row.teacher_completion], dtype=torch.int64, device=device)
+    ids = head.ends.events(ids)
+    step = max(1, sizes_on(device).chunk // (4 * head.vocab_size))
+    parts = [
+        head.log_probs(head(hidden)).gather(1, own.unsqueeze(1))[:, 0]
+        for hidden, own in zip(states.hidden.split(step), ids.split(step), strict=True)
+    ]
+    return torch.cat([states.hidden.new_zeros(0), *parts])

@@ -63,9 +63,9 @@ class Learner:
             shard(self.student, accelerator, compute or self.student.dtype)
         self.masters = Masters(self.student, compute)
         self.optimizer = adamw(list(self.masters.named.values()), config)
-        self.teachers = Teachers(pair, accelerator.device)
+        self.teachers = Teachers(pair, accelerator.device, config.alignment)
         if pair.bridges:
-            check_across(config.objective)
+            check_across(config.objective, config.alignment)
 
     def update(self, parts: Sequence[Part], step: int, rate: float) -> tuple[list[float], int, float]:
         """Gradient over the window, finite check, clip, AdamW at the learning rate ``rate``, behind ``step`` updates.

@@ -46,6 +46,10 @@ class TrainConfig(ModelConfig, DataConfig, DecodeConfig, EvalConfig):
     """Name and source of the method, for lists; moves nothing."""
     objective: Objective = field(default_factory=SkewReverseKL)
     """What is lowered at every response token: a name of `switchkd methods`, or my_module:MyObjective."""
+    alignment: Literal["strict", "prefix", "sorted"] = "strict"
+    """Where teacher and student have different tokenizers, what the objective compares: the tokens that both have, where they match
+    one to one (strict); every student token, with the teacher's tokens that begin like it (prefix); probabilities by rank, whatever
+    the tokens are (sorted, the ULD loss)."""
     mix: Mix = field(default_factory=lambda: Generated(lmbda=0.5))
     """Which text a step reads: ground_truth, teacher_text, generated, pairs or adaptive."""
     max_new_tokens_start: int = 0

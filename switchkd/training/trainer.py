@@ -258,6 +258,7 @@ class Trainer:
             metrics["lm_loss"] = losses[1]
         if self.learner.balance:
             metrics["aux_loss"] = losses[-1]
+        metrics |= self.learner.teachers.tally.take()
         for name, memory in (("objective", self.objective_memory), ("mix", self.reading.memory)):
             metrics |= {f"{name}/{key}": value for key, value in memory.items()}
         if rollouts:

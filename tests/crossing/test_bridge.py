@@ -248,6 +248,10 @@ def test_ids_that_a_model_may_not_draw_are_not_shared():
     assert bridge.shared[STUDENT].max() < 300
     assert (5, bridge.teacher.end) in pairs(bridge.shared)
     assert 5 not in bridge.shared[TEACHER]
+    other = Bridge(side("coarse"), Side(tokenizer, len(tokenizer), Ends((6,)), "teacher"))
+    assert other.teacher.bytes_of([6, 7, 10**6]) == [b"", other.teacher.spelling.bytes_of[7], b""]
+    assert 6 not in other.shared[STUDENT]  # which is text to the student, and the end to the teacher
+    assert (other.student.end, 6) in pairs(other.shared)
 
 
 def test_nothing_in_common_is_refused():

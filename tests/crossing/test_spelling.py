@@ -251,11 +251,28 @@ def test_a_slow_tokenizer_is_refused():
 
 
 def test_composition_alone_is_taken_and_left_out():
-    """Qwen composes letters and accents (NFC). A text stays what it is."""
-    own = Spelling(with_normalizer(byte_level(300), normalizers.NFC()), "student")
+    """Qwen composes letters and accents (NFC). A text stays what it is, in the tokens that it has without that."""
+    tokenizer = byte_level(300, [*LINES, "e\u0301 " * 200])
+    own = Spelling(with_normalizer(tokenizer, normalizers.NFC()), "student")
     data = "e\u0301 é".encode()
     assert own.decode(own.encode(data)) == data
-    assert len(own.encode("e\u0301".encode())) == 3
+    assert own.encode("e\u0301".encode()) == tokenizer.encode("e\u0301")
+    assert len(own.encode("e\u0301".encode())) == 2
+
+
+def test_a_character_whose_bytes_are_changed_in_part_is_written_whole():
+    """A closing quotation mark in place of the opening one: two bytes of three are right."""
+    own = Spelling(with_normalizer(sentencepiece(), normalizers.Replace("“", "”")), "student")
+    data = "the “cat” sat".encode()
+    assert own.decode(own.encode(data)) == data
+    assert own.encode("“".encode()) == [own._single[byte] for byte in "“".encode()]
+
+
+def test_text_that_spells_a_special_token_is_cut_as_any_other():
+    lines = [*LINES, "<|end|> " * 200]
+    plain, marked = (Spelling(byte_level(300, lines, eos), "student") for eos in ("<|stop|>", "<|end|>"))
+    assert marked.encode(b"a<|end|>") == plain.encode(b"a<|end|>")
+    assert len(plain.encode(b"<|end|>")) < 4
 
 
 def test_what_is_put_around_texts_is_left_out():
@@ -269,6 +286,8 @@ def test_what_is_put_around_texts_is_left_out():
             "single": single,
         }
         settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        settings["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+        settings["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"}
         settings["model"]["dropout"] = 0.9
 
     tokenizer = rebuilt(byte_level(300), surround)
