@@ -76,11 +76,12 @@ CURVES = (
     ("speed", "Speed", ("tokens_per_second", "decode/tokens_per_second")),
     ("memory", "Memory", ("memory_gib",)),
 )
-# What a curve says that its lines do not, to a person who meets it for the first time.
+# What has to be known of a metric by a person who meets it for the first time.
 WORDS = {
-    "crossing": "Teacher and student cut text into different tokens. The student learns at those of its tokens that are a token of "
-    "the teacher too, at the same place: the first line is their share. There both models are compared on the tokens that both "
-    "have, whose probability should be near 100%: what is missing from it is not compared.",
+    "cross/coverage": "Teacher and student cut text into different tokens, so that the two can be compared, and the student "
+    "trained, at some of the student's tokens only: the first line is their share.",
+    "cross/student_mass": "There they are compared on the tokens that both have. The probability of these should be near 100%: what "
+    "is missing from it is not compared.",
 }
 # What a step's time is spent on, in words, and how strong each is drawn, so that they differ in grey too.
 PARTS = {"generate": ("writing text", 0.95), "teacher": ("reading by the teacher", 0.7), "update": ("updating", 0.45)}
@@ -161,7 +162,10 @@ def _curve(runs: Mapping[str, Steps], name: str, title: str, metrics: Sequence[s
     ]
     notes = panel_notes(panels)
     return Curve(
-        name, title, draw(panels, "", width=WIDTH), " ".join(part for part in (*told, WORDS.get(name), notes) if part)
+        name,
+        title,
+        draw(panels, "", width=WIDTH),
+        " ".join(part for part in (*told, *(WORDS.get(metric) for metric in drawn), notes) if part),
     )
 
 

@@ -200,7 +200,8 @@ def test_a_page_says_that_they_take_turns_by_words_and_what_they_share(run):
     assert f"{both:,} spell the same; 75% of the text's tokens are trained on" in text
     assert "What the two tokenizers share." in text and "tokens that are trained on is 75%" in text
     assert (
-        "The student learns at those of its tokens" in text
+        "the first line is their share" in text
+        and "should be near 100%" in text
         and made.count("the teacher's probability of shared tokens") > 1
     )
 
