@@ -80,8 +80,8 @@ CURVES = (
 WORDS = {
     "cross/coverage": "Teacher and student cut text into different tokens, so that the two can be compared, and the student "
     "trained, at some of the student's tokens only: the first line is their share.",
-    "cross/student_mass": "There they are compared on the tokens that both have. The probability of these should be near 100%: what "
-    "is missing from it is not compared.",
+    "cross/student_mass": "There they are compared on the tokens that both have. The probability of these should be near 100%: "
+    "what is missing from it is not compared.",
 }
 # What a step's time is spent on, in words, and how strong each is drawn, so that they differ in grey too.
 PARTS = {"generate": ("writing text", 0.95), "teacher": ("reading by the teacher", 0.7), "update": ("updating", 0.45)}
