@@ -1,6 +1,7 @@
 """Small tokenizers of several kinds over one text, models that speak them, and bridges between them."""
 
 import copy
+import json
 from functools import cache
 
 import torch
@@ -33,32 +34,74 @@ def byte_level(size: int, lines=LINES, eos: str = "<|end|>", digits: bool = Fals
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos)
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+MARKS = ("<unk>", "<s>", "</s>")
+
+
 def sentencepiece(size: int = 420, lines=LINES, fallback: bool = True) -> PreTrainedTokenizerFast:
     """A tokenizer in the manner of Llama 2: a space before every text, ▁ for spaces, a token for every byte."""
+    backend = _pieces(size, lines, fallback)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([*_back(fallback), decoders.Strip(" ", 1, 0)])
+    return _marked(backend)
+
+
+def gemma(size: int = 420) -> PreTrainedTokenizerFast:
+    """In the manner of Gemma: no space before a text, spaces cut as they are, and blank lines among the added tokens."""
+    backend = _pieces(size, LINES, True)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous")
+    backend.decoder = decoders.Sequence(_back(True))
+    backend.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("▁▁", normalized=False)])
+    return _marked(backend)
+
+
+def metaspace(scheme: str, size: int = 420) -> PreTrainedTokenizerFast:
+    """Spaces made ▁ by the pre-tokenizer, one before every text ("always") or its first part ("first")."""
+    backend = _pieces(size, LINES, True)
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+    return _marked(backend)
+
+
+def unigram(lines=LINES) -> PreTrainedTokenizerFast:
+    """The most likely of all ways to cut a text, where </s> and <0x41> are pieces like all others."""
+    pieces = sorted({piece for line in lines for piece in _parts(line.replace(" ", "▁"))})
+    vocab = [*((mark, 0.0) for mark in (*MARKS, *BYTES)), *((piece, -9.0 + len(piece)) for piece in pieces)]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(_back(True))
+    return _marked(backend)
+
+
+def _parts(line: str) -> list[str]:
+    found = [line[at : at + length] for length in (1, 2, 4) for at in range(len(line) - length + 1)]
+    return [part for part in found if "▁" not in part[1:]]
+
+
+def _pieces(size: int, lines, fallback: bool) -> Tokenizer:
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=fallback, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split(pattern="▁", behavior="merged_with_next")
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if fallback)]
+    specials = [*MARKS, *(BYTES if fallback else [])]
     backend.train_from_iterator(
         lines, trainers.BpeTrainer(vocab_size=size, special_tokens=specials, show_progress=False)
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
-    parts = [decoders.Replace("▁", " "), *([decoders.ByteFallback()] if fallback else []), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_with_specials(backend, ("<unk>", "<s>", "</s>")),
-        eos_token="</s>",
-        unk_token="<unk>",
-        bos_token="<s>",
-    )
-    return tokenizer
+    return _with_specials(backend, MARKS)
+
+
+def _back(fallback: bool) -> list:
+    return [decoders.Replace("▁", " "), *([decoders.ByteFallback()] if fallback else []), decoders.Fuse()]
+
+
+def _marked(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", bos_token="<s>")
 
 
 def _with_specials(backend: Tokenizer, marks: tuple[str, ...]) -> Tokenizer:
     """Of the trainer's special tokens the bytes become ordinary ones, as in files of real models."""
-    import json
-
     settings = json.loads(backend.to_str())
     settings["added_tokens"] = [each for each in settings["added_tokens"] if each["content"] in marks]
     return Tokenizer.from_str(json.dumps(settings))
@@ -68,6 +111,10 @@ TOKENIZERS = {
     "coarse": lambda: byte_level(460),
     "fine": lambda: byte_level(300, LINES[:2] * 4, digits=True),
     "sentencepiece": sentencepiece,
+    "gemma": gemma,
+    "metaspace": lambda: metaspace("always"),
+    "metaspace first": lambda: metaspace("first"),
+    "unigram": unigram,
 }
 
 

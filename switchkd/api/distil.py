@@ -154,7 +154,16 @@ def _loaded(
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(_name(teacher), own.teacher_dtype)
     lora = config if config.use_peft else None
-    return pair_of(teacher, student, tokenizer, lora=lora, seed=config.seed, template=config.prompts)
+    return pair_of(
+        teacher, student, tokenizer, lora=lora, seed=config.seed, template=config.prompts, marks=config.shared_marks,
+        teacher_tokenizer=_other_tokenizer(teacher, tokenizer),
+    )  # fmt: skip
+
+
+def _other_tokenizer(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The teacher's own tokenizer, where it is known and is not the student's."""
+    own = load_tokenizer(teacher.name_or_path) if teacher.name_or_path else tokenizer
+    return None if own.get_vocab() == tokenizer.get_vocab() else own
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.api.show import Shown, scores_html, texts_html
+from switchkd.base.errors import ModelError
 from switchkd.base.plain import Lines
 from switchkd.base.storage import write_file
 from switchkd.decoding.rollouts import Rollout
@@ -70,7 +72,15 @@ class Run:
     def rollouts(self, most: int = 8) -> Shown:
         """At most so many of the texts that were generated in training, evenly spread over it. In a notebook they show who wrote
         which token; as a sequence they are `Rollout` objects."""
-        return Shown(tuple(map(Rollout.from_json, self.record.rollouts(most))), self.tokenizer)
+        texts = tuple(map(Rollout.from_json, self.record.rollouts(most)))
+        teachers = {text.teacher for text in texts if text.teacher_completion_ids is not None}
+        sides = {}
+        for teacher in sorted(teachers):
+            with suppress(
+                ModelError
+            ):  # its tokenizer is not on this machine: then texts are shown by the student's tokens
+                sides[teacher] = self.record.sides(teacher)
+        return Shown(texts, self.tokenizer, sides)
 
     def report(self, file: str | Path | None = None) -> Path:
         """Write the report, one HTML page that needs no network, and return its path; default ``report.html`` in the run."""
@@ -84,5 +94,5 @@ class Run:
         parts: list[Any] = [f"<p><b>{escape(str(self.path))}</b>: {escape(self.record.state)}</p>"]
         parts += [scores_html(self.scores)] if self.scores else []
         texts = self.rollouts(3)
-        parts += [texts_html(texts, self.tokenizer)] if len(texts) else []
+        parts += [texts_html(texts, self.tokenizer, texts.sides)] if len(texts) else []
         return "".join(parts)

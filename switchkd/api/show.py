@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
 from switchkd.base.terminal import number
 from switchkd.methods.policy import TEACHER
-from switchkd.reports.viewer import pieces
+from switchkd.reports.record import sides_of
+from switchkd.reports.viewer import Sides, Word, drawn, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ class Shown(Sequence["Rollout"]):
 
     rollouts: tuple[Rollout, ...]
     tokenizer: PreTrainedTokenizerBase
+    sides: Mapping[str, Sides] = field(default_factory=dict)  # by teacher, of those with another tokenizer
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -40,44 +43,60 @@ class Shown(Sequence["Rollout"]):
     @overload
     def __getitem__(self, place: slice) -> Shown: ...
     def __getitem__(self, place: int | slice) -> Rollout | Shown:
-        return Shown(self.rollouts[place], self.tokenizer) if isinstance(place, slice) else self.rollouts[place]
+        return replace(self, rollouts=self.rollouts[place]) if isinstance(place, slice) else self.rollouts[place]
 
     def __repr__(self) -> str:
         return f"<{len(self)} texts; in a notebook they show who wrote each token>"
 
     def _repr_html_(self) -> str:
-        return texts_html(self.rollouts, self.tokenizer)
+        return texts_html(self.rollouts, self.tokenizer, self.sides)
 
 
-def show(rollouts: Rollout | Iterable[Rollout], tokenizer: PreTrainedTokenizerBase) -> Shown:
+def show(
+    rollouts: Rollout | Iterable[Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Shown:
     """One decoded text or several, as a notebook shows them: the teacher's tokens marked, the divergence at each when one points
-    at it."""
+    at it.
+
+    ``tokenizer`` is the student's. With a ``teacher_tokenizer``, texts that such a teacher had a part in are shown by words, with
+    the tokens of both.
+    """
     from switchkd.decoding.rollouts import Rollout
 
-    return Shown((rollouts,) if isinstance(rollouts, Rollout) else tuple(rollouts), tokenizer)
+    texts = (rollouts,) if isinstance(rollouts, Rollout) else tuple(rollouts)
+    if teacher_tokenizer is None:
+        return Shown(texts, tokenizer)
+    sides = sides_of(tokenizer, teacher_tokenizer)
+    return Shown(texts, tokenizer, {rollout.teacher: sides for rollout in texts})
 
 
-def texts_html(rollouts: Iterable[Rollout], tokenizer: PreTrainedTokenizerBase) -> str:
+def texts_html(
+    rollouts: Iterable[Rollout], tokenizer: PreTrainedTokenizerBase, sides: Mapping[str, Sides] = MappingProxyType({})
+) -> str:
     """Prompts and completions, the teacher's tokens marked."""
-    return _LEGEND + "".join(_text_html(rollout, tokenizer) for rollout in rollouts)
+    return _LEGEND + "".join(_text_html(rollout, tokenizer, sides.get(rollout.teacher)) for rollout in rollouts)
 
 
-def _text_html(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+def _text_html(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, sides: Sides | None) -> str:
     prompt = escape("".join(pieces(tokenizer, rollout.prompt_ids)))
-    words = pieces(tokenizer, rollout.completion_ids)
-    tokens = zip(words, rollout.speakers, rollout.divergences, rollout.thresholds, strict=True)
-    said = "".join(_token_html(*token) for token in tokens)
+    said = "".join(_word_html(rollout, word) for word in drawn(rollout, tokenizer, sides))
     return (
         f'<details><summary><small>prompt</small></summary><pre style="white-space:pre-wrap">{prompt}</pre></details>'
         f'<pre style="white-space:pre-wrap">{said}</pre>'
     )
 
 
-def _token_html(piece: str, speaker: int, divergence: float, threshold: float) -> str:
-    seen = {"divergence": divergence, "threshold": threshold}
+def _word_html(rollout: Rollout, word: Word) -> str:
+    """A token; where there are two tokenizers a word, with its tokens."""
+    t = word.places.start
+    seen = {"divergence": rollout.divergences[t], "threshold": rollout.thresholds[t]}
     title = ", ".join(f"{name} {number(value)}" for name, value in seen.items() if math.isfinite(value))
-    style = f' style="{_TEACHER}"' if speaker == TEACHER else ""
-    return f'<span title="{escape(title)}"{style}>{escape(piece)}</span>'
+    if any(word.tokens):
+        title = " · ".join(part for part in (word.told, title) if part)
+    style = f' style="{_TEACHER}"' if rollout.speakers[t] == TEACHER else ""
+    return f'<span title="{escape(title)}"{style}>{escape(word.text)}</span>'
 
 
 def scores_html(scores: Mapping[str, Mapping[str, float]]) -> str:

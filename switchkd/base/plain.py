@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import yaml
 
@@ -195,7 +195,10 @@ class _Shape(NamedTuple):
 def _shape(hint: Any) -> _Shape:
     # Asked for every value of a file, of which there are millions.
     if typing.is_typeddict(hint):
-        fields = typing.get_type_hints(hint, include_extras=True)
+        hints = typing.get_type_hints(hint, include_extras=True)
+        fields = {
+            name: typing.get_args(h)[0] if typing.get_origin(h) is NotRequired else h for name, h in hints.items()
+        }
         relations = [each for kind, each in _RELATIONS if kind.__annotations__.keys() <= fields.keys()]
         return _Shape(dict, (), _NUMBER, fields, hint.__required_keys__, relations)
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)

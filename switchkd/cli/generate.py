@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from switchkd.data.fields import Message
     from switchkd.data.settings import Template
     from switchkd.data.texts import TokenizedExample
-    from switchkd.decoding.rollouts import Rollouts
+    from switchkd.decoding.rollouts import Rollout, Rollouts
     from switchkd.models.pair import Pair
 
 
@@ -111,8 +111,21 @@ def generate(config: GenerateConfig) -> None:
         print_rollout(rollout, pair.tokenizer)
     console.print(cost_line(rollouts.cost), soft_wrap=True)
     if config.output_file:
-        records = [{**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids)} for r in rollouts]
+        records = [
+            {**r.to_json(), "text": pair.tokenizer.decode(r.completion_ids), **_words(r, pair)} for r in rollouts
+        ]
         write_output(Path(config.output_file), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _words(rollout: Rollout, pair: Pair) -> dict[str, Any]:
+    """Who wrote each word, where teacher and student have different tokenizers."""
+    from switchkd.reports.viewer import drawn
+
+    if rollout.teacher_completion_ids is None:
+        return {}
+    found = drawn(rollout, pair.tokenizer, pair.bridges[rollout.teacher].sides)
+    names = ("student", "teacher")
+    return {"words": [{"text": w.text, "speaker": names[rollout.speakers[w.places.start]]} for w in found]}
 
 
 def _open_alone(name: str, dtype: str, template: Template, load_in_4bit: bool) -> Pair:

@@ -94,14 +94,16 @@ class Bridge:
     def matches(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Where two readings of one completion have one and the same shared token: its places in each, ``[n]`` ascending.
 
-        Ends match where both readings have one behind the whole text. Raises DataError where they spell two texts.
+        Ends match where both readings have one behind the whole text. One may read the beginning of the text alone.
+        Raises DataError where they spell two texts.
         """
         mine, theirs = self.student.bytes_of(student_ids), self.teacher.bytes_of(teacher_ids)
         left, right = one_to_one(mine, theirs)
         own, others = (np.asarray(ids, dtype=np.int64) for ids in (student_ids, teacher_ids))
         same = self._partner[own[left]] == others[right]
         left, right = left[same], right[same]
-        if _ended(student_ids, self.student) and _ended(teacher_ids, self.teacher):
+        whole = sum(map(len, mine)) == sum(map(len, theirs))
+        if whole and _ended(student_ids, self.student) and _ended(teacher_ids, self.teacher):
             left, right = np.append(left, len(student_ids) - 1), np.append(right, len(teacher_ids) - 1)
         return left, right
 
@@ -111,12 +113,26 @@ class Bridge:
     def shared(self) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that both have, ``[C]`` ids of the student, ascending, and of the teacher: equal bytes, marks, and the end."""
         mine, theirs = (side.spelling.ids for side in self.sides)
-        pairs = {mine[data]: theirs[data] for data in mine.keys() & theirs.keys()}
-        pairs |= {self._mark(self.student, own): self._mark(self.teacher, other) for own, other in self.marks.items()}
+        same = mine.keys() & theirs.keys()
+        # Of several with the same bytes, such as A and <0x41>, the ones that text is cut into are a pair, and then the others.
+        pairs = {own: other for data in same for own, other in zip(mine[data], theirs[data], strict=False)}
+        named = self._named
+        pairs = {own: other for own, other in pairs.items() if other not in named.values()} | named
         pairs = {own: other for own, other in pairs.items() if self._drawn(own, other)}
         pairs[self.student.end] = self.teacher.end
         student = np.array(sorted(pairs), dtype=np.int64)
         return student, np.array([pairs[index] for index in student.tolist()], dtype=np.int64)
+
+    @cached_property
+    def _named(self) -> dict[int, int]:
+        """The marks by their ids."""
+        found = {self._mark(self.student, own): self._mark(self.teacher, other) for own, other in self.marks.items()}
+        if len(set(found.values())) < len(found):
+            twice = next(name for name in self.marks.values() if [*self.marks.values()].count(name) > 1)
+            raise VocabularyError(
+                f"shared_marks names the teacher's {twice!r} for two tokens of the student; it can mean the same as one alone"
+            )
+        return found
 
     def _drawn(self, own: int, other: int) -> bool:
         """Whether both models may draw the token as text."""
@@ -143,7 +159,8 @@ class Bridge:
         """Whether all that student and teacher may draw is shared, but for ends that count as another one."""
         found = []
         for ids, side in zip(self.shared, self.sides, strict=True):
-            found.append({*ids.tolist(), *side.ends.ids} == set(range(side.vocab_size)))
+            others = () if side.ends.merged_into is None else side.ends.ids
+            found.append({*ids.tolist(), *others} == set(range(side.vocab_size)))
         return found[STUDENT], found[TEACHER]
 
     # --- words ----------------------------------------------------------------------------------------------------

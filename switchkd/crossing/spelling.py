@@ -23,8 +23,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SELDOM = frozenset((0xC0, 0xC1, *range(0xF1, 0x100), *range(0x20), 0x7F)) - frozenset(b"\t\n\r\xf3\xf4")
 # Capitals, marks, ligatures, full-width forms and white space: what a tokenizer that normalises text would change.
 PROBE = "Hello WORLD  naïve Ångström ﬁne ½ Ａｂ ①\n\n\tx = 42;  東京 🙂 don't…"
-# Texts whose ids are kept: words come again and again.
-_KEPT = 2**16
+# Words come again and again: the ids of so many texts of at most so many bytes are kept.
+_KEPT, _WORD = 2**16, 64
 
 
 class Spelling:
@@ -48,48 +48,77 @@ class Spelling:
         self.role, self._by_bytes = role, _kinds(settings["decoder"], settings["pre_tokenizer"])
         self.bytes_of = self._bytes_of(tokenizer)
         self._plain = _plain(settings)
-        self._known: dict[bytes, list[int]] = {}
+        self._known: dict[bytes, tuple[int, ...]] = {}
         self._check()
 
     @cached_property
-    def ids(self) -> dict[bytes, int]:
-        """The token of some bytes: of several the one that text is cut into, else the first."""
+    def ids(self) -> dict[bytes, list[int]]:
+        """The tokens of some bytes: of several the one that text is cut into is the first."""
         found: dict[bytes, list[int]] = {}
         for index, data in enumerate(self.bytes_of):
             if data:
                 found.setdefault(data, []).append(index)
-        return {data: same[0] if len(same) == 1 else self._usual(data, same) for data, same in found.items()}
+        return {data: same if len(same) == 1 else self._usual_first(data, same) for data, same in found.items()}
 
-    def _usual(self, data: bytes, same: list[int]) -> int:
+    def _usual_first(self, data: bytes, same: list[int]) -> list[int]:
         own = self.encode(data)
-        return own[0] if len(own) == 1 and own[0] in same else same[0]
+        return sorted(same, key=lambda index: own != [index])
 
     def encode(self, data: bytes) -> list[int]:
         """The ids of these bytes, which need not be whole characters: ``decode(encode(data)) == data``.
 
         Raises DataError for bytes that no ids spell.
         """
-        if data not in self._known:
+        if data in self._known:
+            return list(self._known[data])
+        ids: list[int] = []
+        for part in _characters(data):
+            ids += self._encode(text) if (text := _text(part)) else self._bytewise(part)
+        if len(data) <= _WORD:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            self._known[data] = [index for part in _characters(data) for index in self._encode(part)]
-        return self._known[data]
+            self._known[data] = tuple(ids)
+        return ids
 
     def decode(self, ids: list[int]) -> bytes:
         """The bytes that tokens stand for."""
         return b"".join(self.bytes_of[index] for index in ids)
 
-    def _encode(self, part: bytes) -> list[int]:
-        """Ids of whole characters as the tokenizer cuts them, where these spell them; else of each character or byte."""
-        if text := _text(part):
+    def _encode(self, text: str) -> list[int]:
+        """Ids as the tokenizer cuts a text; a character that it would change is written in bytes, and the rest cut anew."""
+        found: list[int] = []
+        while text:
+            data = text.encode()
             ids = self._plain.encode(text, add_special_tokens=False).ids
-            if self.decode(ids) == part:
-                return ids
-            if len(text) > 1:
-                return [index for character in text for index in self._encode(character.encode())]
-        if not self.spells(part):
-            raise DataError(f"the {self.role}'s tokenizer has no tokens for {part!r}")
-        return [self._single[byte] for byte in part]
+            if self.decode(ids) == data:
+                return found + ids
+            kept, length = self._right(ids, data)
+            text = data[length:].decode()
+            found += kept + self._character(text[0])
+            text = text[1:]
+        return found
+
+    def _right(self, ids: list[int], data: bytes) -> tuple[list[int], int]:
+        """The first of these tokens, as far as they spell whole characters of ``data``, and how many bytes these are."""
+        kept = length = at = 0
+        for place, index in enumerate(ids):
+            own = self.bytes_of[index]
+            if not own or not data.startswith(own, at):
+                break
+            at += len(own)
+            if at == len(data) or data[at] & 0xC0 != 0x80:
+                kept, length = place + 1, at
+        return ids[:kept], length
+
+    def _character(self, character: str) -> list[int]:
+        ids: list[int] = self._plain.encode(character, add_special_tokens=False).ids
+        data = character.encode()
+        return ids if self.decode(ids) == data else self._bytewise(data)
+
+    def _bytewise(self, data: bytes) -> list[int]:
+        if not self.spells(data):
+            raise DataError(f"the {self.role}'s tokenizer has no tokens for {data!r}")
+        return [self._single[byte] for byte in data]
 
     @cached_property
     def missing(self) -> frozenset[int]:
@@ -132,10 +161,11 @@ class Spelling:
                 f"the {self.role}'s tokenizer has no token for {len(missing)} single bytes ({shown} …; no byte fallback), so that "
                 "some texts of the other model cannot be spelled with it; take a model whose tokenizer can write any text"
             )
-        ids = self._plain.encode(PROBE, add_special_tokens=False).ids
-        if (found := self.decode(ids)) != PROBE.encode():
+        text = f" {PROBE} "
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if (found := self.decode(ids)) != text.encode():
             raise VocabularyError(
-                f"the {self.role}'s tokenizer changes text before it cuts it: {_difference(PROBE, found)}. The two models would "
+                f"the {self.role}'s tokenizer changes text before it cuts it: {_difference(text, found)}. The two models would "
                 "not read one text; take a model whose tokenizer keeps every character"
             )
 

@@ -16,7 +16,7 @@ from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
-from switchkd.data.small_data import SMALL, small_pair_paths
+from switchkd.data.small_data import SMALL, small_pair_folder, small_pair_paths
 from switchkd.models import pypi_pairs
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.settings import AUTO, BASE, Place, chosen_dtype, quantised
@@ -246,6 +246,14 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
         return name
     teacher, student = small_pair_paths() if name == SMALL else pypi_pairs.pair_paths(name)
     return str(teacher if role == "teacher" else student)
+
+
+def made_folder(name: str, role: Literal["teacher", "student"]) -> str:
+    """``made`` for a pair that was made already; else ``name``. Nothing is made."""
+    if name not in MADE:
+        return name
+    pair = small_pair_folder() if name == SMALL else pypi_pairs.pair_folder(name)
+    return str(pair / role) if pair.is_dir() else name
 
 
 def is_adapter(name: str | Path) -> bool:

@@ -174,11 +174,12 @@ def pair_of(
     seed: int = 0,
     template: str | Template = AUTO,
     teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Pair:
     """A pair of models that are loaded already, with the tokenizer of both, checked as `load_pair` checks one.
 
-    A teacher with another one has ``teacher_tokenizer``. The student is trained in place. ``lora`` puts a new adapter of these
-    settings on it.
+    A teacher with another one has ``teacher_tokenizer``; ``marks`` are as there. The student is trained in place. ``lora`` puts a
+    new adapter of these settings on it.
     Raises ConfigError for a student that has an adapter already, ModelError for a model that cannot be decoded here,
     VocabularyError where a model has too few logits rows for the tokenizer.
     """
@@ -197,7 +198,7 @@ def pair_of(
         add_adapter(student, lora, seed, beside)
     teacher.requires_grad_(False)
     tokenizers = {"": teacher_tokenizer or tokenizer}
-    pair = _put_together({"": teacher}, student, tokenizers, tokenizer, template, own_templates=False)
+    pair = _put_together({"": teacher}, student, tokenizers, tokenizer, template, own_templates=False, marks=marks)
     notes = (frozen_note(beside),) if beside else ()
     stay = teacher.device != student.device
     return replace(pair, warnings=notes + pair.warnings, folder_dtype=given, teachers_stay=stay)

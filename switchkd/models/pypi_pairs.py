@@ -49,6 +49,11 @@ class Told:
         stderr.print(f"{self.name} pair: {text}: {monotonic() - start:.0f} s", soft_wrap=True)
 
 
+def pair_folder(name: str) -> Path:
+    """Where a pair in `PAIRS` lies once it is made."""
+    return cache_folder() / PAIRS[name].folder
+
+
 def pair_paths(name: str, progress: bool = True) -> tuple[Path, Path]:
     """Folders of the teacher and the student of a pair in `PAIRS`.
 
@@ -57,7 +62,7 @@ def pair_paths(name: str, progress: bool = True) -> tuple[Path, Path]:
     a disk without room, or without gguf.
     """
     pair = PAIRS[name]
-    target = cache_folder() / pair.folder
+    target = pair_folder(name)
     if not target.is_dir():
         try:
             with locked(target.with_name(f"{pair.folder}.lock"), wait=True):

@@ -64,6 +64,11 @@ CURVES = (
     ("teacher_share", "Who wrote", ("switch/teacher_share", "switch/switched_share")),
     ("first_switch", "Where the teacher first took over", ("switch/first_switch",)),
     (
+        "crossing",
+        "What the two tokenizers share",
+        ("cross/coverage", "cross/student_mass", "cross/teacher_mass"),
+    ),
+    (
         "agreement",
         "How often the two models agree, and how many tokens can so be guessed ahead",
         ("decode/agreement", "decode/block_length", "decode/kept_per_block"),
@@ -71,6 +76,12 @@ CURVES = (
     ("speed", "Speed", ("tokens_per_second", "decode/tokens_per_second")),
     ("memory", "Memory", ("memory_gib",)),
 )
+# What a curve says that its lines do not, to a person who meets it for the first time.
+WORDS = {
+    "crossing": "Teacher and student cut text into different tokens. The student learns at those of its tokens that are a token of "
+    "the teacher too, at the same place: the first line is their share. There both models are compared on the tokens that both "
+    "have, whose probability should be near 100%: what is missing from it is not compared.",
+}
 # What a step's time is spent on, in words, and how strong each is drawn, so that they differ in grey too.
 PARTS = {"generate": ("writing text", 0.95), "teacher": ("reading by the teacher", 0.7), "update": ("updating", 0.45)}
 
@@ -149,7 +160,9 @@ def _curve(runs: Mapping[str, Steps], name: str, title: str, metrics: Sequence[s
         for label, own in runs.items()
     ]
     notes = panel_notes(panels)
-    return Curve(name, title, draw(panels, "", width=WIDTH), " ".join([*told, *([notes] if notes else [])]))
+    return Curve(
+        name, title, draw(panels, "", width=WIDTH), " ".join(part for part in (*told, WORDS.get(name), notes) if part)
+    )
 
 
 def _unit_panels(metrics: Steps, names: Sequence[str]) -> list[Panel]:

@@ -29,7 +29,7 @@ from switchkd.base.terminal import SAY_EVERY, console, duration, harmless, numbe
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.reports.tables import scores_line, step_line
-from switchkd.reports.viewer import SPEAKERS, bars, pieces, spoken
+from switchkd.reports.viewer import SPEAKERS, Sides, bars, drawn, spoken
 from switchkd.writing.examples import decode_examples
 
 if TYPE_CHECKING:
@@ -245,11 +245,9 @@ class _Head:
             yield Text("…", style="dim")
 
 
-PLAY_KEY = Text.assemble(
-    ("the teacher's words", SPEAKERS[1]),
-    "; under each token a bar: the divergence, how far the two models disagree about it, and below that the threshold of the rule",
-    style="dim",
-)
+PLAY_KEY = (
+    "; under each {} a bar: the divergence, how far the two models disagree about it, and below that the threshold of the rule"
+)  # fmt: skip
 
 
 def play(pair: Pair, example: TokenizedExample, settings: DecodeSettings, sample_id: int) -> Rollout:
@@ -257,15 +255,15 @@ def play(pair: Pair, example: TokenizedExample, settings: DecodeSettings, sample
 
     ``settings`` are those of ``decode_examples``, and so are the tokens.
     """
-    tokenizer = pair.tokenizer
+    tokenizer, sides = pair.tokenizer, _sides(pair, example)
     decoded = _watched if console.is_terminal else decode_examples
     rollouts = decoded(pair, [example], settings, [sample_id])
     [rollout] = rollouts
     if console.is_terminal and not rollout.error:
-        console.print(*written(rollout, tokenizer, console.width), f"({rollout.stop_reason})", sep="\n")
+        console.print(*written(rollout, tokenizer, console.width, sides), f"({rollout.stop_reason})", sep="\n")
     else:
         print_rollout(rollout, tokenizer)
-        for line in mark_lines(rollout):
+        for line in mark_lines(rollout, [unit.places.start for unit in drawn(rollout, tokenizer, sides)]):
             console.print(line, soft_wrap=True)
     console.print(cost_line(rollouts.cost), soft_wrap=True)
     return rollout
@@ -275,16 +273,23 @@ def _watched(
     pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings, sample_ids: Sequence[int]
 ) -> Rollouts:
     """``decode_examples`` of one example, drawn after every round until it is done."""
-    tokenizer = pair.tokenizer
+    tokenizer, sides = pair.tokenizer, _sides(pair, examples[0])
     console.print(visible(tokenizer.decode(examples[0].prompt_ids)), style="dim", soft_wrap=True)
-    console.print(PLAY_KEY)
+    key = PLAY_KEY.format("word" if sides else "token")
+    console.print(Text.assemble(("the teacher's words", SPEAKERS[1]), key, style="dim"))
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(rows: Rollouts) -> None:
-            lines = [*written(rows[0], tokenizer, console.width), state_line(rows, settings.max_new_tokens)]
+            lines = [*written(rows[0], tokenizer, console.width, sides), state_line(rows, settings.max_new_tokens)]
             live.update(Group(*lines[-console.height + 1 :]), refresh=True)
 
         return decode_examples(pair, examples, settings, sample_ids, watch=watch)
+
+
+def _sides(pair: Pair, example: TokenizedExample) -> Sides | None:
+    """How both models spell text, where they do not spell it alike."""
+    bridge = pair.bridges.get(example.teacher)
+    return bridge.sides if bridge else None
 
 
 def state_line(rows: Rollouts, budget: int) -> Text:
@@ -303,8 +308,11 @@ def state_line(rows: Rollouts, budget: int) -> Text:
 
 
 def _compared(row: Rollout) -> str:
-    """What the policy saw at the newest token, and what it compared that with."""
-    divergence, threshold = row.divergences[-1], row.thresholds[-1]
+    """What the policy saw at the newest token, of words at the beginning of the newest, and what it compared that with."""
+    newest = -1
+    if row.teacher_completion_ids is not None:
+        newest = max((t for t, value in enumerate(row.divergences) if not math.isnan(value)), default=-1)
+    divergence, threshold = row.divergences[newest], row.thresholds[newest]
     if math.isnan(divergence):
         return UNKNOWN
     if math.isnan(threshold):
@@ -312,27 +320,33 @@ def _compared(row: Rollout) -> str:
     return f"{number(divergence, 2)} {'>' if divergence > threshold else '≤'} {number(threshold, 2)}"
 
 
-def _marks(rollout: Rollout) -> tuple[dict[str, str], float]:
-    """Divergences and thresholds, where there are any, as bars, one a token; and what the highest bar stands for."""
-    seen = {"divergence": rollout.divergences, "threshold": rollout.thresholds}
+def _marks(rollout: Rollout, firsts: Sequence[int]) -> tuple[dict[str, str], float]:
+    """Divergences and thresholds at these tokens, where there are any, as bars; and what the highest bar stands for."""
+    both = {"divergence": rollout.divergences, "threshold": rollout.thresholds}
+    seen = {name: [values[t] for t in firsts] for name, values in both.items()}
     known = [value for values in seen.values() for value in values if math.isfinite(value)]
     top = max([1.0, *known])  # most divergences never pass 1: the bars of a text that grows then keep their heights
     return {name: bars(values, 0.0, top) for name, values in seen.items() if not all(map(math.isnan, values))}, top
 
 
-def mark_lines(rollout: Rollout) -> list[str]:
-    """The bars as plain lines, one character a token."""
-    marks, top = _marks(rollout)
+def mark_lines(rollout: Rollout, firsts: Sequence[int] | None = None) -> list[str]:
+    """The bars as plain lines, one character a token, or a word where ``firsts`` are the first tokens of the words."""
+    marks, top = _marks(rollout, range(len(rollout.completion_ids)) if firsts is None else firsts)
     return [f"{name:<10} {line}  █ is {number(top)}" for name, line in marks.items()]
 
 
-def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int) -> list[Text]:
-    """The completion in lines of at most ``width`` cells; under each the divergences of its tokens, and then their thresholds."""
-    marks, _ = _marks(rollout)
+def written(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, width: int, sides: Sides | None = None) -> list[Text]:
+    """The completion in lines of at most ``width`` cells; under each the divergences of its tokens, and then their thresholds.
+
+    With ``sides``, the words of two tokenizers take the place of tokens.
+    """
+    units = drawn(rollout, tokenizer, sides)
+    marks, _ = _marks(rollout, [unit.places.start for unit in units])
     page = _Page(width, list(marks))
-    for t, (piece, speaker) in enumerate(zip(pieces(tokenizer, rollout.completion_ids), rollout.speakers, strict=True)):
-        for words in visible(piece).expandtabs(4).replace("\n", f"{NEWLINE}\n").split("\n"):
-            page.put(words, SPEAKERS[speaker], [line[t] for line in marks.values()])
+    for place, unit in enumerate(units):
+        style, own = SPEAKERS[rollout.speakers[unit.places.start]], [line[place] for line in marks.values()]
+        for words in visible(unit.text).expandtabs(4).replace("\n", f"{NEWLINE}\n").split("\n"):
+            page.put(words, style, own)
     return page.lines
 
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from switchkd.base.errors import ModelError
 from switchkd.base.plain import Lines
 from switchkd.base.terminal import duration, number, percent
 from switchkd.decoding.rollouts import mean
@@ -30,15 +32,19 @@ from switchkd.evaluation.statistics import Estimate, difference, gap_closed, low
 from switchkd.reports.curves import PARTS, cost, run_curves, themed_svg
 from switchkd.reports.panels import quantity
 from switchkd.reports.record import RunRecord, labels
-from switchkd.reports.steps import SCORE, TEACHER, is_to_teacher, settings_text, shipped_rule, unlike
+from switchkd.reports.steps import SCORE, TEACHER, is_to_teacher, rule_words, settings_text, shipped_rule, unlike
 from switchkd.reports.tables import Sheet, difference_text, direction, estimate_text, score_words
-from switchkd.reports.viewer import answers, payload, rule_words
+from switchkd.reports.viewer import answers, payload
 
 # Bytes for the viewer and the answers; scores and curves take about a fifth.
 FOR_TEXTS, FOR_ANSWERS = 3_500_000, 600_000
 MODELS = {"student before": "Student before training", "student after": "Student after training", "teacher": "Teacher"}
 BEFORE, AFTER, JUDGE = MODELS
 MISSING = "–"
+WORDS = (
+    "Here the two cut text into different tokens and take turns by words: a word ends where a token ends for both, one of them "
+    "writes it whole, and the other reads it in its own tokens."
+)
 
 
 def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: None) -> str:
@@ -86,6 +92,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         score_words=_words(runs),
         curves=_curves(runs, names),
         has_answers=bool(data["answers"]),
+        unit="word" if all(run.two_tokenizers for run in runs) else "token",
         has_texts=bool(data["texts"]),
         data=_script_json(data),
     )
@@ -110,7 +117,7 @@ def _head(run: RunRecord, label: str, found: Sequence[Measure]) -> dict[str, Any
         "state": run.state,
         "warnings": [*bad, *run.notes],
         "measures": found,
-        "rule": rule_words(run.settings),
+        "rule": " ".join(part for part in (rule_words(run.settings), WORDS if run.two_tokenizers else "") if part),
         "settings": yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True),
     }
 
@@ -254,11 +261,25 @@ def _facts(run: RunRecord) -> dict[str, str]:
         else "nobody: it reads the data",
         "what is lowered": settings_text(settings, "objective"),
         "on which text": settings_text(settings, "mix"),
+        "two tokenizers": _crossing(run),
         "teacher": ", ".join([settings["teacher_model_name_or_path"], *settings["teachers"].values()]),
         "student": settings["student_model_name_or_path"],
         "training data": _listed(settings["train_file"]),
         "seed": str(settings["seed"]),
     }
+
+
+def _crossing(run: RunRecord) -> str:
+    """What the two tokenizers have in common and how much of the text is trained on; "" where there is one."""
+    if not run.two_tokenizers:
+        return ""
+    trained = mean(_numbers(run.metrics, "cross/coverage"))
+    told = [] if math.isnan(trained) else [f"{percent(trained)} of the text's tokens are trained on"]
+    with suppress(ModelError):  # a tokenizer is not on this machine
+        own, others = ({*side.spelling.bytes_of} - {b""} for side in run.sides(""))
+        sizes = f"of the student's {len(own):,} tokens and the teacher's {len(others):,}"
+        told = [f"{sizes}, {len(own & others):,} spell the same", *told]
+    return "; ".join(told)
 
 
 def _listed(names: str | Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from switchkd.base.errors import CheckpointError, ConfigError, DataError
+from switchkd.base.errors import CheckpointError, ConfigError, DataError, ModelError
 from switchkd.base.manifest import STAMP
 from switchkd.base.plain import (
     Lines,
@@ -25,8 +25,10 @@ from switchkd.base.plain import (
     related,
 )
 from switchkd.base.settings import from_dict, to_dict
+from switchkd.crossing.bridge import Side
 from switchkd.decoding.rollouts import RolloutRecord
 from switchkd.evaluation.results import Evaluation, read_results
+from switchkd.forward.ends import Ends
 from switchkd.models.saved_student import SCORED, STUDENT, SavedStudent, scored_another
 from switchkd.reports.steps import Steps
 from switchkd.training.checkpoint import checkpoints, step_of
@@ -70,7 +72,7 @@ class TextLine(RolloutRecord):
 
 
 class SampleLine(TextLine):
-    """A line of samples.jsonl."""
+    """A line of samples.jsonl. Where the teacher has another tokenizer, what both models say is known at tokens that both have."""
 
     reference: str | None
     scores: dict[str, float]
@@ -212,13 +214,56 @@ class RunRecord:
                 own.append(record)
         return found
 
+    @cached_property
+    def two_tokenizers(self) -> bool:
+        """Whether a teacher has another tokenizer than the student, as the first of the texts say."""
+        found = (self.path / name for name in (ROLLOUTS, SAMPLES))
+        return any(b'"teacher_completion_ids"' in _first_line(file) for file in found if file.is_file())
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The run's tokenizer, from what it saved, else from its teacher; raises ModelError if neither is on this machine."""
-        from switchkd.models.loading import load_tokenizer
+        """The run's tokenizer, the student's where there are two, from what it saved, else from the model that it began with;
+        raises ModelError if none is on this machine."""
+        from switchkd.models.loading import load_tokenizer, made_folder
 
         saved = [self.path / STUDENT, *checkpoints(self.path)]
         own = (str(folder) for folder in saved if (folder / "tokenizer.json").is_file())
-        return load_tokenizer(next(own, self.settings["teacher_model_name_or_path"]), on_disk=True)
+        begun = self.settings["teacher_model_name_or_path"]
+        if self.two_tokenizers:
+            begun = made_folder(self.settings["student_model_name_or_path"], "student")
+        return load_tokenizer(next(own, begun), on_disk=True)
+
+    def sides(self, teacher: str) -> tuple[Side, Side]:
+        """How the student and the teacher of that name, which has another tokenizer, spell text.
+
+        Raises ModelError if the tokenizer of one is not on this machine.
+        """
+        from switchkd.models.loading import load_tokenizer, made_folder
+
+        if teacher in self._sides:
+            return self._sides[teacher]
+        names = {"": self.settings["teacher_model_name_or_path"], **self.settings["teachers"]}
+        if teacher not in names:
+            raise ModelError(f"the settings name no teacher {teacher!r}")
+        read = load_tokenizer(made_folder(names[teacher], "teacher"), on_disk=True)
+        return self._sides.setdefault(teacher, sides_of(self.tokenizer(), read))
+
+    @cached_property
+    def _sides(self) -> dict[str, tuple[Side, Side]]:
+        return {}
+
+
+def _first_line(file: Path) -> bytes:
+    with file.open("rb") as lines:
+        return lines.readline()
+
+
+def sides_of(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[Side, Side]:
+    """How two tokenizers spell text, for readings that are only shown."""
+    own, other = (
+        Side(each, len(each), Ends(() if each.eos_token_id is None else (each.eos_token_id,)), role)
+        for each, role in ((student, "student"), (teacher, "teacher"))
+    )
+    return own, other
 
 
 def _of_another(run: Path, results: Mapping[str, Evaluation]) -> str:

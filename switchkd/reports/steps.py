@@ -14,6 +14,7 @@ from switchkd.methods.rules import NOUNS
 SCORE = "eval/"
 # How metrics begin that tell of text being written; the speed of it depends on the machine.
 WRITING = ("switch/", "completions/", "decode/agreement", "decode/block_length", "decode/kept_per_block")
+CROSS = "cross/"  # how metrics begin that tell what two tokenizers have in common
 # Settings that a score depends on; those that make the text that is scored; those that make the teacher's part in it.
 SCORED_BY = (
     "task", "eval_max_new_tokens", "eval_temperature", "eval_top_p", "eval_top_k", "eval_min_p", "eval_seeds", "eval_backend",
@@ -55,12 +56,14 @@ class Steps(list[dict[str, Any]]):
             return {name: self.settings.get(name) for name in SCORED_BY} | text | teacher
         if metric == "lm_loss":
             return self._known("lm_file", ["lm_file"])
-        if metric != "loss" and not metric.startswith(WRITING):
+        if metric != "loss" and not metric.startswith((*WRITING, CROSS)):
             return {}
         # A text of another day has another checksum, and is the same text.
         dated = self.settings.get(DATE)
         text = {n: self.settings.get(n) for n in TRAINED_BY} if dated else self._known("train_file", TRAINED_BY)
         teacher = self._known("teacher_model_name_or_path", TEACHER_BY)
+        if metric.startswith(CROSS):
+            return {"alignment": self.settings.get("alignment")} | text | teacher
         if is_policys(metric):
             return {"unit": self.unit} | text | teacher
         if metric == "loss":
@@ -164,3 +167,25 @@ def settings_text(settings: Mapping[str, Any], noun: str) -> str:
     own = {name: value for name, value in settings[noun].items() if name != "name"}
     given = ", ".join(f"{name}={value}" for name, value in own.items() if name not in default or value != default[name])
     return settings[noun]["name"] + (f" ({given})" if given else "")
+
+
+# Who writes the next token, in words.
+RULES = {
+    "student_only": "The student writes every token.",
+    "teacher_only": "The teacher writes every token.",
+    "switch": "The teacher writes where the two models disagree more than a threshold that depends on the place in the text; the "
+    "student writes everywhere else.",
+    "adaswitch": "The student writes until the two models suddenly disagree far more than before; then the teacher goes on.",
+    "mix_in": "Each token is drawn from a mixture of the two models.",
+    "skd": "The student writes; a token that is not among the teacher's most likely ones is written by the teacher instead.",
+    "ssd": "The teacher writes where the two models disagree more than a fixed threshold; the student writes everywhere else.",
+    "hysteresis": "The teacher takes over where the two models disagree much, and hands back where they agree again.",
+    "ca_opd": "The student writes; a token that the teacher finds too unlikely is written by the teacher instead.",
+    "trb": "Each token is drawn from a blend of the two models, as close to the teacher as a limit allows.",
+    "relay": "The student writes; where the teacher would stop to think again, it writes a few paragraphs.",
+}
+
+
+def rule_words(settings: Mapping[str, Any]) -> str:
+    """Who writes the next token in a run of these settings, in a sentence; "" for a rule that does not ship with the package."""
+    return RULES.get(settings["policy"]["name"], "")

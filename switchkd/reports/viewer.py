@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.text import Text
 
-from switchkd.base.errors import ModelError
+from switchkd.base.errors import DataError, ModelError
 from switchkd.base.plain import Lines, spread
 from switchkd.base.terminal import number, visible
+from switchkd.crossing.alignment import groups
+from switchkd.crossing.bridge import Side
 from switchkd.evaluation.results import Completion, Question
 from switchkd.evaluation.statistics import by_example
 from switchkd.methods.policy import STUDENT, TEACHER
@@ -45,12 +49,8 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
 
     ``prompts``: the watched prompts, each with its ``looks`` over training; ``texts``: those of training itself.
     """
-    notes: list[str] = []
-    try:
-        decode = _decoder(run.tokenizer())
-    except ModelError as error:
-        notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
-        decode = _as_numbers
+    reading = _Reading(run)
+    notes, decode = reading.notes, reading.decode
     tokens = Counter[int]()
     for step, count in run.looks:
         tokens[step] += count
@@ -65,8 +65,8 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
         "label": label,
         "unit": run.metrics.unit,
         "vocabulary": _vocabulary(samples, decode),
-        "prompts": _prompts(samples, decode),
-        "texts": [_text(record, decode) for record in run.rollouts(TRAINING_TEXTS)],
+        "prompts": _prompts(samples, reading),
+        "texts": [_text(record, reading) for record in run.rollouts(TRAINING_TEXTS)],
     }
     while len(json.dumps(found)) > most_bytes and max(len(shown), len(found["texts"])) > 1:
         shown = _half(shown)
@@ -76,28 +76,6 @@ def payload(run: RunRecord, label: str, most_bytes: int) -> dict[str, Any]:
             f"The prompts were answered at {len(steps)} points of training; {len(shown)} of these are shown, evenly spread."
         )
     return found | {"notes": notes}
-
-
-# Who writes the next token, in words.
-RULES = {
-    "student_only": "The student writes every token.",
-    "teacher_only": "The teacher writes every token.",
-    "switch": "The teacher writes where the two models disagree more than a threshold that depends on the place in the text; the "
-    "student writes everywhere else.",
-    "adaswitch": "The student writes until the two models suddenly disagree far more than before; then the teacher goes on.",
-    "mix_in": "Each token is drawn from a mixture of the two models.",
-    "skd": "The student writes; a token that is not among the teacher's most likely ones is written by the teacher instead.",
-    "ssd": "The teacher writes where the two models disagree more than a fixed threshold; the student writes everywhere else.",
-    "hysteresis": "The teacher takes over where the two models disagree much, and hands back where they agree again.",
-    "ca_opd": "The student writes; a token that the teacher finds too unlikely is written by the teacher instead.",
-    "trb": "Each token is drawn from a blend of the two models, as close to the teacher as a limit allows.",
-    "relay": "The student writes; where the teacher would stop to think again, it writes a few paragraphs.",
-}
-
-
-def rule_words(settings: Mapping[str, Any]) -> str:
-    """Who writes the next token in a run of these settings, in a sentence; "" for a rule that does not ship with the package."""
-    return RULES.get(settings["policy"]["name"], "")
 
 
 # --- held-out answers -----------------------------------------------------------------------------------------------
@@ -195,8 +173,31 @@ def _samples(run: RunRecord, steps: Collection[int]) -> tuple[Lines, int]:
     return run.samples_at(kept), len(wanted) - len(kept)
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    return lambda ids: pieces(tokenizer, ids)
+class _Reading:
+    """How the token ids of a run become text, and in ``notes`` what could not be had for that."""
+
+    def __init__(self, run: RunRecord):
+        self.notes: list[str] = []
+        self._run, self._unread = run, set[str]()
+        try:
+            tokenizer = run.tokenizer()
+            self.decode: Pieces = lambda ids: pieces(tokenizer, ids)
+        except ModelError as error:
+            self.notes.append(f"Token ids stand in place of words, as the tokenizer could not be opened: {error}")
+            self.decode = _as_numbers
+
+    def words(self, record: Mapping[str, Any]) -> list[Word] | None:
+        """The words of a text that a teacher with another tokenizer read; None of any other, and where its tokens are not known."""
+        teacher = record["teacher"]
+        if "teacher_completion_ids" not in record or self.decode is _as_numbers or teacher in self._unread:
+            return None
+        try:
+            return words(self._run.sides(teacher), record["completion_ids"], record["teacher_completion_ids"])
+        except (DataError, ModelError) as error:
+            self._unread.add(teacher)
+            whose = f"the teacher {teacher!r}" if teacher else "the teacher"
+            self.notes.append(f"Texts stand by the student's tokens alone, as those of {whose} are not known: {error}")
+            return None
 
 
 def _as_numbers(ids: Sequence[int]) -> list[str]:
@@ -209,47 +210,60 @@ def _vocabulary(samples: Lines, decode: Pieces) -> dict[int, str]:
     return {token: "".join(decode([token])) for token in sorted(ids)}
 
 
-def _prompts(samples: Lines, decode: Pieces) -> list[dict[str, Any]]:
+def _prompts(samples: Lines, reading: _Reading) -> list[dict[str, Any]]:
     """The samples by prompt, in the order of their steps."""
     by_prompt: dict[int, Lines] = {}
     for sample in samples:
         by_prompt.setdefault(sample["sample_id"], []).append(sample)
     return [
         {
-            "prompt": "".join(decode(looks[0]["prompt_ids"])),
+            "prompt": "".join(reading.decode(looks[0]["prompt_ids"])),
             "reference": looks[0]["reference"],
-            "looks": [_look(look, decode) for look in sorted(looks, key=lambda look: look["step"])],
+            "looks": [_look(look, reading) for look in sorted(looks, key=lambda look: look["step"])],
         }
         for looks in by_prompt.values()
     ]
 
 
-def _look(sample: dict[str, Any], decode: Pieces) -> dict[str, Any]:
-    """A completion with what both models say of every token."""
+def _look(sample: dict[str, Any], reading: _Reading) -> dict[str, Any]:
+    """A completion with what both models say of every token; of a word, what they say of it whole, and where it begins."""
+    found, places = _completion(sample, reading)
+    firsts = [place.start for place in places]
     return {
-        **_completion(sample, decode),
+        **found,
         "scores": dict(zip(sample["scores"], _rounded(list(sample["scores"].values())), strict=True)),
-        "jsd": _rounded(sample["jsd"]),
-        "logProbs": [_rounded(sample["log_probs"][who]) for who in (STUDENT, TEACHER)],
-        "top": [[[[token, _log_prob(logp)] for token, logp in best] for best in model] for model in sample["top"]],
+        "jsd": _rounded([sample["jsd"][t] for t in firsts]),
+        "logProbs": [_rounded([_sum(sample["log_probs"][who], own) for own in places]) for who in (STUDENT, TEACHER)],
+        "top": [[[[token, _log_prob(logp)] for token, logp in model[t]] for t in firsts] for model in sample["top"]],
     }
 
 
-def _text(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
+def _sum(log_probs: Sequence[float | None], places: range) -> float | None:
+    """The log-probability of some tokens together; None if one of them is not known."""
+    own = [log_probs[t] for t in places]
+    return None if None in own else sum(value for value in own if value is not None)
+
+
+def _text(record: dict[str, Any], reading: _Reading) -> dict[str, Any]:
     """A text of training: a prompt with one look."""
-    look = _completion(record, decode) | {"scores": {}}
-    return {"prompt": "".join(decode(record["prompt_ids"])), "reference": None, "looks": [look]}
+    look = _completion(record, reading)[0] | {"scores": {}}
+    return {"prompt": "".join(reading.decode(record["prompt_ids"])), "reference": None, "looks": [look]}
 
 
-def _completion(record: dict[str, Any], decode: Pieces) -> dict[str, Any]:
-    return {
+def _completion(record: dict[str, Any], reading: _Reading) -> tuple[dict[str, Any], list[range]]:
+    """A completion by token, or by word with the tokens of both models; and which of the student's tokens each stands for."""
+    ids, found = record["completion_ids"], reading.words(record)
+    places = [range(t, t + 1) for t in range(len(ids))] if found is None else [word.places for word in found]
+    firsts = [place.start for place in places]
+    shown = {
         "step": record["step"],
         "end": ENDS.get(record["stop_reason"], record["stop_reason"]),
-        "tokens": decode(record["completion_ids"]),
-        "speakers": "".join(map(str, record["speakers"])),
-        "divergences": _rounded(record["divergences"]),
-        "thresholds": _rounded(record["thresholds"]),
+        "tokens": reading.decode(ids) if found is None else [word.text for word in found],
+        "speakers": "".join(str(record["speakers"][t]) for t in firsts),
+        "divergences": _rounded([record["divergences"][t] for t in firsts]),
+        "thresholds": _rounded([record["thresholds"][t] for t in firsts]),
     }
+    return shown if found is None else shown | {"readings": [word.tokens for word in found]}, places
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
@@ -288,6 +302,68 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
             found.append(now[len(before) :])
             done = end
     return found
+
+
+# --- words of two tokenizers --------------------------------------------------------------------------------------
+
+Sides = tuple[Side, Side]  # how student and teacher spell text
+
+
+@dataclass(frozen=True)
+class Word:
+    """A stretch of text at whose ends both readings have a token end: one model wrote it.
+
+    ``places`` are those of the student's tokens of it; ``tokens``, by STUDENT and TEACHER, are the tokens of it as text, in which
+    a part of a character is its bytes.
+    """
+
+    text: str
+    places: range
+    tokens: tuple[list[str], list[str]]
+
+    @property
+    def told(self) -> str:
+        """The tokens of both models in a line."""
+        student, teacher = (" ".join(json.dumps(token, ensure_ascii=False) for token in own) for own in self.tokens)
+        return f"student: {student} · teacher: {teacher}"
+
+
+def words(sides: Sides, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> list[Word]:
+    """The words of a completion in the student's and in the teacher's tokens; special tokens are spelt out.
+
+    Raises DataError where the two spell two texts.
+    """
+    spelt = [side.bytes_of(ids) for side, ids in zip(sides, (student_ids, teacher_ids), strict=True)]
+    names = [
+        [data or _name(side, token).encode() for data, token in zip(own, ids, strict=True)]
+        for side, own, ids in zip(sides, spelt, (student_ids, teacher_ids), strict=True)
+    ]
+    found = []
+    for places in groups(*spelt):
+        own, others = (name[place.start : place.stop] for name, place in zip(names, places, strict=True))
+        tokens = (
+            [data.decode(errors="backslashreplace") for data in own],
+            [data.decode(errors="backslashreplace") for data in others],
+        )
+        found.append(Word(b"".join(own).decode(errors="replace"), places[STUDENT], tokens))
+    return found
+
+
+def _shown(tokens: Sequence[bytes]) -> list[str]:
+    whole = (data.decode(errors="surrogateescape") for data in tokens)
+    return [re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text) for text in whole]
+
+
+def _name(side: Side, token: int) -> str:
+    return side.tokenizer.convert_ids_to_tokens(token) or f"⟨{token}⟩"
+
+
+def drawn(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, sides: Sides | None) -> list[Word]:
+    """What a text is drawn in: its words where its teacher has another tokenizer and both sides are given, else its tokens."""
+    if rollout.teacher_completion_ids is None or sides is None:
+        shown = enumerate(pieces(tokenizer, rollout.completion_ids))
+        return [Word(piece, range(t, t + 1), ([], [])) for t, piece in shown]
+    return words(sides, rollout.completion_ids, rollout.teacher_completion_ids)
 
 
 def spoken(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, brackets: bool = False) -> Text:

@@ -369,7 +369,12 @@ def check_context(config: TrainConfig, pair: Pair) -> None:
     for name, prompt, model in [*reads, ("student", config.max_prompt_length, pair.student)]:
         if words := beyond_context(prompt + completion, f"{name}'s", model):
             own = prompt == config.max_prompt_length
-            what = "max_prompt_length" if own else "a prompt under teacher_prompt of up to"
+            theirs = (
+                "a prompt in the teacher's tokens of up to"
+                if pair.bridges
+                else "a prompt under teacher_prompt of up to"
+            )
+            what = "max_prompt_length" if own else theirs
             raise ConfigError(
                 f"{what} {prompt} + completion {completion} tokens {words}; lower max_prompt_length, max_new_tokens, "
                 "max_completion_length or eval_max_new_tokens"

@@ -1,6 +1,6 @@
 """``switchkd check``: what a run would do and need, before it does anything, and with ``--estimate`` before anything is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.settings import to_dict
+from switchkd.crossing.laws import SharedLaw
 from switchkd.data.settings import with_template
 from switchkd.data.templates import Encoder, named
+from switchkd.data.texts import TokenizedExample
 from switchkd.forward.base_model import BaseModel
 from switchkd.forward.served import ServedModel
 from switchkd.forward.text_path import beside_text, freeze_beside_text
@@ -33,9 +35,14 @@ from switchkd.runs.opening import (
     role_of,
 )
 from switchkd.runs.tracking import check_trackers
+from switchkd.teachers.across import laid_out, matches
+from switchkd.teachers.asked import side_reader
 from switchkd.training.optimizer import Masters
 from switchkd.training.settings import TrainConfig
 from switchkd.training.trainer import Trainer
+
+# Answers that are matched, and tokens that are read of them, to say what two tokenizers share.
+_ROWS_OF_BRIDGE, _PLACES_OF_BRIDGE = 8, 256
 
 
 def check_run(config: TrainConfig, pair: Pair) -> list[str]:
@@ -62,7 +69,10 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
         f"{dtype_name(model.dtype)}, {model.get_output_embeddings().weight.shape[0]} logits rows"
         for role, (name, model) in models.items()
     ]
-    lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both")
+    if pair.named_teachers.keys() - pair.bridges.keys():
+        lines.append(f"vocabulary: {pair.vocab_size} ids, equal in both")
+    for name in pair.bridges:
+        lines += [f"two tokenizers, of the student and the {role_of(name)}:", *_of_bridge(pair, name, train)]
     close = Encoder(pair.tokenizer, config.prompts, frozenset(pair.eos_token_ids)).end
     written = "" if close is None else f"; training text closes with {named([close], pair.tokenizer)}"
     lines.append(f"ends: {pair.ends.words(pair.tokenizer)}{written}")
@@ -75,6 +85,29 @@ def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     parts = "".join(f"\n  {part}: {size / 2**30:.2f}" for part, size in need.items() if size)
     lines.append(f"memory without activations: {sum(need.values()) / 2**30:.2f} GiB{parts}")
     return [*lines, "", "settings:", yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()]
+
+
+def _of_bridge(pair: Pair, name: str, examples: Sequence[TokenizedExample]) -> list[str]:
+    """What a pair with two tokenizers shares: on a probe, on the first rows, and how much of both models' probability."""
+    bridge, rows = pair.bridges[name], [e for e in examples if e.teacher == name and e.completion_ids][:_ROWS_OF_BRIDGE]
+    lines = bridge.describe()
+    if not rows:
+        return [f"  {line}" for line in lines]
+    found = [matches(bridge, row) for row in rows]
+    tokens, matched = sum(len(row.completion_ids) for row in rows), sum(len(own) for own, _ in found)
+    lines.append(
+        f"of the first {len(rows)} answers of the data, {matched / tokens:.1%} of {tokens} student tokens match"
+    )
+    mine, theirs = laid_out(found, [(len(row.completion_ids), len(row.teacher_completion)) for row in rows])
+    read = (pair.student, pair.side, [(r.prompt_ids, r.completion_ids) for r in rows], mine), (
+        pair.teacher_named(name), bridge.teacher, [(r.teacher_reads, r.teacher_completion) for r in rows], theirs,
+    )  # fmt: skip
+    for who, (model, side, texts, places) in enumerate(read):
+        reader = side_reader(model, side)
+        law = SharedLaw.of(bridge, reader.head.linear.weight.device)
+        mass = law.mass(reader.log_probs(reader.hidden(texts)[places[:_PLACES_OF_BRIDGE]]), who).mean().item()
+        lines.append(f"there the shared tokens hold {mass:.2%} of the {side.role}'s probability")
+    return [f"  {line}" for line in lines]
 
 
 def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[str, float]:

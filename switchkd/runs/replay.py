@@ -21,7 +21,7 @@ from switchkd.base.plain import Lines, iter_lines
 from switchkd.data.texts import TokenizedExample, batch_indices
 from switchkd.decoding.rollouts import Rollout
 from switchkd.evaluation.evaluate import scored_otherwise
-from switchkd.evaluation.samples import TOP, Reader, judged
+from switchkd.evaluation.samples import TOP, Reader, judged, trace
 from switchkd.evaluation.tasks import Task
 from switchkd.methods.divergences import LN2, jsd
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
@@ -32,6 +32,7 @@ from switchkd.runs.distil import sample_policy
 from switchkd.training.checkpoint import State, checkpoints, load_weights, read_state, step_of
 from switchkd.training.records import ROLLOUTS
 from switchkd.training.settings import TrainConfig
+from switchkd.writing.turn_replay import replayed_turns
 
 # How far a number may be from the one written down, relative to the larger of it and 1; another batch rounds otherwise.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
@@ -130,12 +131,19 @@ def check_records(
 
 def _readable(record: Mapping[str, Any], pair: Pair) -> bool:
     """Whether the models can read a text: tokens that they know, with teachers that they are."""
-    ids = [*record["prompt_ids"], *record["completion_ids"], *(record["teacher_prompt_ids"] or [])]
-    return (
-        max(ids, default=0) < pair.vocab_size
-        and record["teacher"] in pair.named_teachers
-        and bool(record["prompt_ids"])
+    if record["teacher"] not in pair.named_teachers or not record["prompt_ids"]:
+        return False
+    own, theirs = [*record["prompt_ids"], *record["completion_ids"]], record["teacher_prompt_ids"] or []
+    bridge = pair.bridges.get(record["teacher"])
+    if bridge is None:
+        return max([*own, *theirs]) < pair.vocab_size and "teacher_completion_ids" not in record
+    read = record.get("teacher_completion_ids")
+    if read is None or max(own) >= pair.vocab_size or max([0, *theirs, *read]) >= bridge.teacher.vocab_size:
+        return False
+    mine, other = (
+        b"".join(s.bytes_of(i)) for s, i in ((bridge.student, record["completion_ids"]), (bridge.teacher, read))
     )
+    return mine.startswith(other)
 
 
 def _wrong(
@@ -167,18 +175,36 @@ def _wrong(
 def _finding(what: str, read: Reader, policy: Policy, records: Lines, seed: int) -> Finding:
     others, largest = 0, 0.0
     for record in records:
-        logs = read(Rollout.from_json(record))
-        found = replayed(logs, policy, Rollout.from_json(record), seed)
+        rollout = Rollout.from_json(record)
+        logs, bridge = read(rollout), read.pair.bridges.get(rollout.teacher)
+        found = (
+            replayed(logs, policy, rollout, seed) if bridge is None else _replayed_across(read, policy, rollout, logs)
+        )
         others += sum(a != b for a, b in zip(found["speakers"], record["speakers"], strict=True))
         # A text goes on until the policy ends it; where it ends with an end token too, the token is the reason.
         others += sum(found["ends"][:-1])
         others += found["ends"][-1:] == [record["stop_reason"] != "policy"] and record["stop_reason"] != "eos"
         numbers = {name: record[name] for name in found if name not in ("speakers", "ends") and name in record}
         largest = max([largest, *(_difference(found[name], stored) for name, stored in numbers.items())])
-        if "top" in record:
+        if "top" in record and bridge is None:
             largest = max([largest, *(_top_difference(*both) for both in zip(logs, record["top"], strict=True))])
     tokens = sum(len(record["completion_ids"]) for record in records)
     return Finding(what, len(records), tokens, others, largest)
+
+
+def _replayed_across(read: Reader, policy: Policy, rollout: Rollout, logs: Sequence[Tensor]) -> dict[str, list[Any]]:
+    """``replayed`` of a text whose teacher has a tokenizer of its own."""
+    known = replayed_turns(logs, policy, rollout, read.pair.bridges[rollout.teacher])
+    found = trace(read, rollout)
+    numbers: dict[str, list[Any]] = {
+        "log_probs": [_with_nan(own) for own in found.log_probs],
+        "jsd": _with_nan(found.jsd),
+    }
+    return known | numbers | {"ends": [False] * len(rollout.completion_ids)}
+
+
+def _with_nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _top_difference(logs: Tensor, stored: Sequence[Sequence[Sequence[float]]]) -> float:

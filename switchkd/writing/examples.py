@@ -7,12 +7,14 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from switchkd.base.errors import ConfigError
 from switchkd.crossing.bridge import Bridge
 from switchkd.data.texts import TokenizedExample, by_teacher
 from switchkd.decoding.decode import Runners, decode_job, measured_costs
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts
 from switchkd.decoding.rows import Job
 from switchkd.decoding.settings import DecodeSettings
+from switchkd.forward.served import ServedModel
 from switchkd.methods.policy import STUDENT, TEACHER, StudentOnly
 from switchkd.models.pair import Pair
 from switchkd.writing.turn_engine import decode_turns
@@ -82,6 +84,11 @@ def _write_across(
 ) -> Rollouts:
     """Texts of a teacher with a tokenizer of its own: in turns of words, or, where one model is all that is asked, by it alone."""
     bridge, who = pair.bridges[teacher], only_reader(settings.policy)
+    if who != STUDENT and isinstance(pair.teacher_named(teacher), ServedModel):
+        raise ConfigError(
+            "a teacher behind a server that has another tokenizer than the student scores text and writes none: take a method "
+            "whose text the student writes, or the data (on_policy, gkd, kd …), or the teacher into this process"
+        )
     if who is None:
         prompts = [e.prompt_ids for e in examples], [e.teacher_reads for e in examples]
         job = TurnJob.of(bridge, pair.student, pair.teacher_named(teacher), *prompts, settings, sample_ids)

@@ -10,7 +10,7 @@ Shapes: b rows of a group, K drafted tokens, P places of all rows, V ids of one 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ from switchkd.methods.sampling import as_int64, draw, gumbel_noise, keys_at, key
 from switchkd.runner.cache import Places
 from switchkd.runner.modes import evaluating
 from switchkd.runner.runner import Runner
-from switchkd.writing.turn_laws import TurnLaws
+from switchkd.writing.turn_drafts import Draft, Said, keep
+from switchkd.writing.turn_laws import TurnLaws, where_rows
 from switchkd.writing.turn_texts import USES, TurnText
 from switchkd.writing.turns import TurnJob
 
 # Numbers of the laws of a block, over all of its rows and tokens.
 _NUMBERS = 2**24
-# What a forward costs beside the model's weights that it reads, as a share of these, for every token more.
+# What each token more of a forward costs, as a share of what it costs to read the model's weights.
 _TOKEN_SHARE = 0.05
 
 
@@ -54,10 +55,7 @@ def decode_turns(
     most = max(min(job.settings.batch_size or DEFAULT_BATCH, len(job.texts)), 1)
 
     def work(rows: int) -> tuple[TurnEngine, list[TurnText]]:
-        texts = [
-            replace(text, student_ids=[], teacher_ids=[], speakers=[], divergences=[], thresholds=[])
-            for text in job.texts
-        ]
+        texts = [text.anew() for text in job.texts]
         pair = runners.of_pair(job.student, job.teacher)
         with evaluating(job.student, job.teacher), pair[STUDENT].fast(), pair[TEACHER].fast(), threads() as fitted:
             engine = TurnEngine(job, pair, texts, rows)
@@ -80,19 +78,11 @@ def decode_turns(
     return Rollouts([text.rollout() for text in texts], cost, rows if rows < most else None)
 
 
-@dataclass
-class _Draft:
-    """What a row's writer would go on with: its tokens, and the places among them."""
+class _Known(NamedTuple):
+    """A model's laws at the places of several drafts, ``[P, V]``, and at which of them it was run, ``[P]`` bool."""
 
-    row: int
-    text: TurnText
-    tokens: list[int]
-    places: list[int] = field(default_factory=list)  # before which tokens
-    tails: list[bytes] = field(default_factory=list)  # how the text ends there
-    clocks: list[int] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)  # the words before them, as the other reads them
-    offsets: list[int] = field(default_factory=list)  # how many tokens of these lie before each place
-    broken: int | None = None  # the first token whose law is not finite
+    laws: Tensor
+    ran: Tensor
 
 
 class TurnEngine:
@@ -105,21 +95,17 @@ class TurnEngine:
         self.queue = deque(text for text in texts if not text.stop_reason)
         self.total = DecodeCost()
         self.filled = np.zeros((2, places), dtype=np.int64)  # tokens of each row that a runner's buffer holds
-        sizes = [
-            np.array([max(len(data), 1) for data in side.spelling.bytes_of[: side.vocab_size]])
-            for side in job.bridge.sides
-        ]
-        self.sizes = [torch.from_numpy(each).to(self.device) for each in sizes]
-        longest = [max((len(text.prompts[who]) for text in self.queue), default=0) for who in (STUDENT, TEACHER)]
-        for who, runner in enumerate(runners):
-            slots = longest[who] + job.settings.max_new_tokens + 2 * max(BLOCKS)
-            runner.open(places, slots, job.bridge.sides[who].vocab_size)
+        self.sizes = []  # by STUDENT, TEACHER: by how much each token moves the clock of a text
+        for who, side in enumerate(job.bridge.sides):
+            sizes = [max(len(data), 1) for data in side.spelling.bytes_of[: side.vocab_size]]
+            self.sizes.append(torch.tensor(sizes, device=self.device))
+            longest = max((len(text.prompts[who]) for text in self.queue), default=0)
+            slots = longest + job.settings.max_new_tokens + 2 * max(BLOCKS)
+            runners[who].open(places, slots, side.vocab_size)
         self.state: State = self.policy.init(places, self.device)
         self.rows: dict[int, TurnText] = {}
-        self.kept, self.cuts = (
-            [8.0, 8.0],
-            [1.0, 1.0],
-        )  # of each writer's drafts: tokens kept, and how often the other took over
+        # Of each writer's drafts: tokens kept, and how often the other took over.
+        self.kept, self.cuts = [8.0, 8.0], [1.0, 1.0]
         self._admit(range(places))
 
     def cost(self, seconds: float) -> DecodeCost:
@@ -143,9 +129,13 @@ class TurnEngine:
             who: [row for row, text in self.rows.items() if text.writer == who] for who in (None, STUDENT, TEACHER)
         }
         for who, group in groups.items():
-            if group:
-                drafts, own = self._begun(group) if who is None else self._draft(who, group)
-                self._decide(who, drafts, own, reads)
+            if not group:
+                continue
+            if who is None:
+                drafts, own = [Draft.first(row, self.rows[row]) for row in group], None
+            else:
+                drafts, own = self._draft(who, group)
+            self._decide(who, drafts, own, reads)
         self.total.rounds += 1
         for who, runner in enumerate(self.runners):
             most = np.zeros(len(runner.read), dtype=np.int64)
@@ -159,19 +149,16 @@ class TurnEngine:
         like = torch.zeros(len(self.filled[0]), dtype=torch.bool, device=self.device)
         return torch.stack([spread(read, like) for read in self.policy.reads(self.state)], 1).cpu().numpy()
 
-    def _begun(self, group: Sequence[int]) -> tuple[list[_Draft], None]:
-        """Rows of which nothing is written: the place before their first word."""
-        return [_Draft(row, self.rows[row], [], [0], [b""], [0], [], [0]) for row in group], None
-
-    def _draft(self, who: int, group: Sequence[int]) -> tuple[list[_Draft], Tensor]:
+    def _draft(self, who: int, group: Sequence[int]) -> tuple[list[Draft], Tensor]:
         """Draws of a writer from its own law, each read before the next, and the laws ``[b, K, V]``."""
         block, side, runner = self._block(who, len(group)), self.job.bridge.sides[who], self.runners[who]
         there, ends_b, ends = self._filled(who, group)
         runner.catch_up(there, ends_b, ends)
-        settings, sizes = self.job.settings, self.sizes[who]
-        keys = [as_int64(row_key(text.seed, text.id, USES[who])) for text in map(self.rows.__getitem__, group)]
-        row_keys = torch.tensor(keys, device=self.device)
-        clock = torch.tensor([self.rows[row].clock for row in group], device=self.device)
+        settings, texts = self.job.settings, [self.rows[row] for row in group]
+        row_keys = torch.tensor(
+            [as_int64(row_key(text.seed, text.id, USES[who])) for text in texts], device=self.device
+        )
+        clock = torch.tensor([text.clock for text in texts], device=self.device)
         laws, tokens, last = [], [], None
         for k in range(block):
             at, ahead = (ends_b + (k - 1), k - 1) if k else (ends_b, 0)
@@ -181,211 +168,139 @@ class TurnEngine:
             token = draw(settings.sampling.shape(law), noise, settings.temperature)
             laws.append(law)
             tokens.append(token)
-            clock = clock + sizes[token]
+            clock = clock + self.sizes[who][token]
             last = token.unsqueeze(1).to(runner.device)
         own = torch.stack(laws, 1)
-        home = torch.stack([torch.stack(tokens, 1), own[..., 0].isnan().long()]).cpu().tolist()
-        drafts = [
-            self._walk(_Draft(row, self.rows[row], drawn), broken)
-            for row, drawn, broken in zip(group, *home, strict=True)
-        ]
-        return drafts, own
-
-    def _walk(self, draft: _Draft, broken: Sequence[int]) -> _Draft:
-        """Find the places of a draft, and what the other reads of the words before each."""
-        text = draft.text
-        assert text.writer is not None
-        side, other = self.job.bridge.sides[text.writer], self.job.bridge.sides[1 - text.writer]
-        tail, spelt, clock, read = text.tail, text.spelt, text.clock, 0
-        begins, budget = (
-            self.job.bridge.beginnings[text.writer].begins,
-            text.budget - len(text.reading(1 - text.writer)),
-        )
-        for k, token in enumerate(draft.tokens):
-            if broken[k]:
-                draft.broken = k
-                break
-            if begins(tail, token):
-                draft.read += other.spelling.encode(spelt)
-                read = len(draft.read)
-                if read >= budget:  # the text ends before
-                    break
-                draft.places.append(k)
-                draft.tails.append(tail)
-                draft.clocks.append(clock)
-                draft.offsets.append(read)
-                spelt = b""
-                if token in side.ends.ids:
-                    break
-            data = side.spelling.bytes_of[token]
-            tail, spelt, clock = (tail + data)[-8:], spelt + data, clock + max(len(data), 1)
-        return draft
+        drawn, broken = torch.stack([torch.stack(tokens, 1), own[..., 0].isnan().long()]).cpu().tolist()
+        return [Draft.of(*each) for each in zip(group, texts, drawn, broken, strict=True)], own
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
-    def _decide(self, who: int | None, drafts: list[_Draft], own: Tensor | None, reads: np.ndarray) -> None:
+    def _decide(self, who: int | None, drafts: list[Draft], own: Tensor | None, reads: np.ndarray) -> None:
         """Ask the rule at the places of drafts of one writer, and write down what is kept."""
-        index = [(at, place) for at, draft in enumerate(drafts) for place in range(len(draft.places))]
-        laws = self._laws(who, drafts, own, reads, index)
-        first: dict[int, int] = {}  # of each draft's places, in the flat order
-        for flat, (at, _) in enumerate(index):
-            first.setdefault(at, flat)
-        said = self._ask(who, drafts, laws, first) if index else []
-        other: list[tuple[int, int, int]] = []  # drafts in which another writes, at a place: its law's row
+        first = np.cumsum([0, *(len(draft.places) for draft in drafts)]).tolist()
+        known = self._known(who, drafts, own, reads) if first[-1] else (None, None)
+        said = self._ask(who, drafts, first, known) if first[-1] else []
+        relieved: list[tuple[TurnText, int, int]] = []  # with who writes now, and at which of the P places
         for at, draft in enumerate(drafts):
-            mine = said[first[at] : first[at] + len(draft.places)] if at in first else []
-            self._keep(draft, mine, at, first.get(at, 0), other)
-        self._hand_over(drafts, laws, said, other)
+            before, mine = len(draft.text.student_ids), said[first[at] : first[at + 1]]
+            kept, place = keep(draft, mine)
+            if place is not None:
+                relieved.append((draft.text, mine[place].speaker, first[at] + place))
+            if who is not None:
+                self.kept[who] = 0.99 * self.kept[who] + kept
+                self.cuts[who] = 0.99 * self.cuts[who] + (place is not None)
+            self.total += DecodeCost(
+                blocks=1, block_positions=len(draft.tokens), kept_tokens=len(draft.text.student_ids) - before
+            )
+        self._hand_over(known, relieved)
 
-    def _laws(
-        self,
-        who: int | None,
-        drafts: list[_Draft],
-        own: Tensor | None,
-        reads: np.ndarray,
-        index: Sequence[tuple[int, int]],
-    ) -> list[tuple[Tensor, np.ndarray] | None]:
-        """By STUDENT, TEACHER: the laws at the places, ``[P, V]``, and at which of them it was run, ``[P]``."""
-        found: list[tuple[Tensor, np.ndarray] | None] = [None, None]
-        if not index:
-            return found
+    def _known(
+        self, who: int | None, drafts: list[Draft], own: Tensor | None, reads: np.ndarray
+    ) -> tuple[_Known | None, _Known | None]:
+        """By STUDENT, TEACHER: what each says at the places; None for one that is not asked anywhere."""
+        found: list[_Known | None] = [None, None]
         for model in (STUDENT, TEACHER):
             if model == who:
                 assert own is not None
-                rows, at = ([draft for draft, _ in index], [drafts[d].places[p] for d, p in index])
-                found[model] = own[rows, at], np.ones(len(index), dtype=bool)
-                continue
-            asked = [at for at, draft in enumerate(drafts) if draft.places and reads[draft.row, model]]
-            if asked:
-                found[model] = self._verify(model, drafts, asked, index)
-        return found
+                at = [(i, k) for i, draft in enumerate(drafts) for k in draft.places]
+                rows, tokens = (torch.tensor(each, device=self.device) for each in zip(*at, strict=True))
+                found[model] = _Known(own[rows, tokens], torch.ones(len(at), dtype=torch.bool, device=self.device))
+            elif asked := [draft for draft in drafts if draft.places and reads[draft.row, model]]:
+                found[model] = self._verify(model, drafts, asked)
+        return found[STUDENT], found[TEACHER]
 
-    def _verify(
-        self, model: int, drafts: list[_Draft], asked: Sequence[int], index: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, np.ndarray]:
-        """One model reads the words of drafts: its laws at all places, of those that are ``asked``."""
+    def _verify(self, model: int, drafts: list[Draft], asked: list[Draft]) -> _Known:
+        """One model reads the words of drafts, of those that are ``asked``."""
         runner, side = self.runners[model], self.job.bridge.sides[model]
-        there, ends_b, ends = self._filled(model, [drafts[at].row for at in asked])
+        there, ends_b, ends = self._filled(model, [draft.row for draft in asked])
         runner.catch_up(there, ends_b, ends)
-        words = [drafts[at].read[: drafts[at].offsets[-1]] for at in asked]
+        words = [draft.read[: draft.offsets[-1]] for draft in asked]
         width = max(map(len, words))
         padded = (
             torch.tensor([word + [0] * (width - len(word)) for word in words], device=runner.device) if width else None
         )
         logits = runner.extend(there, ends_b, ends, padded)
-        row_of = {at: row for row, at in enumerate(asked)}
-        ran = np.array([at in row_of for at, _ in index])
-        rows = [row_of[at] for at, _ in index if at in row_of]
-        columns = [drafts[at].offsets[place] for at, place in index if at in row_of]
-        law = self.laws.own(model, side.ends.log_probs(logits[rows, columns]).to(self.device))
-        if ran.all():
-            return law, ran
-        whole = law.new_zeros(len(index), law.shape[-1]).log_softmax(-1)
-        whole[torch.from_numpy(np.flatnonzero(ran)).to(self.device)] = law
-        return whole, ran
+        at = [(i, offset) for i, draft in enumerate(asked) for offset in draft.offsets]
+        rows, columns = (torch.tensor(each, device=runner.device) for each in zip(*at, strict=True))
+        laws = self.laws.own(model, side.ends.log_probs(logits[rows, columns]).to(self.device))
+        by_row = {draft.row for draft in asked}
+        ran = torch.tensor([draft.row in by_row for draft in drafts for _ in draft.places], device=self.device)
+        if len(laws) == len(ran):
+            return _Known(laws, ran)
+        whole = laws.new_zeros(len(ran), laws.shape[-1]).log_softmax(-1)
+        whole[ran] = laws
+        return _Known(whole, ran)
 
     def _ask(
-        self, who: int | None, drafts: list[_Draft], laws: list[tuple[Tensor, np.ndarray] | None], first: dict[int, int]
-    ) -> list[list[float]]:
-        """What the rule says at every place while its row goes on: whether it goes on, whom it names, divergence, threshold, and
-        whether student or teacher is not a number there. The state moves on with it."""
-        count = sum(len(draft.places) for draft in drafts)
-        said: list[Tensor | None] = [None] * count
-        going: dict[int, Tensor] = {}
-        turns = {at: torch.tensor(drafts[at].text.turns, device=self.device) for at in first}
-        wide = torch.promote_types(next(law[0].dtype for law in laws if law is not None), torch.float64)
+        self, who: int | None, drafts: list[Draft], first: Sequence[int], known: tuple[_Known | None, _Known | None]
+    ) -> list[Said]:
+        """What the rule says at every place, as long as its row goes on; the state moves on with it. One wait for the device."""
+        said: dict[int, Tensor] = {}
+        going = torch.ones(len(drafts), dtype=torch.bool, device=self.device)
+        turns = torch.tensor([draft.text.turns for draft in drafts], device=self.device)
         for place in range(max(len(draft.places) for draft in drafts)):
-            rows = [at for at in first if len(drafts[at].places) > place]
-            flat = [first[at] + place for at in rows]
-            index = torch.tensor([drafts[at].row for at in rows], device=self.device)
-            state: State = tuple(part[index] for part in self.state)
-            here = tuple(None if law is None else law[0][flat] for law in laws)
-            writer = torch.full((len(rows),), STUDENT if who is None else who, device=self.device)
-            turn = self.laws.decide(
-                self.policy,
-                state,
-                (here[STUDENT], here[TEACHER]),
-                [drafts[at].tails[place] for at in rows],
-                writer,
-                torch.stack([turns[at] for at in rows]),
+            at = [i for i, draft in enumerate(drafts) if len(draft.places) > place]
+            flat = [first[i] + place for i in at]
+            index, here = (torch.tensor(each, device=self.device) for each in (at, flat))
+            home, going[index], turns[index] = self._ask_at(
+                who, [drafts[i] for i in at], place, here, known, going[index], turns[index]
             )
-            alive = torch.stack([going.get(at, torch.ones((), dtype=torch.bool, device=self.device)) for at in rows])
-            broken = []
-            for model, (law, read) in enumerate(zip(laws, self.policy.reads(state), strict=True)):
-                wanted = spread(read, alive) if model != who else torch.ones_like(alive)
-                ran = torch.zeros_like(alive) if law is None else torch.from_numpy(law[1][flat]).to(self.device)
-                alive = alive & (
-                    ran | ~wanted
-                )  # a model that the rule wants again and that was not run: the row goes on later
-                words = here[model]
-                is_nan = torch.zeros_like(alive) if words is None else words[..., 0].isnan()
-                broken.append(alive & wanted & is_nan)
-            alive = alive & ~(broken[STUDENT] | broken[TEACHER])
-            for part, new in zip(self.state, turn.state, strict=True):
-                part[index] = torch.where(alive.view(-1, *[1] * (new.dim() - 1)), new, part[index])
-            numbers = alive, turn.asked, turn.speaker, turn.divergence, turn.threshold, *broken
-            home = torch.stack([each.to(wide) for each in numbers], 1)
-            on = alive & (turn.speaker == writer) if who is not None else torch.zeros_like(alive)
-            for i, at in enumerate(rows):
-                said[flat[i]], going[at] = home[i], on[i]
-                turns[at] = turns[at] + (alive & turn.asked)[i]
-        return torch.stack([each for each in said if each is not None]).cpu().tolist()
+            said |= dict(zip(flat, home, strict=True))
+        return [Said.of(numbers) for numbers in torch.stack([said[i] for i in range(first[-1])]).cpu().tolist()]
 
-    def _keep(
-        self, draft: _Draft, said: Sequence[Sequence[float]], at: int, first: int, other: list[tuple[int, int, int]]
-    ) -> None:
-        """Write down the tokens of a draft up to the place at which another writes, or the row ends."""
-        text, places, before = draft.text, dict(zip(draft.places, said, strict=True)), len(draft.text.student_ids)
-        tokens = draft.tokens or [-1]
-        writer, kept = text.writer, 0
-        for k, token in enumerate(tokens):
-            if k == draft.broken:
-                assert writer is not None
-                text.fail(writer)
-            elif k in places:
-                alive, asked, speaker, divergence, threshold, *broken = places[k]
-                if not alive:
-                    if any(broken):
-                        text.close()
-                        text.fail(TEACHER if broken[TEACHER] else STUDENT)
-                    break
-                if text.writer is not None:
-                    text.close()
-                text.turns += int(asked)
-                if speaker != writer:
-                    other.append((at, first + draft.places.index(k), int(speaker)))
-                    text.said = (divergence, threshold)
-                    break
-                text.begin(token, int(speaker), divergence, threshold)
-            else:
-                text.go_on(token)
-            kept += 1
-            if text.stop_reason:
-                break
-        if writer is not None:
-            self.kept[writer] = 0.99 * self.kept[writer] + kept
-            self.cuts[writer] = 0.99 * self.cuts[writer] + (kept < len(tokens) and not text.stop_reason)
-        self.total.kept_tokens += len(text.student_ids) - before
-        self.total.blocks += 1
-        self.total.block_positions += len(tokens)
+    def _ask_at(
+        self,
+        who: int | None,
+        drafts: list[Draft],
+        place: int,
+        here: Tensor,
+        known: tuple[_Known | None, _Known | None],
+        going: Tensor,
+        turns: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the rule says at one place of each of n drafts, which is the one ``here`` of all P: numbers as `Said` has them
+        ``[n, 7]``; then, ``[n]`` each, which of the rows go on, and how often their rule was asked."""
+        index = torch.tensor([draft.row for draft in drafts], device=self.device)
+        state: State = tuple(part[index] for part in self.state)
+        laws = [None if each is None else each.laws[here] for each in known]
+        writer = torch.full_like(index, STUDENT if who is None else who)
+        tails = [draft.tails[place] for draft in drafts]
+        turn = self.laws.decide(self.policy, state, (laws[STUDENT], laws[TEACHER]), tails, writer, turns)
+        broken = []
+        for model, read in enumerate(self.policy.reads(state)):
+            asked, law = known[model], laws[model]
+            wanted = torch.ones_like(going) if model == who else spread(read, going)
+            ran = torch.zeros_like(going) if asked is None else asked.ran[here]
+            going = going & (
+                ran | ~wanted
+            )  # a model that the rule wants again and that was not run: the row goes on later
+            is_nan = torch.zeros_like(going) if law is None else law[..., 0].isnan()
+            broken.append(wanted & is_nan)
+        broken = [going & each for each in broken]
+        decided = going & ~(broken[STUDENT] | broken[TEACHER])
+        for part, new in zip(self.state, turn.state, strict=True):
+            part[index] = where_rows(decided, new, part[index])
+        numbers = decided, turn.asked, turn.speaker, turn.divergence, turn.threshold, *broken
+        # Of float64 where a law is, so that what was compared comes home as it is.
+        home = torch.stack([each.to(turn.divergence.dtype) for each in numbers], 1)
+        goes_on = torch.zeros_like(decided) if who is None else decided & (turn.speaker == writer)
+        return home, goes_on, turns + (decided & turn.asked)
 
     def _hand_over(
-        self,
-        drafts: list[_Draft],
-        laws: list[tuple[Tensor, np.ndarray] | None],
-        said: Sequence[Sequence[float]],
-        other: Sequence[tuple[int, int, int]],
+        self, known: tuple[_Known | None, _Known | None], relieved: Sequence[tuple[TurnText, int, int]]
     ) -> None:
         """Whoever writes now draws the first token of its word, with noise of its own."""
         settings = self.job.settings
         for who in (STUDENT, TEACHER):
-            mine = [(drafts[at], flat) for at, flat, speaker in other if speaker == who]
+            mine = [(text, place) for text, speaker, place in relieved if speaker == who]
             if not mine:
                 continue
-            known = laws[who]
-            assert known is not None, "a rule names a model that it has read"
-            texts = [draft.text for draft, _ in mine]
-            law, _ = self.laws.beginning(who, known[0][[flat for _, flat in mine]], [text.tail for text in texts])
+            own = known[who]
+            assert own is not None, "a rule names a model that it has read"
+            texts = [text for text, _ in mine]
+            places = torch.tensor([place for _, place in mine], device=self.device)
+            law, _ = self.laws.beginning(who, own.laws[places], [text.tail for text in texts])
             noise = gumbel_noise(keys_tensor([text.key(who) for text in texts], self.device), law.shape[-1])
             tokens = draw(settings.sampling.shape(law), noise, settings.temperature).tolist()
             for text, token in zip(texts, tokens, strict=True):
@@ -404,7 +319,8 @@ class TurnEngine:
         if self.job.settings.block_size != "auto":
             return min(self.job.settings.block_size, room)
         goes_on = self.kept[who] / (self.kept[who] + self.cuts[who])
-        mine, theirs = (self._weight(model) for model in (who, 1 - who))
+        models = (self.job.student, self.job.teacher)
+        mine, theirs = (sum(each.numel() for each in models[model].parameters()) for model in (who, 1 - who))
 
         def worth(block: int) -> float:
             kept = block if goes_on == 1 else (1 - goes_on**block) / (1 - goes_on)
@@ -412,27 +328,19 @@ class TurnEngine:
 
         return min(max(BLOCKS, key=worth), room)
 
-    def _weight(self, who: int) -> float:
-        model = (self.job.student, self.job.teacher)[who]
-        return float(sum(parameter.numel() for parameter in model.parameters()))
-
     def _filled(self, who: int, group: Sequence[int]) -> tuple[Places, Tensor, np.ndarray]:
         """The places of rows in a model's cache, with their texts in its buffer; how long these are, on the device and here."""
         runner, rows = self.runners[who], np.array(group)
         texts = [self.rows[row].ids(who) for row in group]
         ends = np.array([len(ids) for ids in texts])
-        first = self.filled[who, rows]
-        width = int((ends - first).max())
-        if width:
-            new = np.zeros((len(group), width), dtype=np.int64)
-            for i, (ids, begin) in enumerate(zip(texts, first.tolist(), strict=True)):
-                new[i, : len(ids) - begin] = ids[begin:]
-            columns = torch.from_numpy(first[:, None] + np.arange(width)).clamp(max=runner.texts.shape[1] - 1)
-            there = torch.from_numpy(rows)[:, None].expand(-1, width)
-            inside = torch.from_numpy(np.arange(width) < (ends - first)[:, None])
-            runner.texts[there[inside].to(runner.device), columns[inside].to(runner.device)] = torch.from_numpy(new)[
-                inside
-            ].to(runner.device)
+        new = [
+            (row, at, ids[at])
+            for row, ids in zip(group, texts, strict=True)
+            for at in range(self.filled[who, row], len(ids))
+        ]
+        if new:
+            there, at, tokens = torch.tensor(new, device=runner.device).T
+            runner.texts[there, at] = tokens
             self.filled[who, rows] = ends
         return Places.at(rows, runner.columns), torch.from_numpy(ends).to(runner.device), ends
 
@@ -440,8 +348,7 @@ class TurnEngine:
         done = [row for row, text in self.rows.items() if text.stop_reason]
         for row in done:
             text = self.rows.pop(row)
-            self.total.teacher_tokens += sum(text.speakers)
-            self.total.words += text.words
+            self.total += DecodeCost(teacher_tokens=sum(text.speakers), words=text.words)
             for runner in self.runners:
                 runner.restart(row)
                 if text.error:

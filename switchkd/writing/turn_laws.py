@@ -106,7 +106,7 @@ class TurnLaws:
             decision.speaker.where(asked, writer),
             decision.divergence.masked_fill(~asked, math.nan),
             decision.thresholds.masked_fill(~asked, math.nan),
-            tuple(_where(asked, one, old) for one, old in zip(new, state, strict=True)),
+            tuple(where_rows(asked, one, old) for one, old in zip(new, state, strict=True)),
         )
 
     def _asks(
@@ -122,5 +122,6 @@ class TurnLaws:
         return asked
 
 
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` ``[n, …]`` in the rows ``[n]`` that say so, ``old`` in the others."""
     return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -41,6 +41,10 @@ class TurnText:
     stop_reason: str = ""
     error: str | None = None
 
+    def anew(self) -> "TurnText":
+        """The same prompt, of which nothing is written yet."""
+        return TurnText(self.bridge, self.id, self.prompts, self.budget, self.seed, stop_reason=self.stop_reason)
+
     def ids(self, who: int) -> list[int]:
         """The prompt and the completion as a model reads it; of the word, those of the writer alone."""
         return self.prompts[who] + self.reading(who) + (self.word if who == self.writer else [])
@@ -84,7 +88,9 @@ class TurnText:
             self.stop_reason = "length"
 
     def close(self) -> None:
-        """The word has ended: the other reads it in its own tokens."""
+        """The word has ended, if there is one: the other reads it in its own tokens."""
+        if self.writer is None:
+            return
         read = self._read_by_other()
         self.student_ids += self.word if self.writer == STUDENT else read
         self.teacher_ids += read if self.writer == STUDENT else self.word

@@ -7,9 +7,12 @@ import shutil
 import pytest
 from fabricated import HOSTILE, metric, rollout, run, sample
 from tiny import pair_on_disk
+from two_readings import PARTS, SIDES, STUDENT, WORDS, run_of, save_models, written_by
+from two_tokenizers import tokenizer_of
 
 from switchkd.base.terminal import number, percent, visible
 from switchkd.cli.main import main
+from switchkd.reports.viewer import drawn
 from switchkd.studies.study import flags
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -282,3 +285,35 @@ def test_on_a_phone_the_card_of_a_token_is_closed_until_one_is_tapped(visit, tra
     assert page.locator("#token").is_visible()
     wide = visit(trained / "report.html", width=1280)
     assert wide.locator("#token").is_visible()
+
+
+# --- two tokenizers -----------------------------------------------------------------------------------------------
+
+
+def test_the_viewer_shows_the_tokens_of_both_models_of_a_word(visit, tmp_path):
+    rollout = written_by(PARTS)
+    count, by_teacher = len(rollout.completion_ids), sum(rollout.speakers)
+    folder = run_of(save_models(tmp_path), tmp_path / "run", [rollout])
+    assert main(["report", str(folder)]) == 0
+    shown = visit(folder / "report.html")
+    found = shown.locator("#response .token")
+    assert found.all_text_contents() == WORDS
+    assert [("teacher" in name) for name in found.evaluate_all("all => all.map(one => one.className)")] == [
+        False, True, False, True, False, False,
+    ]  # fmt: skip
+    facts = shown.locator("#facts").text_content()
+    assert f"6 words · {count} tokens" in facts and f"{round(100 * by_teacher / count)}% by the teacher" in facts
+    assert (
+        "the teacher's first word: 1" in facts and "place in the text (words)" in shown.locator("#chart").text_content()
+    )
+    found.nth(4).hover()
+    told = drawn(rollout, tokenizer_of(STUDENT), SIDES)[4].tokens
+    for name, tokens in zip(("the student's tokens", "the teacher's tokens"), told, strict=True):
+        assert fact(shown, name) == " ".join(json.dumps(token, ensure_ascii=False) for token in tokens)
+    assert found.nth(4).get_attribute("title").startswith("student: ")
+    shown.focus("#response")
+    shown.keyboard.press("ArrowLeft")
+    assert fact(shown, "written by") == "the teacher" and fact(shown, "divergence") == "0.250"
+    shown.locator("summary", has_text="All words as a table").click()
+    assert shown.locator("#table tbody tr").count() == 6
+    assert "the teacher's tokens" in shown.locator("#table thead").text_content()

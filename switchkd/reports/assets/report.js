@@ -28,7 +28,15 @@
   const item = () => items()[state.item];
   const lookOf = (one) => one.looks[Math.min(state.look, one.looks.length - 1)];
   const look = () => lookOf(item());
-  const shareOf = (one) => (one.speakers.length ? one.speakers.split("1").length - 1 : NaN) / one.speakers.length;
+  // Where teacher and student have different tokenizers, a text stands by words, with the tokens of both; numbers of tokens and
+  // shares are of the student's.
+  const noun = (one) => (one.readings ? "word" : "token");
+  const sizes = (one) => one.tokens.map((_, place) => (one.readings ? one.readings[place][0].length : 1));
+  const total = (values) => values.reduce((a, b) => a + b, 0);
+  const lengthOf = (one) => total(sizes(one));
+  const shareOf = (one) => (one.speakers.length ? total(sizes(one).filter((_, place) => one.speakers[place] === "1")) : NaN) / lengthOf(one);
+  const likely = (logProb) => (logProb === null ? "–" : percent(Math.exp(logProb)));
+  const reading = (one, place, who) => one.readings[place][who].map((part) => JSON.stringify(part)).join(" ") || "–";
   const spoken = (one, place) => MODELS[Number(one.speakers[place])];
 
   function element(name, attributes = {}, text = "") {
@@ -64,7 +72,7 @@
 
   function matches(one) {
     const now = lookOf(one);
-    return within(100 * shareOf(now), "share") && within(now.tokens.length, "length") && within(now.scores[at("score-name").value], "score");
+    return within(100 * shareOf(now), "share") && within(lengthOf(now), "length") && within(now.scores[at("score-name").value], "score");
   }
 
   function title(one, place) {
@@ -73,7 +81,7 @@
     const score = scored === undefined ? "" : ` · ${at("score-name").value} ${show(scored)}`;
     const when = state.kind === "texts" ? `step ${now.step} · ` : `${place + 1} · `;
     const words = visible(now.tokens.join("")).replace(/\s+/g, " ").trim().slice(0, 40);
-    return `${when}${words} · ${percent(shareOf(now))} by the teacher${score} · ${now.tokens.length} tokens`;
+    return `${when}${words} · ${percent(shareOf(now))} by the teacher${score} · ${lengthOf(now)} tokens`;
   }
 
   function list() {
@@ -105,6 +113,7 @@
     at("prompt").textContent = visible(item().prompt);
     at("reference-part").hidden = !item().reference;
     at("reference").textContent = visible(item().reference || "");
+    at("response").setAttribute("aria-label", `The text, a ${noun(now)} each`);
     at("response").replaceChildren(...now.tokens.map((text, place) => token(now, text, place)));
     if (!now.tokens.length) at("response").textContent = "(nothing was written)";
     chart(now);
@@ -115,13 +124,15 @@
   function facts(now) {
     const first = now.speakers.indexOf("1");
     const scores = Object.entries(now.scores).map(([name, value]) => `${name} ${show(value)}`);
-    return [`step ${now.step}`, `${now.tokens.length} tokens`, now.end, `${percent(shareOf(now))} by the teacher`,
-      first < 0 ? "all by the student" : `the teacher's first token: ${first}`, ...scores].join(" · ");
+    return [`step ${now.step}`, ...(now.readings ? [`${now.tokens.length} words`] : []), `${lengthOf(now)} tokens`, now.end, `${percent(shareOf(now))} by the teacher`,
+      first < 0 ? "all by the student" : `the teacher's first ${noun(now)}: ${first}`, ...scores].join(" · ");
   }
 
   function token(now, text, place) {
     const made = element("span", { class: `token ${spoken(now, place)}`, role: "option", id: `token-${place}`, "aria-selected": "false" }, visible(text));
-    made.setAttribute("aria-label", `${place}, ${spoken(now, place)}: ${quoted(text)}`);
+    const tokens = now.readings ? MODELS.map((name, who) => `${name}: ${reading(now, place, who)}`).join("  ·  ") : "";
+    made.setAttribute("aria-label", `${place}, ${spoken(now, place)}: ${quoted(text)}${tokens && ` (${tokens})`}`);
+    if (tokens) made.title = tokens;
     if (text === "") made.append(element("span", { class: "empty" }, "·"));
     made.addEventListener("pointerenter", (event) => { if (event.pointerType !== "touch") choose(place); });
     made.addEventListener("click", () => { choose(place); at("token").hidden = false; });
@@ -144,22 +155,24 @@
 
   function described(now, place) {
     const lines = [["place in the text", place], ["written by", `the ${spoken(now, place)}`]];
+    if (now.readings) MODELS.forEach((name, who) => lines.push([`the ${name}'s tokens`, reading(now, place, who)]));
     if (now.divergences[place] !== null) lines.push([`divergence (${run().unit})`, show(now.divergences[place])]);
     if (now.thresholds[place] !== null) lines.push([`threshold (${run().unit})`, show(now.thresholds[place])]);
     if (now.jsd && (run().unit !== "bits" || now.divergences[place] === null)) lines.push(["Jensen-Shannon divergence (bits)", show(now.jsd[place])]);
-    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`probability, ${name}`, percent(Math.exp(now.logProbs[who][place]))]));
+    if (now.logProbs) MODELS.forEach((name, who) => lines.push([`probability, ${name}`, likely(now.logProbs[who][place])]));
     const facts = element("table");
     for (const [name, value] of lines) {
       const row = facts.insertRow();
       row.append(element("th", { scope: "row" }, name), element("td", {}, String(value)));
     }
     const parts = [element("h3", {}, quoted(now.tokens[place])), facts];
+    if (now.jsd && now.readings && now.jsd[place] === null) parts.push(element("p", {}, "The two have no token in common here, so that what they say cannot be compared."));
     return now.top ? [...parts, best(now, place)] : [...parts, element("p", {}, "What else was likely is kept only for the prompts that are answered again and again.")];
   }
 
   function best(now, place) {
     const made = element("table");
-    made.append(element("caption", {}, "Most likely tokens here"));
+    made.append(element("caption", {}, now.readings ? "Most likely tokens where it begins" : "Most likely tokens here"));
     const head = made.createTHead().insertRow();
     MODELS.forEach((name) => head.append(element("th", { scope: "col", colspan: 2 }, name)));
     const body = made.createTBody();
@@ -167,22 +180,22 @@
     for (let rank = 0; rank < rows; rank++) {
       const row = body.insertRow();
       for (const model of now.top) {
-        const [id, logProb] = model[place][rank];
-        row.append(element("td", {}, quoted(run().vocabulary[id])), element("td", {}, percent(Math.exp(logProb))));
+        const [id, logProb] = model[place][rank] ?? [null, null];
+        row.append(element("td", {}, id === null ? "" : quoted(run().vocabulary[id])), element("td", {}, id === null ? "" : likely(logProb)));
       }
     }
     return made;
   }
 
   function table(now) {
-    const columns = ["place", "token", "by", `divergence (${run().unit})`, `threshold (${run().unit})`, ...(now.logProbs ? ["probability, student", "probability, teacher"] : [])];
+    const columns = ["place", noun(now), "by", ...(now.readings ? MODELS.map((name) => `the ${name}'s tokens`) : []), `divergence (${run().unit})`, `threshold (${run().unit})`, ...(now.logProbs ? ["probability, student", "probability, teacher"] : [])];
     const head = element("thead");
     head.append(element("tr"));
     head.firstChild.append(...columns.map((name) => element("th", { scope: "col" }, name)));
     const body = element("tbody");
     now.tokens.forEach((text, place) => {
-      const cells = [place, quoted(text), spoken(now, place), show(now.divergences[place]), show(now.thresholds[place])];
-      if (now.logProbs) cells.push(...now.logProbs.map((model) => percent(Math.exp(model[place]))));
+      const cells = [place, quoted(text), spoken(now, place), ...(now.readings ? MODELS.map((_, who) => reading(now, place, who)) : []), show(now.divergences[place]), show(now.thresholds[place])];
+      if (now.logProbs) cells.push(...now.logProbs.map((model) => likely(model[place])));
       const row = element("tr");
       row.append(...cells.map((cell) => element("td", {}, String(cell))));
       body.append(row);
@@ -219,7 +232,7 @@
     });
     const every = Math.ceil(now.tokens.length / 8);
     for (let place = 0; place < now.tokens.length; place += every) parts.push(shape("text", { x: x(place), y: height - 19 }, String(place)));
-    parts.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "place in the text (tokens)"));
+    parts.push(shape("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, `place in the text (${noun(now)}s)`));
     parts.push(shape("text", { transform: `translate(12 ${top + tall / 2}) rotate(-90)`, "text-anchor": "middle" }, `divergence (${unit})`));
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren(shape("title", { id: "chart-title" }, summary(now, values, unit)), ...parts);
@@ -229,7 +242,7 @@
       if (place >= 0 && place < now.tokens.length) choose(place);
     };
     const compared = now.thresholds.some((value) => value !== null);
-    at("chart-key").textContent = `Each bar: how far the two models disagree about that token (${looked ? "the divergence that the rule looks at" : "Jensen-Shannon divergence"}, ${unit}); ` +
+    at("chart-key").textContent = `Each bar: how far the two models disagree about that ${noun(now)} (${looked ? "the divergence that the rule looks at" : "Jensen-Shannon divergence"}, ${unit}); ` +
       `blue where the student wrote, orange where the teacher did. ${compared ? "Dashed: the threshold. " : ""}▼ the teacher takes over, ▲ it hands back.`;
   }
 
@@ -253,8 +266,8 @@
     if (!seen.length) return "The rule looked at no divergence in this text.";
     const above = values.filter((value, place) => value !== null && now.thresholds[place] !== null && value > now.thresholds[place]).length;
     const first = now.speakers.indexOf("1");
-    return `Divergence over ${now.tokens.length} tokens: mean ${show(seen.reduce((a, b) => a + b, 0) / seen.length)} ${unit}, highest ${show(Math.max(...seen))}; ` +
-      `above the threshold at ${above} tokens; ${first < 0 ? "the teacher wrote nothing" : `the teacher first wrote at token ${first}`}.`;
+    return `Divergence over ${now.tokens.length} ${noun(now)}s: mean ${show(total(seen) / seen.length)} ${unit}, highest ${show(Math.max(...seen))}; ` +
+      `above the threshold at ${above} ${noun(now)}s; ${first < 0 ? "the teacher wrote nothing" : `the teacher first wrote at ${noun(now)} ${first}`}.`;
   }
 
   // --- what a person does ---
