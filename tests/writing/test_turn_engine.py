@@ -2,8 +2,11 @@
 
 import copy
 import math
+import sys
+import types
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from two_tokenizers import LINES, TOKENIZERS, bridge_of, byte_level, model_of, t
 from switchkd import AdaSwitch, StudentOnly, Switch, TeacherOnly
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policies import SSD, Hysteresis
-from switchkd.writing import turn_engine
+from switchkd.writing import turn_drafts, turn_engine
 from switchkd.writing.turn_engine import decode_turns
 from switchkd.writing.turns import TurnJob, decode_turns_reference
 
@@ -81,9 +84,12 @@ def check_shows(rollouts, words=1.1):
 FAMILIES = [("llama", "qwen2"), ("gpt2", "gemma3-hybrid"), ("mistral-sliding", "llama")]
 
 
-@pytest.mark.parametrize("teacher", TOKENIZERS)
-@pytest.mark.parametrize("student", TOKENIZERS)
-def test_every_pair_of_tokenizers_block_and_batch(student, teacher):
+PAIRS = [(one, other) for one in TOKENIZERS for other in ("coarse", "fine") if one != other]
+
+
+@pytest.mark.parametrize("names", [*PAIRS, ("coarse", "coarse"), ("fine", "sentencepiece")])
+def test_every_pair_of_tokenizers_block_and_batch(names):
+    student, teacher = names
     families = FAMILIES[(list(TOKENIZERS).index(student) + 2 * list(TOKENIZERS).index(teacher)) % 3]
     check_shows(check_engine(student, teacher, settings=DecodeSettings(RULE, 16), families=families))
 
@@ -193,3 +199,64 @@ def check_far_shorter(engine, module, monkeypatch):
     reference = decode_turns_reference(job_of("sentencepiece", "bytes", settings, order=order))
     own = replace(settings, block_size=4, batch_size=3)
     check_same(engine(job_of("sentencepiece", "bytes", own, order=order)), reference)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+LAST = "most[row] = max(len(text.ids(who)) - 1, 0)"
+MUTANTS = {
+    "the first place of a draft passed over": (
+        "if here.speaker != writer:",
+        "if here.speaker != writer and (place or writer is None):",
+    ),
+    "the other takes over at the first place": (
+        "relieved.append((draft.text, mine[place].speaker, first[at] + place))",
+        "relieved.append((draft.text, mine[place].speaker, first[at]))",
+    ),
+    "the cache of a hand-over is stale": (LAST, "most[row] = len(text.ids(who)) + 1"),
+    "the state of dropped places kept": ("where_rows(decided, new, part[index])", "new"),
+    "the key of the next place": ("keys_at(row_keys, clock)", "keys_at(row_keys, clock + k)"),
+    "keys by token": ("clock = clock + self.sizes[who][token]", "clock = clock + 1"),
+    "the noise of the other writer": ("USES[who]", "USES[1 - who]"),
+    "the reader's law one token late": (
+        "logits[rows, columns]",
+        "logits[rows, (columns + 1).clamp(max=logits.shape[1] - 1)]",
+    ),
+    "a row in place of a finished one has its state": ("part[row] = new[0]", "pass"),
+    "the padding of one row in another's place": (
+        "if len(asked) > 1 and longest + width",
+        "if longest + width + 1 < 0 and longest + width",
+    ),
+}
+
+
+def mutant_of(old, new):
+    """``decode_turns`` of the engine and its drafts with one line changed."""
+    made = {}
+    for each in (turn_drafts, turn_engine):
+        source = Path(each.__file__).read_text(encoding="utf-8")
+        made[each] = types.ModuleType(f"mutant_{each.__name__.rpartition('.')[2]}"), source.count(old)
+        sys.modules[made[each][0].__name__] = made[each][0]
+        exec(compile("import math\n" + source.replace(old, new), "mutant", "exec"), vars(made[each][0]))
+    (drafts, there), (engine, here) = made.values()
+    assert there + here == 1, f"the mutant no longer fits the source: {old}"
+    engine.Draft, engine.Said, engine.keep = drafts.Draft, drafts.Said, drafts.keep
+    return engine
+
+
+def check_all(module, monkeypatch):
+    """What finds mistakes soonest."""
+    for toy in ("unspelt", "letters"):
+        check_toys(toy, "spell", module.decode_turns, [(5, 7)])
+    check_engine(
+        "coarse", "fine", settings=DecodeSettings(POLICIES["spell"], 16), blocks=[(4, 3)], engine=module.decode_turns
+    )
+    check_far_shorter(module.decode_turns, module, monkeypatch)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, monkeypatch):
+    monkeypatch.setitem(two_tokenizers.TOKENIZERS, "bytes", lambda: byte_level(256))
+    mutant = mutant_of(*MUTANTS[name])
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
+        check_all(mutant, monkeypatch)
