@@ -35,6 +35,8 @@ from switchkd.writing.turns import TurnJob
 
 # Numbers of the laws of a block, over all of its rows and tokens.
 _NUMBERS = 2**24
+# Tokens behind the longest text for which there is room in a cache: of a draft, or of the words of another row.
+_SPARE = 2 * max(BLOCKS)
 # What each token more of a forward costs, as a share of what it costs to read the model's weights.
 _TOKEN_SHARE = 0.05
 
@@ -100,8 +102,7 @@ class TurnEngine:
             sizes = [max(len(data), 1) for data in side.spelling.bytes_of[: side.vocab_size]]
             self.sizes.append(torch.tensor(sizes, device=self.device))
             longest = max((len(text.prompts[who]) for text in self.queue), default=0)
-            slots = longest + job.settings.max_new_tokens + 2 * max(BLOCKS)
-            runners[who].open(places, slots, side.vocab_size)
+            runners[who].open(places, longest + job.settings.max_new_tokens + _SPARE, side.vocab_size)
         self.state: State = self.policy.init(places, self.device)
         self.rows: dict[int, TurnText] = {}
         # Of each writer's drafts: tokens kept, and how often the other took over.
@@ -213,10 +214,14 @@ class TurnEngine:
     def _verify(self, model: int, drafts: list[Draft], asked: list[Draft]) -> _Known:
         """One model reads the words of drafts, of those that are ``asked``."""
         runner, side = self.runners[model], self.job.bridge.sides[model]
+        words = [draft.read[: draft.offsets[-1]] for draft in asked]
+        width, longest = max(map(len, words)), max(len(draft.text.ids(model)) for draft in asked)
+        if len(asked) > 1 and longest + width > runner.cache.slots:  # the padding of one would lie in another's place
+            middle = len(asked) // 2
+            one, other = (self._verify(model, drafts, part) for part in (asked[:middle], asked[middle:]))
+            return _Known(where_rows(one.ran, one.laws, other.laws), one.ran | other.ran)
         there, ends_b, ends = self._filled(model, [draft.row for draft in asked])
         runner.catch_up(there, ends_b, ends)
-        words = [draft.read[: draft.offsets[-1]] for draft in asked]
-        width = max(map(len, words))
         padded = (
             torch.tensor([word + [0] * (width - len(word)) for word in words], device=runner.device) if width else None
         )
@@ -317,7 +322,7 @@ class TurnEngine:
         """
         room = max(1, _NUMBERS // (rows * self.job.bridge.sides[who].vocab_size))
         if self.job.settings.block_size != "auto":
-            return min(self.job.settings.block_size, room)
+            return min(self.job.settings.block_size, room, _SPARE)
         goes_on = self.kept[who] / (self.kept[who] + self.cuts[who])
         models = (self.job.student, self.job.teacher)
         mine, theirs = (sum(each.numel() for each in models[model].parameters()) for model in (who, 1 - who))

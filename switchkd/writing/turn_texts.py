@@ -133,7 +133,9 @@ class TurnText:
             del each[-over:]
 
     def fail(self, who: int) -> None:
-        """The logits of a model are not finite where the text stands."""
+        """The logits of a model are not finite where the text stands; where both models' are not, the student is named."""
+        if self.stop_reason:
+            return
         name = "teacher" if who == TEACHER else "student"
         self.stop_reason = "non_finite"
         self.error = (
