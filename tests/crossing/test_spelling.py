@@ -252,12 +252,11 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_composition_alone_is_taken_and_left_out():
     """Qwen composes letters and accents (NFC). A text stays what it is, in the tokens that it has without that."""
-    tokenizer = byte_level(300, [*LINES, "e\u0301 " * 200])
+    tokenizer = sentencepiece(lines=[*LINES, "e\u0301 " * 200])
     own = Spelling(with_normalizer(tokenizer, normalizers.NFC()), "student")
     data = "e\u0301 é".encode()
     assert own.decode(own.encode(data)) == data
-    assert own.encode("e\u0301".encode()) == tokenizer.encode("e\u0301")
-    assert len(own.encode("e\u0301".encode())) == 2
+    assert own.encode("e\u0301".encode()) == [tokenizer.get_vocab()["e\u0301"]]
 
 
 def test_a_character_whose_bytes_are_changed_in_part_is_written_whole():
