@@ -368,6 +368,17 @@ def test_a_teacher_that_gives_no_mass_to_what_was_written_leaves_everything_fini
     assert leaf.grad.isfinite().all()
 
 
+def test_no_more_mass_is_moved_than_there_is_however_the_teacher_was_rounded():
+    """Log-probabilities of the text that come from another forward may be a bit larger than those of the law."""
+    student, teacher = [b"a", b"ab"], [b"a", b"b"]
+    law = PrefixLaw.of(toy_bridge(student, teacher), CPU)
+    own, read = of(student, b"ab"), of(teacher, b"a", b"b")
+    places = law.places(own, read)
+    logp = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log()
+    p, _ = law(logp, logs(1, 4), places, torch.tensor([math.log(0.5) + 1e-6, 0.0]))
+    assert p[0].exp().tolist() == pytest.approx([0, 0.5, 0, 0.1, 0.4])  # of b, no student token can stand for
+
+
 # --- by rank ---------------------------------------------------------------------------------------------------------
 
 
