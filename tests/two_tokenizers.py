@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import cache
+from pathlib import Path
 
 import torch
 from tiny import FAMILIES
@@ -147,3 +148,19 @@ def model_of(name: str, family: str = "llama", seed: int = 1, dtype: torch.dtype
             config.n_positions = 512
         model = type(model)(config)
     return model.to(dtype).eval()
+
+
+def across_on_disk(folder: Path, student: str = "coarse", teacher: str = "fine") -> dict[str, str]:
+    """A teacher, a student with another tokenizer, and a file of rows in ``folder``, as the settings that name them."""
+    for name, role, seed in ((student, "student", 1), (teacher, "teacher", 2)):
+        model = copy.deepcopy(model_of(name, "llama", seed))
+        model.get_output_embeddings().weight.data.mul_(8)  # peaked laws, which differ
+        model.save_pretrained(folder / role)
+        tokenizer_of(name).save_pretrained(folder / role)
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}, and that is all."} for i in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "teacher_model_name_or_path": str(folder / "teacher"),
+        "student_model_name_or_path": str(folder / "student"),
+        "train_file": str(folder / "data.jsonl"),
+    }

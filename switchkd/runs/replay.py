@@ -155,7 +155,9 @@ def _wrong(
         return
     ids, reason = record["completion_ids"], record["stop_reason"]
     ended = bool(ids) and ids[-1] in pair.ends.ids
-    cut = len(ids) == budget if reason == "length" else len(ids) <= budget
+    # Of two readings of a text the longer one may have reached the budget.
+    longest = max(len(ids), len(record.get("teacher_completion_ids", ())))
+    cut = longest >= budget >= len(ids) if reason == "length" else len(ids) <= budget
     if (reason == "eos") != ended or not cut or any(token in pair.ends.ids for token in ids[:-1]):
         yield "stop_reason"
     if texts is None:
