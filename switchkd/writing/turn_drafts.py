@@ -33,14 +33,14 @@ class Draft:
         """Of tokens that the text's writer has drawn; ``broken`` says for each whether its law is not finite."""
         assert text.writer is not None
         draft, bridge, who = Draft(row, text, list(tokens)), text.bridge, text.writer
-        side, other, begins = bridge.sides[who], bridge.sides[1 - who], bridge.beginnings[who].begins
+        side, begins = bridge.sides[who], bridge.beginnings[who].begins
         tail, spelt, budget = text.tail, text.spelt, text.budget - len(text.reading(1 - who))
         for k, token in enumerate(draft.tokens):
             if broken[k]:
                 draft.broken = k
                 break
             if begins(tail, token):
-                draft.read += other.spelling.encode(spelt)
+                draft.read += bridge.word(1 - who, spelt)
                 if len(draft.read) >= budget:  # the text ends before
                     break
                 draft.places.append(k)

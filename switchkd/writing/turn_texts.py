@@ -99,7 +99,7 @@ class TurnText:
 
     def _read_by_other(self) -> list[int]:
         assert self.writer is not None
-        return self.bridge.sides[1 - self.writer].spelling.encode(self.spelt)
+        return self.bridge.word(1 - self.writer, self.spelt)
 
     def _note(self, tokens: int) -> None:
         """Who wrote the last tokens of the student's reading, and what was seen at the first of them."""

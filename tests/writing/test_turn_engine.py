@@ -25,7 +25,7 @@ from switchkd.writing.turn_engine import decode_turns
 from switchkd.writing.turns import TurnJob, decode_turns_reference
 
 PROMPTS = ["What is two", "the cat", "I don't know: 12 and", "def add(x", "W"]
-RULE = Switch(schedule="constant", tau_0=0.45)
+RULE = Switch(tau_0=0.98, decay=0.1)
 BLOCKS = [(1, 2), (2, 1), (3, 3), (5, None), (8, 4), ("auto", None)]
 
 
@@ -73,7 +73,7 @@ def check_engine(*pair, settings, blocks=BLOCKS, engine=decode_turns, **more):
     return reference
 
 
-def check_shows(rollouts, words=1.1):
+def check_shows(rollouts, words=1.05):
     """That both models speak, words have several tokens, and texts are not all one word; else equalities say little."""
     speakers = [who for rollout in rollouts for who in rollout.speakers]
     places = sum(not math.isnan(d) for rollout in rollouts for d in rollout.divergences)

@@ -158,7 +158,7 @@ def test_every_draw_has_noise_of_its_own(monkeypatch):
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 KEPT = "if token is None or speaker != text.writer:"
-READ = "return self.bridge.sides[1 - self.writer].spelling.encode(self.spelt)"
+READ = "return self.bridge.word(1 - self.writer, self.spelt)"
 MUTANTS = {
     "a hand-over at any token end": (
         turn_texts,

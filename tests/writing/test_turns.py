@@ -148,8 +148,8 @@ def written(bridge, data, chance, budget=10**9):
 def test_readings_of_canonical_words_are_canonical(student, teacher):
     """Both models then read what each would make of the whole text by itself."""
     bridge, chance = bridge_of(student, teacher), random.Random(0)
-    for line in LINES[:5]:
-        text, own = written(bridge, line.encode(), chance)
+    for line in [*LINES[:5], "It is all.\n\nWait\n\n    return x\n\tNo."]:
+        text, own = written(bridge, line.strip().encode(), chance)
         assert [text.student_ids, text.teacher_ids] == own
 
 
