@@ -280,7 +280,7 @@ def measure_nearness(pair: Pair, options: TwoTokenizers) -> tuple[list[Row], dic
                 half = (
                     student_t.ppf(0.975, len(pairs) - 1) * stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
                 )
-                numbers[f"{score} - strict"] = f"{mean(pairs):+.4f} ± {half:.4f}"
+                numbers |= {f"{score}, less that of strict": mean(pairs), f"± {score}": half}
         rows.append(Row({"part": "nearness"}, name, [], numbers | {"coverage": coverage.get(name, 1.0)}))
     return rows, scores
 

@@ -152,7 +152,7 @@ class TurnEngine:
 
     def _draft(self, who: int, group: Sequence[int]) -> tuple[list[Draft], Tensor]:
         """Draws of a writer from its own law, each read before the next, and the laws ``[b, K, V]``."""
-        block, side, runner = self._block(who, len(group)), self.job.bridge.sides[who], self.runners[who]
+        block, side, runner = self._block(who, group), self.job.bridge.sides[who], self.runners[who]
         there, ends_b, ends = self._filled(who, group)
         runner.catch_up(there, ends_b, ends)
         settings, texts = self.job.settings, [self.rows[row] for row in group]
@@ -315,12 +315,15 @@ class TurnEngine:
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
-    def _block(self, who: int, rows: int) -> int:
+    def _block(self, who: int, group: Sequence[int]) -> int:
         """How many tokens a writer drafts: as many as the settings say, or as give the most kept ones for what they cost.
 
         Nothing here is measured in seconds: the plan, and with it the rounding of a text's numbers, is the same each time.
         """
-        room = max(1, _NUMBERS // (rows * self.job.bridge.sides[who].vocab_size))
+        left = max(
+            self.rows[row].budget - len(self.rows[row].ids(who)) + len(self.rows[row].prompts[who]) for row in group
+        )
+        room = min(left, max(1, _NUMBERS // (len(group) * self.job.bridge.sides[who].vocab_size)))
         if self.job.settings.block_size != "auto":
             return min(self.job.settings.block_size, room, _SPARE)
         goes_on = self.kept[who] / (self.kept[who] + self.cuts[who])

@@ -43,7 +43,8 @@ class TurnText:
 
     def anew(self) -> "TurnText":
         """The same prompt, of which nothing is written yet."""
-        return TurnText(self.bridge, self.id, self.prompts, self.budget, self.seed, stop_reason=self.stop_reason)
+        same = self.bridge, self.id, self.prompts, self.budget, self.seed
+        return TurnText(*same, stop_reason=self.stop_reason, error=self.error)
 
     def ids(self, who: int) -> list[int]:
         """The prompt and the completion as a model reads it; of the word, those of the writer alone."""
@@ -132,16 +133,17 @@ class TurnText:
         for each in (self.student_ids, self.speakers, self.divergences, self.thresholds):
             del each[-over:]
 
+    def stop(self, reason: str, error: str) -> None:
+        """The text cannot be written, or go on."""
+        self.stop_reason, self.error = reason, error
+
     def fail(self, who: int) -> None:
         """The logits of a model are not finite where the text stands; where both models' are not, the student is named."""
         if self.stop_reason:
             return
         name = "teacher" if who == TEACHER else "student"
-        self.stop_reason = "non_finite"
-        self.error = (
-            f"the {name}'s logits are not finite at sample {self.id}, response position {len(self.student_ids)}; check its weights "
-            "and dtype"
-        )
+        where = f"sample {self.id}, response position {len(self.student_ids)}"
+        self.stop("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
 
     def rollout(self, teacher: str = "") -> Rollout:
         """The text as it stands; of a word that is being written, nothing."""

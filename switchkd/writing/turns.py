@@ -20,6 +20,7 @@ from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.rules import name_of
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor
+from switchkd.runner.architecture import beyond_context
 from switchkd.runner.modes import evaluating
 from switchkd.writing.turn_laws import TurnLaws
 from switchkd.writing.turn_texts import TurnText
@@ -59,9 +60,29 @@ class TurnJob:
             for i, own, theirs, seed in zip(ids, prompt_ids, teacher_prompt_ids, keys, strict=True)
         ]
         for text in texts:
-            if settings.max_new_tokens == 0:
-                text.stop_reason = "length"
+            _check_text(text, (student, teacher))
         return TurnJob(bridge, student, teacher, texts, settings)
+
+
+def _check_text(text: TurnText, models: Sequence[PreTrainedModel]) -> None:
+    """Stop a row that cannot be decoded, and one that has no budget."""
+    for prompt, side, model in zip(text.prompts, text.bridge.sides, models, strict=True):
+        name = "prompt" if side.role == "student" else "teacher prompt"
+        if not prompt:
+            return text.stop("empty_prompt", f"sample {text.id} has an empty {name}; give it at least one token")
+        if bad := [i for i in prompt if not 0 <= i < side.vocab_size]:
+            return text.stop(
+                "invalid_token",
+                f"sample {text.id} has token id {bad[0]} in its {name}; ids must lie in 0..{side.vocab_size - 1}",
+            )
+        if words := beyond_context(len(prompt) + text.budget, f"{side.role}'s", model):
+            return text.stop(
+                "prompt_too_long",
+                f"sample {text.id}: {len(prompt)} {name} tokens + max_new_tokens {text.budget} {words}; shorten the prompt or "
+                "lower max_new_tokens",
+            )
+    if text.budget == 0:
+        text.stop_reason = "length"
 
 
 def only_reader(policy: Policy) -> int | None:
