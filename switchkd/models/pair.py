@@ -148,7 +148,7 @@ def load_pair(
         with naming(name):
             files[name] = files_of(source, "" if name else teacher_files)
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
-            _size_of(tokenizers[name], student_tokenizer)
+            _check_tokenizers(tokenizers[name], student_tokenizer)
     student_model, notes = load_student(student_name, dtype, device, lora, seed)
     there = teacher_device(place, device_named(device))
     of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
@@ -214,10 +214,7 @@ def _put_together(
     marks: Mapping[str, str] | None = None,
 ) -> Pair:
     """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts."""
-    sizes = {}
-    for name, tokenizer in tokenizers.items():
-        with naming(name):
-            sizes[name] = _size_of(tokenizer, student_tokenizer)
+    sizes = {name: _size_of(tokenizer, student_tokenizer) for name, tokenizer in tokenizers.items()}
     others = {name: tokenizers[name] for name, size in sizes.items() if size is None}  # with tokenizers of their own
     shared = {name: tokenizer for name, tokenizer in tokenizers.items() if name not in others}
     vocab_size = min(
@@ -255,19 +252,23 @@ def _put_together(
 
 
 def _size_of(tokenizer: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> int | None:
-    """The ids that a teacher's tokenizer shares with the student's; None where it is another one, to which a bridge leads.
-
-    Raises VocabularyError where none can.
-    """
+    """The ids that a teacher's tokenizer shares with the student's; None where it is another one, to which a bridge leads."""
     try:
         return check_vocabulary(tokenizer, student)
+    except VocabularyError:
+        return None
+
+
+def _check_tokenizers(tokenizer: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> None:
+    """Raise VocabularyError for a teacher's tokenizer that is another one than the student's, and to which no bridge can lead."""
+    try:
+        check_vocabulary(tokenizer, student)
     except VocabularyError as differ:
         try:
             for each, role in ((tokenizer, "teacher"), (student, "student")):
                 Spelling(each, role)
         except VocabularyError as error:
             raise VocabularyError(f"{error}. (One text in two tokenizers, since they differ: {differ})") from error
-        return None
 
 
 def load_alone(name: str, dtype: str = "float32", template: str | Template = AUTO, load_in_4bit: bool = False) -> Pair:
