@@ -109,7 +109,7 @@ def evaluate(
 
 def _scores(config: TrainConfig, loaded: Pair | None) -> dict[str, Evaluation]:
     pair = open_pair(config, loaded=loaded)
-    config = with_template(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer, others=pair.other_tokenizers)
     heldout = load_heldout(config, pair)
     how = eval_settings(config, StudentOnly())
     return {

@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> None:
     run = run_of(config.student_model_name_or_path)
     saved = SavedStudent.of(run) if run else None
     pair = open_pair(config)
-    config = with_template(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer, others=pair.other_tokenizers)
     heldout = load_heldout(config, pair)
     models = {"teacher": (pair.teacher, StudentOnly(), None), "student": (pair.student, config.policy, saved)}
     if isinstance(pair.teacher, ServedModel):

@@ -96,7 +96,7 @@ def generate(config: GenerateConfig) -> None:
         config = dataclasses.replace(config, teacher_prompt="", teacher_system_prompt="", teacher_field="", teachers={})
     else:
         pair = open_pair(config)
-    config = with_template(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer, others=pair.other_tokenizers)
     examples, settings = _examples(config, pair, config.prompt, config.limit), _decoding(config, pair)
     with bar("generate", len(examples) * config.max_new_tokens) as progress:
         shown = 0
@@ -161,7 +161,7 @@ def play(config: PlayConfig) -> None:
     from switchkd.runs.opening import open_pair
 
     pair = open_pair(config)
-    config = with_template(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer, others=pair.other_tokenizers)
     settings = _decoding(config, pair)
     asks = sys.stdin.isatty() and not config.prompt
     prompts = takewhile(bool, _typed("prompt (empty to end): ")) if asks else iter([config.prompt])

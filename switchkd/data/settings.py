@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from string import Formatter
@@ -247,12 +247,23 @@ class DataConfig(Settings):
 AnyData = TypeVar("AnyData", bound="DataConfig")
 
 
-def with_template(config: AnyData, tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> AnyData:
+def with_template(
+    config: AnyData,
+    tokenizer: PreTrainedTokenizerBase,
+    day: str | None = None,
+    others: Sequence[PreTrainedTokenizerBase] = (),
+) -> AnyData:
     """``config`` with the template that ``auto`` means for this tokenizer, and the day that its prompts are of (default: today), if
-    they depend on one and it names none."""
-    prompts = config.prompts.resolved(tokenizer)
-    config = replace(config, template=prompts.name)  # type: ignore[arg-type] # one of TEMPLATES
-    if config.template_date or not prompts.reads_date(tokenizer):
+    they depend on one and it names none.
+
+    ``others`` are those of teachers with a tokenizer of their own. Where ``auto`` means another template for one of them it stays,
+    since each model reads under its own.
+    """
+    readers = (tokenizer, *others)
+    names = {config.prompts.resolved(reader).name for reader in readers}
+    if len(names) == 1:
+        config = replace(config, template=names.pop())  # type: ignore[arg-type] # one of TEMPLATES
+    if config.template_date or not any(config.prompts.reads_date(reader) for reader in readers):
         return config
     return replace(config, template_date=day or today())
 

@@ -77,6 +77,11 @@ class Pair:
         return self.bridges[teacher].teacher if teacher in self.bridges else self.side
 
     @property
+    def other_tokenizers(self) -> "list[PreTrainedTokenizerBase]":
+        """Those of teachers that do not have the student's."""
+        return [bridge.teacher.tokenizer for bridge in self.bridges.values()]
+
+    @property
     def ends(self) -> Ends:
         """What stops a text, and the law of that."""
         return Ends(tuple(self.eos_token_ids), self.merged_eos_token_id)

@@ -119,7 +119,7 @@ def _distil(
     if main and config.push_to_hub:
         check_push(config.push_to_hub, config)
     pair = open_pair(config, quiet=not main, seed=config.seed, train=True, loaded=loaded)
-    config = with_template(config, pair.tokenizer, from_main(accelerator, today))
+    config = with_template(config, pair.tokenizer, from_main(accelerator, today), pair.other_tokenizers)
     check_context(config, pair)
     together = Together.of(pair.teacher)
     asks = in_first_group(accelerator, together)

@@ -48,7 +48,7 @@ _ROWS_OF_BRIDGE, _PLACES_OF_BRIDGE = 8, 256
 def check_run(config: TrainConfig, pair: Pair) -> list[str]:
     """Load data as a run would and say what it would do and need, in lines; trains nothing."""
     check_trackers(config.report_to)
-    config = with_template(config, pair.tokenizer)
+    config = with_template(config, pair.tokenizer, others=pair.other_tokenizers)
     train = load_train(config, pair)
     heldout = load_heldout(config, pair)
     check_context(config, pair)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,6 +328,28 @@ def test_two_processes_are_one(place, tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) > 1
     for a, b in zip(one.metrics, two.metrics, strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9) and a["num_tokens"] == b["num_tokens"]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_each_model_reads_under_its_own_template_also_when_a_run_goes_on(place, tmp_path, role):
+    """Where one of the two has a chat template, ``auto`` is one template for each, and stands in the records."""
+    folders = {name: tmp_path / name for name in ("student", "teacher")}
+    for name, folder in folders.items():
+        shutil.copytree(place[f"{name}_model_name_or_path"], folder)
+    (folders[role] / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    named = {f"{name}_model_name_or_path": str(folder) for name, folder in folders.items()}
+    settings = {"template": "auto", "max_prompt_length": 125, "max_steps": 1, "save_steps": 1}
+    train(place | named, tmp_path / "run", "cross_on_policy", **settings)
+    shutil.rmtree(tmp_path / "run" / "student")
+    further = "--resume", "--allow-change", "max_steps"
+    run = train(place | named, tmp_path / "run", "cross_on_policy", *further, **settings | {"max_steps": 2})
+    sides = load_pair(*map(str, (folders["teacher"], folders["student"]))).bridges[""].sides
+    for record in run.rollouts(99):
+        for name, own, ids in zip(folders, sides, (record["prompt_ids"], record["teacher_prompt_ids"]), strict=True):
+            assert own.spelling.decode(ids).startswith(b"user: What" if name == role else b"Below is")
+    assert run.settings["template"] == "auto" and len(run.metrics) == 2
 
 
 def test_an_adapter_is_trained(place, tmp_path):
