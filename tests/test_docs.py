@@ -18,18 +18,24 @@ import yaml
 from tiny import CHATML, save_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from two_tokenizers import across_on_disk
 
+from switchkd.base.errors import ConfigError
 from switchkd.base.settings import shipped
 from switchkd.cli import train
 from switchkd.cli.commands import COMMANDS as CLI
 from switchkd.cli.flags import parse
 from switchkd.cli.main import main
+from switchkd.crossing.alignments import ALIGNMENTS
 from switchkd.data.examples import load_examples
 from switchkd.data.formats import Wanted
 from switchkd.methods.mixes import MIXES
 from switchkd.methods.objectives import OBJECTIVES
+from switchkd.methods.policies import POLICIES
 from switchkd.models import pypi_pairs
 from switchkd.studies.plan import cells, load_plan
+from switchkd.teachers.across import check_across
+from switchkd.writing.turns import check_policy
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,7 +123,10 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def workplace(pair, tmp_path, monkeypatch):
-    """A folder in which the demo is tiny, pair and run, hub names are the demo, and the data files of the docs exist."""
+    """A folder in which the demo is tiny, pair and run, hub names are the demo, and the data files of the docs exist.
+
+    A pair of two families is one of two tokenizers, in ``across``.
+    """
     short = {"max_new_tokens": 8, "eval_samples": 4, "eval_max_new_tokens": 8}
     settings = train.demo_settings
     monkeypatch.setattr(train, "demo_settings", lambda config: dataclasses.replace(settings(config), **short))
@@ -127,14 +136,23 @@ def workplace(pair, tmp_path, monkeypatch):
     for name in ("my_data.jsonl", "my_heldout.jsonl"):
         rows = ({"prompt": f"What is {n} and 2?", "completion": f"It is {n + 2}."} for n in range(8))
         Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    across_on_disk(tmp_path / "across", context=2048)
     for code in FILES:
         Path(code.splitlines()[0].removeprefix("# ")).write_text(code)
     return tmp_path
 
 
+def at_hand(text):
+    """A command or a piece of Python with models that are here in place of a hub's: a pair of two tokenizers for one of two
+    families, else the demo."""
+    both = re.search(r"HuggingFaceTB/", text)
+    text = re.sub(r"\bQwen/[\w.-]+", "across/teacher" if both else "demo", text)
+    return re.sub(r"\bHuggingFaceTB/[\w.-]+", "across/student", text)
+
+
 def typed(command):
-    """Run a documented command line, shortened, with the demo in place of models from a hub."""
-    words = [re.sub(r"^Qwen/.*", "demo", word) for word in shlex.split(command)]
+    """Run a documented command line, shortened, with models that are at hand."""
+    words = shlex.split(at_hand(command))
     if ELSEWHERE.search(command):
         own = words[next(at for at, word in enumerate(words) if word in CLI) :]
         assert parse(CLI[own[0]].settings, own), command
@@ -147,6 +165,8 @@ def typed(command):
         assert Path(parse(CLI["lm-eval"].settings, words[1:]).model_name_or_path, "student").is_dir(), command
     elif words[0] in ("switchkd", "./run"):
         assert main([*words[1:], *SHORT[words[1]]]) == 0, command
+    elif words[0] == "python":  # what a page told to put into a file
+        script(str(Path(words[1]).absolute()), *words[2:])
     else:
         assert words[0] == ".venv/bin/python", f"no rule to run {command!r}"
         script(*words[1:])
@@ -177,7 +197,7 @@ def test_python_in_the_pages(workplace, pair, number, capsys):
         Path("runs/first").mkdir(parents=True)
         Path("runs/first/student").symlink_to(pair[1])
     few = "max_steps=2, max_new_tokens=8, eval_samples=2, eval_max_new_tokens=8"
-    short = re.sub(r"max_steps=\d+", few, re.sub('"Qwen/.*?"', '"demo"', code))
+    short = re.sub(r"max_steps=\d+", few, at_hand(code))
     exec(compile(short, page, "exec"), {"__name__": "docs"})
     printed = capsys.readouterr().out
     assert "[" in printed
@@ -237,6 +257,41 @@ def test_tests_named_in_the_traps_exist():
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     for name in re.findall(r"`(test_\w+)(?:…)?`", (ROOT / "docs/traps.md").read_text(encoding="utf-8")):
         assert f"def {name}" in source, name
+
+
+def table(page, head):
+    """The rows of the table with this head, as the cells of each."""
+    _, _, rest = (ROOT / page).read_text(encoding="utf-8").partition(f"{head}\n")
+    lines = rest.split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_on_two_tokenizers_says_what_is_refused():
+    page = "docs/cross_tokenizer.md"
+    told = {}
+    for names, *answers in table(page, "| objective | `strict` | `prefix` | `sorted` |"):
+        for name in re.findall(r"`(\w+)`", names):
+            told[name] = dict(zip(ALIGNMENTS, (answer == "yes" for answer in answers), strict=True))
+    assert told == {
+        name: {kind: not refused(check_across, cls(), kind) for kind in ALIGNMENTS} for name, cls in OBJECTIVES.items()
+    }
+    told = {}
+    for names, answer, _ in table(page, "| policy | | why |"):
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), answer == "yes")
+    rules = {
+        name: cls(trigger_ids=(1,), blank_ids=(2,)) if name == "relay" else cls() for name, cls in POLICIES.items()
+    }
+    assert told == {name: not refused(check_policy, rule) for name, rule in rules.items()}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert {name for name in shipped("recipes") if name.startswith("cross_")} <= set(re.findall(r"`(\w+)`", text))
+
+
+def refused(check, *arguments):
+    try:
+        check(*arguments)
+    except ConfigError:
+        return True
+    return False
 
 
 def test_the_methods_page_names_every_recipe_rule_and_setting():

@@ -17,7 +17,7 @@ drawn = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
-    "base", "methods", "data", "runner", "forward", "crossing", "models", "teachers", "decoding", "writing", "evaluation",
+    "base", "methods", "data", "runner", "forward", "crossing", "decoding", "models", "teachers", "writing", "evaluation",
     "training", "reports", "runs", "api", "studies", "cli",
 )  # fmt: skip
 

@@ -31,8 +31,8 @@ def test_decode_signature():
 
 def test_rollout_fields():
     assert list(switchkd.Rollout.__dataclass_fields__) == [
-        "id", "prompt_ids", "completion_ids", "speakers", "teacher_prompt_ids", "teacher", "said", "divergences", "thresholds",
-        "stop_reason", "error",
+        "id", "prompt_ids", "completion_ids", "speakers", "teacher_prompt_ids", "teacher_completion_ids", "teacher", "said",
+        "divergences", "thresholds", "stop_reason", "error",
     ]  # fmt: skip
 
 

@@ -150,11 +150,12 @@ def model_of(name: str, family: str = "llama", seed: int = 1, dtype: torch.dtype
     return model.to(dtype).eval()
 
 
-def across_on_disk(folder: Path, student: str = "coarse", teacher: str = "fine") -> dict[str, str]:
+def across_on_disk(folder: Path, student: str = "coarse", teacher: str = "fine", context: int = 512) -> dict[str, str]:
     """A teacher, a student with another tokenizer, and a file of rows in ``folder``, as the settings that name them."""
     for name, role, seed in ((student, "student", 1), (teacher, "teacher", 2)):
         model = copy.deepcopy(model_of(name, "llama", seed))
         model.get_output_embeddings().weight.data.mul_(8)  # peaked laws, which differ
+        model.config.max_position_embeddings = context
         model.save_pretrained(folder / role)
         tokenizer_of(name).save_pretrained(folder / role)
     rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}, and that is all."} for i in range(12)]
