@@ -16,7 +16,7 @@ from switchkd.base.errors import ConfigError, DataError, nearest
 from switchkd.base.storage import unused_folder, write_file
 from switchkd.data.settings import with_template
 from switchkd.methods.policy import StudentOnly
-from switchkd.models.loading import default_device, load_model, load_tokenizer, silent_libraries
+from switchkd.models.loading import default_device, load_model, load_tokenizer, made, silent_libraries
 from switchkd.models.pair import Pair, pair_of
 from switchkd.models.settings import with_dtypes
 from switchkd.runs import distil as runs
@@ -62,7 +62,8 @@ def distil(
             so that the run can go on, be reported and be made again like any other.
         method: a recipe: a name that ``switchkd methods`` lists, or a YAML file.
         eval_data: rows to score on. Without any, a twentieth of ``data`` is held out (``eval_split``).
-        tokenizer: of a student that is loaded already; default the one of the folder or name that it was loaded from.
+        tokenizer: of a student that is loaded already; default the one of the folder or name that it was loaded from. A teacher
+            that was loaded from a folder may have another one there.
         on_step: called after every step with its metrics, as they stand in ``metrics.jsonl``, and the texts generated in it.
         output_dir: the run's directory; default ``runs/METHOD``, numbered where that is there already.
         settings: any other setting of `TrainConfig` by its name, such as ``max_steps=100`` or ``use_peft=True``.
@@ -148,7 +149,7 @@ def _loaded(
     if config.teachers:
         raise ConfigError("several teachers are given by their names or folders, and so are student and teacher then")
     own = with_dtypes(config, default_device())
-    tokenizer = tokenizer or _tokenizer(student if isinstance(student, PreTrainedModel) else teacher)
+    tokenizer = tokenizer or _students_tokenizer(teacher, student)
     if not isinstance(student, PreTrainedModel):
         student = load_model(_name(student), "float32" if own.dtype != "float64" else own.dtype)
     if not isinstance(teacher, PreTrainedModel):
@@ -162,8 +163,18 @@ def _loaded(
 
 def _other_tokenizer(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
     """The teacher's own tokenizer, where it is known and is not the student's."""
-    own = load_tokenizer(teacher.name_or_path) if teacher.name_or_path else tokenizer
+    if not teacher.name_or_path or not Path(teacher.name_or_path).is_dir():
+        return None
+    own = load_tokenizer(teacher.name_or_path)
     return None if own.get_vocab() == tokenizer.get_vocab() else own
+
+
+def _students_tokenizer(teacher: Model, student: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a loaded student; of one that is named, the loaded teacher's, unless the student's is another one."""
+    if isinstance(student, PreTrainedModel):
+        return _tokenizer(student)
+    theirs, own = _tokenizer(teacher), load_tokenizer(made(_name(student), "student"))
+    return theirs if own.get_vocab() == theirs.get_vocab() else own
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase:

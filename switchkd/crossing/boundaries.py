@@ -56,6 +56,7 @@ class Beginnings:
         place = {first: at for at, first in enumerate(self.classes)}
         self._class_of = [place[first] for first in firsts]
         self.bytes_of = spelling.bytes_of
+        self._behind: dict[bytes, np.ndarray] = {}
 
     @cached_property
     def class_of(self) -> np.ndarray:
@@ -66,7 +67,10 @@ class Beginnings:
 
     def behind(self, before: bytes) -> np.ndarray:
         """For each class of tokens whether they begin a word behind a text that ends with ``before``, bool."""
-        return np.array([*(self.boundaries.between(before, first) for first in self.classes), True])
+        end = last_character(before)
+        if end not in self._behind:
+            self._behind[end] = np.array([*(self.boundaries.between(end, first) for first in self.classes), True])
+        return self._behind[end]
 
     def begins(self, before: bytes, token: int) -> bool:
         """Whether a token begins a word there."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from switchkd.base.errors import VocabularyError
-from switchkd.crossing.alignment import one_to_one
 from switchkd.crossing.boundaries import Beginnings, Boundaries, words
+from switchkd.crossing.readings import one_to_one
 from switchkd.crossing.spelling import PROBE, Spelling
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.crossing.alignment import spans
 from switchkd.crossing.bridge import Bridge, Side
 from switchkd.crossing.laws import LEAST, Places
+from switchkd.crossing.readings import spans
 from switchkd.methods.policy import STUDENT, TEACHER
 
 

@@ -130,15 +130,7 @@ class BlockEngine:
 
     def cost(self, seconds: float) -> DecodeCost:
         """What decoding has cost so far; the teacher's tokens are those of rows that came home."""
-        student, teacher = self.runners
-        own = DecodeCost(
-            seconds,
-            student_forwards=student.forwards,
-            teacher_forwards=teacher.forwards,
-            student_prefill_tokens=student.prefill_tokens,
-            teacher_prefill_tokens=teacher.prefill_tokens,
-        )
-        return own + self.total
+        return forwards_of(self.runners, seconds) + self.total
 
     # --- what the models say --------------------------------------------------------------------------------------
 
@@ -369,3 +361,15 @@ class BlockEngine:
                 for runner in self.runners:
                     runner.move(to, source)
             del board.rows[count:]
+
+
+def forwards_of(runners: Sequence[Runner], seconds: float) -> DecodeCost:
+    """What the models of student and teacher have read since they were opened."""
+    student, teacher = runners
+    return DecodeCost(
+        seconds,
+        student_forwards=student.forwards,
+        teacher_forwards=teacher.forwards,
+        student_prefill_tokens=student.prefill_tokens,
+        teacher_prefill_tokens=teacher.prefill_tokens,
+    )

@@ -21,8 +21,8 @@ from rich.text import Text
 from switchkd.base.errors import DataError, ModelError
 from switchkd.base.plain import Lines, spread
 from switchkd.base.terminal import number, visible
-from switchkd.crossing.alignment import groups
 from switchkd.crossing.bridge import Side
+from switchkd.crossing.readings import groups
 from switchkd.evaluation.results import Completion, Question
 from switchkd.evaluation.statistics import by_example
 from switchkd.methods.policy import STUDENT, TEACHER

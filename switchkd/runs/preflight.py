@@ -113,7 +113,8 @@ def _of_bridge(pair: Pair, name: str, examples: Sequence[TokenizedExample]) -> l
 
 def memory_estimate(config: TrainConfig, pair: Pair, masters: Masters) -> dict[str, float]:
     """Bytes of what a training step holds, without activations, which depend on the architecture."""
-    models = Models(pair.student, pair.named_teachers, pair.vocab_size, longest_teacher_prompt(config, pair))
+    largest = max([pair.vocab_size, *(bridge.teacher.vocab_size for bridge in pair.bridges.values())])
+    models = Models(pair.student, pair.named_teachers, largest, longest_teacher_prompt(config, pair))
     return labelled(held(config, models, masters), models, masters)
 
 

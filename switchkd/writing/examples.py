@@ -39,10 +39,11 @@ def decode_examples(
     cost, fitting = DecodeCost(), None
     for name, places in by_teacher(examples).items():
         mine, ids = [examples[place] for place in places], [sample_ids[place] for place in places]
-        write = _write_across if name in pair.bridges else _write
-        rollouts = write(
-            pair, name, mine, settings, ids, progress and partial(_further, progress, cost), watch, runners
-        )
+        further = progress and partial(_further, progress, cost)
+        if name in pair.bridges:
+            rollouts = _write_across(pair, name, mine, settings, ids, further, watch, runners)
+        else:
+            rollouts = decode_job(job_of(pair, name, mine, settings, ids), further, watch, runners)
         if rollouts.rows_that_fit:
             fitting = rollouts.rows_that_fit
             settings = replace(settings, batch_size=fitting)
@@ -56,20 +57,6 @@ def decode_examples(
 
 def _further(progress: Callable[[DecodeCost], None], before: DecodeCost, now: DecodeCost) -> None:
     progress(before + now)
-
-
-def _write(
-    pair: Pair,
-    teacher: str,
-    examples: Sequence[TokenizedExample],
-    settings: DecodeSettings,
-    sample_ids: Sequence[int],
-    progress: Callable[[DecodeCost], None] | None,
-    watch: Callable[[Rollouts], None] | None,
-    runners: Runners,
-) -> Rollouts:
-    """Texts of a teacher with the student's tokenizer."""
-    return decode_job(job_of(pair, teacher, examples, settings, sample_ids), progress, watch, runners)
 
 
 def _write_across(

@@ -20,6 +20,7 @@ from switchkd.base import signals
 from switchkd.base.memory import halving
 from switchkd.decoding.decide import spread
 from switchkd.decoding.decode import DEFAULT_BATCH, Runners, threads
+from switchkd.decoding.engine import forwards_of
 from switchkd.decoding.pace import BLOCKS
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.forward.parallel import Together
@@ -111,15 +112,7 @@ class TurnEngine:
 
     def cost(self, seconds: float) -> DecodeCost:
         """What writing has cost so far."""
-        student, teacher = self.runners
-        own = DecodeCost(
-            seconds,
-            student_forwards=student.forwards,
-            teacher_forwards=teacher.forwards,
-            student_prefill_tokens=student.prefill_tokens,
-            teacher_prefill_tokens=teacher.prefill_tokens,
-        )
-        return own + self.total
+        return forwards_of(self.runners, seconds) + self.total
 
     # --- a round --------------------------------------------------------------------------------------------------
 

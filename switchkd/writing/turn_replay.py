@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.crossing.alignment import spans
 from switchkd.crossing.bridge import Bridge
+from switchkd.crossing.readings import spans
 from switchkd.decoding.rollouts import Rollout
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.writing.turn_laws import TurnLaws

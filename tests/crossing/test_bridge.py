@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from two_tokenizers import LINES, TOKENIZERS, bridge_of, byte_level, side, tokenizer_of
 
 from switchkd.base.errors import DataError, VocabularyError
-from switchkd.crossing.alignment import one_to_one, spans
 from switchkd.crossing.bridge import Bridge, Side
+from switchkd.crossing.readings import one_to_one, spans
 from switchkd.forward.ends import Ends
 from switchkd.methods.policy import STUDENT, TEACHER
 

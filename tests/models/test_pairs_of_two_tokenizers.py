@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tiny import CHATML
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from two_tokenizers import across_on_disk, model_of, tokenizer_of
 
+from switchkd import distil
 from switchkd.base.errors import ConfigError, VocabularyError
 from switchkd.cli.main import main
 from switchkd.data.files import BadRows
@@ -122,8 +123,6 @@ def test_marks_that_mean_the_same(place):
 
 
 def _resize(place):
-    from transformers import AutoModelForCausalLM
-
     for folder in names(place):
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(folder)))
@@ -236,3 +235,21 @@ def test_a_tokenizer_without_a_file_is_refused(place, monkeypatch):
         from switchkd.crossing.spelling import Spelling
 
         Spelling(tokenizer_of("coarse"), "student")
+
+
+def test_distil_in_python_takes_models_and_names(place, tmp_path):
+    """Loaded or named, both have the tokenizers of their own folders, and the losses are equal."""
+    losses = set()
+    for loaded in ("teacher", "student", "both", "neither"):
+        teacher, student = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype="auto") if loaded in (role, "both") else folder
+            for folder, role in zip(names(place), ("teacher", "student"), strict=True)
+        )
+        run = distil(
+            teacher, student, place["train_file"], method="cross_kd", output_dir=tmp_path / f"run-{loaded}", template="none",
+            max_prompt_length=60, max_completion_length=40, eval_samples=0, max_steps=1, dtype="float64", learning_rate=1e-3,
+            sample_steps=0,
+        )  # fmt: skip
+        losses.add(run.metrics[0]["loss"])
+        assert run.metrics[0]["cross/coverage"] > 0.9
+    assert len(losses) == 1

@@ -23,7 +23,7 @@ from switchkd import show
 from switchkd.api.run import Run
 from switchkd.base.errors import DataError
 from switchkd.cli.main import main
-from switchkd.crossing.alignment import groups
+from switchkd.crossing.readings import groups
 from switchkd.decoding.rollouts import DecodeCost, Rollout, Rollouts, mean, rollout_metrics
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policies import Switch

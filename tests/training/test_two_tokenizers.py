@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from fake_server import serving
 from two_tokenizers import across_on_disk, bridge_of, model_of, side
 
 from switchkd.base.errors import ConfigError
@@ -397,3 +398,19 @@ def test_the_teachers_stored_text_is_the_students_to_learn(tmp_path):
     made = teacher_texts(pair, rows, tmp_path, settings)
     again = teacher_texts(pair, rows, tmp_path, settings)
     assert made == again and all(set(row.speakers) == {TEACHER} and row.teacher_completion_ids for row in made)
+
+
+def test_a_teacher_behind_a_server_scores_and_writes_nothing(place):
+    teacher, student = place["teacher_model_name_or_path"], place["student_model_name_or_path"]
+    here = load_pair(teacher, student, device="cpu")
+    with serving(here.teacher, teacher) as server:
+        there = load_pair(server.address, student, device="cpu")
+        rows = examples_of(here)
+        one, other = (gradient_of(pair, rows, dtype="float32") for pair in (here, there))
+        assert math.isclose(one[0], other[0], rel_tol=1e-5)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(one[1], other[1], strict=True))
+        texts = [decode_examples(pair, rows, DecodeSettings(StudentOnly(), 8), range(4)) for pair in (here, there)]
+        assert [r.to_json() for r in texts[0]] == [r.to_json() for r in texts[1]]
+        for policy in (Switch(), AdaSwitch(), TeacherOnly()):
+            with pytest.raises(ConfigError, match="behind a server"):
+                decode_examples(there, rows, DecodeSettings(policy, 8), range(4))

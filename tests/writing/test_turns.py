@@ -12,7 +12,7 @@ from tiny import POLICIES
 from two_tokenizers import LINES, TOKENIZERS, bridge_of
 
 from switchkd.base.errors import ConfigError
-from switchkd.crossing.alignment import spans
+from switchkd.crossing.readings import spans
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policies import SSD
 from switchkd.methods.policy import STUDENT, TEACHER, Policy, spoken_where
