@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
@@ -93,6 +93,8 @@ SCORES = ("own_forward_kl", "forward_kl", "strict")
 class TwoTokenizers(Options):
     """What can be told besides; ``repeats`` are runs of `writing`, and seeds of `nearness`."""
 
+    part: Literal["all", "writing", "nearness"] = "all"
+    """What is measured; one part writes two_tokenizers_PART.json."""
     first_steps: int = 400
     """Steps of cross-entropy by which the student is made."""
     steps: int = 100
@@ -112,16 +114,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         options = replace(options, first_steps=2, steps=2, heldout=2, repeats=2)
     pair, same = pairs(options)
-    writing = measure_writing(pair, same, options)
-    print_table("writing", writing)
-    nearness, scores = measure_nearness(pair, options)
-    print_table(f"nearness after {options.steps} steps of 16 rows, {options.repeats} seeds", nearness)
-    settings = {
+    rows: list[Row] = []
+    settings: dict[str, Any] = {
         "bridge": pair.bridges[""].describe(),
-        "scores": scores,
         "losses": {k: repr(v) for k, v in LOSSES.items()},
     }
-    publish("two_tokenizers", options, settings, [*writing, *nearness], plot(nearness))
+    if options.part != "nearness":
+        rows += (writing := measure_writing(pair, same, options))
+        print_table("writing", writing)
+    if options.part != "writing":
+        nearness, settings["scores"] = measure_nearness(pair, options)
+        rows += nearness
+        print_table(f"nearness after {options.steps} steps of 16 rows, {options.repeats} seeds", nearness)
+    name = "two_tokenizers" if options.part == "all" else f"two_tokenizers_{options.part}"
+    publish(name, options, settings, rows, plot(rows))
     return 0
 
 
@@ -296,7 +302,8 @@ def plot(rows: Sequence[Row]) -> Figure:
     """The divergence of each loss's students on their own texts."""
     figure = Figure(figsize=(7, 3))
     axes = figure.subplots()
-    axes.barh([row.contender for row in rows], [row.numbers["own_forward_kl"] for row in rows])
+    trained = [row for row in rows if "own_forward_kl" in row.numbers]
+    axes.barh([row.contender for row in trained], [row.numbers["own_forward_kl"] for row in trained])
     axes.invert_yaxis()
     axes.set_xlabel("KL(p‖q) on the student's own texts, nats a token")
     figure.tight_layout()

@@ -22,6 +22,7 @@ CONTENDERS = {
     "small": {"on-policy", "SWITCH", "AdaSwitch", "evaluate"},
     "states": {"plain loop", "block engine"},
     "two_sizes": {"SWITCH", "AdaSwitch", "SWITCH, LoRA"},
+    "two_tokenizers": {"one tokenizer", "two tokenizers", "before", "strict", "sorted (ULD)", "prefix"},
     "counts": {"StudentOnly", "SWITCH", "AdaSwitch", "SKD", "pieces for a GPU", "pieces for a CPU"},
     "engines": {"switchkd decode", "transformers generate", "transformers continuous batching", "vLLM"},
 }
