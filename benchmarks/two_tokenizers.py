@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,14 +30,14 @@ from scipy.stats import t as student_t
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from benchmarks.harness import Options, Row, accelerator, parse, print_table, publish, side_by_side
+from benchmarks.harness import Options, Row, accelerator, parse, print_table, publish, side_by_side, timed
 from benchmarks.small_pair import _texts, why_missing
 from switchkd.base.storage import cache_folder
 from switchkd.base.terminal import bar, console
 from switchkd.data.settings import DataConfig
 from switchkd.data.small_data import small_pair_folder
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.rollouts import Rollouts
+from switchkd.decoding.rollouts import Metrics, Rollouts
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"skipped: {missing}", soft_wrap=True)
         return 0
     if options.quick:
-        options = replace(options, first_steps=2, steps=2, heldout=2, repeats=2)
+        options = replace(options, first_steps=2, steps=2, heldout=2)
     pair, same = pairs(options)
     rows: list[Row] = []
     settings: dict[str, Any] = {
@@ -234,7 +235,7 @@ def measure_writing(pair: Pair, same: Pair, options: TwoTokenizers) -> list[Row]
             made[which] = decode_examples(chosen, prompts, how, range(count))
 
         contenders = {which: (lambda which=which: write(which)) for which in ("one tokenizer", "two tokenizers")}
-        side_by_side(contenders, options.repeats, name)
+        seconds = side_by_side(contenders, options.repeats, name)
         for which in contenders:
             cost = made[which].cost
             numbers: dict[str, Any] = {
@@ -250,7 +251,7 @@ def measure_writing(pair: Pair, same: Pair, options: TwoTokenizers) -> list[Row]
                     "student forwards/word": cost.student_forwards / cost.words,
                     "teacher forwards/word": cost.teacher_forwards / cost.words,
                 }
-            rows.append(Row({"policy": name}, which, [cost.seconds], numbers))
+            rows.append(Row({"policy": name}, which, seconds[which], numbers))
     return rows
 
 
@@ -264,16 +265,17 @@ def measure_nearness(pair: Pair, options: TwoTokenizers) -> tuple[list[Row], dic
     held_out = examples(pair, options.heldout, "heldout")
     scores: dict[str, dict[str, list[float]]] = {name: {score: [] for score in SCORES} for name in ("before", *LOSSES)}
     coverage: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in scores}
     with bar("train", len(LOSSES) * options.repeats) as progress:
-        _score(pair, held_out, scores["before"])
+        seconds["before"].append(timed(lambda: _score(pair, held_out, scores["before"])))
         for seed in range(options.repeats):
             for name, loss in LOSSES.items():
                 pair.student.load_state_dict(start)
                 config = _config(options, loss, seed, options.steps)
                 own = Trainer(pair, train, config, accelerator(options.device), corpus=train if loss.ce else ())
-                for _ in range(options.steps):
-                    metrics, _ = own.train_step()
-                coverage[name] = metrics.get("cross/coverage", 1.0)
+                lines: list[Metrics] = []
+                seconds[name].append(timed(partial(_train, own, options.steps, lines)))
+                coverage[name] = lines[-1].get("cross/coverage", 1.0)
                 _score(pair, held_out, scores[name])
                 progress.advance(1, f"{name}, seed {seed}: {scores[name]['own_forward_kl'][-1]:.4f}")
     pair.student.load_state_dict(start)
@@ -287,8 +289,13 @@ def measure_nearness(pair: Pair, options: TwoTokenizers) -> tuple[list[Row], dic
                     student_t.ppf(0.975, len(pairs) - 1) * stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
                 )
                 numbers |= {f"{score}, less that of strict": mean(pairs), f"± {score}": half}
-        rows.append(Row({"part": "nearness"}, name, [], numbers | {"coverage": coverage.get(name, 1.0)}))
+        rows.append(Row({"part": "nearness"}, name, seconds[name], numbers | {"coverage": coverage.get(name, 1.0)}))
     return rows, scores
+
+
+def _train(trainer: Trainer, steps: int, lines: list[Metrics]) -> None:
+    for _ in range(steps):
+        lines.append(trainer.train_step()[0])
 
 
 def _score(pair: Pair, held_out: list[TokenizedExample], into: dict[str, list[float]]) -> None:
