@@ -93,6 +93,19 @@ def test_the_day_is_chosen_where_prompts_depend_on_it(clock):
     )
 
 
+def test_teachers_with_a_tokenizer_of_their_own_read_under_their_own_template_of_the_day(clock):
+    clock("2026-03-01")
+    config, dated, plain = TrainConfig(), tokenizer(CLOCKS["smollm3"]), tokenizer("")
+    none = byte_level_tokenizer(template=None)
+    read = with_template(config, plain, others=[dated])
+    assert (read.template, read.template_date) == ("chat", "2026-03-01")
+    read = with_template(config, none, others=[dated])
+    assert (read.template, read.template_date) == ("auto", "2026-03-01")
+    assert with_template(config, plain, others=[none]).template == "auto"
+    assert with_template(config, none, others=[none]).template == "alpaca"
+    assert with_template(dataclasses.replace(config, template="none"), none, others=[dated]).template == "none"
+
+
 def test_a_day_that_is_given_reaches_templates_that_take_one_by_name():
     own = tokenizer(OLDER)
     assert prompt(own, "chat").startswith("26 Jul 2024")
