@@ -25,13 +25,13 @@ from switchkd.decoding.pace import BLOCKS
 from switchkd.decoding.rollouts import DecodeCost, Rollouts
 from switchkd.forward.parallel import Together
 from switchkd.methods.policy import STUDENT, TEACHER, State
-from switchkd.methods.sampling import as_int64, draw, gumbel_noise, keys_at, keys_tensor, row_key
+from switchkd.methods.sampling import Use, as_int64, draw, gumbel_noise, keys_at, keys_tensor, row_key
 from switchkd.runner.cache import Places
 from switchkd.runner.modes import evaluating
 from switchkd.runner.runner import Runner
 from switchkd.writing.turn_drafts import Draft, Said, keep
 from switchkd.writing.turn_laws import TurnLaws, where_rows
-from switchkd.writing.turn_texts import USES, TurnText
+from switchkd.writing.turn_texts import TurnText
 from switchkd.writing.turns import TurnJob
 
 # Numbers of the laws of a block, over all of its rows and tokens.
@@ -149,9 +149,8 @@ class TurnEngine:
         there, ends_b, ends = self._filled(who, group)
         runner.catch_up(there, ends_b, ends)
         settings, texts = self.job.settings, [self.rows[row] for row in group]
-        row_keys = torch.tensor(
-            [as_int64(row_key(text.seed, text.id, USES[who])) for text in texts], device=self.device
-        )
+        use = Use.TOKEN if who == STUDENT else Use.TEACHER
+        row_keys = torch.tensor([as_int64(row_key(text.seed, text.id, use)) for text in texts], device=self.device)
         clock = torch.tensor([text.clock for text in texts], device=self.device)
         laws, tokens, last = [], [], None
         for k in range(block):

@@ -8,8 +8,6 @@ from switchkd.decoding.rollouts import Rollout
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.methods.sampling import Use, noise_key
 
-USES = (Use.TOKEN, Use.TEACHER)  # of the noise of STUDENT, TEACHER
-
 
 @dataclass
 class TurnText:
@@ -56,7 +54,7 @@ class TurnText:
 
     def key(self, who: int) -> int:
         """Of the noise of the next token, if ``who`` draws it."""
-        return noise_key(self.seed, self.id, self.clock, USES[who])
+        return noise_key(self.seed, self.id, self.clock, Use.TOKEN if who == STUDENT else Use.TEACHER)
 
     def begins(self, token: int) -> bool:
         """Whether a token of the writer begins a word."""

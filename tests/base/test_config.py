@@ -30,7 +30,7 @@ def test_the_recipes_by_name():
     assert set(shipped("recipes")) == {
         "sft", "kd", "seqkd", "imitkd", "gkd", "on_policy", "minillm", "distillm", "distillm2", "skd", "ssd", "ca_opd", "trb",
         "relay", "hysteresis", "fast_opd", "opd", "veto", "taid", "akl", "adaswitch", "switch", "switch_linear", "switch_growth",
-        "switch_constant", "switch_mix_in", "switch_random",
+        "switch_constant", "switch_mix_in", "switch_random", "cross_kd", "cross_on_policy", "cross_switch", "cross_adaswitch",
     }  # fmt: skip
 
 

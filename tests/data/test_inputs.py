@@ -337,7 +337,7 @@ def test_a_folder_that_looks_like_a_checkpoint_is_none(records):
 
 @pytest.mark.parametrize("template", ["chat", "none"])
 def test_prompts_are_tokens_or_an_error(template):
-    pair, config = SimpleNamespace(tokenizer=TOKENIZER, teacher_templates={}), DataConfig(template=template)
+    pair, config = SimpleNamespace(tokenizer=TOKENIZER, teacher_templates={}, bridges={}), DataConfig(template=template)
     for text in ("\0", "<|im_end|>", "<|im_end|><|im_end|>", "a" * 2**14, "a<|im_end|>"):
         [one] = prompt_examples([text], config, pair)
         assert text in TOKENIZER.decode(one.prompt_ids)

@@ -73,14 +73,14 @@ def test_the_parts_of_a_steps_time_are_all_of_it(tmp_path):
         gradient_accumulation_steps=2, output_dir=str(tmp_path),
     )  # fmt: skip
     trainer = Trainer(toy_pair(), toy_examples(), config)
-    read, laps = trainer.learner.teachers, []
+    read, laps = trainer.learner.teachers.voices, []
 
     def slow(*arguments):
         laps.append(0.05)
         time.sleep(0.05)
         return read(*arguments)
 
-    trainer.learner.teachers = slow
+    trainer.learner.teachers.voices = slow
     metrics, _ = trainer.train_step()
     parts = [metrics[f"seconds/{part}"] for part in ("generate", "teacher", "update")]
     assert sum(parts) == pytest.approx(metrics["seconds"]) and min(parts) > 0

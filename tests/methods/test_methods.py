@@ -76,12 +76,21 @@ CONTRACTS = {
     "switch_constant": Contract({"examples", "policy"}, S | T | R, text={"policy": {"tau_0": 0.9}}, loss=SKEW),
     "switch_mix_in": Contract({"examples", "policy"}, S | T | R, text={"policy": {"alpha": 0.8}}, loss=SKEW),
     "switch_random": Contract({"examples", "policy"}, S | T | R, text={"policy": {"alpha": 0.05}}, loss=SKEW),
+    # Here with one tokenizer; with two, tests/training/test_across.py.
+    "cross_kd": Contract({"examples"}, R, loss={"objective": {"temperature": 2.0}}),
+    "cross_on_policy": Contract({"policy"}, S, loss={"objective": {"temperature": 2.0}}),
+    "cross_switch": Contract({"examples", "policy"}, S | T | R, text={"policy": {"tau_0": 0.2}}, loss=SKEW),
+    "cross_adaswitch": Contract(
+        {"policy"}, S | T, text={"policy": {"ratio": 0.5}}, loss={"objective": {"temperature": 2.0}}
+    ),
 }
 # What the size of the toys asks for; everything else is the recipe's.
 SIZES = {
     "relay": {"policy": {"trigger_ids": tuple(range(2, 12)), "blank_ids": tuple(range(12, 18)), "student_top": 3}},
     "adaswitch": {"policy": {"window": 2, "ratio": 1.1}},
     "switch": {"policy": {"decay": 0.3}},
+    "cross_adaswitch": {"policy": {"window": 2, "ratio": 1.1}},
+    "cross_switch": {"policy": {"decay": 0.3}},
     "switch_growth": {"policy": {"tau_0": 0.3}},
     "skd": {"policy": {"top_k": 3}},
     "ca_opd": {"policy": {"alpha": 0.2, "alpha_end": 0.1}, "objective": {"top_k": 3}},
@@ -124,7 +133,7 @@ class Witness:
 
     def __init__(self, trainer):
         self.trainer, self.steps, self.read_for_loss = trainer, [], 0
-        loss, teacher, generate = trainer.learner.loss, trainer.learner.teachers, trainer.reading.generate
+        loss, teacher, generate = trainer.learner.loss, trainer.learner.teachers.voices, trainer.reading.generate
         self.generating = 0
 
         def seen_loss(rows, objective):
@@ -140,7 +149,7 @@ class Witness:
             self.generating += 1
             return generate(*args)
 
-        trainer.learner.loss, trainer.learner.teachers, trainer.reading.generate = (
+        trainer.learner.loss, trainer.learner.teachers.voices, trainer.reading.generate = (
             seen_loss,
             seen_teacher,
             seen_generate,

@@ -91,7 +91,7 @@ def test_recipes_hold_what_was_published(name):
 # Rates that papers or their code have, for their own models.
 RATES = {
     "switch": "5e-4", "distillm": "5e-4", "minillm": "5e-6", "distillm2": "5e-5", "skd": "1e-5", "ca_opd": "1e-6", "trb": "1e-5",
-    "veto": "1e-5", "taid": "1e-4", "opd": "5e-5", "relay": "1e-6",
+    "veto": "1e-5", "taid": "1e-4", "opd": "5e-5", "relay": "1e-6", "cross_kd": "1e-6", "cross_on_policy": "1e-6",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_a_plan_has_one_rate_for_all_of_its_runs(name):
 
 def test_the_methods_that_average_over_texts_first():
     by_text = {name for name in shipped("recipes") if load_recipe(name).loss_over == "sequences"}
-    assert by_text == {"gkd", "on_policy", "skd", "adaswitch", "ssd", "ca_opd", "distillm2"}
+    assert by_text == {"gkd", "on_policy", "skd", "adaswitch", "cross_adaswitch", "ssd", "ca_opd", "distillm2"}
 
 
 @pytest.mark.parametrize("name", shipped("recipes"))

@@ -43,7 +43,7 @@ def settings(place, method="on_policy", **changes):
 
 NEED_ANSWERS = {
     "sft", "kd", "taid", "akl", "gkd", "imitkd", "distillm", "switch", "switch_constant", "switch_growth", "switch_linear",
-    "switch_mix_in", "switch_random", "minillm", "veto",
+    "switch_mix_in", "switch_random", "minillm", "veto", "cross_kd", "cross_switch",
 }  # fmt: skip
 
 

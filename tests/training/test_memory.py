@@ -269,8 +269,8 @@ def readings_of(patch, rows, after=0):
     """More than ``rows`` references are too many to be read at once, but for the first ``after`` times; returns how many were."""
     seen, read = [], evaluation._token_losses
 
-    def limited(teacher, scored, batch):
-        losses = read(teacher, scored, batch)
+    def limited(teacher, scored, batch, bridge):
+        losses = read(teacher, scored, batch, bridge)
         seen.append(len(batch))
         if len(batch) > rows and len(seen) > after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -217,7 +217,10 @@ MUTANTS = {
     "the state of dropped places kept": ("where_rows(decided, new, part[index])", "new"),
     "the key of the next place": ("keys_at(row_keys, clock)", "keys_at(row_keys, clock + k)"),
     "keys by token": ("clock = clock + self.sizes[who][token]", "clock = clock + 1"),
-    "the noise of the other writer": ("USES[who]", "USES[1 - who]"),
+    "the noise of the other writer": (
+        "Use.TOKEN if who == STUDENT else Use.TEACHER",
+        "Use.TEACHER if who == STUDENT else Use.TOKEN",
+    ),
     "the reader's law one token late": (
         "logits[rows, columns]",
         "logits[rows, (columns + 1).clamp(max=logits.shape[1] - 1)]",

@@ -188,8 +188,12 @@ MUTANTS = {
         "self.laws.beginning(speaker, law, [text.tail])[0]",
         "law",
     ),
-    "both models have one noise": (turn_texts, "USES[who]", "USES[0]"),
-    "after a hand-over the noise of the other": (turn_texts, "USES[who]", "USES[self.writer or 0]"),
+    "both models have one noise": (turn_texts, "Use.TOKEN if who == STUDENT else Use.TEACHER", "Use.TOKEN"),
+    "after a hand-over the noise of the other": (
+        turn_texts,
+        "Use.TOKEN if who == STUDENT else Use.TEACHER",
+        "Use.TEACHER if self.writer else Use.TOKEN",
+    ),
     "noise by token in place of byte": (turn_texts, "self.clock += max(len(data), 1)", "self.clock += bool(self.word[1:])"),
     "a model that sees no word's end is asked": (turn_laws, "mass >= math.log(LEAST_MASS)", "mass > -math.inf"),
     "the writer's mass in place of the other's": (turn_laws, "(writer != who) & (mass", "(writer == who) & (mass"),
@@ -205,7 +209,7 @@ MUTANTS = {
     ),
     "t counts tokens": (turns, "torch.tensor([text.turns])", "torch.tensor([len(text.student_ids)])"),
     "t counts words": (turns, "torch.tensor([text.turns])", "torch.tensor([text.words])"),
-    "the state of a place where the rule was not asked": (turn_laws, "_where(asked, one, old)", "one"),
+    "the state of a place where the rule was not asked": (turn_laws, "where_rows(asked, one, old)", "one"),
     "tokens that the other cannot spell": (turn_laws, "if len(ids) else logs", "if False else logs"),
     "the teacher's reading has no budget": (
         turn_texts,
