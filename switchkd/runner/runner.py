@@ -26,6 +26,8 @@ from switchkd.runner.modes import head_inputs
 _JOINED = 2
 # Tokens of a forward that catches up: long prompts are read in pieces, so that what a forward holds is bounded.
 PREFILL_TOKENS = 8192
+# The mark of a row whose state was not marked: beyond any text, so that rolling back begins anew.
+_UNMARKED = 2**62
 # Slots of buffers that are kept are a multiple of this.
 _ROUND = 256
 # Models whose layers go on from a state by one token at a time alone, as their proof has found.
@@ -88,7 +90,7 @@ class Runner:
         self.vocab_size, self.keep_hidden = vocab_size, keep_hidden
         self.keeps = (vocab_size, keep_hidden) if graphs else None
         self.texts = torch.zeros(rows, slots, dtype=torch.int64, device=self.device) if texts is None else texts
-        self.read, self.marks = np.zeros((2, rows), dtype=np.int64)
+        self.read, self.marks = np.zeros(rows, dtype=np.int64), np.full(rows, _UNMARKED)
         self.marked = np.zeros(rows, dtype=bool)
 
     def close(self) -> None:
@@ -103,8 +105,8 @@ class Runner:
             layer.clear(row, int(self.read[row]))
 
     def restart(self, row: int) -> None:
-        """Nothing of a row counts as read any more."""
-        self.read[row] = 0
+        """Nothing of a row counts as read any more, and what was marked is another text's."""
+        self.read[row], self.marks[row] = 0, _UNMARKED
         for layer in self.cache.states:
             layer.restart(row)
 
