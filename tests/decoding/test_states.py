@@ -162,7 +162,7 @@ MUTANTS = {
     ),
     "a mark is of the state, its place another": (
         runner,
-        ("self.marks[rows.host], self.marked[rows.host] = self.read[rows.host], True", "self.marked[rows.host] = True"),
+        ("self.marked[rows.host] = self.read[rows.host], True", "self.marked[rows.host] = self.read[rows.host] + 1, True"),
     ),
     "rows of different lengths in one forward": (
         runner,
