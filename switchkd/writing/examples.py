@@ -48,9 +48,7 @@ def decode_examples(
             fitting = rollouts.rows_that_fit
             settings = replace(settings, batch_size=fitting)
         for place, example, rollout in zip(places, mine, rollouts, strict=True):
-            made[place] = replace(
-                rollout, prompt_ids=example.prompt_ids, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids
-            )
+            made[place] = replace(rollout, teacher=name, teacher_prompt_ids=example.teacher_prompt_ids)
         cost += rollouts.cost
     return Rollouts((made[place] for place in range(len(examples))), cost, fitting)
 
@@ -80,9 +78,14 @@ def _write_across(
         prompts = [e.prompt_ids for e in examples], [e.teacher_reads for e in examples]
         job = TurnJob.of(bridge, pair.student, pair.teacher_named(teacher), *prompts, settings, sample_ids)
         return decode_turns(job, progress, watch, runners)
-    rollouts = decode_job(alone_job(pair, teacher, examples, settings, sample_ids, who), progress, None, runners)
-    read = read_by_teacher if who == STUDENT else read_by_student
-    return Rollouts((read(r, bridge, settings) for r in rollouts), rollouts.cost, rollouts.rows_that_fit)
+
+    def both(alone: Rollouts) -> Rollouts:
+        read = read_by_teacher if who == STUDENT else partial(read_by_student, most=settings.max_new_tokens)
+        texts = (replace(read(r, bridge), prompt_ids=e.prompt_ids) for r, e in zip(alone, examples, strict=True))
+        return Rollouts(texts, alone.cost, alone.rows_that_fit)
+
+    alone = alone_job(pair, teacher, examples, settings, sample_ids, who)
+    return both(decode_job(alone, progress, watch and (lambda now: watch(both(now))), runners))
 
 
 def alone_job(
@@ -101,15 +104,15 @@ def alone_job(
     return Job.of(model, model, prompts, alone, sample_ids, side.ends, side.vocab_size)
 
 
-def read_by_teacher(rollout: Rollout, bridge: Bridge, settings: DecodeSettings) -> Rollout:
+def read_by_teacher(rollout: Rollout, bridge: Bridge) -> Rollout:
     """What the student wrote, with what the teacher reads of it."""
     return replace(rollout, teacher_completion_ids=bridge.teacher_reading(rollout.completion_ids))
 
 
-def read_by_student(rollout: Rollout, bridge: Bridge, settings: DecodeSettings) -> Rollout:
-    """What the teacher wrote, as a text of the student's tokens. It is cut where that has more of them than the budget."""
+def read_by_student(rollout: Rollout, bridge: Bridge, most: int) -> Rollout:
+    """What the teacher wrote, as a text of the student's tokens, of which there are at ``most`` so many: else it is cut."""
     ids = bridge.student_reading(rollout.completion_ids)
-    cut, theirs, reason = ids[: settings.max_new_tokens], rollout.completion_ids, rollout.stop_reason
+    cut, theirs, reason = ids[:most], rollout.completion_ids, rollout.stop_reason
     if len(cut) < len(ids):
         theirs, reason = bridge.teacher_reading(cut), "length"
     notes = [math.nan] * len(cut)

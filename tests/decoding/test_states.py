@@ -162,7 +162,10 @@ MUTANTS = {
     ),
     "a mark is of the state, its place another": (
         runner,
-        ("self.marked[rows.host] = self.read[rows.host], True", "self.marked[rows.host] = self.read[rows.host] + 1, True"),
+        (
+            "self.marked[rows.host] = self.read[rows.host], True",
+            "self.marked[rows.host] = self.read[rows.host] + 1, True",
+        ),
     ),
     "rows of different lengths in one forward": (
         runner,

@@ -367,7 +367,10 @@ def test_one_model_alone_writes_in_its_own_tokens():
     pair = pair_of()
     bridge, rows = pair.bridges[""], examples_of(pair)
     for policy, who in ((StudentOnly(), STUDENT), (TeacherOnly(), TEACHER)):
-        found = decode_examples(pair, rows, DecodeSettings(policy, 20, seed=4), range(4))
+        seen = []
+        found = decode_examples(pair, rows, DecodeSettings(policy, 20, seed=4), range(4), watch=seen.append)
+        assert [r.completion_ids for r in seen[-1]] == [r.completion_ids for r in found] and len(seen) > 1
+        assert all(r.prompt_ids == rows[0].prompt_ids and r.teacher_completion_ids is not None for r in seen[0])
         alone = dataclasses.replace(
             pair, student=(pair.student, pair.teacher)[who], teacher=(pair.student, pair.teacher)[who], bridges={},
             vocab_size=bridge.sides[who].vocab_size, eos_token_ids=bridge.sides[who].ends.ids,
