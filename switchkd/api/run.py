@@ -78,7 +78,7 @@ class Run:
         for teacher in sorted(teachers):
             with suppress(
                 ModelError
-            ):  # its tokenizer is not on this machine: then texts are shown by the student's tokens
+            ):  # a tokenizer that is not on this machine: texts then stand by the student's tokens
                 sides[teacher] = self.record.sides(teacher)
         return Shown(texts, self.tokenizer, sides)
 

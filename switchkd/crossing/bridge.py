@@ -43,6 +43,10 @@ class Side:
         """The id that stands for all of its ends."""
         return self.ends.ids[0] if self.ends.merged_into is None else self.ends.merged_into
 
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Whether a completion has come to its end."""
+        return bool(ids) and ids[-1] in self.ends.ids
+
     def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of each token, b"" for an end."""
         known, ends = self.spelling.bytes_of, self.ends.ids
@@ -87,9 +91,8 @@ class Bridge:
     def _reading(self, ids: Sequence[int], own: Side, other: Side) -> list[int]:
         text = b"".join(own.bytes_of(ids))
         if missing := [at for at, byte in enumerate(text) if byte in other.spelling.missing]:
-            return list(other.spelling.encode(text[: missing[0]]))
-        ended = bool(ids) and ids[-1] in own.ends.ids
-        return other.spelling.encode(text) + [other.end] * ended
+            return other.spelling.encode(text[: missing[0]])
+        return other.spelling.encode(text) + [other.end] * own.ended(ids)
 
     def word(self, who: int, data: bytes) -> list[int]:
         """A word in the tokens of STUDENT or TEACHER, cut as it is where another word follows.
@@ -116,7 +119,7 @@ class Bridge:
         same = self._partner[own[left]] == others[right]
         left, right = left[same], right[same]
         whole = sum(map(len, mine)) == sum(map(len, theirs))
-        if whole and _ended(student_ids, self.student) and _ended(teacher_ids, self.teacher):
+        if whole and self.student.ended(student_ids) and self.teacher.ended(teacher_ids):
             left, right = np.append(left, len(student_ids) - 1), np.append(right, len(teacher_ids) - 1)
         return left, right
 
@@ -167,7 +170,7 @@ class Bridge:
         found[self.student.end] = -1  # ends match by standing at the end
         return found
 
-    @property
+    @cached_property
     def complete(self) -> tuple[bool, bool]:
         """Whether all that student and teacher may draw is shared, but for ends that count as another one."""
         found = []
@@ -218,7 +221,3 @@ class Bridge:
             f"one to one; it may change hands at {number} places, once in {len(spelt) / number:.2f} student tokens",
             f"student tokens of it without a match: {shown if len(shown) < 200 else shown[:200] + ' …'}",
         ]
-
-
-def _ended(ids: Sequence[int], side: Side) -> bool:
-    return bool(ids) and ids[-1] in side.ends.ids

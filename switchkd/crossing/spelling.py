@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from switchkd.base.errors import DataError, VocabularyError
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ class Spelling:
         self._plain = _plain(settings)
         self._known: dict[bytes, tuple[int, ...]] = {}
         self._check()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """How many bytes each token has."""
+        return np.array([len(data) for data in self.bytes_of], dtype=np.int64)
 
     @cached_property
     def ids(self) -> dict[bytes, list[int]]:

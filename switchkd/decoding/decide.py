@@ -150,7 +150,7 @@ class _Steps(NamedTuple):
         """The state ``[B]`` behind the ``last`` kept position; ``before`` the block where none was ``kept``."""
         rows = torch.arange(len(last), device=last.device)
         parts = (torch.stack(parts, 1)[rows, last] for parts in zip(*self.states, strict=True))
-        return tuple(_where(kept, new, old) for new, old in zip(parts, before, strict=True))
+        return tuple(where_rows(kept, new, old) for new, old in zip(parts, before, strict=True))
 
 
 def _at_once(policy: Policy, state: State, sampling: Sampling, block: Block) -> _Steps:
@@ -205,8 +205,8 @@ def spread(answer: Tensor | bool, like: Tensor) -> Tensor:
     return torch.full(like.shape, answer, dtype=torch.bool, device=like.device)
 
 
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of ``new`` where ``rows`` ``[B]`` says so, else of ``old``."""
+def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` ``[B, …]`` in the rows ``[B]`` that say so, else ``old``."""
     return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 

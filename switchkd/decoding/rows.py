@@ -72,8 +72,7 @@ class Row:
         return self.stop_reason is None
 
     def fail_non_finite(self, name: str, position: int) -> None:
-        where = f"sample {self.id}, response position {position}"
-        self.fail("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
+        self.fail(*not_finite(name, self.id, position))
 
     def rollout(self) -> Rollout:
         """The row as it stands, with lists of its own; ``stop_reason`` is "" while it is not done."""
@@ -168,16 +167,37 @@ def _check_row(row: Row, job: Job) -> None:
 
 def _check_prompt(row: Row, who: int, name: str, whose: str, models: Sequence[PreTrainedModel], job: Job) -> None:
     prompt, budget = row.prompt_of(who), job.settings.max_new_tokens
+    if problem := prompt_problem(row.id, prompt, name, whose, models, budget, job.vocab_size):
+        row.fail(*problem)
+
+
+def prompt_problem(
+    sample: int,
+    prompt: Sequence[int],
+    name: str,
+    whose: str,
+    models: Sequence[PreTrainedModel],
+    budget: int,
+    vocab_size: int,
+) -> tuple[str, str] | None:
+    """Why a prompt cannot be completed: the reason for a rollout's ``stop_reason``, and its words; None if it can."""
     if not prompt:
-        row.fail("empty_prompt", f"sample {row.id} has an empty {name}; give it at least one token")
-    elif bad := [i for i in prompt if not 0 <= i < job.vocab_size]:
-        row.fail(
+        return "empty_prompt", f"sample {sample} has an empty {name}; give it at least one token"
+    if bad := [i for i in prompt if not 0 <= i < vocab_size]:
+        return (
             "invalid_token",
-            f"sample {row.id} has token id {bad[0]} in its {name}; ids must lie in 0..{job.vocab_size - 1}",
+            f"sample {sample} has token id {bad[0]} in its {name}; ids must lie in 0..{vocab_size - 1}",
         )
-    elif words := beyond_context(len(prompt) + budget, whose, *models):
-        row.fail(
+    if words := beyond_context(len(prompt) + budget, whose, *models):
+        return (
             "prompt_too_long",
-            f"sample {row.id}: {len(prompt)} {name} tokens + max_new_tokens {budget} {words}; shorten the prompt or lower "
+            f"sample {sample}: {len(prompt)} {name} tokens + max_new_tokens {budget} {words}; shorten the prompt or lower "
             "max_new_tokens",
         )
+    return None
+
+
+def not_finite(name: str, sample: int, position: int) -> tuple[str, str]:
+    """The same of a model, student or teacher, whose logits are not finite at a response position."""
+    where = f"sample {sample}, response position {position}"
+    return "non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype"

@@ -20,7 +20,10 @@ from switchkd.base.memory import halving
 from switchkd.crossing.bridge import Bridge, Side
 from switchkd.crossing.laws import SharedLaw
 from switchkd.data.texts import TokenizedExample
-from switchkd.decoding.rollouts import BANDS, DecodeCost
+from switchkd.decoding.decode import decode_job
+from switchkd.decoding.rollouts import BANDS, DecodeCost, Rollouts
+from switchkd.decoding.rows import Job
+from switchkd.decoding.settings import DecodeSettings
 from switchkd.evaluation.generate_backend import complete_by_generate
 from switchkd.evaluation.results import Completion, Evaluation, Question
 from switchkd.evaluation.settings import EvalSettings
@@ -28,10 +31,12 @@ from switchkd.evaluation.statistics import Values
 from switchkd.evaluation.tasks import Task
 from switchkd.forward.parallel import Together
 from switchkd.methods.divergences import forward_kl
+from switchkd.methods.policy import STUDENT
 from switchkd.models.pair import Pair
 from switchkd.teachers.across import joined
 from switchkd.teachers.asked import TextReader, side_reader
-from switchkd.writing.examples import write_seeds
+from switchkd.writing.turn_engine import decode_turns
+from switchkd.writing.turns import TurnJob, only_reader
 
 # Response tokens whose two distributions over the vocabulary are held at a time.
 _TOKENS_AT_ONCE = 512
@@ -214,21 +219,32 @@ def _by_engine(
 
     passes = settings.passes
     seeds = [seed or 0 for seed in passes for _ in examples]
-    rollouts = write_seeds(
-        scored.pair,
-        scored.is_teacher,
-        scored.model,
-        list(examples) * len(passes),
-        settings.decoding(0),
-        seeds,
-        on_round,
-    )
+    rollouts = _write(scored, list(examples) * len(passes), settings.decoding(0), seeds, on_round)
     if failed := [rollout for rollout in rollouts if rollout.error]:
         broken = len({rollout.id for rollout in failed})
         raise failed[0].failure(f"{broken} of {len(examples)} held-out prompts cannot be completed")
     progress(len(rollouts) - told, None)
     for start in range(0, len(rollouts), len(examples)):
         yield [(rollout.completion_ids, rollout.stop_reason) for rollout in rollouts[start : start + len(examples)]]
+
+
+def _write(
+    scored: Scored,
+    examples: Sequence[TokenizedExample],
+    settings: DecodeSettings,
+    seeds: Sequence[int],
+    progress: Callable[[DecodeCost], None],
+) -> Rollouts:
+    """The texts of examples, each with a seed of its own, in the tokens of the scored model."""
+    pair, side, ids = scored.pair, scored.side, [example.id for example in examples]
+    prompts = [scored.prompt(example) for example in examples]
+    if scored.bridge is None or only_reader(settings.policy) == STUDENT:
+        other = scored.model if "" in pair.bridges else pair.teacher
+        job = Job.of(scored.model, other, prompts, settings, ids, side.ends, side.vocab_size, seeds=seeds)
+        return decode_job(job, progress)
+    theirs = [example.teacher_reads for example in examples]
+    turns = TurnJob.of(scored.bridge, scored.model, pair.teacher, prompts, theirs, settings, ids, seeds)
+    return decode_turns(turns, progress)
 
 
 def _by_generate(
@@ -277,13 +293,14 @@ def _token_sums(scored: Scored, rows: Sequence[Read], batch_size: int, progress:
     sums = np.zeros((4, len(BANDS), len(rows)))
     teacher = side_reader(pair.teacher, pair.side_of(""))
     reader = teacher if scored.is_teacher else side_reader(scored.model, scored.side)
+    law = None if scored.bridge is None else SharedLaw.of(scored.bridge, scored.model.device)
     alone = Together.of(pair.teacher).alone
     left = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))  # little padding
 
     def read(size: int) -> tuple[list[int], np.ndarray]:
         """The next ``size`` places, and what their tokens lose."""
         signals.check()
-        return left[:size], _token_losses(teacher, reader, [rows[place] for place in left[:size]], scored.bridge)
+        return left[:size], _token_losses(teacher, reader, [rows[place] for place in left[:size]], law)
 
     while left:
         size = min(batch_size, len(left))
@@ -299,7 +316,7 @@ def _token_sums(scored: Scored, rows: Sequence[Read], batch_size: int, progress:
     return tuple(sums)
 
 
-def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read], bridge: Bridge | None) -> np.ndarray:
+def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read], law: SharedLaw | None) -> np.ndarray:
     """Of every response token of a batch its forward KL to the teacher and negative log-likelihood, in nats, whether it is
     compared, and 1: ``[4, N]``."""
     hidden_q = scored.hidden([(prompt, completion) for prompt, _, completion, _ in rows])
@@ -310,24 +327,23 @@ def _token_losses(teacher: TextReader, scored: TextReader, rows: Sequence[Read],
     for part in _chunks(len(targets)):
         logq = scored.log_probs(hidden_q[part])
         nll.append(-logq.gather(1, targets[part].unsqueeze(1))[:, 0])
-        if bridge is None:
+        if law is None:
             logp = logq if scored is teacher else teacher.log_probs(hidden_p[part]).to(logq.device)
             kl.append(forward_kl(logp, logq))
     compared = np.ones(len(targets))
     # Sums are float64, which not every device has: on the host.
     likelihoods = torch.cat(nll).cpu().double().numpy()
-    if bridge is None:
+    if law is None:
         divergences = torch.cat(kl).cpu().double().numpy()
     else:
-        divergences, compared = _compared(teacher, scored, rows, bridge, hidden_p, hidden_q)
+        divergences, compared = _compared(teacher, scored, rows, law, hidden_p, hidden_q)
     return np.stack([divergences, likelihoods, compared, np.ones(len(targets))])
 
 
 def _compared(
-    teacher: TextReader, scored: TextReader, rows: Sequence[Read], bridge: Bridge, hidden_p: Tensor, hidden_q: Tensor
+    teacher: TextReader, scored: TextReader, rows: Sequence[Read], law: SharedLaw, hidden_p: Tensor, hidden_q: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Forward KL at the tokens that match those of the teacher, 0 at others, and which match."""
-    law = SharedLaw.of(bridge, hidden_q.device)
     places = joined(
         [law.places(own, theirs) for _, _, own, theirs in rows], [(len(own), len(other)) for _, _, own, other in rows]
     )

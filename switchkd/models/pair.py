@@ -148,12 +148,12 @@ def load_pair(
         with naming(name):
             check_place(source, place)
     student_tokenizer = load_tokenizer(student_name)
-    tokenizers, files = {}, {}
+    tokenizers, sizes, files = {}, {}, {}
     for name, source in sources.items():  # before any weights are read
         with naming(name):
             files[name] = files_of(source, "" if name else teacher_files)
             tokenizers[name] = student_tokenizer if source == BASE else load_tokenizer(files[name])
-            _check_tokenizers(tokenizers[name], student_tokenizer)
+            sizes[name] = _size_of(tokenizers[name], student_tokenizer)
     student_model, notes = load_student(student_name, dtype, device, lora, seed)
     there = teacher_device(place, device_named(device))
     of_teachers = chosen_teacher_dtype(teacher_dtype, dtype, there)
@@ -164,7 +164,7 @@ def load_pair(
             "gradient there: a teacher_prompt, dropout or what else is in the loss must move it; else name a student that is an "
             "adapter already",
         )
-    pair = _put_together(models, student_model, tokenizers, student_tokenizer, template, own_templates, marks)
+    pair = _put_together(models, student_model, tokenizers, student_tokenizer, sizes, template, own_templates, marks)
     return replace(
         pair, warnings=notes + pair.warnings, folder_dtype=folder_dtype(student_name), teachers_stay=place.stays
     )
@@ -203,7 +203,10 @@ def pair_of(
         add_adapter(student, lora, seed, beside)
     teacher.requires_grad_(False)
     tokenizers = {"": teacher_tokenizer or tokenizer}
-    pair = _put_together({"": teacher}, student, tokenizers, tokenizer, template, own_templates=False, marks=marks)
+    sizes = {"": _size_of(tokenizers[""], tokenizer)}
+    pair = _put_together(
+        {"": teacher}, student, tokenizers, tokenizer, sizes, template, own_templates=False, marks=marks
+    )
     notes = (frozen_note(beside),) if beside else ()
     stay = teacher.device != student.device
     return replace(pair, warnings=notes + pair.warnings, folder_dtype=given, teachers_stay=stay)
@@ -214,12 +217,15 @@ def _put_together(
     student_model: "PreTrainedModel",
     tokenizers: "dict[str, PreTrainedTokenizerBase]",
     student_tokenizer: "PreTrainedTokenizerBase",
+    sizes: Mapping[str, int | None],
     template: str | Template,
     own_templates: bool,
     marks: Mapping[str, str] | None = None,
 ) -> Pair:
-    """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts."""
-    sizes = {name: _size_of(tokenizer, student_tokenizer) for name, tokenizer in tokenizers.items()}
+    """The pair of a student and its teachers by name, with what they share: ids, ends, and the template of their prompts.
+
+    ``sizes`` are those of `_size_of`.
+    """
     others = {name: tokenizers[name] for name, size in sizes.items() if size is None}  # with tokenizers of their own
     shared = {name: tokenizer for name, tokenizer in tokenizers.items() if name not in others}
     vocab_size = min(
@@ -242,11 +248,10 @@ def _put_together(
     same = {name: models[name] for name in shared}
     ends, told = _ends(same, student_model, shared, student_tokenizer, vocab_size, tokenizer, template, bool(others))
     warnings += told + settle_generation(student_model, tokenizer)
-    bridges = {}
+    side, bridges = Side(tokenizer, vocab_size, ends), {}
     for name, other in others.items():
         with naming(name):
             size = check_logits_rows(models[name], check_vocabulary(other, other), "teacher", other)
-            side = Side(tokenizer, vocab_size, ends)
             bridges[name], notes = open_bridge(side, models[name], other, size, template, marks)
             warnings += notes
     default = models.pop("")
@@ -257,23 +262,19 @@ def _put_together(
 
 
 def _size_of(tokenizer: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> int | None:
-    """The ids that a teacher's tokenizer shares with the student's; None where it is another one, to which a bridge leads."""
+    """The ids that a teacher's tokenizer shares with the student's; None where it is another one, to which a bridge leads.
+
+    Raises VocabularyError where none can.
+    """
     try:
         return check_vocabulary(tokenizer, student)
-    except VocabularyError:
-        return None
-
-
-def _check_tokenizers(tokenizer: "PreTrainedTokenizerBase", student: "PreTrainedTokenizerBase") -> None:
-    """Raise VocabularyError for a teacher's tokenizer that is another one than the student's, and to which no bridge can lead."""
-    try:
-        check_vocabulary(tokenizer, student)
     except VocabularyError as differ:
         try:
             for each, role in ((tokenizer, "teacher"), (student, "student")):
                 Spelling(each, role)
         except VocabularyError as error:
             raise VocabularyError(f"{error}. (One text in two tokenizers, since they differ: {differ})") from error
+        return None
 
 
 def load_alone(name: str, dtype: str = "float32", template: str | Template = AUTO, load_in_4bit: bool = False) -> Pair:
@@ -285,7 +286,8 @@ def load_alone(name: str, dtype: str = "float32", template: str | Template = AUT
     verify_saved(Path(expanded(source)))
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, load_in_4bit=load_in_4bit)
-    return _put_together({"": model}, model, {"": tokenizer}, tokenizer, template, own_templates=False)
+    sizes: dict[str, int | None] = {"": check_vocabulary(tokenizer, tokenizer)}
+    return _put_together({"": model}, model, {"": tokenizer}, tokenizer, sizes, template, own_templates=False)
 
 
 def student_base(name: str) -> str:

@@ -117,7 +117,7 @@ class Teachers:
         mine = torch.cat(
             [starts[:0], *(torch.from_numpy(p.student) + starts[i] for i, p in zip(places, found, strict=True))]
         )
-        if not own:  # of another process alone
+        if not own:  # the rows are another process's
             return Voice(TeacherStates(states.head, states.hidden), mine.to(self.device))
         at = joined(found, [(0, len(row.teacher_completion)) for row in own])
         hidden = states.hidden[torch.from_numpy(at.teacher).to(states.hidden.device)]

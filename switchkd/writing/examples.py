@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from transformers import PreTrainedModel
-
 from switchkd.base.errors import ConfigError
 from switchkd.crossing.bridge import Bridge
 from switchkd.data.texts import TokenizedExample, by_teacher
@@ -120,29 +118,6 @@ def read_by_student(rollout: Rollout, bridge: Bridge, most: int) -> Rollout:
         rollout, completion_ids=cut, speakers=[TEACHER] * len(cut), divergences=notes, thresholds=notes, stop_reason=reason,
         teacher_completion_ids=theirs,
     )  # fmt: skip
-
-
-def write_seeds(
-    pair: Pair,
-    by_teacher: bool,
-    model: PreTrainedModel,
-    examples: Sequence[TokenizedExample],
-    settings: DecodeSettings,
-    seeds: Sequence[int],
-    progress: Callable[[DecodeCost], None] | None,
-) -> Rollouts:
-    """Texts that are scored, each with a seed of its own, in the tokens of the model that is: ``model``, in the student's seat, or
-    the pair's default teacher."""
-    side, ids = pair.side_of("") if by_teacher else pair.side, [example.id for example in examples]
-    prompts = [example.teacher_reads if by_teacher else example.prompt_ids for example in examples]
-    if "" not in pair.bridges or by_teacher or only_reader(settings.policy) == STUDENT:
-        other = pair.teacher if "" not in pair.bridges else model
-        job = Job.of(model, other, prompts, settings, ids, side.ends, side.vocab_size, seeds=seeds)
-        return decode_job(job, progress)
-    theirs = [example.teacher_reads for example in examples]
-    return decode_turns(
-        TurnJob.of(pair.bridges[""], model, pair.teacher, prompts, theirs, settings, ids, seeds), progress
-    )
 
 
 def costs_of(pair: Pair, examples: Sequence[TokenizedExample], settings: DecodeSettings) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from switchkd.base import signals
 from switchkd.base.memory import halving
-from switchkd.decoding.decide import spread
+from switchkd.decoding.decide import spread, where_rows
 from switchkd.decoding.decode import DEFAULT_BATCH, Runners, threads
 from switchkd.decoding.engine import forwards_of
 from switchkd.decoding.pace import BLOCKS
@@ -30,7 +30,7 @@ from switchkd.runner.cache import Places
 from switchkd.runner.modes import evaluating
 from switchkd.runner.runner import Runner
 from switchkd.writing.turn_drafts import Draft, Said, keep
-from switchkd.writing.turn_laws import TurnLaws, where_rows
+from switchkd.writing.turn_laws import TurnLaws
 from switchkd.writing.turn_texts import TurnText
 from switchkd.writing.turns import TurnJob
 
@@ -100,12 +100,13 @@ class TurnEngine:
         self.filled = np.zeros((2, places), dtype=np.int64)  # tokens of each row that a runner's buffer holds
         self.sizes = []  # by STUDENT, TEACHER: by how much each token moves the clock of a text
         for who, side in enumerate(job.bridge.sides):
-            sizes = [max(len(data), 1) for data in side.spelling.bytes_of[: side.vocab_size]]
-            self.sizes.append(torch.tensor(sizes, device=self.device))
+            sizes = side.spelling.lengths[: side.vocab_size].clip(min=1)
+            self.sizes.append(torch.from_numpy(sizes).to(self.device))
             longest = max((len(text.prompts[who]) for text in self.queue), default=0)
             runners[who].open(places, longest + job.settings.max_new_tokens + _SPARE, side.vocab_size)
         self.state: State = self.policy.init(places, self.device)
         self.rows: dict[int, TurnText] = {}
+        self.weights = [sum(each.numel() for each in model.parameters()) for model in (job.student, job.teacher)]
         # Of each writer's drafts: tokens kept, and how often the other took over.
         self.kept, self.cuts = [8.0, 8.0], [1.0, 1.0]
         self._admit(range(places))
@@ -269,9 +270,8 @@ class TurnEngine:
             asked, law = known[model], laws[model]
             wanted = torch.ones_like(going) if model == who else spread(read, going)
             ran = torch.zeros_like(going) if asked is None else asked.ran[here]
-            going = going & (
-                ran | ~wanted
-            )  # a model that the rule wants again and that was not run: the row goes on later
+            # Where the rule wants a model again that was not run, the row goes on later.
+            going = going & (ran | ~wanted)
             is_nan = torch.zeros_like(going) if law is None else law[..., 0].isnan()
             broken.append(wanted & is_nan)
         broken = [going & each for each in broken]
@@ -319,8 +319,7 @@ class TurnEngine:
         if self.job.settings.block_size != "auto":
             return min(self.job.settings.block_size, room, _SPARE)
         goes_on = self.kept[who] / (self.kept[who] + self.cuts[who])
-        models = (self.job.student, self.job.teacher)
-        mine, theirs = (sum(each.numel() for each in models[model].parameters()) for model in (who, 1 - who))
+        mine, theirs = self.weights[who], self.weights[1 - who]
 
         def worth(block: int) -> float:
             kept = block if goes_on == 1 else (1 - goes_on**block) / (1 - goes_on)

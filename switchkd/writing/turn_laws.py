@@ -16,7 +16,7 @@ from torch import Tensor
 from switchkd.crossing.boundaries import last_character
 from switchkd.crossing.bridge import Bridge
 from switchkd.crossing.laws import SharedLaw
-from switchkd.decoding.decide import spread
+from switchkd.decoding.decide import spread, where_rows
 from switchkd.methods.policy import STUDENT, TEACHER, Policy, State
 
 # A model that gives so little to all words together believes that the word goes on: it is not asked who writes the next one.
@@ -120,8 +120,3 @@ class TurnLaws:
                 asked = asked | ((writer != who) & (mass >= math.log(LEAST_MASS)))
             asked = asked | ((writer != who) & ~spread(read, asked))
         return asked
-
-
-def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` ``[n, …]`` in the rows ``[n]`` that say so, ``old`` in the others."""
-    return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)

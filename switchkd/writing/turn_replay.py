@@ -43,7 +43,7 @@ def places(rollout: Rollout, bridge: Bridge) -> list[tuple[int, int, bytes]]:
     mine, theirs = bridge.student.bytes_of(rollout.completion_ids), bridge.teacher.bytes_of(rollout.teacher_completion)
     text = b"".join(mine)
     other = {int(first): at for at, (first, _) in reversed(list(enumerate(spans(theirs))))}
-    ended = bool(rollout.completion_ids) and rollout.completion_ids[-1] in bridge.student.ends.ids
+    ended = bridge.student.ended(rollout.completion_ids)
     found = []
     for at, (first, last) in enumerate(spans(mine).tolist()):
         is_end = ended and at == len(mine) - 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from switchkd.crossing.bridge import Bridge
 from switchkd.decoding.rollouts import Rollout
+from switchkd.decoding.rows import not_finite
 from switchkd.methods.policy import STUDENT, TEACHER
 from switchkd.methods.sampling import Use, noise_key
 
@@ -139,9 +140,7 @@ class TurnText:
         """The logits of a model are not finite where the text stands; where both models' are not, the student is named."""
         if self.stop_reason:
             return
-        name = "teacher" if who == TEACHER else "student"
-        where = f"sample {self.id}, response position {len(self.student_ids)}"
-        self.stop("non_finite", f"the {name}'s logits are not finite at {where}; check its weights and dtype")
+        self.stop(*not_finite("teacher" if who == TEACHER else "student", self.id, len(self.student_ids)))
 
     def rollout(self, teacher: str = "") -> Rollout:
         """The text as it stands; of a word that is being written, nothing."""

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from switchkd.base.errors import ConfigError
 from switchkd.crossing.bridge import Bridge
 from switchkd.decoding.rollouts import Rollouts
+from switchkd.decoding.rows import prompt_problem
 from switchkd.decoding.settings import DecodeSettings
 from switchkd.methods.policy import STUDENT, TEACHER, Policy
 from switchkd.methods.rules import name_of
 from switchkd.methods.sampling import draw, gumbel_noise, keys_tensor
-from switchkd.runner.architecture import beyond_context
 from switchkd.runner.modes import evaluating
 from switchkd.writing.turn_laws import TurnLaws
 from switchkd.writing.turn_texts import TurnText
@@ -67,21 +67,11 @@ class TurnJob:
 def _check_text(text: TurnText, models: Sequence[PreTrainedModel]) -> None:
     """Stop a row that cannot be decoded, and one that has no budget."""
     for prompt, side, model in zip(text.prompts, text.bridge.sides, models, strict=True):
-        name = "prompt" if side.role == "student" else "teacher prompt"
-        if not prompt:
-            return text.stop("empty_prompt", f"sample {text.id} has an empty {name}; give it at least one token")
-        if bad := [i for i in prompt if not 0 <= i < side.vocab_size]:
-            return text.stop(
-                "invalid_token",
-                f"sample {text.id} has token id {bad[0]} in its {name}; ids must lie in 0..{side.vocab_size - 1}",
-            )
-        if words := beyond_context(len(prompt) + text.budget, f"{side.role}'s", model):
-            return text.stop(
-                "prompt_too_long",
-                f"sample {text.id}: {len(prompt)} {name} tokens + max_new_tokens {text.budget} {words}; shorten the prompt or "
-                "lower max_new_tokens",
-            )
-    if text.budget == 0:
+        name = "prompt" if side is text.bridge.student else "teacher prompt"
+        problem = prompt_problem(text.id, prompt, name, f"{side.role}'s", [model], text.budget, side.vocab_size)
+        if problem and not text.error:
+            text.stop(*problem)
+    if text.budget == 0 and not text.error:
         text.stop_reason = "length"
 
 
@@ -148,13 +138,15 @@ class _Row:
     def turn(self, token: int | None) -> None:
         """A place where the text may change hands; ``token`` is what its writer would go on with."""
         text = self.text
-        read = self.policy.reads(self.state)
-        found = [self.law(who) if bool(read[who]) or text.writer == who else None for who in (STUDENT, TEACHER)]
+        read = [bool(each) for each in self.policy.reads(self.state)]
+        found = [self.law(who) if read[who] or text.writer == who else None for who in (STUDENT, TEACHER)]
         if text.stop_reason:
             return
         writer = torch.tensor([STUDENT if text.writer is None else text.writer])
-        asked_of = (found[STUDENT] if bool(read[STUDENT]) else None, found[TEACHER] if bool(read[TEACHER]) else None)
-        turn = self.laws.decide(self.policy, self.state, asked_of, [text.tail], writer, torch.tensor([text.turns]))
+        student, teacher = (law if asked else None for law, asked in zip(found, read, strict=True))
+        turn = self.laws.decide(
+            self.policy, self.state, (student, teacher), [text.tail], writer, torch.tensor([text.turns])
+        )
         self.state, speaker = turn.state, int(turn.speaker)
         text.turns += int(turn.asked)
         if token is None or speaker != text.writer:

@@ -11,12 +11,12 @@ from tiny import VOCAB, retold, toy_examples, toy_pair
 
 from switchkd import StudentOnly, TeacherOnly, decode
 from switchkd.base.errors import ConfigError, DataError
+from switchkd.evaluation import evaluate as evaluation
 from switchkd.evaluation.evaluate import evaluate, score_names, work
 from switchkd.evaluation.results import Question, completions_file, read_results, take_out, write_results
 from switchkd.evaluation.settings import EvalConfig, EvalSettings
 from switchkd.evaluation.statistics import spearman
 from switchkd.evaluation.tasks import TASKS, Task
-from switchkd.writing import examples as examples_module
 
 TASK = TASKS["references"]
 SETTINGS = EvalSettings(max_new_tokens=5, batch_size=4, score_batch_size=3)
@@ -110,10 +110,8 @@ def test_sampled_text_is_that_of_each_seed(pair):
 
 def test_all_seeds_are_one_job_which_keeps_the_batch_full(pair, monkeypatch):
     """Rows that end late under one seed stand beside rows of the next; in passes of their own each would end alone."""
-    calls, decode_job = [], examples_module.decode_job
-    monkeypatch.setattr(
-        examples_module, "decode_job", lambda job, *rest: calls.append(decode_job(job, *rest)) or calls[-1]
-    )
+    calls, decode_job = [], evaluation.decode_job
+    monkeypatch.setattr(evaluation, "decode_job", lambda job, *rest: calls.append(decode_job(job, *rest)) or calls[-1])
     examples = toy_examples(6)
     evaluate(pair, pair.student, examples, TASK, dataclasses.replace(SAMPLED, batch_size=9, max_new_tokens=12))
     alone = [
@@ -261,7 +259,7 @@ def test_evaluating_changes_neither_mode_nor_weights_nor_random_state(pair):
 
 
 def test_a_reference_that_cannot_be_scored_is_named_before_anything_is_decoded(pair, monkeypatch):
-    monkeypatch.setattr("switchkd.writing.examples.decode_job", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("switchkd.evaluation.evaluate.decode_job", lambda *_, **__: pytest.fail("decoded"))
     examples = [dataclasses.replace(e, references=("#### 3",)) for e in toy_examples(3)]
     examples[2] = dataclasses.replace(examples[2], references=("three",))
     with pytest.raises(DataError, match=rf"{examples[2].source}: task gsm8k: .*no '#### N'"):

@@ -20,6 +20,10 @@ from switchkd.cli.main import main
 from switchkd.crossing.bridge import Bridge
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.settings import DecodeSettings
+from switchkd.evaluation.evaluate import evaluate
+from switchkd.evaluation.samples import Reader, trace
+from switchkd.evaluation.settings import EvalSettings
+from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.mixes import Generated, GroundTruth
 from switchkd.methods.objectives import JSD, OPD, ForwardKL, MiniLLM
 from switchkd.methods.policies import CAOPD, SKD, TRB, AdaSwitch, MixIn, Switch
@@ -116,7 +120,8 @@ def by_hand(pair: Pair, rows) -> torch.Tensor:
         for i, one in enumerate(spelt[0]):
             for j, other in enumerate(spelt[1]):
                 same_place = b"".join(spelt[0][:i]) == b"".join(spelt[1][:j])
-                both_end = i == len(spelt[0]) - 1 and j == len(spelt[1]) - 1
+                ended = row.completion_ids[-1] == bridge.student.end
+                both_end = ended and i == len(spelt[0]) - 1 and j == len(spelt[1]) - 1
                 if (one == other and one and same_place) or both_end:
                     own_p, own_q = p[j, theirs].exp(), q[i, mine].exp()
                     own_p, own_q = own_p / own_p.sum(), own_q / own_q.sum()
@@ -417,3 +422,61 @@ def test_a_teacher_behind_a_server_scores_and_writes_nothing(place):
         for policy in (Switch(), AdaSwitch(), TeacherOnly()):
             with pytest.raises(ConfigError, match="behind a server"):
                 decode_examples(there, rows, DecodeSettings(policy, 8), range(4))
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_matching_tokens():
+    """Divergences by hand, of references and of the student's own text; likelihoods of each model's own tokens."""
+    pair = pair_of()
+    rows, settings = examples_of(pair), EvalSettings(8, temperature=1.0, seeds=(3,), own_text=True, score_batch_size=3)
+    student, teacher = (
+        evaluate(pair, model, rows, TASKS["references"], settings) for model in (pair.student, pair.teacher)
+    )
+    side = pair.bridges[""].teacher
+    with torch.no_grad():
+        assert math.isclose(student.means()["forward_kl"], by_hand(pair, rows).item(), rel_tol=1e-9)
+        nll = [
+            -log_laws(model, prompt, ids, vocab).gather(1, torch.tensor(ids).unsqueeze(1)).mean().item()
+            for model, prompt, ids, vocab in (
+                (pair.student, rows[1].prompt_ids, rows[1].completion_ids, pair.vocab_size),
+                (pair.teacher, rows[1].teacher_reads, rows[1].teacher_completion, side.vocab_size),
+            )
+        ]
+        own = decode_examples(pair, rows, settings.decoding(3), range(4))
+        apart = [by_hand(pair, [text]).item() for text in own]
+    for result, value in zip((student, teacher), nll, strict=True):
+        assert math.isclose(result.scores["perplexity"].values[0, 1], value, rel_tol=1e-9)
+    assert [text.tokens for text in student.completions] == [len(text.completion_ids) for text in own]
+    assert student.scores["own_forward_kl"].values[0].tolist() == pytest.approx(apart, rel=1e-9)
+    assert teacher.means()["forward_kl"] == 0 and teacher.means()["own_forward_kl"] == 0
+
+
+def test_a_trace_says_what_both_models_say_of_matching_tokens():
+    pair = pair_of()
+    bridge, [text] = (
+        pair.bridges[""],
+        decode_examples(pair, examples_of(pair)[:1], DecodeSettings(Switch(), 12, seed=5), [0]),
+    )
+    found, [mine, theirs] = trace(Reader(pair), text), bridge.matches(text.completion_ids, text.teacher_completion)
+    with torch.no_grad():
+        q = log_laws(pair.student, text.prompt_ids, text.completion_ids, pair.vocab_size)
+        p = log_laws(pair.teacher, text.teacher_reads, text.teacher_completion, bridge.teacher.vocab_size)
+    ids = [torch.from_numpy(each) for each in bridge.shared]
+    known = dict(zip(mine.tolist(), theirs.tolist(), strict=True))
+    assert 0 < len(known) < len(text.completion_ids)
+    for i, token in enumerate(text.completion_ids):
+        assert math.isclose(found.log_probs[STUDENT][i], q[i, token].item(), rel_tol=1e-9)
+        if i not in known:
+            assert found.jsd[i] is None and found.log_probs[TEACHER][i] is None and found.top[TEACHER][i] == []
+            continue
+        own, other = p[known[i], ids[TEACHER]].softmax(0), q[i, ids[STUDENT]].softmax(0)
+        middle = (own + other) / 2
+        bits = ((own * (own / middle).log()).sum() + (other * (other / middle).log()).sum()).item() / 2 / math.log(2)
+        best = own.argmax().item()
+        assert math.isclose(found.jsd[i], bits, rel_tol=1e-6)
+        assert found.top[TEACHER][i][0][0] == ids[STUDENT][best].item()
+        assert math.isclose(
+            found.log_probs[TEACHER][i], own[ids[STUDENT].tolist().index(token)].log().item(), rel_tol=1e-9
+        )
