@@ -1,11 +1,13 @@
-"""Two tasks for the small pair, generated: running totals with every step written out, and notes retold in the past tense.
+"""Three tasks for the small pair, generated: running totals, a row of digits put in another order, and notes retold.
 
-Both have long answers (86 and 57 tokens in the mean) that are scored exactly, and more than one right answer: distillation is about
-distributions, and a language in which each prompt has one continuation would make sampling pointless:
+All have long answers that are scored exactly, and more than one right answer: distillation is about distributions, and a language
+in which each prompt has one continuation would make sampling pointless. In each a wrong token early spoils what follows:
 
 - arithmetic (GSM8K's row): amounts are added to a two-digit total and taken from it, one after the other. Each step is written in
   one of several wordings, so every line has entropy. The number after ``####`` is right or wrong, whatever wording led there, and
   one wrong step makes all later ones wrong.
+- order (GSM8K's row): the digits of a row change places, move by move, and the whole row is written after each. A digit that
+  is written twice, or left out, stays so to the end: no row of the data is like that, so whoever goes on is on strange ground.
 - text (Alpaca's row): notes are retold as sentences. An exact match must survive the choice, so there are only as many right
   answers as can be listed: `STYLES`, each kept from the first sentence to the last. A text that changes its style is wrong, as
   one with a wrong fact is; ROUGE-L tells how far it is off. A held-out row lists all of its right answers.
@@ -24,7 +26,7 @@ from zlib import crc32
 
 import numpy as np
 
-from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
+from switchkd.base.errors import ConfigError, DataError, nearest
 from switchkd.base.storage import cache_folder
 
 Item = TypeVar("Item")
@@ -72,14 +74,25 @@ PAST = {
     "sort": "sorted", "take": "took", "wash": "washed", "wrap": "wrapped",
 }  # fmt: skip
 
-STARTS = ("{p} has {n} {things}:", "{p} starts with {n} {things}:")
+TOTAL_STARTS = ("{p} has {n} {things}:", "{p} starts with {n} {things}:")
 GAINS = (" gets {n};", " finds {n};", " buys {n};")
 LOSSES = (" gives {n};", " loses {n};", " sells {n};")
 ASKS = (" how many now?", " how many {things} are left?")
 # One step of a total: before, change, after.
 WRITTEN_GAINS = ("{a}+{b}={c}.", "{a} plus {b} is {c}.", "{a} and {b} make {c}.")
 WRITTEN_LOSSES = ("{a}-{b}={c}.", "{a} minus {b} is {c}.", "{a} less {b} leaves {c}.")
-STEPS = 8
+STEPS = 12
+# A row of digits, and what is done to it.
+DIGITS = 6
+MOVES = 9
+ORDER_STARTS = ("The row is {row}:", "There is a row {row}:")
+ORDER_ASKS = (" what is the row now?", " how does it end?")
+_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
+SWAPS = {f"swap {_PLACES[a]} and {_PLACES[b]}": (a, b) for a, b in itertools.combinations(range(DIGITS), 2)}
+# By how many places a row is turned; "turn around" reads it backwards.
+TURNS = {"first to the end": 1, "last to the front": -1, "turn around": 0}
+WRITTEN_ROWS = ("{move} gives {row}.", "{move}: {row}.", "after {move} {row}.")
+NOTES = 7
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 INSTRUCTIONS = (
     "Retell the notes.",
@@ -130,7 +143,7 @@ def arithmetic_row(seed: int, index: int, part: str) -> Row:
     while _part_of(" ".join(map(str, totals))) != part:
         totals = _totals(draws)
     words = {"p": draws.pick(NAMES), "things": draws.pick(THINGS)}
-    said, written = [draws.pick(STARTS).format(**words, n=totals[0])], []
+    said, written = [draws.pick(TOTAL_STARTS).format(**words, n=totals[0])], []
     for before, after in itertools.pairwise(totals):
         gain = after > before
         said.append(draws.pick(GAINS if gain else LOSSES).format(**words, n=abs(after - before)))
@@ -149,11 +162,42 @@ def _totals(draws: _Draws) -> list[int]:
     return totals
 
 
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def order_row(seed: int, index: int, part: str) -> Row:
+    """``{"question", "answer"}``: `MOVES` different moves of `DIGITS` different digits; the answer ends with ``#### ROW``."""
+    draws = _Draws(seed, index, 2, part)
+    start, moves = _order(draws)
+    while _part_of(" ".join([start, *moves])) != part:
+        start, moves = _order(draws)
+    rows = list(itertools.accumulate(moves, moved, initial=start))
+    written = [draws.pick(WRITTEN_ROWS).format(move=move, row=row) for move, row in zip(moves, rows[1:], strict=True)]
+    question = f"{draws.pick(ORDER_STARTS).format(row=start)} {'; '.join(moves)};{draws.pick(ORDER_ASKS)}"
+    return {"question": question, "answer": "\n".join([*written, f"#### {rows[-1]}"])}
+
+
+def _order(draws: _Draws) -> tuple[str, list[str]]:
+    return "".join(draws.sample("123456789", DIGITS)), draws.sample((*SWAPS, *TURNS), MOVES)
+
+
+def moved(row: str, move: str) -> str:
+    """A row after a move, one of `SWAPS` and `TURNS`."""
+    if move == "turn around":
+        return row[::-1]
+    if move in TURNS:
+        return row[TURNS[move] :] + row[: TURNS[move]]
+    a, b = SWAPS[move]
+    digits = list(row)
+    digits[a], digits[b] = digits[b], digits[a]
+    return "".join(digits)
+
+
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
 def text_row(seed: int, index: int, part: str) -> Row:
-    """``{"instruction", "input", "output"}``: four or five notes; held out, ``output`` lists all right answers."""
+    """``{"instruction", "input", "output"}``: `NOTES` notes; held out, ``output`` lists all right answers."""
     draws = _Draws(seed, index, 1, part)
     notes = _notes(draws)
     while _part_of(" ".join(sorted(map(_note, notes)))) != part:
@@ -164,32 +208,47 @@ def text_row(seed: int, index: int, part: str) -> Row:
 
 
 def _notes(draws: _Draws) -> list[tuple[str, ...]]:
-    """(day, name, verb, object, place) of each note; no word occurs twice."""
-    count = 4 + draws.below(2)
-    return list(zip(*(draws.sample(kind, count) for kind in (DAYS, NAMES, tuple(PAST), THINGS, PLACES)), strict=True))
+    """(day, name, verb, object, place, companion) of each note; no word occurs twice in the notes."""
+    names = draws.sample(NAMES, 2 * NOTES)
+    rest = [draws.sample(kind, NOTES) for kind in (DAYS, tuple(PAST), THINGS, PLACES)]
+    return [
+        (day, name, *what, with_) for name, with_, day, *what in zip(names[:NOTES], names[NOTES:], *rest, strict=True)
+    ]
 
 
 def _note(note: tuple[str, ...]) -> str:
-    day, name, verb, thing, place = note
-    return f"{day}, {name}: {verb} {thing}, {place}"
+    day, name, verb, thing, place, companion = note
+    return f"{day}, {name}: {verb} {thing}, {place}, {companion}"
 
 
 def _diary(notes: list[tuple[str, ...]], style: tuple[str, str, str]) -> str:
     joins = [style[0], *[style[1]] * (len(notes) - 2), style[2]]
     return " ".join(
-        f"{join}, on {day} {name} {PAST[verb]} the {thing} in the {place}."
-        for join, (day, name, verb, thing, place) in zip(joins, notes, strict=True)
+        f"{join}, on {day} {name} {PAST[verb]} the {thing} in the {place} with {companion}."
+        for join, (day, name, verb, thing, place, companion) in zip(joins, notes, strict=True)
     )
 
 
-TASKS: dict[str, Callable[[int, int, str], Row]] = {"arithmetic": arithmetic_row, "text": text_row}
+TASKS: dict[str, Callable[[int, int, str], Row]] = {"arithmetic": arithmetic_row, "text": text_row, "order": order_row}
 
-# --- files of the pair that was made ------------------------------------------------------------------------------
+
+def as_instruction(task: str, row: Row) -> Row:
+    """A row of any task in one layout, with its task as ``category``: rows of several can stand in one file."""
+    question = row.get("question") or f"{row['instruction']}\n\n{row['input']}"
+    return {"instruction": question, "output": row.get("answer") or row["output"], "category": task}
+
+
+# --- the pair that was made ---------------------------------------------------------------------------------------
 SMALL = "small"
 # The number is raised when the files made there change, so that an old cache is not taken for a new one.
-FOLDER = "small-pair-1"
-NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (ten minutes and more on 2 cores)"
-FILES = ("train", *(f"{task}-{part}" for task in TASKS for part in PARTS))
+FOLDER = "small-pair-2"
+NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (half an hour on 2 cores)"
+FILES = (*PARTS, *(f"{task}-{part}" for task in TASKS for part in PARTS))
+SIZES, STARTS = ("little", "big"), ("cold", "warm", "near")
+STUDENTS = tuple(f"{size}-{start}" for size in SIZES for start in STARTS)
+"""The students by size, and by how far each was trained before: hardly, until it knows the tasks, until it is near its teacher."""
+DEFAULT_STUDENT = "little-warm"
+SMALL_MODELS = (SMALL, *(f"{SMALL}:{student}" for student in STUDENTS))
 
 
 def small_pair_folder() -> Path:
@@ -206,9 +265,13 @@ def small_data_file(name: str) -> Path:
     return small_pair_folder() / f"{name}.jsonl"
 
 
-def small_pair_paths() -> tuple[Path, Path]:
-    """Folders of the small pair's teacher and student in the cache; raises ModelError if it was not made yet."""
-    folder = small_pair_folder()
-    if not folder.is_dir():
-        raise ModelError(NOT_MADE.format(folder))
-    return folder / "teacher", folder / "student"
+def small_model_folder(name: str, role: str) -> Path:
+    """The folder of one of `SMALL_MODELS`; ``small`` alone is the teacher, or the student `DEFAULT_STUDENT`, by its ``role``."""
+    if name == SMALL and role == "teacher":
+        return small_pair_folder() / "teacher"
+    return small_pair_folder() / student_folder(name.partition(":")[2] or DEFAULT_STUDENT)
+
+
+def student_folder(student: str) -> str:
+    """The name of the folder of one of `STUDENTS`."""
+    return f"student-{student}"

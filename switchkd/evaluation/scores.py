@@ -5,6 +5,7 @@ Every function is pure and needs no model. What a task computes of these, and wh
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ SCORES = {
     "strict": "the number after the first ####, as GSM8K's authors score",
     "flexible": "the last number, as lm-evaluation-harness's flexible-extract",
     "accuracy": "the answer as GSM-Plus's authors extract it",
+    "right": "all of the answer is right: its number after ####, or every word",
+    "until_mistake": "how far the answer goes until its first mistake",
     "math_equal": "the answer equals the reference's, by math-verify",
 }
 """What each score says; all are percentages (shares of right answers, or F1) and higher is better."""
@@ -172,6 +175,28 @@ def _value(number: str) -> Fraction | None:
         return Fraction(numerator) / Fraction(denominator or 1)
     except (ValueError, ZeroDivisionError):  # no number, one of thousands of digits, or something over 0
         return None
+
+
+# --- the small pair's tasks -----------------------------------------------------------------------------------------
+
+
+def small_right(text: str, reference: str) -> float:
+    """100 if the answer is right, else 0: the number after ``####`` where the reference has one, else every word."""
+    return (exact_match if _after_marks(reference) is None else gsm8k_strict)(text, reference)
+
+
+def until_mistake(text: str, reference: str) -> float:
+    """Which part of the reference is in ``text`` before its first mistake, in percent.
+
+    It is counted in numbers, however they are worded, where the reference has ``####``, else in words.
+    """
+    parts = str.split if _after_marks(reference) is None else _DIGITS.findall
+    wanted, found = parts(reference), parts(text)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(wanted, found, strict=False))
+    return 100 * sum(1 for _ in same) / max(len(wanted), 1)
+
+
+_DIGITS = re.compile(r"[0-9]+")
 
 
 # --- mathematics --------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from switchkd.evaluation.scores import (
     gsm_plus_accuracy,
     math_equal,
     rouge,
+    small_right,
+    until_mistake,
 )
 
 if TYPE_CHECKING:
@@ -146,6 +148,14 @@ def _score_math(text: str, references: Sequence[str], group: str) -> dict[str, f
     }
 
 
+def _score_small(text: str, references: Sequence[str], group: str) -> dict[str, float]:
+    return {
+        "right": max(small_right(text, reference) for reference in references),
+        "until_mistake": max(until_mistake(text, reference) for reference in references),
+        "rouge_l": best_rouge(text, references)["rouge_l"],
+    }
+
+
 def _boxed(solution: str) -> str:
     """What a MATH solution boxes last; another text as it is."""
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", solution)
@@ -249,6 +259,16 @@ _ALL = (
         source="MATH (arXiv 2103.03874); answers compared by huggingface/Math-Verify",
         hub="hub:HuggingFaceH4/MATH-500:test",
         formats=("math", "gsm8k", *_PAIRS),
+    ),
+    Task(
+        "small",
+        version=1,
+        score=_score_small,
+        primary="right",
+        description="the generated tasks of the small pair: running totals, rows in another order, notes retold",
+        source="switchkd make-pair; its held-out rows are small:heldout",
+        hub="small:heldout",
+        formats=("instruction",),
     ),
     Task(
         "references",

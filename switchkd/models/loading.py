@@ -16,7 +16,7 @@ from switchkd.base.errors import ConfigError, DataError, ModelError, nearest
 from switchkd.base.limits import check_counts, check_tokenizer, no_larger_than
 from switchkd.base.plain import check_type, json_object, shown
 from switchkd.base.storage import expanded
-from switchkd.data.small_data import SMALL, small_pair_folder, small_pair_paths
+from switchkd.data.small_data import NOT_MADE, SMALL_MODELS, small_model_folder
 from switchkd.models import pypi_pairs
 from switchkd.models.adapters import ADAPTER_CONFIG
 from switchkd.models.settings import AUTO, BASE, Place, chosen_dtype, quantised
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-MADE = (SMALL, *pypi_pairs.PAIRS)  # pairs that the package makes in the user's cache
+MADE = (*SMALL_MODELS, *pypi_pairs.PAIRS)  # pairs that the package makes in the user's cache
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -244,7 +244,12 @@ def made(name: str, role: Literal["teacher", "student"]) -> str:
     """The folder of that role if ``name`` is a pair that the package makes, else ``name``."""
     if name not in MADE:
         return name
-    teacher, student = small_pair_paths() if name == SMALL else pypi_pairs.pair_paths(name)
+    if name in SMALL_MODELS:
+        folder = small_model_folder(name, role)
+        if not folder.is_dir():
+            raise ModelError(NOT_MADE.format(folder.parent))
+        return str(folder)
+    teacher, student = pypi_pairs.pair_paths(name)
     return str(teacher if role == "teacher" else student)
 
 
@@ -252,8 +257,8 @@ def made_folder(name: str, role: Literal["teacher", "student"]) -> str:
     """``made`` for a pair that was made already; else ``name``. Nothing is made."""
     if name not in MADE:
         return name
-    pair = small_pair_folder() if name == SMALL else pypi_pairs.pair_folder(name)
-    return str(pair / role) if pair.is_dir() else name
+    folder = small_model_folder(name, role) if name in SMALL_MODELS else pypi_pairs.pair_folder(name) / role
+    return str(folder) if folder.is_dir() else name
 
 
 def is_adapter(name: str | Path) -> bool:

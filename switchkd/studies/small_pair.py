@@ -1,11 +1,12 @@
 """A small pair for studies on two CPU cores, made by one command from generated text: ``switchkd make-pair``.
 
-A teacher of 1.9 million parameters is trained until it is good at the tasks of `small_data`, and a student of a tenth of its
-size until it knows their form. A folder holds both, their data, and in ``pair.json`` how they were made and what they can do.
+A teacher is trained until it is good at the tasks of `small_data`, and students of two sizes from less to more: each is kept
+when it is hardly trained (``cold``), when it knows the tasks (``warm``) and when it is near its teacher (``near``). A folder holds
+them all, their data, and in ``pair.json`` how they were made and what they can do.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -13,7 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.base.errors import ConfigError, nearest
 from switchkd.base.storage import staged_folder
-from switchkd.data.small_data import PARTS, TASKS, Row, small_pair_folder
+from switchkd.data.small_data import (
+    PARTS,
+    SIZES,
+    SMALL,
+    STARTS,
+    TASKS,
+    Row,
+    as_instruction,
+    small_pair_folder,
+    student_folder,
+)
 from switchkd.models.vocabulary import save_tokenizer
 
 if TYPE_CHECKING:
@@ -24,9 +35,10 @@ if TYPE_CHECKING:
 
 
 VOCAB_SIZE = 1024  # at most; the words of the two tasks need fewer
-MAX_PROMPT, MAX_COMPLETION = 96, 128  # tokens; every row is shorter
+MAX_PROMPT, MAX_COMPLETION = 128, 160  # tokens; every row is shorter
 CONTEXT = 1024
 PAD, END = "<|pad|>", "<|end|>"
+MODELS = ("teacher", *SIZES)
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
@@ -37,7 +49,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama, and how long and how fast it is trained.
+    """Sizes of a Llama, and how fast it is trained.
 
     A student's learning rate stays: one whose rate had fallen to 0 would first lose in a short run what that had gained it.
     """
@@ -46,27 +58,44 @@ class Shape:
     feed_forward: int
     layers: int
     heads: int
-    steps: int
     learning_rate: float
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = "constant"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Rows of each task to train on and to hold out, the models, and rows of a training step."""
+    """Rows of each task to train on and to hold out, rows of a training step, and the models with their steps."""
 
     rows: int
     heldout: int
     batch_size: int
     teacher: Shape
-    student: Shape
+    teacher_steps: int
+    students: dict[str, Shape]
+    """By size."""
+    starts: dict[str, int]
+    """Steps after which a student is kept, by the name of the start, from less to more."""
 
 
 SCALES = {
-    "full": Scale(16_000, 256, 16, Shape(192, 512, 4, 6, 1500, 2e-3), Shape(64, 160, 3, 2, 1600, 3e-3, "constant")),
-    "tiny": Scale(
-        48, 4, 4, Shape(32, 64, 2, 2, 3, 2e-3), Shape(16, 32, 1, 2, 2, 4e-3, "constant")
-    ),  # seconds, for tests
+    "full": Scale(
+        16_000,
+        256,
+        32,
+        Shape(192, 512, 4, 6, 2e-3, "cosine"),
+        2000,
+        {"little": Shape(80, 216, 4, 4, 3e-3), "big": Shape(136, 368, 4, 4, 3e-3)},
+        dict(zip(STARTS, (300, 1000, 2000), strict=True)),
+    ),
+    "tiny": Scale(  # seconds, for tests
+        48,
+        4,
+        4,
+        Shape(32, 64, 2, 2, 2e-3, "cosine"),
+        3,
+        {"little": Shape(16, 32, 1, 2, 4e-3), "big": Shape(24, 48, 1, 2, 4e-3)},
+        dict(zip(STARTS, (1, 2, 3), strict=True)),
+    ),
 }
 
 
@@ -94,39 +123,40 @@ def _make(folder: Path, seed: int, scale: str) -> dict[str, Any]:
     _write_data(folder, seed, sizes)
     tokenizer = train_tokenizer(_texts(folder / "train.jsonl"))
     train = _examples(folder / "train.jsonl", tokenizer)
-    record: dict[str, Any] = {"scale": scale, "seed": seed, **asdict(sizes), "vocab_size": len(tokenizer)}
-    for role, shape in (("teacher", sizes.teacher), ("student", sizes.student)):
-        model = new_model(shape, tokenizer, seed, role)
-        seconds = _train(model, tokenizer, train, _settings(shape, sizes.batch_size, seed), f"train the {role}")
-        model.save_pretrained(folder / role)
-        save_tokenizer(tokenizer, folder / role)
-        record[role] |= {"training_seconds": round(seconds, 1)} | _measure(folder, model, tokenizer, role)
+    record: dict[str, Any] = {"scale": scale, "seed": seed, **asdict(sizes), "vocab_size": len(tokenizer), "models": {}}
+    for name, shape in {"teacher": sizes.teacher, **sizes.students}.items():
+        starts = {student_folder(f"{name}-{start}"): steps for start, steps in sizes.starts.items()}
+        stops = {"teacher": sizes.teacher_steps} if name == "teacher" else starts
+        model = new_model(shape, tokenizer, seed, name)
+        settings = _settings(shape, max(stops.values()), sizes.batch_size, seed)
+        trained = _train(model, tokenizer, train, settings, f"train the model {name}", stops.values())
+        for kept_as, seconds in zip(stops, trained, strict=True):
+            model.save_pretrained(folder / kept_as)
+            save_tokenizer(tokenizer, folder / kept_as)
+            scores = _measure(folder / "heldout.jsonl", model, tokenizer, kept_as)
+            record["models"][kept_as] = {"training_seconds": round(seconds, 1)} | scores
     return record
 
 
 def _write_data(folder: Path, seed: int, sizes: Scale) -> None:
-    """A file for each task and part, and ``train.jsonl`` with both tasks in turn, as prompt and completion."""
+    """A file for each task and part, and one for each part with all tasks in turn."""
     counts = {"train": sizes.rows, "heldout": sizes.heldout}
-    rows = {(task, part): [TASKS[task](seed, i, part) for i in range(counts[part])] for task in TASKS for part in PARTS}
-    for (task, part), own in rows.items():
-        _write_rows(folder / f"{task}-{part}.jsonl", own)
-    turns = zip(*(rows[task, "train"] for task in TASKS), strict=True)
-    _write_rows(folder / "train.jsonl", [_as_pair(row) for turn in turns for row in turn])
+    for part in PARTS:
+        rows = {task: [TASKS[task](seed, i, part) for i in range(counts[part])] for task in TASKS}
+        for task, own in rows.items():
+            _write_rows(folder / f"{task}-{part}.jsonl", own)
+        turns = zip(*([as_instruction(task, row) for row in own] for task, own in rows.items()), strict=True)
+        _write_rows(folder / f"{part}.jsonl", [row for turn in turns for row in turn])
 
 
 def _write_rows(file: Path, rows: Sequence[Row]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _as_pair(row: Row) -> Row:
-    if "question" in row:
-        return {"prompt": row["question"], "completion": row["answer"]}
-    return {"prompt": f"{row['instruction']}\n\n{row['input']}", "completion": row["output"]}
-
-
 def _texts(file: Path) -> Iterator[str]:
     for line in file.read_text(encoding="utf-8").splitlines():
-        yield from json.loads(line).values()
+        row = json.loads(line)
+        yield from (row["instruction"], row["output"])
 
 
 def train_tokenizer(texts: Iterator[str]) -> "PreTrainedTokenizerBase":
@@ -156,8 +186,8 @@ def train_tokenizer(texts: Iterator[str]) -> "PreTrainedTokenizerBase":
     )
 
 
-def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, role: str) -> "PreTrainedModel":
-    """An untrained Llama; its weights are keyed by ``seed`` and ``role``."""
+def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, name: str) -> "PreTrainedModel":
+    """An untrained Llama; its weights are keyed by ``seed`` and ``name``, one of `MODELS`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -178,7 +208,7 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerBase", seed: int, rol
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(noise_key(seed, 0, ("teacher", "student").index(role), Use.WEIGHTS) % 2**63)
+        torch.default_generator.manual_seed(noise_key(seed, 0, MODELS.index(name), Use.WEIGHTS) % 2**63)
         return LlamaForCausalLM(config).eval()
 
 
@@ -196,7 +226,7 @@ def _examples(file: Path, tokenizer: "PreTrainedTokenizerBase") -> "list[Tokeniz
     return found
 
 
-def _settings(shape: Shape, batch_size: int, seed: int) -> "TrainConfig":
+def _settings(shape: Shape, steps: int, batch_size: int, seed: int) -> "TrainConfig":
     from switchkd.methods.mixes import GroundTruth
     from switchkd.methods.objective import CrossEntropy
     from switchkd.training.settings import TrainConfig
@@ -204,11 +234,11 @@ def _settings(shape: Shape, batch_size: int, seed: int) -> "TrainConfig":
     return TrainConfig(
         objective=CrossEntropy(),
         mix=GroundTruth(),
-        max_steps=shape.steps,
+        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=shape.learning_rate,
         lr_scheduler_type=shape.schedule,
-        warmup_steps=shape.steps // 20,
+        warmup_steps=steps // 20,
         weight_decay=0.05,
         adam_beta2=0.98,
         seed=seed,
@@ -221,21 +251,25 @@ def _train(
     examples: "list[TokenizedExample]",
     config: "TrainConfig",
     title: str,
-) -> float:
-    """Train with cross-entropy on the data; returns the seconds."""
+    stops: Collection[int],
+) -> Iterator[float]:
+    """Train with cross-entropy on the data; yields the seconds so far after each of the steps ``stops``."""
     from switchkd.base.terminal import bar
     from switchkd.reports.tables import step_line
     from switchkd.training.trainer import Trainer
 
-    start = monotonic()
+    seconds = 0.0
     trainer = Trainer(_alone(model, tokenizer), examples, config)
     with bar(title, config.max_steps) as progress:
         while trainer.step < config.max_steps:
+            start = monotonic()
             metrics, _ = trainer.train_step()
+            seconds += monotonic() - start
             progress.advance(1, step_line(metrics))
             if trainer.step % 100 == 0:
                 progress.line(f"step {trainer.step}: {step_line(metrics)}")
-    return monotonic() - start
+            if trainer.step in stops:
+                yield seconds
 
 
 def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -245,25 +279,20 @@ def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> An
     return Pair(model, model, tokenizer, len(tokenizer), (tokenizer.eos_token_id,), ())
 
 
-def _measure(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", role: str) -> dict[str, Any]:
-    """Parameters, and per task the share of held-out rows whose greedy answer is right, and ROUGE-L."""
+def _measure(file: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str) -> dict[str, Any]:
+    """Parameters, and scores of greedy answers to the held-out rows, in all and of each task."""
     from switchkd.base.terminal import bar, console
     from switchkd.evaluation.evaluate import evaluate, work
     from switchkd.evaluation.settings import EvalSettings
     from switchkd.evaluation.tasks import TASKS as EVALUATED
     from switchkd.runner.architecture import num_parameters
 
-    found: dict[str, Any] = {"parameters": num_parameters(model)}
-    settings = EvalSettings(MAX_COMPLETION)
-    for task, (own, right) in SCORED.items():
-        examples = _examples(folder / f"{task}-heldout.jsonl", tokenizer)
-        with bar(f"score the {role}: {task}", work(examples, settings)) as progress:
-            result = evaluate(_alone(model, tokenizer), model, examples, EVALUATED[own], settings, progress.advance)
-        found[task] = {name: result.means()[name] for name in (right, "rouge_l", "length", "perplexity")}
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in found[task].items())
-        console.print(f"{role}, {task}: {shown} ({len(examples)} held-out rows)")
-    return found
-
-
-# By task of the pair: how `evaluate` scores it, and the score that says whether an answer is right.
-SCORED = {"arithmetic": ("gsm8k", "strict"), "text": ("references", "exact_match")}
+    settings, examples = EvalSettings(MAX_COMPLETION, batch_size=128), _examples(file, tokenizer)
+    with bar(f"score {name}", work(examples, settings)) as progress:
+        result = evaluate(_alone(model, tokenizer), model, examples, EVALUATED[SMALL], settings, progress.advance)
+    found = result.means()
+    right = {task: estimate.mean for task, estimate in result.by_group.items()}
+    shown = ", ".join(f"{task} {value:.1f} %" for task, value in right.items())
+    console.print(f"{name}: right answers {shown} ({len(examples)} held-out rows)", soft_wrap=True)
+    scores = {score: found[score] for score in ("right", "until_mistake", "rouge_l", "length", "perplexity")}
+    return {"parameters": num_parameters(model), "right_by_task": right, **scores}

@@ -6,17 +6,41 @@ from itertools import pairwise
 import pytest
 
 from switchkd.base.errors import ConfigError, DataError
-from switchkd.data.small_data import PARTS, PAST, STEPS, STYLES, TASKS, arithmetic_row, small_data_file, text_row
+from switchkd.data.small_data import (
+    DIGITS,
+    MOVES,
+    NOTES,
+    PARTS,
+    PAST,
+    STEPS,
+    STYLES,
+    TASKS,
+    arithmetic_row,
+    as_instruction,
+    order_row,
+    small_data_file,
+    text_row,
+)
 
 ROWS = 400
 
 
 def notes_of(row):
-    return [re.fullmatch(r"(\w+), (\w+): (\w+) (\w+), (\w+)", line).groups() for line in row["input"].splitlines()]
+    return [
+        re.fullmatch(r"(\w+), (\w+): (\w+) (\w+), (\w+), (\w+)", line).groups() for line in row["input"].splitlines()
+    ]
 
 
 def problem(row):
-    return tuple(running(row["question"]) if "question" in row else sorted(notes_of(row)))
+    if "question" not in row:
+        return tuple(sorted(notes_of(row)))
+    return tuple(running(row["question"]) if re.search("has|starts", row["question"]) else said(row))
+
+
+def said(row):
+    """The row of digits that a question begins with, and the moves that it asks for."""
+    start, moves = re.fullmatch(r".* (\d+): (.*); [^;]+\?", row["question"]).groups()
+    return [start, *moves.split("; ")]
 
 
 def running(question):
@@ -49,15 +73,57 @@ def test_every_written_step_of_a_total_is_right(part):
     assert len(wordings) == 6
 
 
+PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5}
+
+
+def after(row, move):
+    """The row of digits after a move, by what its words say."""
+    match move.split():
+        case ["swap", a, "and", b]:
+            order = list(range(DIGITS))
+            order[PLACES[a]], order[PLACES[b]] = PLACES[b], PLACES[a]
+            return "".join(row[place] for place in order)
+        case ["turn", "around"]:
+            return "".join(reversed(row))
+        case ["first", *_]:
+            return row[1:] + row[0]
+        case ["last", *_]:
+            return row[-1] + row[:-1]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_written_row_of_digits_follows_from_the_one_before(part):
+    wordings, kinds = set(), set()
+    for index in range(ROWS):
+        row = order_row(7, index, part)
+        (standing, *moves), (*lines, last) = said(row), row["answer"].splitlines()
+        assert len(set(moves)) == len(lines) == MOVES and len(set(standing)) == DIGITS and "0" not in standing
+        for move, line in zip(moves, lines, strict=True):
+            standing = after(standing, move)
+            assert re.sub(r"^after | gives|:", "", line) == f"{move} {standing}."
+            wordings.add(line.replace(move, "M").replace(standing, "R"))
+        kinds |= set(moves)
+        assert last == f"#### {standing}"
+    assert len(wordings) == 3 and len(kinds) == 18
+
+
+def test_rows_of_all_tasks_have_one_layout():
+    for task, make in TASKS.items():
+        row = make(7, 0, "heldout")
+        together = as_instruction(task, row)
+        assert together["category"] == task and together["output"] == row.get("answer", row.get("output"))
+        assert together["instruction"].splitlines()[-1] == (row.get("question") or row["input"].splitlines()[-1])
+
+
 def test_a_diary_has_every_note_in_order_in_one_style_in_the_past_tense():
     for index in range(ROWS):
         row = text_row(7, index, "heldout")
         notes = notes_of(row)
-        assert len(notes) == len({note[0] for note in notes}) in (4, 5)
+        assert len(notes) == len({note[0] for note in notes}) == NOTES
         for answer in row["output"]:
-            told = re.findall(r"([\w ]+), on (\w+) (\w+) (\w+) the (\w+) in the (\w+)\.(?: |$)", answer)
+            told = re.findall(r"([\w ]+), on (\w+) (\w+) (\w+) the (\w+) in the (\w+) with (\w+)\.(?: |$)", answer)
             assert [tuple(words) for _, *words in told] == [
-                (day, name, PAST[verb], thing, place) for day, name, verb, thing, place in notes
+                (day, name, PAST[verb], *rest) for day, name, verb, *rest in notes
             ]
             first, *middle, last = [join for join, *_ in told]
             assert len(set(middle)) == 1 and (first, middle[0], last) in STYLES

@@ -8,7 +8,7 @@ import torch
 from switchkd.base.errors import ConfigError, DataError, ModelError
 from switchkd.cli.main import main
 from switchkd.data.examples import load_examples
-from switchkd.data.small_data import FILES, FOLDER
+from switchkd.data.small_data import FILES, FOLDER, SMALL_MODELS, STUDENTS, student_folder
 from switchkd.data.texts import tokenize
 from switchkd.models.loading import load_model, load_tokenizer
 from switchkd.models.pair import load_pair
@@ -33,12 +33,25 @@ def found(cache, monkeypatch):
 
 
 def test_the_folder_holds_both_models_the_data_and_how_they_were_made(found):
-    names = {"teacher", "student", "pair.json", *(f"{name}.jsonl" for name in FILES)}
+    models = {"teacher", *map(student_folder, STUDENTS)}
+    names = {"pair.json", *models, *(f"{name}.jsonl" for name in FILES)}
     assert {path.name for path in found.iterdir()} == names
     record = json.loads((found / "pair.json").read_text())
     assert record["seed"] == 0 and record["scale"] == "tiny"
-    assert record["teacher"]["parameters"] == num_parameters(load_model(str(found / "teacher")))
-    assert 0 <= record["student"]["text"]["exact_match"] <= 100 and "strict" in record["teacher"]["arithmetic"]
+    assert set(record["models"]) == models
+    for name, of_it in record["models"].items():
+        assert of_it["parameters"] == num_parameters(load_model(str(found / name)))
+        assert set(of_it["right_by_task"]) == {"arithmetic", "text", "order"} and 0 <= of_it["until_mistake"] <= 100
+
+
+def test_a_student_is_trained_further_from_start_to_start(found):
+    cold, warm, near = (load_model(f"small:little-{start}").lm_head.weight for start in ("cold", "warm", "near"))
+    assert not torch.equal(cold, warm) and not torch.equal(warm, near)
+    assert torch.equal(load_pair("small").student.lm_head.weight, warm)
+    for name in SMALL_MODELS[1:]:
+        pair = load_pair("small", name)
+        size = num_parameters(load_model(name))
+        assert num_parameters(pair.student) == size < num_parameters(pair.teacher)
 
 
 def test_small_names_the_pair_and_its_data(found):
@@ -47,9 +60,9 @@ def test_small_names_the_pair_and_its_data(found):
     assert pair.warnings == () and pair.vocab_size == len(pair.tokenizer)
     assert len(load_examples("small:text-heldout")) == SCALES["tiny"].heldout
     # Both shapes of a row are one prompt: the mixed file has the tokens of the two others.
-    mixed, arithmetic, text = (load_examples(f"small:{name}") for name in ("train", "arithmetic-train", "text-train"))
+    mixed, *single = (load_examples(f"small:{name}train") for name in ("", "arithmetic-", "text-", "order-"))
     limits = {"max_prompt_length": MAX_PROMPT, "max_completion_length": MAX_COMPLETION}
-    ids = [tokenize(rows, pair.tokenizer, template="chat", **limits)[0] for rows in (mixed, arithmetic, text)]
+    ids = [tokenize(rows, pair.tokenizer, template="chat", **limits)[0] for rows in (mixed, *single)]
     assert [(e.prompt_ids, e.completion_ids) for e in ids[0]] == [
         (e.prompt_ids, e.completion_ids) for turn in zip(*ids[1:], strict=True) for e in turn
     ]
@@ -67,7 +80,12 @@ def test_text_comes_back_from_the_tokenizer_and_digits_stand_alone(found):
 
 def test_a_pair_made_twice_is_the_same(found, tmp_path):
     make_pair(tmp_path / "again", scale="tiny")
-    for name in ("teacher/model.safetensors", "student/model.safetensors", "teacher/tokenizer.json", "train.jsonl"):
+    for name in (
+        "teacher/model.safetensors",
+        "student-big-near/model.safetensors",
+        "teacher/tokenizer.json",
+        "train.jsonl",
+    ):
         assert (tmp_path / "again" / name).read_bytes() == (found / name).read_bytes(), name
     assert main(["make-pair", "--scale", "tiny", "--seed", "1", "--output-dir", str(tmp_path / "other")]) == 0
     assert (tmp_path / "other/train.jsonl").read_bytes() != (found / "train.jsonl").read_bytes()
@@ -85,6 +103,8 @@ def test_a_pair_that_was_not_made_is_an_error_that_says_how(tmp_path, monkeypatc
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="switchkd make-pair"):
         load_pair("small", "demo")
+    with pytest.raises(ModelError, match="switchkd make-pair"):
+        load_model("small:big-near")
     with pytest.raises(DataError, match="switchkd make-pair"):
         load_examples("small:train")
     assert list(tmp_path.iterdir()) == []
@@ -102,5 +122,6 @@ def test_a_taken_folder_and_a_failure_leave_what_was_there(found, tmp_path, monk
 def test_a_students_learning_rate_stays_and_a_teachers_comes_down():
     """A short run could otherwise teach the student nothing: it would first lose what coming down had gained."""
     for sizes in SCALES.values():
-        rates = [_settings(shape, sizes.batch_size, 0).lr_scheduler_type for shape in (sizes.teacher, sizes.student)]
-        assert rates == ["cosine", "constant"]
+        shapes = (sizes.teacher, *sizes.students.values())
+        rates = [_settings(shape, 10, sizes.batch_size, 0).lr_scheduler_type for shape in shapes]
+        assert rates == ["cosine", "constant", "constant"]
