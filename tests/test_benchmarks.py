@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from switchkd.data.small_data import arithmetic_row
 from switchkd.methods.policy import StudentOnly
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +24,11 @@ CONTENDERS = {
     "states": {"plain loop", "block engine"},
     "two_sizes": {"SWITCH", "AdaSwitch", "SWITCH, LoRA"},
     "two_tokenizers": {"one tokenizer", "two tokenizers", "before", "strict", "sorted (ULD)", "prefix"},
+    "premise": {"teacher", "little-warm"},
     "counts": {"StudentOnly", "SWITCH", "AdaSwitch", "SKD", "pieces for a GPU", "pieces for a CPU"},
     "engines": {"switchkd decode", "transformers generate", "transformers continuous batching", "vLLM"},
 }
-UNTIMED = ("counts",)
+UNTIMED = ("counts", "premise")
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
@@ -53,6 +55,36 @@ def test_without_the_small_pair_its_benchmark_says_so(tmp_path, monkeypatch, cap
     assert import_module("benchmarks.small").main(["--output", str(tmp_path)]) == 0
     assert "switchkd make-pair" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_where_the_writer_went_wrong_and_whether_the_teachers_next_line_follows():
+    premise = import_module("benchmarks.premise")
+    row = arithmetic_row(0, 3, "heldout")  # Dan starts with 24 books: finds 1; gets 3; loses 2; …
+    right = row["answer"]
+    for end in (0, 1, 9, 17, 40, len(right)):
+        assert not premise.spoilt(right[:end], [right]), right[:end]
+    assert premise.spoilt("24 and 1 make 26.\n2", [right]) and not premise.spoilt("24 and 1 make 26", [right])
+    assert premise.spoilt("First, on Monday Ben x", ["First, on Monday Ada"]) and not premise.spoilt("Fir", ["First"])
+
+    def follows(task, before, text, question=row["question"]):
+        return premise.next_follows(task, question, before, text)
+
+    assert follows("arithmetic", "", right) is True
+    assert follows("arithmetic", "24 and", right) is True
+    # From a wrong total the next line is right if it goes on from there.
+    wrong = "24 and 1 make 26.\n"
+    assert follows("arithmetic", wrong, wrong + "26 plus 3 is 29.\n") is True
+    assert follows("arithmetic", wrong, wrong + "25 plus 3 is 28.\n") is False
+    assert follows("arithmetic", wrong, wrong + "26 plus 2 is 28.\n") is False
+    assert follows("arithmetic", "what\n", "what\n26 plus 2 is 28.\n") is None
+    assert follows("text", "", "First, on Monday") is None
+    question = "The row is 896517: swap first and fifth; turn around; how does it end?"
+    assert follows("order", "", "swap first and fifth: 196587.\n", question) is True
+    assert follows(
+        "order", "swap first and fifth: 116587.\n", "swap first and fifth: 116587.\nturn around gives 785611.", question
+    )
+    spoilt = "swap first and fifth: 116587.\n"
+    assert follows("order", spoilt, spoilt + "turn around gives 785691.", question) is False
 
 
 def test_an_engine_that_does_not_come_up_says_why(tmp_path, monkeypatch):
