@@ -76,6 +76,8 @@ class MakePairConfig(Settings):
     """Key of all randomness."""
     scale: Literal["full", "tiny"] = "full"
     """`tiny` makes untrained models in seconds, to try the command."""
+    jobs: int = 0
+    """Models trained at a time, each on one thread; 0 takes as many as there are cores. Moves time, never a weight."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def prune(config: PruneConfig) -> None:
 def make_pair(config: MakePairConfig) -> None:
     from switchkd.studies.small_pair import make_pair as make_small_pair
 
-    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale)
+    make_small_pair(Path(config.output_dir) if config.output_dir else None, config.seed, config.scale, config.jobs)
 
 
 def push(config: PushConfig) -> None:

@@ -6,7 +6,12 @@ them all, their data, and in ``pair.json`` how they were made and what they can 
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 1024  # at most; the words of the two tasks need fewer
 MAX_PROMPT, MAX_COMPLETION = 128, 160  # tokens; every row is shorter
 CONTEXT = 1024
+WARM_UP = 100  # steps
 PAD, END = "<|pad|>", "<|end|>"
 MODELS = ("teacher", *SIZES)
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
@@ -76,16 +82,22 @@ class Scale:
     starts: dict[str, int]
     """Steps after which a student is kept, by the name of the start, from less to more."""
 
+    def stops(self, name: str) -> dict[str, int]:
+        """The folders that the model ``name``, one of `MODELS`, is kept in, and after how many steps."""
+        if name == "teacher":
+            return {name: self.teacher_steps}
+        return {student_folder(f"{name}-{start}"): steps for start, steps in self.starts.items()}
+
 
 SCALES = {
     "full": Scale(
         16_000,
         256,
-        32,
+        16,
         Shape(192, 512, 4, 6, 2e-3, "cosine"),
-        2000,
+        2500,
         {"little": Shape(80, 216, 4, 4, 3e-3), "big": Shape(136, 368, 4, 4, 3e-3)},
-        dict(zip(STARTS, (300, 1000, 2000), strict=True)),
+        dict(zip(STARTS, (300, 1000, 2500), strict=True)),
     ),
     "tiny": Scale(  # seconds, for tests
         48,
@@ -99,43 +111,46 @@ SCALES = {
 }
 
 
-def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full") -> dict[str, Any]:
+def make_pair(folder: Path | None = None, seed: int = 0, scale: str = "full", jobs: int = 0) -> dict[str, Any]:
     """Make the pair in ``folder`` (default: where ``small`` is looked for), whole or not at all; returns ``pair.json``.
 
-    Every choice is keyed by ``seed``. Raises ConfigError for an unknown ``scale`` or a folder that is taken.
+    Every choice is keyed by ``seed``. Each model is trained on one thread, ``jobs`` of them at a time (0: as many as there are
+    cores), so that neither the cores nor ``jobs`` change a weight. Raises ConfigError for an unknown ``scale``, or a folder
+    that is taken.
     """
     from switchkd.base.terminal import console
 
     folder = folder or small_pair_folder()
     if scale not in SCALES:
         raise ConfigError(f"unknown scale {scale!r}{nearest(scale, SCALES)}")
+    if jobs < 0:
+        raise ConfigError(f"jobs must be at least 0, got {jobs}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; remove it, or choose another --output-dir")
     with staged_folder(folder) as staging:
-        record = _make(staging, seed, scale)
+        record = _make(staging, seed, scale, min(jobs or os.cpu_count() or 1, len(MODELS)))
         (staging / "pair.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     console.print(f"pair saved in {folder}", soft_wrap=True)
     return record
 
 
-def _make(folder: Path, seed: int, scale: str) -> dict[str, Any]:
+def _make(folder: Path, seed: int, scale: str, jobs: int) -> dict[str, Any]:
+    from switchkd.base.terminal import bar, console
+
     sizes = SCALES[scale]
     _write_data(folder, seed, sizes)
     tokenizer = train_tokenizer(_texts(folder / "train.jsonl"))
-    train = _examples(folder / "train.jsonl", tokenizer)
-    record: dict[str, Any] = {"scale": scale, "seed": seed, **asdict(sizes), "vocab_size": len(tokenizer), "models": {}}
-    for name, shape in {"teacher": sizes.teacher, **sizes.students}.items():
-        starts = {student_folder(f"{name}-{start}"): steps for start, steps in sizes.starts.items()}
-        stops = {"teacher": sizes.teacher_steps} if name == "teacher" else starts
-        model = new_model(shape, tokenizer, seed, name)
-        settings = _settings(shape, max(stops.values()), sizes.batch_size, seed)
-        trained = _train(model, tokenizer, train, settings, f"train the model {name}", stops.values())
-        for kept_as, seconds in zip(stops, trained, strict=True):
-            model.save_pretrained(folder / kept_as)
-            save_tokenizer(tokenizer, folder / kept_as)
-            scores = _measure(folder / "heldout.jsonl", model, tokenizer, kept_as)
-            record["models"][kept_as] = {"training_seconds": round(seconds, 1)} | scores
-    return record
+    steps = sum(max(sizes.stops(name).values()) for name in MODELS)
+    with bar("train the models", steps) as progress, _workers(jobs) as (submit, heard):
+        work = [submit(_train_model, folder, seed, scale, name, tokenizer) for name in MODELS]
+        while not all(each.done() for each in work):
+            if step := heard():
+                progress.advance(1, step)
+        models = {name: found for each in work for name, found in each.result().items()}
+    for name, found in models.items():
+        right = ", ".join(f"{task} {value:.1f} %" for task, value in found["right_by_task"].items())
+        console.print(f"{name}: right answers {right}", soft_wrap=True)
+    return {"scale": scale, "seed": seed, **asdict(sizes), "vocab_size": len(tokenizer), "models": models}
 
 
 def _write_data(folder: Path, seed: int, sizes: Scale) -> None:
@@ -238,38 +253,66 @@ def _settings(shape: Shape, steps: int, batch_size: int, seed: int) -> "TrainCon
         per_device_train_batch_size=batch_size,
         learning_rate=shape.learning_rate,
         lr_scheduler_type=shape.schedule,
-        warmup_steps=steps // 20,
+        warmup_steps=min(WARM_UP, steps // 2),
         weight_decay=0.05,
         adam_beta2=0.98,
         seed=seed,
     )
 
 
-def _train(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    examples: "list[TokenizedExample]",
-    config: "TrainConfig",
-    title: str,
-    stops: Collection[int],
-) -> Iterator[float]:
-    """Train with cross-entropy on the data; yields the seconds so far after each of the steps ``stops``."""
-    from switchkd.base.terminal import bar
+# Called behind each step with what to show of it.
+_Told = Callable[[str], None]
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[tuple[Callable[..., "Future[Any]"], Callable[[], str]]]:
+    """What submits a function, which is given a `_Told` behind its arguments, to one of ``jobs`` processes, and what hears the
+    next step of any, "" if none came within a moment."""
+    # Not forked: a fork that torch's threads have run in before may wait for them for ever.
+    context = multiprocessing.get_context("spawn")
+    # Where all ends early the manager goes first: nobody can then be told of a step, which ends what is still trained.
+    with ProcessPoolExecutor(jobs, context) as pool, context.Manager() as manager:
+        steps = manager.Queue()
+
+        def heard() -> str:
+            try:
+                return str(steps.get(timeout=0.5))
+            except queue.Empty:
+                return ""
+
+        def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+            return pool.submit(function, *arguments, steps.put)
+
+        yield submit, heard
+
+
+def _train_model(
+    folder: Path, seed: int, scale: str, name: str, tokenizer: "PreTrainedTokenizerBase", told: _Told
+) -> dict[str, Any]:
+    """Train the model ``name`` with cross-entropy on the data and save it at each of its stops: what is known of each."""
+    import torch
+
     from switchkd.reports.tables import step_line
     from switchkd.training.trainer import Trainer
 
-    seconds = 0.0
-    trainer = Trainer(_alone(model, tokenizer), examples, config)
-    with bar(title, config.max_steps) as progress:
-        while trainer.step < config.max_steps:
-            start = monotonic()
-            metrics, _ = trainer.train_step()
-            seconds += monotonic() - start
-            progress.advance(1, step_line(metrics))
-            if trainer.step % 100 == 0:
-                progress.line(f"step {trainer.step}: {step_line(metrics)}")
-            if trainer.step in stops:
-                yield seconds
+    torch.set_num_threads(1)
+    sizes, seconds, found = SCALES[scale], 0.0, {}
+    shape = sizes.teacher if name == "teacher" else sizes.students[name]
+    stops = {steps: kept_as for kept_as, steps in sizes.stops(name).items()}
+    model = new_model(shape, tokenizer, seed, name)
+    settings = _settings(shape, max(stops), sizes.batch_size, seed)
+    trainer = Trainer(_alone(model, tokenizer), _examples(folder / "train.jsonl", tokenizer), settings)
+    while trainer.step < settings.max_steps:
+        start = monotonic()
+        metrics, _ = trainer.train_step()
+        seconds += monotonic() - start
+        told(f"{name} {step_line(metrics)}")
+        if kept_as := stops.get(trainer.step):
+            model.save_pretrained(folder / kept_as)
+            save_tokenizer(tokenizer, folder / kept_as)
+            scores = _measure(folder / "heldout.jsonl", model, tokenizer)
+            found[kept_as] = {"training_seconds": round(seconds, 1)} | scores
+    return found
 
 
 def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -279,20 +322,16 @@ def _alone(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> An
     return Pair(model, model, tokenizer, len(tokenizer), (tokenizer.eos_token_id,), ())
 
 
-def _measure(file: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str) -> dict[str, Any]:
+def _measure(file: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Parameters, and scores of greedy answers to the held-out rows, in all and of each task."""
-    from switchkd.base.terminal import bar, console
-    from switchkd.evaluation.evaluate import evaluate, work
+    from switchkd.evaluation.evaluate import evaluate
     from switchkd.evaluation.settings import EvalSettings
     from switchkd.evaluation.tasks import TASKS as EVALUATED
     from switchkd.runner.architecture import num_parameters
 
     settings, examples = EvalSettings(MAX_COMPLETION, batch_size=128), _examples(file, tokenizer)
-    with bar(f"score {name}", work(examples, settings)) as progress:
-        result = evaluate(_alone(model, tokenizer), model, examples, EVALUATED[SMALL], settings, progress.advance)
+    result = evaluate(_alone(model, tokenizer), model, examples, EVALUATED[SMALL], settings)
     found = result.means()
-    right = {task: estimate.mean for task, estimate in result.by_group.items()}
-    shown = ", ".join(f"{task} {value:.1f} %" for task, value in right.items())
-    console.print(f"{name}: right answers {shown} ({len(examples)} held-out rows)", soft_wrap=True)
     scores = {score: found[score] for score in ("right", "until_mistake", "rouge_l", "length", "perplexity")}
+    right = {task: estimate.mean for task, estimate in result.by_group.items()}
     return {"parameters": num_parameters(model), "right_by_task": right, **scores}

@@ -22,7 +22,7 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCHKD_CACHE", str(folder))
-        assert main(["make-pair", "--scale", "tiny"]) == 0
+        assert main(["make-pair", "--scale", "tiny", "--jobs", "3"]) == 0
     return folder
 
 
@@ -79,7 +79,7 @@ def test_text_comes_back_from_the_tokenizer_and_digits_stand_alone(found):
 
 
 def test_a_pair_made_twice_is_the_same(found, tmp_path):
-    make_pair(tmp_path / "again", scale="tiny")
+    make_pair(tmp_path / "again", scale="tiny", jobs=1)
     for name in (
         "teacher/model.safetensors",
         "student-big-near/model.safetensors",
@@ -113,10 +113,12 @@ def test_a_pair_that_was_not_made_is_an_error_that_says_how(tmp_path, monkeypatc
 def test_a_taken_folder_and_a_failure_leave_what_was_there(found, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="already exists"):
         make_pair(scale="tiny")
-    monkeypatch.setattr("switchkd.studies.small_pair._train", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        make_pair(tmp_path / "pair", scale="tiny")
+    monkeypatch.setitem(SCALES, "odd", SCALES["tiny"])  # of which no other process knows
+    with pytest.raises(KeyError, match="odd"):
+        make_pair(tmp_path / "pair", scale="odd", jobs=1)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="jobs must be at least 0, got -1"):
+        make_pair(tmp_path / "pair", scale="tiny", jobs=-1)
 
 
 def test_a_students_learning_rate_stays_and_a_teachers_comes_down():
