@@ -192,7 +192,7 @@ def dress(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(plain(panel.label))
     axes.set_xlabel(quantity(panel.x)[0])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if panel.x == "step" else 4, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,g}" if panel.x == ELAPSED else "{x:,.0f}")
     # Scores are percentages as they are, shares from 0 to 1.
     if any(quantity(line.name)[1] == SHARE and not line.name.startswith(SCORE) for line in panel.lines):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))

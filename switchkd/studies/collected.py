@@ -28,6 +28,7 @@ from switchkd.reports.compare import Result, load_result, result_of
 from switchkd.reports.curves import cost
 from switchkd.reports.record import checksums, read_origin, read_steps
 from switchkd.reports.steps import ELAPSED, SCORE, Steps
+from switchkd.runs.continuation import CONDITIONS
 from switchkd.studies.plan import Cell, Plan, Size, joined
 from switchkd.studies.study import trained
 
@@ -80,7 +81,8 @@ class Run:
     """One run of a study that is done.
 
     ``results`` are by task, "" for the run's own evaluation. ``steps`` hold the metrics of its steps and the scores along the way;
-    ``ELAPSED`` in them are the seconds of training until then. ``cost`` is that of ``reports.curves``.
+    ``ELAPSED`` in them are the seconds of training until then. ``cost`` is that of ``reports.curves``, and ``conditions`` are those
+    that the run wrote down, one for each time that it went on.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Run:
     results: dict[str, Result]
     steps: Steps
     cost: dict[str, float]
+    conditions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,9 @@ def _run(own: _Run, record: _Record) -> Run:
     primary, known = results[""].student.primary, checksums(own["origin"])
     steps = Steps(ordered, settings, own["name"], known, primary, own["steps_a_line"])
     costs = {name: math.nan if value is None else value for name, value in own["cost"].items()}
-    return Run(own["name"], own["method"], own["group"], own["seed"], results, steps, costs)
+    conditions = own["origin"].get(CONDITIONS, [])
+    check_type(conditions, list[dict[str, Any]], f"conditions of {own['name']}")
+    return Run(own["name"], own["method"], own["group"], own["seed"], results, steps, costs, conditions)
 
 
 def _lines(name: str, columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:

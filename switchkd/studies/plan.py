@@ -279,7 +279,7 @@ def groups_of(size: Size) -> list[tuple[str, str, str]]:
 
 def results_of_group(size: Size) -> list[tuple[str, str]]:
     """What a study writes of each pair and budget: the kind of a file or folder, and the task that it is of."""
-    return [("curves", ""), *(("compare", task) for task in ("", *size.evaluations))]
+    return [("curves", ""), ("progress", ""), *(("compare", task) for task in ("", *size.evaluations))]
 
 
 def scoring(config: TrainConfig, task: str, size: Size) -> Scoring:
