@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -11,6 +12,9 @@ from switchkd.base.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.base.settings import Settings, shipped
 from switchkd.base.storage import write_file, write_output
 from switchkd.base.terminal import bar, console
+
+if TYPE_CHECKING:
+    from switchkd.studies.collected import Collected
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class StudyConfig(Settings):
     """Runs at a time, each with its share of the cores."""
     set: tuple[str, ...] = ()
     """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
+    scores: str = ""
+    """Run nothing, and judge and show what is in this `scores.json.xz` of a study, or what is done in this folder of one."""
     dry_run: bool = False
     """List the runs and stop."""
 
@@ -134,10 +140,22 @@ def study(config: StudyConfig) -> None:
         for cell in grid:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
-    from switchkd.studies.check import check_study
+    from switchkd.studies.check import check_place, check_study
+    from switchkd.studies.claims import register, registered
+    from switchkd.studies.collected import collect, read_collected
+    from switchkd.studies.report import conclude
     from switchkd.studies.study import run_cells
 
+    def collected(folder: Path) -> Collected:
+        return collect(plan, size, grid, folder, registered(folder))
+
+    if config.scores:
+        check_place(size, grid, output_dir)
+        source = Path(config.scores)
+        conclude(plan, size, collected(source) if source.is_dir() else read_collected(source, plan, size), output_dir)
+        return
     check_study(plan, size, grid, output_dir)
+    register(plan, output_dir)
     with bar("study", len(grid)) as progress:
 
         def done(line: str, seconds: float) -> None:
@@ -150,6 +168,4 @@ def study(config: StudyConfig) -> None:
         raise SwitchKDError(
             f"{len(left)} of {len(grid)} runs are not done ({states}): see {output_dir}/logs; the same command goes on"
         )
-    from switchkd.studies.report import conclude
-
-    conclude(plan, size, grid, output_dir)
+    conclude(plan, size, collected(output_dir), output_dir)

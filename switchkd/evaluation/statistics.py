@@ -121,6 +121,10 @@ class Bootstrap:
             raise DataError(
                 f"{self.total} and {other.total} examples cannot be paired; both scores need the same examples"
             )
+        return self.less_apart(other)
+
+    def less_apart(self, other: "Bootstrap") -> "Bootstrap":
+        """The difference to a score on other examples, which was resampled with another key. Runs of one seed stay a pair."""
         with np.errstate(invalid="ignore"):  # inf - inf, of perplexities
             mean, replicates = self.mean - other.mean, self.replicates - other.replicates
             paired = self.seeds == other.seeds and len(self.units) == len(other.units)
@@ -192,6 +196,27 @@ def difference(name: str, a: Runs, b: Runs, seed: int = 0, resamples: int = RESA
     return (bootstrap(name, a, seed, resamples) - bootstrap(name, b, seed, resamples)).estimate()
 
 
+def t_interval(values: Sequence[float]) -> Estimate:
+    """The mean of one value a training run, such as the difference of two runs of one seed, with its 95 % interval by Student's t.
+
+    ``examples`` are the runs. The interval is None with fewer than two.
+    """
+    runs = np.asarray(values, dtype=np.float64)
+    mean, count = float(runs.mean()), len(runs)
+    if count < 2:
+        return Estimate(mean, None, None, None, count)
+    std = float(runs.std(ddof=1))
+    half = float(t_quantile(count) * std / np.sqrt(count))
+    return Estimate(mean, std, mean - half, mean + half, count)
+
+
+def t_quantile(runs: int | NDArray[np.int64]) -> Any:
+    """How many standard errors of a mean over so many runs its 95 % interval reaches to each side, by Student's t."""
+    from scipy.special import stdtrit  # slow to import
+
+    return stdtrit(runs - 1, (1 + CONFIDENCE) / 2)
+
+
 def gap_closed(name: str, before: Values, after: Values, teacher: Values) -> Estimate | None:
     """Which share of the way from ``before`` to ``teacher`` a student has gone who now scores ``after``; 1 is all of it.
 
@@ -260,7 +285,6 @@ def _score(name: str, weighted: Array, weight: Array) -> Array:
 
 def _stretch(runs: int) -> float:
     """What the spread of resampled means of ``runs`` runs lacks of an interval's: sqrt(R / (R - 1)) · t / z."""
-    from scipy.special import ndtri, stdtrit  # needed for several runs alone, and slow to import
+    from scipy.special import ndtri  # needed for several runs alone, and slow to import
 
-    upper = (1 + CONFIDENCE) / 2
-    return float(np.sqrt(runs / (runs - 1)) * stdtrit(runs - 1, upper) / ndtri(upper))
+    return float(np.sqrt(runs / (runs - 1)) * t_quantile(runs) / ndtri((1 + CONFIDENCE) / 2))

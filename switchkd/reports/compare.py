@@ -154,7 +154,16 @@ def compare(
         ConfigError: no such score or baseline, or a method's run given twice.
         DataError: a file is missing or damaged, or two files differ in what a score depends on.
     """
-    results = [load_result(path, task) for path in paths]
+    return compare_results([load_result(path, task) for path in paths], scores, baseline, progress)
+
+
+def compare_results(
+    results: Sequence[Result],
+    scores: Sequence[str] = (),
+    baseline: str = "",
+    progress: Callable[[str], None] = lambda score: None,
+) -> Comparison:
+    """``compare`` of results that are read already, from wherever they lie."""
     if not results:
         raise ConfigError("nothing to compare; give run directories: switchkd compare runs/a runs/b")
     check_comparable(results)
@@ -213,8 +222,7 @@ def load_result(path: str, task: str = "") -> Result:
         )
     settings = read_settings(file.parent, _Seeded) if (file.parent / CONFIG).is_file() else None
     try:
-        check_type(record, _Compared)
-        result = _result(file, record, settings)
+        result = result_of(file, record, settings)
     except DataError as error:
         raise DataError(f"{file} is not what switchkd writes: {error}") from error
     models = {name: model.model for name, model in result.models.items()}
@@ -244,7 +252,13 @@ def _evaluation_file(path: Path, task: str) -> Path:
     raise DataError(f"{path} holds no {(named if task else own).name}; make it with {way_out}{hint}")
 
 
-def _result(file: Path, record: dict[str, Any], config: dict[str, Any] | None) -> Result:
+def result_of(file: Path, record: dict[str, Any], config: dict[str, Any] | None) -> Result:
+    """The result in a parsed evaluation file, of a run with the settings ``config``.
+
+    Raises:
+        DataError: it is no such file, or scores no student.
+    """
+    check_type(record, _Compared)
     models = results_of(record)
     if not any(name in models for name in SCORED):
         raise DataError(f"it has results of {', '.join(models) or 'nothing'}, and none of a student")

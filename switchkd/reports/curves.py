@@ -191,7 +191,7 @@ def _shared_label(unit: str, run: Steps, names: Sequence[str]) -> str:
     return axis_label(SHARED_LABELS[unit], run.unit if unit == OWN else "") if unit in SHARED_LABELS else unit
 
 
-def _told(metrics: Metrics, name: str) -> str:
+def _told(metrics: Steps, name: str) -> str:
     """How a metric moved, in words; from and to what in the mean, where the line is one."""
     what, unit = quantity(name)
     steps, values = series(metrics, name)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from switchkd.base.errors import DataError
 from switchkd.base.plain import Lines
-from switchkd.reports.steps import SCORE, Steps, alike, differences
+from switchkd.reports.steps import ELAPSED, SCORE, Steps, alike, differences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def axis_label(what: str, unit: str) -> str:
     return textwrap.fill(what + kept_together, 22, break_long_words=False).replace("\xa0", " ")
 
 
-def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
+def smoothed(metrics: Steps, name: str) -> tuple[Array, Array]:
     """``series`` averaged over SMOOTH steps, gaps kept and left out of the means; evaluations and short runs as they are."""
     steps, values = series(metrics, name)
     if not _is_smoothed(metrics, name):
@@ -82,13 +82,13 @@ def smoothed(metrics: Metrics, name: str) -> tuple[Array, Array]:
     return steps[middle], np.where(kept[middle], sums / np.maximum(counts, 1), math.nan)
 
 
-def _is_smoothed(metrics: Metrics, name: str) -> bool:
-    """Whether a line is of means: there are values enough for windows that hold more than one of them."""
+def _is_smoothed(metrics: Steps, name: str) -> bool:
+    """Whether a line is of means: there are values enough for windows that hold more than one, and they are no means yet."""
     values = series(metrics, name)[1]
-    return not name.startswith(SCORE) and int(np.isfinite(values).sum()) >= 3 * SMOOTH
+    return not name.startswith(SCORE) and metrics.steps_a_line == 1 and int(np.isfinite(values).sum()) >= 3 * SMOOTH
 
 
-def together(runs: Sequence[Metrics], name: str) -> tuple[Array, Array]:
+def together(runs: Sequence[Steps], name: str) -> tuple[Array, Array]:
     """Steps, and the values there ``[runs, steps]`` of runs that all have the metric.
 
     Evaluations are taken at the steps that all have. Runs read data and generate at different steps, so that other curves are
@@ -192,7 +192,7 @@ def dress(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(plain(panel.label))
     axes.set_xlabel(quantity(panel.x)[0])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if panel.x == "step" else 4, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,g}" if panel.x == ELAPSED else "{x:,.0f}")
     # Scores are percentages as they are, shares from 0 to 1.
     if any(quantity(line.name)[1] == SHARE and not line.name.startswith(SCORE) for line in panel.lines):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -256,6 +256,7 @@ QUANTITIES = {
     "memory_gib": ("memory", "GiB"),
     "step": ("training step", ""),
     "num_tokens": ("tokens learned from", ""),
+    ELAPSED: ("seconds of training", ""),
 }
 SCORE_UNITS = {"forward_kl": "nats per token", "own_forward_kl": "nats per token", "perplexity": "", "length": "tokens"}
 
@@ -295,6 +296,9 @@ def panel_notes(panels: Sequence[Panel]) -> str:
     means = {_is_smoothed(run, line.name) for line, run in drawn}
     which = "Lines" if means == {True} else f"Lines of {3 * SMOOTH} values and more"
     notes = [f"{which}: each point is the mean of the values of {SMOOTH} neighbouring steps."] if True in means else []
+    stretches = {run.steps_a_line for line, run in drawn if not line.name.startswith(SCORE)} - {1}
+    if stretches:
+        notes.append(f"Each point is the mean of {' or '.join(map(str, sorted(stretches)))} steps.")
     if any(len(line.runs) == 1 and _is_smoothed(run, line.name) for line, run in drawn):
         notes.append("Faint: the values themselves.")
     if any(len(series(run, line.name)[0]) > POINTS for line, run in drawn):

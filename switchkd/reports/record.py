@@ -308,16 +308,20 @@ def nearest_beside(path: Path) -> str:
 
 def read_steps(run: Path, settings: Mapping[str, Any], primary: str = "") -> Steps:
     """The step metrics of a run of these settings, with the checksums of what it is on; ``primary`` is its main score."""
-    return Steps(read_metrics(run), settings, run.resolve().name, _checksums(run), primary)
+    return Steps(read_metrics(run), settings, run.resolve().name, checksums(read_origin(run)), primary)
 
 
-def _checksums(run: Path) -> dict[str, str]:
-    """What origin.json says of text and models; {} where there is none."""
+def read_origin(run: Path) -> dict[str, Any]:
+    """What a run began with, and the conditions it ran under; {} where it did not write that down."""
     try:
-        found = json_object((run / ORIGIN).read_bytes()) if (run / ORIGIN).is_file() else {}
+        return json_object((run / ORIGIN).read_bytes()) if (run / ORIGIN).is_file() else {}
     except (OSError, DataError) as error:
         raise DataError(f"{run / ORIGIN} cannot be read: {error}") from error
-    known = {name: each.get("sha256") for name, each in found.items() if isinstance(each, dict)}
+
+
+def checksums(origin: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums of text and models that a run began with, by the setting that names them."""
+    known = {name: each.get("sha256") for name, each in origin.items() if isinstance(each, dict)}
     return {name: sha256 for name, sha256 in known.items() if isinstance(sha256, str)}
 
 

@@ -12,6 +12,7 @@ from switchkd.evaluation.tasks import TASKS
 from switchkd.methods.rules import NOUNS
 
 SCORE = "eval/"
+ELAPSED = "elapsed"  # the seconds of training until a step, evaluations left out
 # How metrics begin that tell of text being written; the speed of it depends on the machine.
 WRITING = ("switch/", "completions/", "decode/agreement", "decode/block_length", "decode/kept_per_block")
 CROSS = "cross/"  # how metrics begin that tell what two tokenizers have in common
@@ -33,7 +34,7 @@ class Steps(list[dict[str, Any]]):
     """The lines of metrics.jsonl of the run ``name``, with its plain ``settings``.
 
     ``sha256`` are the checksums of text and models by the setting that names them, as far as they are known, and ``primary`` is
-    the main score.
+    the main score. Where ``steps_a_line`` is above 1, a line is the mean of so many steps, and evaluations have lines of their own.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Steps(list[dict[str, Any]]):
         name: str = "",
         sha256: Mapping[str, str] | None = None,
         primary: str = "",
+        steps_a_line: int = 1,
     ):
         super().__init__(lines)
         self.settings, self.name, self.sha256 = settings, name, sha256 or {}
+        self.steps_a_line = steps_a_line
         self.primary = primary or self._likely_primary()
 
     def measured_on(self, metric: str) -> dict[str, Any]:

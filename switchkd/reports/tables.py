@@ -177,18 +177,19 @@ def rich_table(sheet: Sheet) -> Table:
     return table
 
 
-def markdown(comparison: Comparison) -> str:
-    """The comparison as a page; it shows compare.svg beside it."""
+def markdown(comparison: Comparison, picture: str = "compare.svg") -> str:
+    """The comparison as a page, which shows the ``picture``."""
     task, *settings = heading(comparison)
-    parts = [f"# Comparison on {task}", *settings, "![The methods, best first](compare.svg)"]
+    parts = [f"# Comparison on {task}", *settings, f"![The methods, best first]({picture})"]
     for title, header, rows in sheets(comparison):
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        parts += [f"## {title}", "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)]
+        parts += [f"## {title}", markdown_table(header, rows)]
     return "\n\n".join([*parts, *notes(comparison)]) + "\n"
 
 
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown, the first ``left`` columns of text, the others of numbers."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -23,12 +23,27 @@ from switchkd.models.adapters import require
 from switchkd.models.loading import check_source, default_device
 from switchkd.models.settings import BASE, with_dtypes
 from switchkd.reports.compare import training_settings
-from switchkd.reports.steps import is_to_teacher
+from switchkd.reports.steps import SCORE, is_to_teacher
 from switchkd.runs.continuation import begun, check_run
 from switchkd.runs.heldout import heldout_sources
 from switchkd.runs.opening import needs_answers, splits
 from switchkd.runs.tracking import check_trackers
-from switchkd.studies.plan import CELLS, LOGS, REPORT, Cell, Plan, Scoring, Size, joined, results_of_group, scoring
+from switchkd.studies.claims import JUDGEMENTS, is_about
+from switchkd.studies.collected import SCORES
+from switchkd.studies.plan import (
+    CELLS,
+    LOGS,
+    REPORT,
+    STEP_METRICS,
+    Cell,
+    Claim,
+    Plan,
+    Scoring,
+    Size,
+    joined,
+    results_of_group,
+    scoring,
+)
 from switchkd.studies.study import trained
 from switchkd.training.checkpoint import checkpoints
 from switchkd.training.records import CONFIG
@@ -60,7 +75,24 @@ def check_study(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) 
             inputs.check(cell.config, plan.scores)
             for task in size.evaluations:
                 inputs.check_scoring(scoring(cell.config, task, size))
+    for name, claim in plan.claims.items():
+        _check_claim(name, claim, size, grid, inputs)
     _check_folder(size, grid, output_dir)
+
+
+def _check_claim(name: str, claim: Claim, size: Size, grid: Sequence[Cell], inputs: _Inputs) -> None:
+    """Raise ConfigError for a claim about a score that the runs will not have, as far as that shows."""
+    methods = {claim.better, *claim.than}
+    for cell in (cell for cell in grid if cell.method in methods and is_about(claim, size)):
+        score = claim.score.removeprefix(SCORE)
+        if claim.along and (not claim.of_steps or score != claim.score) and not cell.config.eval_steps:
+            raise ConfigError(f"claim {name} is measured along the way, and {cell.name} has no eval_steps; give them")
+        config = scoring(cell.config, claim.task, size) if claim.task else cell.config
+        known = inputs.check_scoring(config)
+        if known and score and score not in (*known, *STEP_METRICS):
+            raise ConfigError(
+                f"claim {name}: the evaluation of {cell.name} gives no score {score!r}{nearest(score, known)}"
+            )
 
 
 @contextmanager
@@ -165,15 +197,21 @@ class _Inputs:
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
-def _check_folder(size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
+def check_place(size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
     """Raise ConfigError for a folder in which something that no study wrote has the place of what this one will write."""
-    if not (output_dir / CELLS).is_dir():
-        results = (joined(kind, cell.group, task) for cell in grid for kind, task in results_of_group(size))
-        names = {f"{name}{ending}" for name in results for ending in ("", ".svg", ".png")} | {REPORT, CELLS, LOGS}
-        if taken := sorted(name for name in names if (output_dir / name).exists()):
-            raise ConfigError(
-                f"{output_dir} is no study's folder, and holds {taken[0]}, which this one would replace; name another --output-dir"
-            )
+    if (output_dir / CELLS).is_dir() or (output_dir / SCORES).is_file():
+        return
+    results = (joined(kind, cell.group, task) for cell in grid for kind, task in results_of_group(size))
+    names = {f"{name}{ending}" for name in results for ending in ("", ".svg", ".png")}
+    names |= {REPORT, SCORES, JUDGEMENTS, CELLS, LOGS}
+    if taken := sorted(name for name in names if (output_dir / name).exists()):
+        raise ConfigError(
+            f"{output_dir} is no study's folder, and holds {taken[0]}, which this one would replace; name another --output-dir"
+        )
+
+
+def _check_folder(size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
+    check_place(size, grid, output_dir)
     for cell in grid:
         _check_run(output_dir / cell.name, cell, size)
 

@@ -193,6 +193,7 @@ def test_costs_are_of_the_runs_in_the_mean():
     assert cost(metrics(2.0, 0.25)) == {
         "steps": 4, "tokens": 40, "seconds": 8.0, "teacher share": 0.25, "switched responses": 0.25,
     }  # fmt: skip
-    table = cost_table({"a": [metrics(1.0, 0.2), metrics(3.0, 0.4)], "b": [metrics(4.0, 0.0)]}).splitlines()
+    costs = {"a": [cost(metrics(1.0, 0.2)), cost(metrics(3.0, 0.4))], "b": [cost(metrics(4.0, 0.0))]}
+    table = cost_table(costs).splitlines()
     assert table[2] == "| a | 2 | 4 | 40 | 8.00 | 1.00 | 30% | 30% |"
     assert table[3] == "| b | 1 | 4 | 40 | 16.0 | 2.00 | 0% | 0% |"
