@@ -268,7 +268,7 @@ _ALL = (
         description="the generated tasks of the small pair: running totals, rows in another order, notes retold",
         source="switchkd make-pair; its held-out rows are small:heldout",
         hub="small:heldout",
-        formats=("instruction",),
+        formats=("instruction", "gsm8k"),
     ),
     Task(
         "references",

@@ -134,7 +134,7 @@ def test_the_demo_runs_every_recipe_at_its_own_size(name, tmp_path):
 
 
 def test_the_main_plan_has_the_baselines_of_its_table():
-    plan = load_plan("switch_main")
+    plan = load_plan("which_method")
     made = {size: cells(plan, plan.sized(size), Path("out")) for size in plan.sizes}
     for runs in made.values():
         assert {cell.config.objective for cell in runs if cell.method == "gkd"} == {JSD(beta=0.1)}
