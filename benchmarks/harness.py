@@ -7,6 +7,7 @@ whose speed drifts slows all of them alike; each runs once unmeasured first.
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,17 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "python": platform.python_version(),
         **{package: package_version(package) for package in PACKAGES},
+        "revision": revision(),
     }
+
+
+def revision() -> str:
+    """The commit that is measured, with ``-dirty`` behind it where files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def side_by_side(
