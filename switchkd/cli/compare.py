@@ -135,15 +135,16 @@ def study(config: StudyConfig) -> None:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
     from switchkd.studies.check import check_study
+    from switchkd.studies.page import PAGE, followed
     from switchkd.studies.study import run_cells
 
     check_study(plan, size, grid, output_dir)
-    with bar("study", len(grid)) as progress:
+    console.print(f"open {output_dir / PAGE} to see how it goes", soft_wrap=True)
 
-        def done(line: str, seconds: float) -> None:
-            progress.advance(1)
-            console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
+    def done(line: str, seconds: float) -> None:
+        console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
 
+    with bar("study", 1, share=True) as shown, followed(plan, size, grid, output_dir, config.jobs, shown.reach):
         left = run_cells(grid, size, output_dir, config.jobs, done)
     if left:
         states = ", ".join(f"{name} {state}" for name, state in left.items())

@@ -16,6 +16,7 @@ from switchkd.reports.panels import Metrics, draw
 from switchkd.reports.record import read_steps
 from switchkd.reports.steps import Steps
 from switchkd.reports.tables import markdown, save_figure, show, write
+from switchkd.studies.outlook import outlook_markdown
 from switchkd.studies.plan import REPORT, Cell, Plan, Size, joined
 
 
@@ -41,6 +42,7 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
             name = joined("curves", group)
             save_figure(draw(metric_panels(runs, plan.curves), plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
+    parts += filter(None, [outlook_markdown(plan, size, grid, output_dir)])
     write_file(output_dir / REPORT, "\n\n".join(parts) + "\n")
     console.print(f"written: {output_dir / REPORT}", soft_wrap=True)
 
