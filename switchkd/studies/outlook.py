@@ -141,7 +141,7 @@ def outlook_sheet(found: Sequence[Outlook]) -> Sheet:
             rows.append([each.method, str(len(each.seeds)), *[MISSING] * (len(more) + 3), takes])
             continue
         widths = [each.now, *each.expected.values(), each.rows]
-        places = decimals((each.difference.mean, *widths), 2)
+        places = decimals((each.now,), 2)
         shown = [number(width, 2, places) for width in widths]
         rows.append([each.method, str(len(each.seeds)), signed(each.difference.mean, places), *shown, takes])
     return Sheet(f"{first.score}, each method less {first.baseline}{_unit(first.score, ' (in {})')}", header, rows)
@@ -154,7 +154,7 @@ def outlook_words(each: Outlook) -> str:
         count = len(each.seeds)
         return f"{against}: with {count} seed{'s' * (count != 1)} in common nothing can be said of what more would be worth."
     gap, unit = each.difference.mean, _unit(each.score, " {}")
-    places = decimals((gap, each.now), 2)
+    places = decimals((each.now,), 2)
 
     def width(value: float) -> str:
         return f"±{number(value, 2, places)}"

@@ -60,11 +60,11 @@ def followed(
                     progress = folder.look(jobs)
                     done = sum(each.state == DONE for each in progress.cells)
                     moved(progress.share, f"{progress.left_words()}, {done}/{len(grid)} runs")
-                    start = time.monotonic()
-                    if last or start >= due:
+                    if last or time.monotonic() >= due:
+                        start = time.thread_time()
                         write_file(output_dir / PAGE, study_page(plan, progress, output_dir))
-                        took = time.monotonic() - start
-                        due = start + max(REFRESH_SECONDS, took / PAGE_SHARE)
+                        took = time.thread_time() - start
+                        due = time.monotonic() + max(REFRESH_SECONDS, took / PAGE_SHARE)
             except Exception as error:  # of whatever kind: looking is never a reason to stop
                 due = time.monotonic() + REFRESH_SECONDS
                 if not told.is_set():
