@@ -106,7 +106,7 @@ class Folder:
         evaluation = self._evaluation(run)
         if evaluation and all((run / name).is_file() for name in self._evaluations):
             last = max(_changed(run / name) for name in (EVALUATION, *self._evaluations))
-            scoring = 0.0
+            scoring = max(0.0, last - _changed(run / METRICS))
             seconds, loading = metrics.seconds + scoring, self._loading(run)
             return Standing(cell, DONE, 1.0, metrics.tokens, seconds, metrics.scored, evaluation, loading=loading)
         share = UNFINISHED if evaluation else min(metrics.share, UNFINISHED)
