@@ -13,7 +13,9 @@ from switchkd.studies.plan import Plan, Size, cells
 
 def grid_of(output_dir, methods=("kd", "switch"), seeds=(0, 1), tokens=1000, evaluations=(), **more):
     """A plan of methods that are called like their recipes, its size, and its grid of runs."""
-    size = Size({"max_train_tokens": tokens, "task": "gsm8k"}, seeds, evaluations=dict.fromkeys(evaluations, {}), **more)
+    size = Size(
+        {"max_train_tokens": tokens, "task": "gsm8k"}, seeds, evaluations={each: {} for each in evaluations}, **more
+    )
     plan = Plan("A <plan>", {method: method for method in methods}, {"small": size}, methods[0])
     for folder in ("cells", "logs"):
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,9 @@ def finish(run, values=(50.0, 60.0, 70.0), at=None, took=0.0, tasks=()):
     data = {"file": "sums.jsonl", "sha256": "d", "ids": list(range(len(values))), "groups": []}
     for name in ("evaluation", *(f"evaluation-{task}" for task in tasks)):
         file = run / f"{name}.json"
-        write_results(file, {"name": "gsm8k", "version": 1, "primary": "strict"}, data, {}, {"student after": evaluation})
+        write_results(
+            file, {"name": "gsm8k", "version": 1, "primary": "strict"}, data, {}, {"student after": evaluation}
+        )
         if at is not None:
             os.utime(file, (at + took, at + took))
     if at is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,8 +18,8 @@ from switchkd.evaluation.statistics import CONFIDENCE, Bootstrap, Estimate, Valu
 from switchkd.reports.panels import SHARE, quantity
 from switchkd.reports.steps import SCORE
 from switchkd.reports.tables import Sheet, signed
-from switchkd.studies.plan import Cell, Plan, Size
-from switchkd.studies.progress import Folder, Standing, about, expected_seconds
+from switchkd.studies.plan import Plan
+from switchkd.studies.progress import Standing, about, expected_seconds
 
 MOST_SEEDS = 5  # further ones that are looked at
 FEWEST_SEEDS = 2  # that have a spread
@@ -95,20 +94,30 @@ def _quantile(freedom: int) -> float:
 # --- a study's ------------------------------------------------------------------------------------------------------
 
 
-def outlooks(plan: Plan, cells: Sequence[Standing]) -> list[Outlook]:
-    """The outlook of each method but the baseline, of runs of one group; none while no two runs are scored."""
-    baseline = plan.baseline or next(iter(plan.methods))
-    done = [each for each in cells if each.evaluation]
-    if not done or len(plan.methods) < 2:
+def outlooks(
+    score: str,
+    baseline: str,
+    values: Mapping[str, Mapping[int, Values]],
+    seconds: Mapping[str, float | None],
+) -> list[Outlook]:
+    """The outlook of each method but the ``baseline`` for runs of one group: ``values`` of the score by method and training seed,
+    and the ``seconds`` that a run of each takes."""
+    found = []
+    for method, own in values.items():
+        takes = seconds.get(method), seconds.get(baseline)
+        if method != baseline:
+            both = None if takes[0] is None or takes[1] is None else takes[0] + takes[1]
+            found.append(outlook(method, baseline, score, own, values.get(baseline, {}), both))
+    return found
+
+
+def outlooks_of(plan: Plan, cells: Sequence[Standing]) -> list[Outlook]:
+    """The same for the runs of one group as they stand in a study's folder; none while no run is scored."""
+    if not (score := main_score(plan, cells)):
         return []
-    score = main_score(plan, done)
-    by_method = {method: values_of(method, score, done) for method in plan.methods}
+    values = {method: values_of(method, score, cells) for method in plan.methods}
     seconds = {each.cell.method: expected_seconds(each.cell, cells) for each in cells}
-    return [
-        outlook(method, baseline, score, own, by_method[baseline], _sum(seconds[method], seconds[baseline]))
-        for method, own in by_method.items()
-        if method != baseline
-    ]
+    return outlooks(score, plan.baseline or next(iter(plan.methods)), values, seconds)
 
 
 def main_score(plan: Plan, cells: Sequence[Standing]) -> str:
@@ -123,10 +132,6 @@ def values_of(method: str, score: str, cells: Sequence[Standing]) -> dict[int, V
         for each in cells
         if each.cell.method == method and each.evaluation and score in each.evaluation.scores
     }
-
-
-def _sum(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
 
 
 def outlook_sheet(found: Sequence[Outlook]) -> Sheet:
@@ -188,15 +193,13 @@ NOTE = (
 )
 
 
-def outlook_markdown(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> str:
-    """What the next seeds would be worth, as Markdown, from a study's folder; "" where there is nothing to compare."""
-    cells = Folder(grid, size, output_dir).look().cells
-    parts = []
-    for group in dict.fromkeys(cell.group for cell in grid):
-        if found := outlooks(plan, [each for each in cells if each.cell.group == group]):
-            _, header, rows = sheet = outlook_sheet(found)
-            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-            table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            parts += [*([f"### {group}"] if group else []), f"{sheet.title}:", table]
-            parts.append("\n".join(f"- {outlook_words(each)}" for each in found))
-    return "\n\n".join(["## What the next seeds would be worth", *parts, NOTE]) if parts else ""
+def outlook_markdown(found: Sequence[Outlook]) -> str:
+    """What the next seeds would be worth to the methods of one group, as a section in Markdown; "" where there is nothing to
+    compare."""
+    if not found:
+        return ""
+    title, header, rows = outlook_sheet(found)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    words = "\n".join(f"- {outlook_words(each)}" for each in found)
+    return "\n\n".join(["## What the next seeds would be worth", words, f"{title}:", table, NOTE])

@@ -26,7 +26,7 @@ from switchkd.reports.page import rendered
 from switchkd.reports.panels import draw, panel_notes
 from switchkd.reports.steps import SCORE, Steps
 from switchkd.reports.tables import Sheet, direction, score_words
-from switchkd.studies.outlook import MISSING, NOTE, main_score, outlook_sheet, outlook_words, outlooks, values_of
+from switchkd.studies.outlook import MISSING, NOTE, main_score, outlook_sheet, outlook_words, outlooks_of, values_of
 from switchkd.studies.plan import LOGS, Cell, Plan, Size
 from switchkd.studies.progress import RUNNING, UNFINISHED, Folder, Progress, Standing
 from switchkd.studies.study import DONE, FAILED
@@ -119,7 +119,7 @@ def _group(plan: Plan, name: str, cells: Sequence[Standing]) -> dict[str, Any]:
     """What the page shows of the runs that are compared with one another."""
     score = _main_score(plan, cells)
     seeds = list(dict.fromkeys(each.cell.config.seed for each in cells))
-    found = outlooks(plan, cells)
+    found = outlooks_of(plan, cells)
     return {
         "name": name,
         "seeds": seeds,

@@ -16,13 +16,14 @@ from switchkd.reports.panels import Metrics, draw
 from switchkd.reports.record import read_steps
 from switchkd.reports.steps import Steps
 from switchkd.reports.tables import markdown, save_figure, show, write
-from switchkd.studies.outlook import outlook_markdown
+from switchkd.studies.outlook import outlook_markdown, outlooks_of
 from switchkd.studies.plan import REPORT, Cell, Plan, Size, joined
+from switchkd.studies.progress import Folder
 
 
 def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
     """Compare the runs of a study, those of each pair and budget with one another, and write ``study.md`` with its figures."""
-    parts = [f"# {plan.title}"]
+    parts, stand = [f"# {plan.title}"], Folder(grid, size, output_dir).look().cells
     for group in dict.fromkeys(cell.group for cell in grid):
         mine = [cell for cell in grid if cell.group == group]
         parts += [f"## {group}"] if group else []
@@ -38,11 +39,11 @@ def conclude(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path) -> 
         for cell in mine:
             runs[cell.method].append(read_steps(output_dir / cell.name, to_dict(cell.config)))
         parts += ["## What each method cost", cost_table(runs)]
+        parts += filter(None, [outlook_markdown(outlooks_of(plan, [s for s in stand if s.cell.group == group]))])
         if plan.curves:
             name = joined("curves", group)
             save_figure(draw(metric_panels(runs, plan.curves), plan.title), output_dir / name)
             parts.append(f"![{', '.join(plan.curves)} of each method by step]({name}.png)")
-    parts += filter(None, [outlook_markdown(plan, size, grid, output_dir)])
     write_file(output_dir / REPORT, "\n\n".join(parts) + "\n")
     console.print(f"written: {output_dir / REPORT}", soft_wrap=True)
 

@@ -8,7 +8,7 @@ from half_study import begin, finish, grid_of, step
 
 from switchkd.base.errors import DataError
 from switchkd.evaluation.statistics import Values, difference
-from switchkd.studies.outlook import main_score, outlook, outlook_markdown, outlook_sheet, outlook_words, outlooks
+from switchkd.studies.outlook import main_score, outlook, outlook_markdown, outlook_sheet, outlook_words, outlooks_of
 from switchkd.studies.progress import Folder
 
 
@@ -118,17 +118,18 @@ def test_a_difference_that_the_rows_hide_is_said_to_be_hidden_by_them():
 
 def test_a_studys_outlook_is_read_from_its_folder(tmp_path):
     plan, size, grid = grid_of(tmp_path, ("kd", "switch", "gkd"), (0, 1, 2))
-    assert outlook_markdown(plan, size, grid, tmp_path) == ""
+    assert outlooks_of(plan, Folder(grid, size, tmp_path).look().cells) == [] and outlook_markdown([]) == ""
     for cell in grid:
         if cell.name == "gkd-seed0" or (cell.method != "gkd" and cell.config.seed < 2):
             begin(tmp_path / cell.name, step(1, 1.0, 300.0, 1000))
             finish(tmp_path / cell.name, [50.0 + cell.config.seed * (cell.method == "switch")] * 40)
     cells = Folder(grid, size, tmp_path).look().cells
-    switch, gkd = outlooks(plan, cells)
+    switch, gkd = found = outlooks_of(plan, cells)
     assert (switch.method, switch.baseline, switch.score, switch.seeds) == ("switch", "kd", "strict", (0, 1))
     assert switch.difference.mean == 0.5 and switch.seconds == pytest.approx(600, abs=5) and gkd.difference is None
-    text = outlook_markdown(plan, size, grid, tmp_path)
-    assert text.startswith("## What the next seeds would be worth\n\nstrict, each method less kd (in points):\n\n| method |")
+    text = outlook_markdown(found)
+    assert text.startswith("## What the next seeds would be worth\n\n- switch against kd: +0.5")
+    assert "\n\nstrict, each method less kd (in points):\n\n| method | seeds |" in text
     assert "\n| switch | 2 | +0.5 |" in text and "\n| gkd | 1 | – |" in text and "- gkd against kd: with 1 seed" in text
 
 

@@ -183,7 +183,9 @@ def test_the_time_left_of_runs_whose_like_are_done(grid):
     assert expected_seconds(grid["kd-seed0"], cells) == 60.0
     assert seconds_left(cells, 1, True) == 50.0 + 100.0
     assert seconds_left(cells, 2, True) == 100.0
-    assert seconds_left([*cells[:4], Standing(grid["switch-seed1"], "done", 1.0, 1000, 100.0), cells[5]], 2, True) == 100.0
+    assert (
+        seconds_left([*cells[:4], Standing(grid["switch-seed1"], "done", 1.0, 1000, 100.0), cells[5]], 2, True) == 100.0
+    )
 
 
 def test_scoring_that_is_to_come_is_left_too(grid):
