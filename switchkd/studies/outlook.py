@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -66,16 +67,24 @@ def outlook(
     seeds = tuple(sorted(ours.keys() & theirs.keys()))
     if len(seeds) < FEWEST_SEEDS:
         return Outlook(method, baseline, score, seeds, seconds)
-    whole = bootstrap(score, {s: ours[s] for s in seeds}) - bootstrap(score, {s: theirs[s] for s in seeds})
-    found = whole.estimate()
-    apart = [bootstrap(score, ours[seed]) - bootstrap(score, theirs[seed]) for seed in seeds]
-    replicates = np.mean([each.replicates for each in apart], axis=0)
-    fixed_runs = Bootstrap(whole.mean, replicates, np.empty(0), (), whole.examples, whole.total)
-    rows = _half_width(fixed_runs.estimate())
+    found, rows = _measured(score, *(tuple((seed, runs[seed]) for seed in seeds) for runs in (ours, theirs)))
     spread = found.std or 0.0
     counts = {more: len(seeds) + more for more in range(1, MOST_SEEDS + 1)}
     expected = {more: math.hypot(rows, _quantile(n - 1) * spread / math.sqrt(n)) for more, n in counts.items()}
     return Outlook(method, baseline, score, seeds, seconds, found, rows, expected)
+
+
+Paired = tuple[tuple[int, Values], ...]  # the runs of some training seeds
+
+
+@lru_cache(maxsize=256)  # a page is written again and again, and resampling is what takes its time
+def _measured(score: str, ours: Paired, theirs: Paired) -> tuple[Estimate, float]:
+    """The difference, and the half-width of its interval that is of the rows alone: the runs are not resampled."""
+    whole = bootstrap(score, dict(ours)) - bootstrap(score, dict(theirs))
+    apart = [bootstrap(score, a) - bootstrap(score, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
+    replicates = np.mean([each.replicates for each in apart], axis=0)
+    fixed_runs = Bootstrap(whole.mean, replicates, np.empty(0), (), whole.examples, whole.total)
+    return whole.estimate(), _half_width(fixed_runs.estimate())
 
 
 def _half_width(estimate: Estimate) -> float:

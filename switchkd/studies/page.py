@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from switchkd.base.lock import worker
 from switchkd.base.settings import to_dict
 from switchkd.base.storage import write_file
 from switchkd.base.terminal import complain, decimals, duration, number, percent, visible
-from switchkd.evaluation.statistics import estimate
+from switchkd.evaluation.statistics import Estimate, Values, estimate
+from switchkd.evaluation.statistics import score as mean_score
 from switchkd.reports.curves import WIDTH, metric_panels, themed_svg
 from switchkd.reports.page import rendered
 from switchkd.reports.panels import draw, panel_notes
@@ -146,7 +147,7 @@ def _details(each: Standing, score: str) -> list[str]:
     elif each.tokens or each.state == RUNNING:
         lines.append(percent(each.share) if each.tokens else "loading")
     if each.evaluation and score in each.evaluation.scores:
-        lines.append(f"{score} {number(each.evaluation.summary[score].mean)}")
+        lines.append(f"{score} {number(mean_score(score, each.evaluation.scores[score]))}")
     elif each.scored and (last := each.scored[-1].get(SCORE + score)) is not None:
         lines.append(f"{score} {number(last)}")
     return lines
@@ -160,7 +161,7 @@ def _score_sheet(plan: Plan, score: str, cells: Sequence[Standing]) -> Sheet:
         if not values:
             rows.append([method, MISSING, MISSING, MISSING, "0"])
             continue
-        found = estimate(score, values)
+        found = _estimated(score, tuple(values.items()))
         places = decimals((found.mean, found.low, found.high))
         written = partial(number, decimals=places)
         low, high = (MISSING if end is None else written(end) for end in (found.low, found.high))
@@ -168,6 +169,12 @@ def _score_sheet(plan: Plan, score: str, cells: Sequence[Standing]) -> Sheet:
         rows.append([method, written(found.mean), spread, f"{low} to {high}", str(len(values))])
     header = ["method", "mean", "spread over seeds", "95 % interval", "seeds"]
     return Sheet(f"{score}: {score_words(score)}; {direction(score)}.", header, rows)
+
+
+@lru_cache(maxsize=256)
+def _estimated(score: str, runs: tuple[tuple[int, Values], ...]) -> Estimate:
+    """Resampling takes longer than all else on the page, and little changes from one page to the next."""
+    return estimate(score, dict(runs))
 
 
 def _curve(plan: Plan, score: str, cells: Sequence[Standing]) -> dict[str, str] | None:

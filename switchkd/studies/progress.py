@@ -10,7 +10,7 @@ import heapq
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -138,11 +138,13 @@ class Folder:
     def _evaluation(self, run: Path) -> Evaluation | None:
         """The evaluation of the trained student, None where there is none that can be read."""
         with suppress(OSError):
-            found = (run / EVALUATION).stat()
-            stamp = found.st_mtime_ns, found.st_size
+            file = (run / EVALUATION).stat()
+            stamp = file.st_mtime_ns, file.st_size
             if self._read.get(run.name, ((0, 0), None))[0] != stamp:
                 try:
-                    self._read[run.name] = stamp, read_results(run / EVALUATION).get(AFTER)
+                    found = read_results(run / EVALUATION).get(AFTER)
+                    # The texts of all runs would be a hundred megabytes.
+                    self._read[run.name] = stamp, found and replace(found, completions=(), questions=())
                 except DataError:  # it is being written, or the run will say so itself
                     return None
             return self._read[run.name][1]

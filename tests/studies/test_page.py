@@ -11,6 +11,7 @@ from half_study import begin, finish, grid_of, say, step
 
 from switchkd.base.errors import DiskError, InUseError
 from switchkd.base.lock import locked
+from switchkd.studies import outlook
 from switchkd.studies import page as module
 from switchkd.studies.page import PAGE, followed, study_page
 from switchkd.studies.progress import Folder
@@ -134,6 +135,25 @@ def test_a_curve_is_of_the_runs_that_are_done_where_there_are_some(tmp_path, mon
         [("kd", ["long-kd-seed1"])],
     ]
     assert {panel.x for panels in drawn for panel in panels} == {"num_tokens"}
+
+
+def test_what_has_not_changed_is_not_resampled_for_every_page(tmp_path, monkeypatch):
+    plan, size, grid = half_done(tmp_path)
+    count, bootstrap = [], outlook.bootstrap
+    monkeypatch.setattr(outlook, "bootstrap", lambda *a: count.append(a) or bootstrap(*a))
+    folder = Folder(grid, size, tmp_path)
+    pages = [study_page(plan, folder.look(), tmp_path) for _ in range(2)]
+    first = len(count)
+    assert (
+        first == 6 and [len(page) for page in pages] == [len(pages[0])] * 2
+    )  # both seeds of two methods, whole and one by one
+    for method in ("kd", "switch"):
+        begin(tmp_path / f"long-{method}-seed1", step(1, 1.0))
+        finish(tmp_path / f"long-{method}-seed1")
+        begin(tmp_path / f"long-{method}-seed0", step(1, 1.0))
+        finish(tmp_path / f"long-{method}-seed0")
+    study_page(plan, folder.look(), tmp_path)
+    assert len(count) == 12
 
 
 # --- while a study runs -----------------------------------------------------------------------------------------------
