@@ -183,6 +183,15 @@ def _owner(path: Path) -> dict[str, Any]:
         return {}
 
 
+def worker(folder: Path) -> dict[str, Any]:
+    """Who works in ``folder`` (``pid``, ``host``, ``started``), as far as its lock says, which is not taken; {} for nobody.
+
+    A process of another machine is believed to live, since nothing is known of it here.
+    """
+    owner = _owner(folder / LOCK)
+    return {} if not owner or _ended(owner) else owner
+
+
 def _words(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"

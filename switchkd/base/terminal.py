@@ -17,7 +17,15 @@ from time import monotonic
 from typing import IO, Any, ParamSpec
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 
 Told = ParamSpec("Told")
@@ -145,14 +153,18 @@ class Bar:
     Where there is no terminal it is a plain line when it begins, and one every SAY_EVERY seconds.
     """
 
-    def __init__(self, progress: Progress, title: str, total: int | None, silent: bool = False):
-        self._progress, self._task = progress, progress.add_task(title, total=total, numbers="")
+    def __init__(self, progress: Progress, title: str, total: float | None, silent: bool = False, share: bool = False):
+        self._progress, self._task, self._share = progress, progress.add_task(title, total=total, numbers=""), share
         self._silent = silent or progress.console.is_terminal
         self._said = monotonic()
         if not self._silent:
             progress.console.print(f"{title} …", soft_wrap=True)
 
-    def advance(self, amount: int = 1, numbers: str | None = None) -> None:
+    def reach(self, done: float, numbers: str | None = None) -> None:
+        """Move to ``done``, and show ``numbers`` if given."""
+        self.advance(done - self._progress.tasks[self._task].completed, numbers)
+
+    def advance(self, amount: float = 1, numbers: str | None = None) -> None:
         """Move on by ``amount``, and show ``numbers`` if given."""
         self._progress.update(self._task, advance=amount)
         if numbers is not None:
@@ -164,6 +176,8 @@ class Bar:
     def _words(self) -> str:
         task = self._progress.tasks[self._task]
         done = f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
+        if self._share and task.total:
+            done = percent(task.completed / task.total)
         return f"{task.description}: {done}" + (f" · {task.fields['numbers']}" if task.fields["numbers"] else "")
 
     def line(self, text: str) -> None:
@@ -173,15 +187,21 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int | None, quiet: bool = False, on: Terminal | None = None) -> Iterator[Bar]:
-    """Show a progress bar while the block runs, or nothing if ``quiet``; on the console, or another terminal."""
+def bar(
+    title: str, total: float | None, quiet: bool = False, on: Terminal | None = None, share: bool = False
+) -> Iterator[Bar]:
+    """Show a progress bar while the block runs, or nothing if ``quiet``; on the console, or another terminal.
+
+    One of a ``share`` is in percent of ``total``, and the numbers that it is given say how long is left.
+    """
     on = on or console
+    counted = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.description}"), BarColumn(bar_width=24),
+        *((TaskProgressColumn(), TimeElapsedColumn()) if share else counted), TextColumn("{task.fields[numbers]}"),
     )  # fmt: skip
     with Progress(*columns, console=on, disable=quiet or not on.is_terminal) as progress:
-        yield Bar(progress, title, total, quiet)
+        yield Bar(progress, title, total, quiet, share)
 
 
 def number(value: float, digits: int = 3, decimals: int | None = None) -> str:

@@ -143,6 +143,7 @@ def study(config: StudyConfig) -> None:
     from switchkd.studies.check import check_place, check_study
     from switchkd.studies.claims import register, registered
     from switchkd.studies.collected import collect, read_collected
+    from switchkd.studies.page import PAGE, followed
     from switchkd.studies.report import conclude
     from switchkd.studies.study import run_cells
 
@@ -156,12 +157,12 @@ def study(config: StudyConfig) -> None:
         return
     check_study(plan, size, grid, output_dir)
     register(plan, output_dir)
-    with bar("study", len(grid)) as progress:
+    console.print(f"open {output_dir / PAGE} to see how it goes", soft_wrap=True)
 
-        def done(line: str, seconds: float) -> None:
-            progress.advance(1)
-            console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
+    def done(line: str, seconds: float) -> None:
+        console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
 
+    with bar("study", 1, share=True) as shown, followed(plan, size, grid, output_dir, config.jobs, shown.reach):
         left = run_cells(grid, size, output_dir, config.jobs, done)
     if left:
         states = ", ".join(f"{name} {state}" for name, state in left.items())

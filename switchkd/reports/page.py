@@ -52,10 +52,7 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
 
     Raises ConfigError for a folder that is no run, DataError for one with damaged records.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    assets = files("switchkd") / "reports" / "assets"
-    script = (assets / "report.js").read_text(encoding="utf-8")
+    script = asset("report.js")
     runs = []
     for path in paths:
         progress(f"read {path}")
@@ -72,14 +69,10 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         "answers": [each for each in told if each["items"]],
         "texts": [each for each in texts if each["prompts"] or each["texts"]],
     }
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
-        (assets / "report.html.j2").read_text(encoding="utf-8")
-    )
     sheets = _score_sheets(runs, names)
-    return template.render(
+    return rendered(
+        "report.html.j2",
         title=f"switchkd report: {', '.join(names)}",
-        version=version("switchkd"),
-        style=(assets / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=_hash(script),
         runs=[_head(run, name, found[name]) for run, name in zip(runs, names, strict=True)],
@@ -96,6 +89,20 @@ def page(paths: Sequence[Path], progress: Callable[[str], None] = lambda part: N
         has_texts=bool(data["texts"]),
         data=_script_json(data),
     )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page from a template of ours, with the one style sheet. What is given enters it escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.from_string(asset(template))
+    return page.render(version=version("switchkd"), style=asset("report.css"), **values)
+
+
+def asset(name: str) -> str:
+    """The text of a file that pages are made from."""
+    return (files("switchkd") / "reports" / "assets" / name).read_text(encoding="utf-8")
 
 
 def _hash(script: str) -> str:

@@ -33,7 +33,8 @@ from switchkd.studies.claims import (
     is_about,
     judge,
 )
-from switchkd.studies.collected import SCORES, Collected, write_collected
+from switchkd.studies.collected import SCORES, Collected, Run, write_collected
+from switchkd.studies.outlook import outlook_markdown, outlooks
 from switchkd.studies.plan import ALL, LONG, REPORT, SHORT, Claim, Plan, Size, groups_of, joined
 
 _ROWS = {
@@ -78,6 +79,7 @@ def _group(plan: Plan, size: Size, collected: Collected, group: str, output_dir:
         show(found)
     yield "## What each method cost"
     yield cost_table({method: [run.cost for run in own] for method, own in runs.items()})
+    yield from filter(None, [_outlook(plan, runs)])
     steps = {method: [run.steps for run in own] for method, own in runs.items()}
     if plan.curves:
         name = joined("curves", group)
@@ -89,6 +91,18 @@ def _group(plan: Plan, size: Size, collected: Collected, group: str, output_dir:
         panels = [panel for row in zip(*by, strict=True) for panel in row]
         save_figure(draw(panels, plan.title, columns=2), output_dir / name)
         yield f"![{', '.join(scores)} of each method by tokens and by seconds]({name}.png)"
+
+
+def _outlook(plan: Plan, runs: Mapping[str, Sequence[Run]]) -> str:
+    """What further seeds would be worth to the methods of a group."""
+    students = {method: {run.seed: run.results[""].student for run in own} for method, own in runs.items()}
+    first = next(student for own in students.values() for student in own.values())
+    score = next(iter(plan.scores), first.primary)
+    values = {
+        method: {seed: s.scores[score] for seed, s in own.items() if score in s.scores} for method, own in students.items()
+    }
+    seconds = {method: mean(run.cost["seconds"] for run in own) for method, own in runs.items()}
+    return outlook_markdown(outlooks(score, plan.baseline or next(iter(plan.methods)), values, seconds))
 
 
 def _along(plan: Plan, steps: Mapping[str, Sequence[Steps]]) -> list[str]:

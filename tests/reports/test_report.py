@@ -83,6 +83,22 @@ def test_long_work_without_a_terminal_says_how_far_it_is_every_half_minute(monke
     assert " of 40 ·" not in shown(monkeypatch, work, terminal=True)
 
 
+def test_a_bar_of_a_share_moves_by_parts_in_percent(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal_module, "monotonic", lambda: now[0])
+
+    def work():
+        with terminal_module.bar("study", 1, share=True) as bar:
+            for share in (0.25, 0.2, 0.456):
+                now[0] += 31
+                bar.reach(share, "about 3 min left")
+
+    lines = [f"study: {share}% · about 3 min left\n" for share in (25, 20, 46)]
+    assert shown(monkeypatch, work) == "study …\n" + "".join(lines)
+    moving = shown(monkeypatch, work, terminal=True)
+    assert "46%" in moving and "about 3 min left" in moving and "/1" not in moving
+
+
 def test_step_lines():
     data = {"loss": 1.23456, "tokens_per_second": 50.4, "source": "examples"}
     assert report.step_line(data) == "loss 1.235 · 50 tokens/s · examples"

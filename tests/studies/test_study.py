@@ -68,10 +68,13 @@ def test_a_study_runs_goes_on_and_concludes(plan, tmp_path, capsys, monkeypatch,
         assert main(arguments) == 1
     said = capsys.readouterr()
     assert "1 of 2 runs are not done (soft-seed0 FAILED)" in said.err and "sft-seed0: done" in said.out
+    assert "1 of 2 runs done" in (output / "progress.html").read_text()
     before = (output / "sft-seed0" / "metrics.jsonl").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (output / "sft-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
     page = (output / "study.md").read_text()
+    assert "## What the next seeds would be worth" in page and "soft against sft: with 1 seed in common" in page
+    assert "all runs are done" in (output / "progress.html").read_text()
     assert page.startswith("# A plan") and "| soft |" in page and "tokens trained" in page
     for folder in ("compare", "compare-references"):
         found = json.loads((output / folder / "compare.json").read_text())
