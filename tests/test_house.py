@@ -18,7 +18,7 @@ spec.loader.exec_module(drawn)
 # From the ground up. A room imports from the rooms before it, also inside functions and for typing.
 ROOMS = (
     "base", "methods", "data", "runner", "forward", "crossing", "decoding", "models", "teachers", "writing", "evaluation",
-    "training", "reports", "runs", "api", "studies", "cli",
+    "training", "reports", "runs", "api", "studies", "findings", "cli",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from switchkd.base.storage import write_file, write_output
 from switchkd.base.terminal import bar, console
 
 if TYPE_CHECKING:
-    from switchkd.studies.collected import Collected
+    from switchkd.findings.collected import Collected
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def plot(config: PlotConfig) -> None:
 
 
 def study(config: StudyConfig) -> None:
-    from switchkd.studies.plan import cells, load_plan, with_settings
+    from switchkd.studies.plan import PAGE, cells, load_plan, with_settings
 
     if config.plan == "list":
         for name in shipped("plans"):
@@ -140,11 +140,11 @@ def study(config: StudyConfig) -> None:
         for cell in grid:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
+    from switchkd.findings.claims import register, registered
+    from switchkd.findings.collected import collect, read_collected
+    from switchkd.findings.page import followed
+    from switchkd.findings.report import conclude
     from switchkd.studies.check import check_place, check_study
-    from switchkd.studies.claims import register, registered
-    from switchkd.studies.collected import collect, read_collected
-    from switchkd.studies.page import PAGE, followed
-    from switchkd.studies.report import conclude
     from switchkd.studies.study import run_cells
 
     def collected(folder: Path) -> Collected:

@@ -1,5 +1,4 @@
-"""Grids of runs, made, checked beforehand and compared as one; and the small pair that they can be run on.
+"""Grids of runs, made and checked beforehand; and the small pair that they can be run on.
 
-In comes a plan (methods, seeds, pairs, budgets); out go runs, each in a process of its own, and tables and figures of all
-of them.
+In comes a plan (methods, seeds, pairs, budgets); out go runs, each in a process of its own.
 """

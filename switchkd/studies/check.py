@@ -28,18 +28,20 @@ from switchkd.runs.continuation import begun, check_run
 from switchkd.runs.heldout import heldout_sources
 from switchkd.runs.opening import needs_answers, splits
 from switchkd.runs.tracking import check_trackers
-from switchkd.studies.claims import JUDGEMENTS, is_about
-from switchkd.studies.collected import SCORES
 from switchkd.studies.plan import (
     CELLS,
+    JUDGEMENTS,
     LOGS,
+    PAGE,
     REPORT,
+    SCORES,
     STEP_METRICS,
     Cell,
     Claim,
     Plan,
     Scoring,
     Size,
+    is_about,
     joined,
     results_of_group,
     scoring,
@@ -203,7 +205,7 @@ def check_place(size: Size, grid: Sequence[Cell], output_dir: Path) -> None:
         return
     results = (joined(kind, cell.group, task) for cell in grid for kind, task in results_of_group(size))
     names = {f"{name}{ending}" for name in results for ending in ("", ".svg", ".png")}
-    names |= {REPORT, SCORES, JUDGEMENTS, CELLS, LOGS}
+    names |= {REPORT, SCORES, JUDGEMENTS, PAGE, CELLS, LOGS}
     if taken := sorted(name for name in names if (output_dir / name).exists()):
         raise ConfigError(
             f"{output_dir} is no study's folder, and holds {taken[0]}, which this one would replace; name another --output-dir"

@@ -22,7 +22,8 @@ from switchkd.evaluation.tasks import TASKS
 from switchkd.reports.steps import SCORE
 from switchkd.training.settings import TrainConfig, load_recipe
 
-CELLS, LOGS, REPORT = "cells", "logs", "study.md"  # names in the folder of a study
+CELLS, LOGS = "cells", "logs"  # names in the folder of a study
+REPORT, JUDGEMENTS, SCORES, PAGE = "study.md", "claims.json", "scores.json.xz", "progress.html"
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 # Which of the held-out rows, by the length of their references: all, or the shortest or longest third.
 ALL, SHORT, LONG = "all", "short", "long"
@@ -266,6 +267,13 @@ def cells(plan: Plan, size: Size, output_dir: Path) -> list[Cell]:
         for cell in made:
             scoring(cell.config, task, size)
     return made
+
+
+def is_about(claim: Claim, size: Size) -> bool:
+    """Whether a size has the groups and the evaluation that a claim names."""
+    groups = {group for group, *_ in groups_of(size)}
+    named = {*claim.groups, *([claim.against] * bool(claim.against))}
+    return named <= groups and (not claim.task or claim.task in size.evaluations)
 
 
 def groups_of(size: Size) -> list[tuple[str, str, str]]:

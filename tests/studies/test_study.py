@@ -17,9 +17,9 @@ from switchkd.base.errors import ConfigError, InUseError
 from switchkd.base.lock import locked
 from switchkd.base.settings import shipped
 from switchkd.cli.main import main
+from switchkd.findings.report import cost_table
 from switchkd.reports.curves import cost
 from switchkd.studies.plan import Plan, Size, cells, load_plan, with_settings
-from switchkd.studies.report import cost_table
 from switchkd.studies.study import _Running, flags
 from switchkd.training.checkpoint import checkpoints
 

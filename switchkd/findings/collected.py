@@ -32,7 +32,6 @@ from switchkd.runs.continuation import CONDITIONS
 from switchkd.studies.plan import Cell, Plan, Size, joined
 from switchkd.studies.study import trained
 
-SCORES = "scores.json.xz"
 FORMAT = 1
 DIGITS = 6
 LINES = 100  # of step metrics, at most, that are kept of a run

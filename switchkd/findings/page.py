@@ -22,17 +22,16 @@ from switchkd.base.storage import write_file
 from switchkd.base.terminal import complain, decimals, duration, number, percent, visible
 from switchkd.evaluation.statistics import Estimate, Values, estimate
 from switchkd.evaluation.statistics import score as mean_score
+from switchkd.findings.outlook import MISSING, NOTE, main_score, outlook_sheet, outlook_words, outlooks_of, values_of
 from switchkd.reports.curves import WIDTH, metric_panels, themed_svg
 from switchkd.reports.page import rendered
 from switchkd.reports.panels import draw, panel_notes
 from switchkd.reports.steps import SCORE, Steps
 from switchkd.reports.tables import Sheet, direction, score_words
-from switchkd.studies.outlook import MISSING, NOTE, main_score, outlook_sheet, outlook_words, outlooks_of, values_of
-from switchkd.studies.plan import LOGS, Cell, Plan, Size
+from switchkd.studies.plan import LOGS, PAGE, Cell, Plan, Size
 from switchkd.studies.progress import RUNNING, UNFINISHED, Folder, Progress, Standing
 from switchkd.studies.study import DONE, FAILED
 
-PAGE = "progress.html"
 REFRESH_SECONDS = 20
 LOOK_SECONDS = 2.0  # between two looks at the folder
 # A page takes a second or two of one core, which the runs are then without: at most a fiftieth of the time goes into pages.

@@ -25,15 +25,14 @@ from switchkd.base.settings import from_dict, to_dict
 from switchkd.base.storage import write_file, written
 from switchkd.evaluation import statistics
 from switchkd.evaluation.statistics import Array, Bootstrap, Estimate, bootstrap, t_interval, t_quantile
+from switchkd.findings.collected import Collected, Run
 from switchkd.reports.compare import check_comparable, check_teachers
 from switchkd.reports.steps import ELAPSED, SCORE, differences, unlike
-from switchkd.studies.collected import Collected, Run
-from switchkd.studies.plan import ALL, CELLS, FALLS, SHORT, Claim, Plan, Size, groups_of, joined
+from switchkd.studies.plan import ALL, CELLS, FALLS, SHORT, Claim, Plan, Size, groups_of, is_about, joined
 
 HOLDS, OPPOSITE, NO_GAIN, CANNOT_TELL = "holds", "the opposite holds", "no gain of the claimed size", "cannot tell"
 NOT_RUN, NOT_JUDGED = "not run yet", "not judged"
 CLAIMS = "claims.yaml"  # beside the settings of the runs
-JUDGEMENTS = "claims.json"
 WINDOW = 0.1  # of a run's tokens: a metric of the steps is its mean over the steps of so long a stretch
 MOST_SEEDS = 1000  # that are worth naming
 # Metrics of the steps of which less is better; those of scores are known by `evaluation.statistics`.
@@ -90,13 +89,6 @@ def judge(plan: Plan, size: Size, collected: Collected) -> list[Judgement]:
         for than in claim.than or ("",)
         for group in claim.groups or [group for group, *_ in groups_of(size) if not claim.against or group != claim.against]
     ]  # fmt: skip
-
-
-def is_about(claim: Claim, size: Size) -> bool:
-    """Whether a size has the groups and the evaluation that a claim names."""
-    groups = {group for group, *_ in groups_of(size)}
-    named = {*claim.groups, *([claim.against] * bool(claim.against))}
-    return named <= groups and (not claim.task or claim.task in size.evaluations)
 
 
 def is_lower(score: str) -> bool:

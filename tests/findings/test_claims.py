@@ -9,8 +9,7 @@ import yaml
 from switchkd.base.errors import ConfigError
 from switchkd.base.settings import to_dict
 from switchkd.evaluation.statistics import Estimate, t_interval
-from switchkd.reports.steps import ELAPSED
-from switchkd.studies.claims import (
+from switchkd.findings.claims import (
     CANNOT_TELL,
     HOLDS,
     NO_GAIN,
@@ -26,9 +25,10 @@ from switchkd.studies.claims import (
     value_at,
     verdict_of,
 )
-from switchkd.studies.collected import FORMAT, Collected
+from switchkd.findings.collected import FORMAT, Collected
+from switchkd.findings.report import words
+from switchkd.reports.steps import ELAPSED
 from switchkd.studies.plan import Claim, Plan, Size, load_plan
-from switchkd.studies.report import words
 from switchkd.training.settings import TrainConfig
 
 ROWS = 12

@@ -13,15 +13,9 @@ from pathlib import Path
 from switchkd.base.storage import write_output
 from switchkd.base.terminal import console, decimals, number, percent
 from switchkd.decoding.rollouts import mean
-from switchkd.reports.compare import compare_results
-from switchkd.reports.curves import metric_panels
-from switchkd.reports.panels import draw, has
-from switchkd.reports.steps import ELAPSED, SCORE, Steps
-from switchkd.reports.tables import difference_text, markdown, markdown_table, save_figure, show, signed, write
-from switchkd.studies.claims import (
+from switchkd.findings.claims import (
     CANNOT_TELL,
     HOLDS,
-    JUDGEMENTS,
     MOST_SEEDS,
     NO_GAIN,
     NOT_JUDGED,
@@ -30,12 +24,29 @@ from switchkd.studies.claims import (
     Judgement,
     changes,
     ends,
-    is_about,
     judge,
 )
-from switchkd.studies.collected import SCORES, Collected, Run, write_collected
-from switchkd.studies.outlook import outlook_markdown, outlooks
-from switchkd.studies.plan import ALL, LONG, REPORT, SHORT, Claim, Plan, Size, groups_of, joined
+from switchkd.findings.collected import Collected, Run, write_collected
+from switchkd.findings.outlook import outlook_markdown, outlooks
+from switchkd.reports.compare import compare_results
+from switchkd.reports.curves import metric_panels
+from switchkd.reports.panels import draw, has
+from switchkd.reports.steps import ELAPSED, SCORE, Steps
+from switchkd.reports.tables import difference_text, markdown, markdown_table, save_figure, show, signed, write
+from switchkd.studies.plan import (
+    ALL,
+    JUDGEMENTS,
+    LONG,
+    REPORT,
+    SCORES,
+    SHORT,
+    Claim,
+    Plan,
+    Size,
+    groups_of,
+    is_about,
+    joined,
+)
 
 _ROWS = {
     ALL: "all rows",
@@ -99,7 +110,8 @@ def _outlook(plan: Plan, runs: Mapping[str, Sequence[Run]]) -> str:
     first = next(student for own in students.values() for student in own.values())
     score = next(iter(plan.scores), first.primary)
     values = {
-        method: {seed: s.scores[score] for seed, s in own.items() if score in s.scores} for method, own in students.items()
+        method: {seed: s.scores[score] for seed, s in own.items() if score in s.scores}
+        for method, own in students.items()
     }
     seconds = {method: mean(run.cost["seconds"] for run in own) for method, own in runs.items()}
     return outlook_markdown(outlooks(score, plan.baseline or next(iter(plan.methods)), values, seconds))

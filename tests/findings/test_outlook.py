@@ -8,7 +8,7 @@ from half_study import begin, finish, grid_of, step
 
 from switchkd.base.errors import DataError
 from switchkd.evaluation.statistics import Values, difference
-from switchkd.studies.outlook import main_score, outlook, outlook_markdown, outlook_sheet, outlook_words, outlooks_of
+from switchkd.findings.outlook import main_score, outlook, outlook_markdown, outlook_sheet, outlook_words, outlooks_of
 from switchkd.studies.progress import Folder
 
 

@@ -11,9 +11,9 @@ from half_study import begin, finish, grid_of, say, step
 
 from switchkd.base.errors import DiskError, InUseError
 from switchkd.base.lock import locked
+from switchkd.findings.page import PAGE, followed, study_page
 from switchkd.studies import outlook
 from switchkd.studies import page as module
-from switchkd.studies.page import PAGE, followed, study_page
 from switchkd.studies.progress import Folder
 
 HOSTILE = "<script>document.title='owned'</script><img src=x>\x1b[2J"
