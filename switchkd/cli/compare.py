@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -11,6 +12,11 @@ from switchkd.base.errors import ConfigError, DataError, SwitchKDError, nearest
 from switchkd.base.settings import Settings, shipped
 from switchkd.base.storage import write_file, write_output
 from switchkd.base.terminal import bar, console
+
+if TYPE_CHECKING:
+    from switchkd.studies.study import Executor
+
+_OF_RAY = ("ray_", "cpus_", "gpus_", "memory_")  # how settings begin that only that executor has
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,17 @@ class StudyConfig(Settings):
     output_dir: str = ""
     """Folder of runs and results; default studies/PLAN-SIZE."""
     jobs: int = 1
-    """Runs at a time, each with its share of the cores."""
+    """Runs at a time on this machine, each with its share of the cores; with ray, the cluster's resources say how many."""
+    executor: Literal["local", "ray"] = "local"
+    """Where runs are run: in processes of this machine, or as tasks of a Ray cluster whose nodes all see the output_dir."""
+    ray_address: str = ""
+    """The cluster to join; default what RAY_ADDRESS says, else a Ray of this machine that is started and stopped again."""
+    cpus_per_run: int = 1
+    """CPUs that Ray keeps for a run, which has so many threads."""
+    gpus_per_run: float | None = None
+    """GPUs that Ray keeps for a run, such as 0.5 for two runs on one; default 1 if the cluster has any."""
+    memory_gib_per_run: float = 0.0
+    """Memory that Ray keeps for a run, in GiB; 0 keeps none."""
     set: tuple[str, ...] = ()
     """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
     dry_run: bool = False
@@ -117,6 +133,22 @@ def plot(config: PlotConfig) -> None:
         raise DataError("no figure could be drawn of these runs")
 
 
+def _executor(config: StudyConfig) -> Executor | None:
+    """What `run_cells` takes; raises ConfigError for a setting of the other executor."""
+    others = ["jobs"] if config.executor == "ray" else [name for name in vars(config) if name.startswith(_OF_RAY)]
+    for name in others:
+        if getattr(config, name) != getattr(StudyConfig, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says nothing to --executor {config.executor}: local runs --jobs at a time, each with "
+                "its share of the cores; ray as many as have room with --cpus-per-run and the like"
+            )
+    if config.executor == "local":
+        return None
+    from switchkd.studies.ray_cluster import RayCluster
+
+    return RayCluster(config.ray_address, config.cpus_per_run, config.gpus_per_run, config.memory_gib_per_run)
+
+
 def study(config: StudyConfig) -> None:
     from switchkd.studies.plan import cells, load_plan, with_settings
 
@@ -125,7 +157,7 @@ def study(config: StudyConfig) -> None:
             plan = load_plan(name)
             console.print(f"{name}: {plan.title} ({', '.join(plan.methods)})", soft_wrap=True)
         return
-    plan = load_plan(config.plan)
+    executor, plan = _executor(config), load_plan(config.plan)
     size = with_settings(plan.sized(config.size), config.set)
     output_dir = Path(config.output_dir or f"studies/{Path(config.plan).stem}-{config.size}")
     grid = cells(plan, size, output_dir)
@@ -144,7 +176,7 @@ def study(config: StudyConfig) -> None:
             progress.advance(1)
             console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
 
-        left = run_cells(grid, size, output_dir, config.jobs, done)
+        left = run_cells(grid, size, output_dir, config.jobs, done, executor)
     if left:
         states = ", ".join(f"{name} {state}" for name, state in left.items())
         raise SwitchKDError(
