@@ -58,6 +58,12 @@ class RayCluster:
     def __call__(self, runs: Sequence[Run], wait: bool, tell: Callable[[str, Outcome], None]) -> None:
         folder, address = runs[0].folder.absolute(), self.address or os.environ.get("RAY_ADDRESS") or _LOCAL
         variables = {"OMP_NUM_THREADS": str(self.cpus)} | ({"CUDA_VISIBLE_DEVICES": ""} if self.gpus == 0 else {})
+        if wait:
+            said = (
+                f"waiting for {', '.join(run.name for run in runs)}: another process has the lock on its folder. One that died "
+                "with its node lets go of it; if this file system has no locks, delete lock.json there"
+            )
+            warnings.warn(said, SwitchKDWarning, stacklevel=3)
         tidy(folder, "scratch")
         with scratch_folder(folder) as token, _joined(address) as ray:
             expected = (__version__, str(token), str(Path.cwd()))
