@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ _LOCAL = "local"
 _STORE_BYTES = (
     80 * 2**20
 )  # of a Ray that is started here and has next to nothing to store; the least it takes is 75 MiB
+_REACH_SECONDS = 20.0
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "bytes of memory"}
 
 
@@ -112,8 +114,9 @@ def _joined(address: str) -> Iterator[Any]:
     own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == _LOCAL else {}
     try:
         try:
+            _reach(address)
             ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
         finally:
             if signal.getsignal(signal.SIGTERM) != before:  # Ray takes it for itself
@@ -121,6 +124,13 @@ def _joined(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError if nobody listens at host:port, which Ray itself tries for minutes; its words, such as auto, it knows best."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
 
 
 def _fitting(nodes: Sequence[dict[str, Any]], needs: dict[str, float], address: str) -> list[str]:

@@ -263,6 +263,11 @@ def test_a_run_that_has_room_nowhere_is_refused_or_waits_for_a_node():
         assert ray_cluster._fitting(nodes, {"CPU": 1, "GPU": 0.5, "memory": 0}, "10.0.0.1:6379") == []
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once(plan):
+    with pytest.raises(ConfigError, match=r"the Ray cluster at 127\.0\.0\.1:1 cannot be joined: .*refused"):
+        run_cells(*laid_out(plan, "kd"), 1, lambda *_: None, RayCluster("127.0.0.1:1"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
