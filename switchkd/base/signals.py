@@ -4,6 +4,7 @@ Inside ``deferred()`` a signal is only noted. Whoever works in blocks (a decodin
 calls ``check`` between two of them, which raises ``Stopped``. Signals belong to the process, so what has been noted does too.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has
 STOPPING = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None)
 # A terminal tells all of its processes, and a launcher passes on what it was told: that is one signal, not two.
 ONE_SIGNAL_SECONDS = 1.0
+_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 class Interrupted(KeyboardInterrupt):
@@ -94,6 +96,24 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         _restore(before)
+
+
+def tied_to_this_process() -> Callable[[], None]:
+    """What a child process does first (``preexec_fn``), so that the system ends it at once when the thread that starts it ends,
+    however that happens; where a system cannot (all but Linux), nothing of the kind. The child hears Ctrl-C also if this process
+    does not, as workers of Ray do not.
+    """
+    parent = os.getpid()
+    control = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def tie() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        if control is not None:
+            control(_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
+            if os.getppid() != parent:  # it ended before that
+                os._exit(128 + signal.SIGKILL)
+
+    return tie
 
 
 def _heard() -> list[signal.Signals]:

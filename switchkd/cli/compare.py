@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -14,7 +15,10 @@ from switchkd.base.storage import write_file, write_output
 from switchkd.base.terminal import bar, console
 
 if TYPE_CHECKING:
-    from switchkd.findings.collected import Collected
+    from switchkd.studies.plan import Cell, Plan, Size
+    from switchkd.studies.study import Executor
+
+_OF_RAY = ("ray_", "cpus_", "gpus_", "memory_")  # how settings begin that only that executor has
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,17 @@ class StudyConfig(Settings):
     output_dir: str = ""
     """Folder of runs and results; default studies/PLAN-SIZE."""
     jobs: int = 1
-    """Runs at a time, each with its share of the cores."""
+    """Runs at a time on this machine, each with its share of the cores; with ray, the cluster's resources say how many."""
+    executor: Literal["local", "ray"] = "local"
+    """Where runs are run: in processes of this machine, or as tasks of a Ray cluster whose nodes all see the output_dir."""
+    ray_address: str = ""
+    """The cluster to join; default what RAY_ADDRESS says, else a Ray of this machine that is started and stopped again."""
+    cpus_per_run: int = 1
+    """CPUs that Ray keeps for a run, which has so many threads."""
+    gpus_per_run: float | None = None
+    """GPUs that Ray keeps for a run, such as 0.5 for two runs on one; default 1 if the cluster has any."""
+    memory_gib_per_run: float = 0.0
+    """Memory that Ray keeps for a run, in GiB; 0 keeps none."""
     set: tuple[str, ...] = ()
     """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
     scores: str = ""
@@ -123,15 +137,31 @@ def plot(config: PlotConfig) -> None:
         raise DataError("no figure could be drawn of these runs")
 
 
+def _executor(config: StudyConfig) -> Executor | None:
+    """What `run_cells` takes; raises ConfigError for a setting of the other executor."""
+    others = ["jobs"] if config.executor == "ray" else [name for name in vars(config) if name.startswith(_OF_RAY)]
+    for name in others:
+        if getattr(config, name) != getattr(StudyConfig, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says nothing to --executor {config.executor}: local runs --jobs at a time, each with "
+                "its share of the cores; ray as many as have room with --cpus-per-run and the like"
+            )
+    if config.executor == "local":
+        return None
+    from switchkd.studies.ray_cluster import RayCluster
+
+    return RayCluster(config.ray_address, config.cpus_per_run, config.gpus_per_run, config.memory_gib_per_run)
+
+
 def study(config: StudyConfig) -> None:
-    from switchkd.studies.plan import PAGE, cells, load_plan, with_settings
+    from switchkd.studies.plan import cells, load_plan, with_settings
 
     if config.plan == "list":
         for name in shipped("plans"):
             plan = load_plan(name)
             console.print(f"{name}: {plan.title} ({', '.join(plan.methods)})", soft_wrap=True)
         return
-    plan = load_plan(config.plan)
+    executor, plan = _executor(config), load_plan(config.plan)
     size = with_settings(plan.sized(config.size), config.set)
     output_dir = Path(config.output_dir or f"studies/{Path(config.plan).stem}-{config.size}")
     grid = cells(plan, size, output_dir)
@@ -140,21 +170,20 @@ def study(config: StudyConfig) -> None:
         for cell in grid:
             console.print(f"  {cell.name}: {cell.config.method}", soft_wrap=True)
         return
-    from switchkd.findings.claims import register, registered
-    from switchkd.findings.collected import collect, read_collected
+    source = Path(config.scores) if config.scores else output_dir
+    if not config.scores:
+        _run(plan, size, grid, output_dir, config.jobs, executor)
+    _show(plan, size, grid, output_dir, source)
+
+
+def _run(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path, jobs: int, executor: Executor | None) -> None:
+    """Run what is not done yet of a study; raises SwitchKDError where a run comes to no end."""
+    from switchkd.findings.claims import register
     from switchkd.findings.page import followed
-    from switchkd.findings.report import conclude
-    from switchkd.studies.check import check_place, check_study
+    from switchkd.studies.check import check_study
+    from switchkd.studies.plan import PAGE
     from switchkd.studies.study import run_cells
 
-    def collected(folder: Path) -> Collected:
-        return collect(plan, size, grid, folder, registered(folder))
-
-    if config.scores:
-        check_place(size, grid, output_dir)
-        source = Path(config.scores)
-        conclude(plan, size, collected(source) if source.is_dir() else read_collected(source, plan, size), output_dir)
-        return
     check_study(plan, size, grid, output_dir)
     register(plan, output_dir)
     console.print(f"open {output_dir / PAGE} to see how it goes", soft_wrap=True)
@@ -162,11 +191,24 @@ def study(config: StudyConfig) -> None:
     def done(line: str, seconds: float) -> None:
         console.print(f"{line} ({seconds:.0f} s)", soft_wrap=True)
 
-    with bar("study", 1, share=True) as shown, followed(plan, size, grid, output_dir, config.jobs, shown.reach):
-        left = run_cells(grid, size, output_dir, config.jobs, done)
+    with bar("study", 1, share=True) as shown, followed(plan, size, grid, output_dir, jobs, shown.reach):
+        left = run_cells(grid, size, output_dir, jobs, done, executor)
     if left:
         states = ", ".join(f"{name} {state}" for name, state in left.items())
         raise SwitchKDError(
             f"{len(left)} of {len(grid)} runs are not done ({states}): see {output_dir}/logs; the same command goes on"
         )
-    conclude(plan, size, collected(output_dir), output_dir)
+
+
+def _show(plan: Plan, size: Size, grid: Sequence[Cell], output_dir: Path, source: Path) -> None:
+    """Judge and show what is done of a study, as its folder or its file of scores has it."""
+    from switchkd.findings.claims import registered
+    from switchkd.findings.collected import collect, read_collected
+    from switchkd.findings.report import conclude
+    from switchkd.studies.check import check_place
+
+    if source != output_dir:
+        check_place(size, grid, output_dir)
+    folder = source.is_dir()
+    found = collect(plan, size, grid, source, registered(source)) if folder else read_collected(source, plan, size)
+    conclude(plan, size, found, output_dir)

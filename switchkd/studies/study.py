@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import yaml
 
@@ -44,12 +46,52 @@ STOPPED_CODES = {code for number in signals.STOPPING for code in (128 + number, 
 POLL_SECONDS = 0.2
 
 
-def run_cells(
-    grid: Sequence[Cell], size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]
-) -> dict[str, str]:
-    """Run what is not done yet, ``jobs`` at a time, and tell ``done`` of each; returns how those stand that are not done.
+@dataclass(frozen=True)
+class Run:
+    """A run of a study as plain data, which any process that sees the study's folder can work on."""
 
-    A run that was stopped goes on from its newest checkpoint, or starts anew if it has none.
+    name: str
+    folder: Path
+    """Of the study."""
+    evaluations: dict[str, list[str]]
+    """The further evaluations by task, each as flags of `switchkd evaluate`."""
+
+    @property
+    def log(self) -> Path:
+        return self.folder / LOGS / f"{self.name}.log"
+
+
+class Outcome(NamedTuple):
+    """How a run stands now, a note on that, and the seconds that were worked on it."""
+
+    state: str
+    note: str = ""
+    seconds: float = 0.0
+
+
+class Executor(Protocol):
+    """What decides where the runs of a study are run, and how many at a time."""
+
+    def __call__(self, runs: Sequence[Run], wait: bool, tell: Callable[[str, Outcome], None]) -> None:
+        """Work on all of ``runs`` and ``tell`` of each by its name; returns when nothing runs any more.
+
+        A run that another process works on is ``IN_USE`` and left, or waited for with ``wait``. Once a signal has come
+        (``signals.received``), what runs is told to stop, and what has not been begun is ``WAITING``.
+        """
+
+
+def run_cells(
+    grid: Sequence[Cell],
+    size: Size,
+    output_dir: Path,
+    jobs: int,
+    done: Callable[[str, float], None],
+    executor: Executor | None = None,
+) -> dict[str, str]:
+    """Run what is not done yet and tell ``done`` of each; returns how those stand that are not done.
+
+    A run that was stopped goes on from its newest checkpoint, or starts anew if it has none. Without an ``executor``, runs are
+    processes of this machine, ``jobs`` at a time.
 
     Raises:
         Stopped: a signal came. It was passed on to what was running, and all of that has ended.
@@ -58,7 +100,8 @@ def run_cells(
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     with signals.deferred(), locked(output_dir):
-        left = _run_cells(grid, size, output_dir, jobs, done)
+        _write_settings(grid, size, output_dir)
+        left = _run_cells(grid, size, output_dir, executor or partial(_run_here, jobs), done)
         if number := signals.received():
             stop = signals.Stopped(number)
             stop.add_note("what was running has ended with a checkpoint; the same command goes on")
@@ -67,33 +110,66 @@ def run_cells(
 
 
 def _run_cells(
-    grid: Sequence[Cell], size: Size, output_dir: Path, jobs: int, done: Callable[[str, float], None]
+    grid: Sequence[Cell], size: Size, output_dir: Path, execute: Executor, done: Callable[[str, float], None]
 ) -> dict[str, str]:
-    _write_settings(grid, size, output_dir)
-    states, running = dict.fromkeys((cell.name for cell in grid), IN_USE), _Running(jobs)
+    states = dict.fromkeys((cell.name for cell in grid), IN_USE)
+
+    def tell(name: str, outcome: Outcome) -> None:
+        states[name] = outcome.state
+        if outcome.state != WAITING and (outcome.state != IN_USE or wait):
+            done(f"{name}: {outcome.state}{outcome.note}", outcome.seconds)
+
     for wait in (False, True):  # what another process works on, such as one that a killed study left behind, comes last
-        cells = [cell for cell in grid if states[cell.name] == IN_USE]
-        with ThreadPoolExecutor(jobs) as pool:
-            work = {pool.submit(_run_cell, cell, size, output_dir, running, wait): cell.name for cell in cells}
-            try:
-                for finished in as_completed(work):
-                    name, (state, note, seconds) = work[finished], finished.result()
-                    states[name] = state
-                    if state != WAITING and (state != IN_USE or wait):
-                        done(f"{name}: {state}{note}", seconds)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                running.end()
-                raise
+        if runs := [_run_of(cell, size, output_dir) for cell in grid if states[cell.name] == IN_USE]:
+            execute(runs, wait, tell)
     return {name: state for name, state in states.items() if state != DONE}
 
 
-class _Running:
-    """The processes of a study that run now, each with its share of the cores."""
+def _run_of(cell: Cell, size: Size, output_dir: Path) -> Run:
+    only = {} if cell.config.eval_on_start else {"only": "student"}
+    evaluations = {task: flags({"task": task} | own | only) for task, own in size.evaluations.items()}
+    return Run(cell.name, output_dir, evaluations)
 
-    def __init__(self, jobs: int):
-        share = max(1, (os.cpu_count() or 1) // jobs)
-        self.environment = environment(**({} if jobs == 1 else {"OMP_NUM_THREADS": str(share)}))
+
+def _run_here(jobs: int, runs: Sequence[Run], wait: bool, tell: Callable[[str, Outcome], None]) -> None:
+    """The executor that has processes of this machine, ``jobs`` at a time."""
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    running = _Running({} if jobs == 1 else {"OMP_NUM_THREADS": str(share)})
+    with ThreadPoolExecutor(jobs) as pool:
+        work = {pool.submit(_work_on, run, running, wait): run.name for run in runs}
+        try:
+            for finished in as_completed(work):
+                tell(work[finished], finished.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            running.end()
+            raise
+
+
+def work_on(run: Run, wait: bool, directory: str, variables: dict[str, str]) -> Outcome:
+    """Do what is left of a run, in a process that has nothing else to do.
+
+    Its commands are run in ``directory`` with these variables of the environment, and end when this process ends, however that
+    happens.
+    """
+    running = _Running(variables, directory, signals.tied_to_this_process())
+    with signals.deferred():
+        try:
+            return _work_on(run, running, wait)
+        except BaseException:
+            running.end()
+            raise
+
+
+class _Running:
+    """The processes of a study that run now."""
+
+    def __init__(
+        self, variables: dict[str, str], directory: str | None = None, first: Callable[[], None] | None = None
+    ):
+        self.environment = environment(**variables)
+        self.directory = directory
+        self.first = first  # what a process does before anything else
         self.processes: set[subprocess.Popen[bytes]] = set()
 
     def run(self, arguments: Sequence[str], log: Path) -> int:
@@ -107,6 +183,8 @@ class _Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
+                cwd=self.directory,
+                preexec_fn=self.first,
             )
         self.processes.add(process)
         told = False
@@ -157,44 +235,39 @@ def _refuse_changed(output_dir: Path, what: str, old: dict[str, Any], new: dict[
         )
 
 
-def _run_cell(cell: Cell, size: Size, output_dir: Path, running: _Running, wait: bool) -> tuple[str, str, float]:
-    """Train and evaluate one run in processes of its own: how it stands now, a note on that, and the seconds that took.
-
-    ``wait`` until another process that works in its folder is done.
-    """
+def _work_on(run: Run, running: _Running, wait: bool) -> Outcome:
+    """Train and evaluate one run in processes of its own; ``wait`` until another process that works in its folder is done."""
     start, note = time.monotonic(), ""
-    run, log = output_dir / cell.name, output_dir / LOGS / f"{cell.name}.log"
     try:
         _until_free(run, wait)
-        state = WAITING if signals.received() else _run_commands(_commands(cell, size, output_dir), log, running)
+        state = WAITING if signals.received() else _run_commands(_commands(run), run.log, running)
         if state == FAILED:
             _until_free(run, False)  # another process may have been quicker
-            note = f", see {log}"
+            note = f", see {run.log}"
     except signals.Stopped:
         state = WAITING
     except InUseError as error:
         state, note = IN_USE, f": {error}"
     except DiskError as error:
         state, note = FAILED, f": {error}"
-    return state, note, time.monotonic() - start
+    return Outcome(state, note, time.monotonic() - start)
 
 
-def _until_free(run: Path, wait: bool) -> None:
-    if run.exists():
-        with locked(run, wait):
+def _until_free(run: Run, wait: bool) -> None:
+    if (folder := run.folder / run.name).exists():
+        with locked(folder, wait):
             pass
 
 
-def _commands(cell: Cell, size: Size, output_dir: Path) -> list[list[str]]:
+def _commands(run: Run) -> list[list[str]]:
     """What is left to do of a run."""
-    run, settings = output_dir / cell.name, str(output_dir / CELLS / f"{cell.name}.yaml")
+    folder, settings = run.folder / run.name, str(run.folder / CELLS / f"{run.name}.yaml")
     commands = []
-    if not trained(run):
-        commands.append(["train", settings, *(["--resume"] if checkpoints(run) else [])])
-    for task, own in size.evaluations.items():
-        if not (run / f"evaluation-{task}.json").is_file():
-            only = {} if cell.config.eval_on_start else {"only": "student"}
-            commands.append(["evaluate", str(run), *flags({"task": task} | own | only)])
+    if not trained(folder):
+        commands.append(["train", settings, *(["--resume"] if checkpoints(folder) else [])])
+    for task, scoring in run.evaluations.items():
+        if not (folder / f"evaluation-{task}.json").is_file():
+            commands.append(["evaluate", str(folder), *scoring])
     return commands
 
 
