@@ -96,8 +96,8 @@ SCALES = {
         16,
         Shape(192, 512, 4, 6, 2e-3, "cosine"),
         2500,
-        {"little": Shape(80, 216, 4, 4, 3e-3), "big": Shape(136, 368, 4, 4, 3e-3)},
-        dict(zip(STARTS, (300, 1000, 2500), strict=True)),
+        {"little": Shape(80, 216, 4, 4, 3e-3), "big": Shape(128, 344, 4, 4, 2e-3)},
+        dict(zip(STARTS, (800, 2500, 4000), strict=True)),
     ),
     "tiny": Scale(  # seconds, for tests
         48,
