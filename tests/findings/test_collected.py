@@ -11,12 +11,12 @@ from tiny import pair_on_disk
 
 from switchkd.base.errors import ConfigError, DataError
 from switchkd.cli.main import main
+from switchkd.findings import collected
 from switchkd.findings.claims import registered
 from switchkd.findings.collected import collect, read_collected
 from switchkd.reports.curves import cost
 from switchkd.reports.record import read_metrics
 from switchkd.reports.steps import ELAPSED
-from switchkd.studies import collected
 from switchkd.studies.plan import cells, load_plan
 from switchkd.studies.study import _Running
 

@@ -11,9 +11,10 @@ from half_study import begin, finish, grid_of, say, step
 
 from switchkd.base.errors import DiskError, InUseError
 from switchkd.base.lock import locked
-from switchkd.findings.page import PAGE, followed, study_page
-from switchkd.studies import outlook
-from switchkd.studies import page as module
+from switchkd.findings import outlook
+from switchkd.findings import page as module
+from switchkd.findings.page import followed, study_page
+from switchkd.studies.plan import PAGE
 from switchkd.studies.progress import Folder
 
 HOSTILE = "<script>document.title='owned'</script><img src=x>\x1b[2J"

@@ -116,7 +116,7 @@ def test_a_plan_has_one_rate_for_all_of_its_runs(name):
     rates = {
         size: {cell.config.learning_rate for cell in cells(plan, plan.sized(size), Path("out"))} for size in plan.sizes
     }
-    assert rates == {"small": {3e-3}, "full": {1e-4}}
+    assert rates and all(len(own) == 1 for own in rates.values()), rates
 
 
 def test_the_methods_that_average_over_texts_first():

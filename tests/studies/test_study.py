@@ -179,8 +179,9 @@ def test_settings_become_flags():
     assert with_settings(Size({"a": 1}), ["b=[1, 2]", "a=2"]).settings == {"a": 2, "b": [1, 2]}
 
 
-@pytest.mark.parametrize("name", shipped("plans"))
-@pytest.mark.parametrize("size", ["small", "full"])
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in shipped("plans") for size in load_plan(name).sizes]
+)
 def test_every_plan_that_ships_can_be_laid_out(name, size, capsys):
     assert main(["study", name, "--size", size, "--dry-run"]) == 0
     assert f"{load_plan(name).title}: " in capsys.readouterr().out.replace("\n", " ")
