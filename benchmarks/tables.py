@@ -1,9 +1,10 @@
-"""Write the tables of RESULTS.md from the raw values in ``benchmarks/results``: nothing in them is typed by hand.
+"""Write the tables of `PAGES` from the raw values in ``benchmarks/results``: nothing in them is typed by hand.
 
 A table stands behind a line ``<!-- NAME: column, column -->`` and is of ``results/NAME.json``: what its cells differ in, the
 contender, and the columns named. ``seconds`` is the median of the measured runs, with the least and the most in brackets; every
 other column is a number of the rows, or the median of its values. ``<!-- NAME(part=text): … -->`` takes the cells of which that
-is true. ``<!-- machine -->`` is followed by machine, versions and revision of all results.
+is true. ``<!-- machine -->`` is followed by machine, versions and revision of all results, ``<!-- claims(study=NAME) -->`` and
+``<!-- scores(study=NAME) -->`` by the tables of a study (`benchmarks.evidence`).
 """
 
 import json
@@ -14,19 +15,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.evidence import TABLES
 from switchkd.base.storage import write_file
 from switchkd.base.terminal import console, number
 
 ROOT = Path(__file__).parent
-PAGE, RESULTS = ROOT / "RESULTS.md", ROOT / "results"
+PAGES, RESULTS = (ROOT / "RESULTS.md", ROOT.parent / "docs" / "which_method.md"), ROOT / "results"
 MARK = re.compile(r"<!-- (?P<name>\w+)(?:\((?P<only>[^)]*)\))?(?:: (?P<columns>[^>]*))? -->\n(?P<table>(?:[|*].*\n)*)")
 MACHINE = "machine"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Put the tables of today's raw values into RESULTS.md."""
-    write_file(PAGE, with_tables(PAGE.read_text(encoding="utf-8")))
-    console.print(f"written: {PAGE}", soft_wrap=True)
+    """Put the tables of today's raw values into the pages."""
+    for page in PAGES:
+        write_file(page, with_tables(page.read_text(encoding="utf-8")))
+        console.print(f"written: {page}", soft_wrap=True)
     return 0
 
 
@@ -39,6 +42,8 @@ def _behind(mark: re.Match[str]) -> str:
     if mark["name"] == MACHINE:
         return machines()
     only = dict(part.split("=") for part in (mark["only"] or "").split(", ") if part)
+    if mark["name"] in TABLES:
+        return TABLES[mark["name"]](only["study"])
     return table(mark["name"], [column.strip() for column in mark["columns"].split(",")], only)
 
 

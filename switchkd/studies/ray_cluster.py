@@ -23,9 +23,8 @@ from switchkd.studies.study import FAILED, POLL_SECONDS, WAITING, Outcome, Run
 
 RETRIES = 3  # of a run whose node dies: one that takes its nodes along is not tried for ever
 _LOCAL = "local"
-_STORE_BYTES = (
-    80 * 2**20
-)  # of a Ray that is started here and has next to nothing to store; the least it takes is 75 MiB
+# Of a Ray that is started here and has next to nothing to store; the least it takes is 75 MiB.
+_STORE_BYTES = 80 * 2**20
 _REACH_SECONDS = 20.0
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "bytes of memory"}
 

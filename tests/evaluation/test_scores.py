@@ -21,6 +21,8 @@ from switchkd.evaluation.scores import (
     gsm_plus_accuracy,
     math_equal,
     rouge,
+    small_right,
+    until_mistake,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +119,30 @@ def test_a_negative_answer(text, strict, flexible):
 def test_one_digit_is_a_number_of_its_own():
     assert gsm8k_flexible("I have 7 of 9", "#### 9") == gsm8k_flexible("9", "#### 9") == 100.0
     assert gsm8k_flexible("9 %", "#### 9") == 100.0
+
+
+SUM = "5 plus 2 is 7. 7+1=8.\n#### 8"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right", "until"),
+    [
+        (SUM, SUM, 100, 100),
+        ("5+2=7. 7 and 1 make 8.\n#### 8", SUM, 100, 100),  # in other words
+        ("5+2=7. 7+1=9.\n#### 9", SUM, 0, 500 / 7),  # the docs' example
+        ("5+2=7. 7+1=9.\n#### 8", SUM, 100, 500 / 7),  # right in the end
+        ("5+2=7. 7+1=8.\n#### 8\n#### 9", SUM, 100, 100),
+        ("#### 8", SUM, 100, 0),
+        ("", SUM, 0, 0),
+        ("first, ada sold it", "First, Ada sold it.", 100, 0),
+        ("First, Ada sold it.", "First, Ada sold it.", 100, 100),
+        ("First, Ada ate it.", "First, Ada sold it.", 0, 50),
+        ("First, Ada sold it. Then she slept.", "First, Ada sold it.", 0, 100),
+    ],
+)
+def test_scores_of_the_small_pair(text, reference, right, until):
+    assert small_right(text, reference) == right
+    assert until_mistake(text, reference) == pytest.approx(until)
 
 
 def test_a_gsm8k_reference_without_an_answer_is_an_error():

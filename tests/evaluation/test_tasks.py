@@ -16,6 +16,7 @@ NAMES = {
     "gsm8k": {"strict", "flexible", "rouge_l"},
     "gsm_plus": {"accuracy", "rouge_l"},
     "math": {"math_equal", "flexible", "rouge_l"},
+    "small": {"right", "until_mistake", "rouge_l"},
 }
 
 
@@ -34,7 +35,7 @@ def test_every_task_scores_its_own_reference_in_full_and_an_empty_text_as_zero(n
     assert task.score("", [reference], "") == dict.fromkeys(scores, 0.0)
     assert task.primary in scores
     assert set(task.formats) <= {known.name for known in FORMATS}
-    assert task.name == name and task.version >= 1 and task.hub.startswith("hub:") == (task.hub != "")
+    assert task.name == name and task.version >= 1 and task.hub.startswith(("hub:", "small:")) == (task.hub != "")
 
 
 def test_instructions_take_the_best_reference():
