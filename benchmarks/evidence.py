@@ -170,7 +170,7 @@ TABLES: dict[str, Callable[[str], str]] = {"claims": claims_table, "scores": sco
 # --- the picture --------------------------------------------------------------------------------------------------
 
 SCORE = "until_mistake"
-GAINS = ("starts_and_gaps", "prompts", "tasks")  # studies whose groups are compared
+GAINS = ("starts_and_gaps", "prompts")  # studies whose groups are compared
 
 
 def picture() -> Figure:
