@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(task: str, options: Options) -> Iterator[Row]:
     """A row for each writer and cut."""
-    pair, examples, writers, cuts = _quick(options) if options.quick else _whole(task, options)
+    pair, examples, writers, cuts = quick(options) if options.quick else whole(task, options)
     with bar(f"premise: {task}", len(writers) * len(cuts)) as progress:
         for name, writer in writers.items():
             for cut in cuts:
@@ -64,16 +64,18 @@ def measure(task: str, options: Options) -> Iterator[Row]:
                 progress.advance(1, name)
 
 
-def _whole(
+def whole(
     task: str, options: Options
 ) -> tuple[Pair, list[TokenizedExample], dict[str, PreTrainedModel], Sequence[int]]:
+    """The small pair, held-out rows of a task, the writers by name, and after how many tokens they stop."""
     pair = load_pair("small", device=options.device)
     examples = load_task(DATA, pair, f"small:{task}-heldout", ROWS, quiet=True)
     students = {name: load_model(f"small:{name}", device=options.device) for name in STUDENTS}
     return pair, examples, {"teacher": pair.teacher, **students}, CUTS
 
 
-def _quick(options: Options) -> tuple[Pair, list[TokenizedExample], dict[str, PreTrainedModel], Sequence[int]]:
+def quick(options: Options) -> tuple[Pair, list[TokenizedExample], dict[str, PreTrainedModel], Sequence[int]]:
+    """The same of tiny random models."""
     pair = random_pair(options.device, quick=True)
     return pair, random_examples(pair, 2), {"teacher": pair.teacher, "little-warm": pair.student}, (0, 2)
 

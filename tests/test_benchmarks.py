@@ -25,10 +25,11 @@ CONTENDERS = {
     "two_sizes": {"SWITCH", "AdaSwitch", "SWITCH, LoRA"},
     "two_tokenizers": {"one tokenizer", "two tokenizers", "before", "strict", "sorted (ULD)", "prefix"},
     "premise": {"teacher", "little-warm"},
+    "handover": {"AdaSwitch", "SWITCH"},
     "counts": {"StudentOnly", "SWITCH", "AdaSwitch", "SKD", "pieces for a GPU", "pieces for a CPU"},
     "engines": {"switchkd decode", "transformers generate", "transformers continuous batching", "vLLM"},
 }
-UNTIMED = ("counts", "premise")
+UNTIMED = ("counts", "premise", "handover")
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
