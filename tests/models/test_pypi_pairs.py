@@ -163,9 +163,15 @@ class FakePip:
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """A disk with room for the real pairs, whatever this one has."""
+    monkeypatch.setattr(pypi_pairs, "free_bytes", lambda _: 10**11)
+
+
 @pytest.fixture
 def pip(releases, tmp_path, monkeypatch) -> FakePip:
-    """An empty cache on a disk with room for the real pairs, and a network that serves the tiny wheels."""
+    """An empty cache, and a network that serves the tiny wheels."""
     fake = FakePip(
         {name: wheel for files in releases.values() for file in files for name, wheel in file.wheels.items()}
     )
@@ -173,7 +179,6 @@ def pip(releases, tmp_path, monkeypatch) -> FakePip:
     monkeypatch.setattr(pypi_pairs, "SMOLLM2", releases["demo"][0].pinned)
     monkeypatch.setattr(pypi_pairs, "qwen_files", lambda: [file.pinned for file in releases["qwen-coder"]])
     monkeypatch.setattr(pypi_pairs, "STUDENT_LAYERS", (0, 2))
-    monkeypatch.setattr(pypi_pairs, "free_bytes", lambda _: 10**11)
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
     return fake
 
