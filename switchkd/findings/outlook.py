@@ -15,10 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 from switchkd.base.terminal import decimals, number
-from switchkd.evaluation.statistics import CONFIDENCE, Bootstrap, Estimate, Values, bootstrap, lower_is_better, verdict
+from switchkd.evaluation.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, t_quantile, verdict
 from switchkd.reports.panels import SHARE, quantity
 from switchkd.reports.steps import SCORE
-from switchkd.reports.tables import Sheet, signed
+from switchkd.reports.tables import Sheet, markdown_table, signed
 from switchkd.studies.plan import Plan
 from switchkd.studies.progress import Standing, about, expected_seconds
 
@@ -70,7 +70,7 @@ def outlook(
     found, rows = _measured(score, *(tuple((seed, runs[seed]) for seed in seeds) for runs in (ours, theirs)))
     spread = found.std or 0.0
     counts = {more: len(seeds) + more for more in range(1, MOST_SEEDS + 1)}
-    expected = {more: math.hypot(rows, _quantile(n - 1) * spread / math.sqrt(n)) for more, n in counts.items()}
+    expected = {more: math.hypot(rows, t_quantile(n) * spread / math.sqrt(n)) for more, n in counts.items()}
     return Outlook(method, baseline, score, seeds, seconds, found, rows, expected)
 
 
@@ -91,13 +91,6 @@ def _half_width(estimate: Estimate) -> float:
     if estimate.low is None or estimate.high is None:
         return math.nan
     return (estimate.high - estimate.low) / 2
-
-
-def _quantile(freedom: int) -> float:
-    """Student's t for the two-sided interval."""
-    from scipy.special import stdtrit  # slow to import
-
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 # --- a study's ------------------------------------------------------------------------------------------------------
@@ -208,7 +201,7 @@ def outlook_markdown(found: Sequence[Outlook]) -> str:
     if not found:
         return ""
     title, header, rows = outlook_sheet(found)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     words = "\n".join(f"- {outlook_words(each)}" for each in found)
-    return "\n\n".join(["## What the next seeds would be worth", words, f"{title}:", table, NOTE])
+    return "\n\n".join(
+        ["## What the next seeds would be worth", words, f"{title}:", markdown_table(header, rows), NOTE]
+    )
