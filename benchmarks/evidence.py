@@ -128,12 +128,12 @@ def scores_table(name: str) -> str:
 
 
 def _before(own: Study, group: str) -> list[str]:
-    """The student's scores before training; they stand in the group's first run."""
-    for run in own.collected.of(group):
-        if before := run.results[own.task].models.get("student before"):
-            means = before.means()
-            return [number(means[score]) if score in means else "" for score in SCORES]
-    return [""] * len(SCORES)
+    """The student's scores before training, from the group's first run: of its own evaluation, if the one at the end has none."""
+    found = [
+        run.results[task].models.get("student before") for run in own.collected.of(group) for task in (own.task, "")
+    ]
+    means = next((before.means() for before in found if before), {})
+    return [number(means[score]) if score in means else "" for score in SCORES]
 
 
 def _row(own: Study, group: str, method: str, runs: Sequence[Run]) -> list[str]:
