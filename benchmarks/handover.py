@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import Options, Row, parse, print_table, publish
 from benchmarks.premise import BATCH, ROWS, quick, whole
-from benchmarks.small_pair import why_missing
-from switchkd.base.terminal import bar, console
+from benchmarks.small_pair import skipped
+from switchkd.base.terminal import bar
 from switchkd.data.small_data import TASKS
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode
@@ -29,8 +29,7 @@ RULES = {"AdaSwitch": "adaswitch", "SWITCH": "switch"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every task, student and rule; says so and ends where there is no small pair."""
     options = parse(argv, "handover", __doc__)
-    if not options.quick and (missing := why_missing()):
-        console.print(f"skipped: {missing}", soft_wrap=True)
+    if skipped(options):
         return 0
     rows = [row for task in TASKS for row in measure(task, options)]
     print_table("how often the teacher takes over", rows)

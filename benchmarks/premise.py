@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from benchmarks.harness import Options, Row, parse, print_table, publish, random_examples, random_pair
-from benchmarks.small_pair import DATA, why_missing
-from switchkd.base.terminal import bar, console
+from benchmarks.small_pair import DATA, skipped
+from switchkd.base.terminal import bar
 from switchkd.data.small_data import DIGITS, STUDENTS, TASKS, moved
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.decode import decode
@@ -44,8 +44,7 @@ MOVE = re.compile(r"(?:after )?(.*?)(?: gives|:|) (\d+)\.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every task, writer and cut; says so and ends where there is no small pair."""
     options = parse(argv, "premise", __doc__)
-    if not options.quick and (missing := why_missing()):
-        console.print(f"skipped: {missing}", soft_wrap=True)
+    if skipped(options):
         return 0
     rows = [row for task in TASKS for row in measure(task, options)]
     print_table("the teacher goes on where another has written; shares in percent", rows)

@@ -32,8 +32,7 @@ from benchmarks.harness import (
     side_by_side,
     timed,
 )
-from benchmarks.small_pair import small_examples, small_pair, why_missing
-from switchkd.base.terminal import console
+from benchmarks.small_pair import skipped, small_examples, small_pair
 from switchkd.data.texts import TokenizedExample
 from switchkd.evaluation.evaluate import evaluate
 from switchkd.evaluation.settings import EvalSettings
@@ -54,8 +53,7 @@ Work = Callable[[], tuple[float, dict[str, float]]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every cell, print the table, write small.json and small.png; says so and ends where there is no small pair."""
     options = parse(argv, "small", __doc__)
-    if not options.quick and (missing := why_missing()):
-        console.print(f"skipped: {missing}", soft_wrap=True)
+    if skipped(options):
         return 0
     name, pair = small_pair(options)
     sizes, new_tokens, least = ((2,), 4, 2) if options.quick else ((8, 64, 256), 128, 16)

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks.harness import Options, random_examples, random_pair
+from switchkd.base.terminal import console
 from switchkd.data.settings import DataConfig
 from switchkd.data.small_data import NOT_MADE, TASKS, small_pair_folder
 from switchkd.data.texts import TokenizedExample
@@ -25,6 +26,14 @@ def why_missing() -> str:
     return "" if folder.is_dir() else NOT_MADE.format(folder)
 
 
+def skipped(options: Options) -> bool:
+    """Whether there is no small pair to measure on, which is then said; a quick run needs none."""
+    missing = "" if options.quick else why_missing()
+    if missing:
+        console.print(f"skipped: {missing}", soft_wrap=True)
+    return bool(missing)
+
+
 def small_pair(options: Options) -> tuple[str, Pair]:
     """What the pair is, in words for a table, and the pair."""
     if options.quick:
@@ -34,13 +43,13 @@ def small_pair(options: Options) -> tuple[str, Pair]:
     tokenizer = train_tokenizer(chain.from_iterable(_texts(index, "train") for index in range(_ROWS)))
     sizes = SCALES["full"]
     teacher = new_model(sizes.teacher, tokenizer, 0, "teacher").to(options.device).requires_grad_(False)
-    student = new_model(sizes.student, tokenizer, 0, "student").to(options.device)
+    student = new_model(sizes.students["little"], tokenizer, 0, "little").to(options.device)
     ends = (tokenizer.eos_token_id,)
     return "random weights in the shapes of small", Pair(teacher, student, tokenizer, len(tokenizer), ends, ())
 
 
 def small_examples(options: Options, pair: Pair, count: int, part: str = "heldout") -> list[TokenizedExample]:
-    """Rows of both tasks in turn, as ``switchkd make-pair`` writes them for the seed 0."""
+    """Rows of two of the tasks in turn, as ``switchkd make-pair`` writes them for the seed 0."""
     if options.quick:
         return random_examples(pair, count)
     with tempfile.TemporaryDirectory() as folder:

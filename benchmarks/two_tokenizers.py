@@ -31,11 +31,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.harness import Options, Row, accelerator, parse, print_table, publish, side_by_side, timed
-from benchmarks.small_pair import _texts, why_missing
+from benchmarks.small_pair import _texts, skipped
 from switchkd.base.storage import cache_folder
-from switchkd.base.terminal import bar, console
+from switchkd.base.terminal import bar
 from switchkd.data.settings import DataConfig
-from switchkd.data.small_data import small_pair_folder
+from switchkd.data.small_data import SMALL
 from switchkd.data.texts import TokenizedExample
 from switchkd.decoding.rollouts import Metrics, Rollouts
 from switchkd.decoding.settings import DecodeSettings
@@ -109,8 +109,7 @@ class TwoTokenizers(Options):
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure both parts, print the tables, write two_tokenizers.json and .png; says so where there is no small pair."""
     options = parse(argv, "two_tokenizers", __doc__, TwoTokenizers)
-    if not options.quick and (missing := why_missing()):
-        console.print(f"skipped: {missing}", soft_wrap=True)
+    if skipped(options):
         return 0
     if options.quick:
         options = replace(options, first_steps=2, steps=2, heldout=2)
@@ -138,15 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pairs(options: TwoTokenizers) -> tuple[Pair, Pair]:
     """The teacher with a student that has another tokenizer, and with the one that has its own."""
     scale = "tiny" if options.quick else "full"
-    folder = cache_folder() / f"benchmark-two-tokenizers-{scale}-{options.first_steps}"
-    teacher = (
-        str(small_pair_folder() / "teacher") if not options.quick else _tiny(folder.with_name(f"{folder.name}-teacher"))
-    )
+    folder = cache_folder() / f"benchmark-two-tokenizers-2-{scale}-{options.first_steps}"
+    teacher = _tiny(folder.with_name(f"{folder.name}-teacher")) if options.quick else SMALL
     if not folder.is_dir():
         _make_student(folder, scale, options)
-    return load_pair(teacher, str(folder), device=options.device), load_pair(
-        teacher, str(small_pair_folder() / "student") if not options.quick else teacher, device=options.device
-    )
+    return load_pair(teacher, str(folder), device=options.device), load_pair(teacher, teacher, device=options.device)
 
 
 def _tiny(folder: Path) -> str:
@@ -161,7 +156,7 @@ def _tiny(folder: Path) -> str:
 
 def _make_student(folder: Path, scale: str, options: TwoTokenizers) -> None:
     tokenizer = other_tokenizer(40 if options.quick else 4000)
-    model = new_model(SCALES[scale].student, tokenizer, 1, "student").to(options.device)
+    model = new_model(SCALES[scale].students["little"], tokenizer, 1, "little").to(options.device)
     alone = Pair(model, model, tokenizer, len(tokenizer), (tokenizer.eos_token_id,), ())
     config = _config(options, Loss(CrossEntropy()), 0, steps=options.first_steps)
     trainer = Trainer(

@@ -88,9 +88,15 @@ MOVES = 9
 ORDER_STARTS = ("The row is {row}:", "There is a row {row}:")
 ORDER_ASKS = (" what is the row now?", " how does it end?")
 _PLACES = ("first", "second", "third", "fourth", "fifth", "sixth")
-SWAPS = {f"swap {_PLACES[a]} and {_PLACES[b]}": (a, b) for a, b in itertools.combinations(range(DIGITS), 2)}
-# By how many places a row is turned; "turn around" reads it backwards.
-TURNS = {"first to the end": 1, "last to the front": -1, "turn around": 0}
+# By each move, from which place the digits of the new row are taken.
+ORDERS = {
+    f"swap {_PLACES[a]} and {_PLACES[b]}": tuple({a: b, b: a}.get(place, place) for place in range(DIGITS))
+    for a, b in itertools.combinations(range(DIGITS), 2)
+} | {
+    "first to the end": (*range(1, DIGITS), 0),
+    "last to the front": (DIGITS - 1, *range(DIGITS - 1)),
+    "turn around": tuple(reversed(range(DIGITS))),
+}
 WRITTEN_ROWS = ("{move} gives {row}.", "{move}: {row}.", "after {move} {row}.")
 NOTES = 7
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -178,19 +184,12 @@ def order_row(seed: int, index: int, part: str) -> Row:
 
 
 def _order(draws: _Draws) -> tuple[str, list[str]]:
-    return "".join(draws.sample("123456789", DIGITS)), draws.sample((*SWAPS, *TURNS), MOVES)
+    return "".join(draws.sample("123456789", DIGITS)), draws.sample(tuple(ORDERS), MOVES)
 
 
 def moved(row: str, move: str) -> str:
-    """A row after a move, one of `SWAPS` and `TURNS`."""
-    if move == "turn around":
-        return row[::-1]
-    if move in TURNS:
-        return row[TURNS[move] :] + row[: TURNS[move]]
-    a, b = SWAPS[move]
-    digits = list(row)
-    digits[a], digits[b] = digits[b], digits[a]
-    return "".join(digits)
+    """A row of `DIGITS` digits after a move, one of `ORDERS`."""
+    return "".join(row[place] for place in ORDERS[move])
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -242,7 +241,7 @@ def as_instruction(task: str, row: Row) -> Row:
 SMALL = "small"
 # The number is raised when the files made there change, so that an old cache is not taken for a new one.
 FOLDER = "small-pair-2"
-NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (half an hour on 2 cores)"
+NOT_MADE = "the small pair is not in {} yet; make it once with `switchkd make-pair` (less than an hour on 2 cores)"
 FILES = (*PARTS, *(f"{task}-{part}" for task in TASKS for part in PARTS))
 SIZES, STARTS = ("little", "big"), ("cold", "warm", "near")
 STUDENTS = tuple(f"{size}-{start}" for size in SIZES for start in STARTS)

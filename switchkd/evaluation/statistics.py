@@ -217,6 +217,12 @@ def t_quantile(runs: int | NDArray[np.int64]) -> Any:
     return stdtrit(runs - 1, (1 + CONFIDENCE) / 2)
 
 
+def half_width(of_rows: Any, spread: float, runs: Any) -> Any:
+    """Half of the 95 % interval over so many ``runs``: the part of the rows, which runs do not shrink, and that of the runs, whose
+    differences have the standard deviation ``spread``."""
+    return np.hypot(of_rows, t_quantile(runs) * spread / np.sqrt(runs))
+
+
 def gap_closed(name: str, before: Values, after: Values, teacher: Values) -> Estimate | None:
     """Which share of the way from ``before`` to ``teacher`` a student has gone who now scores ``after``; 1 is all of it.
 

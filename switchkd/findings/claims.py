@@ -24,7 +24,7 @@ from switchkd.base.plain import read_yaml
 from switchkd.base.settings import from_dict, to_dict
 from switchkd.base.storage import write_file, written
 from switchkd.evaluation import statistics
-from switchkd.evaluation.statistics import Array, Bootstrap, Estimate, bootstrap, t_interval, t_quantile
+from switchkd.evaluation.statistics import Array, Bootstrap, Estimate, bootstrap, half_width, t_interval
 from switchkd.findings.collected import Collected, Run
 from switchkd.reports.compare import check_comparable, check_teachers
 from switchkd.reports.steps import ELAPSED, SCORE, differences, unlike
@@ -328,10 +328,10 @@ def seeds_to_tell(difference: Estimate, seeds: int, claimed: float) -> int | Non
     """
     low, high = ends(difference, 1)
     spread = difference.std or 0.0
-    of_runs = t_quantile(seeds) * spread / np.sqrt(seeds)
+    of_runs = half_width(0.0, spread, seeds)
     of_rows = np.sqrt(max(((high - low) / 2) ** 2 - of_runs**2, 0.0))
     more = np.arange(seeds + 1, MOST_SEEDS + 1)
-    enough = more[2 * np.hypot(of_rows, t_quantile(more) * spread / np.sqrt(more)) < abs(claimed)]
+    enough = more[2 * half_width(of_rows, spread, more) < abs(claimed)]
     return int(enough[0]) if len(enough) else None
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from switchkd.base.terminal import decimals, number
-from switchkd.evaluation.statistics import Bootstrap, Estimate, Values, bootstrap, lower_is_better, t_quantile, verdict
+from switchkd.evaluation.statistics import Bootstrap, Estimate, Values, bootstrap, half_width, lower_is_better, verdict
 from switchkd.reports.panels import SHARE, quantity
 from switchkd.reports.steps import SCORE
 from switchkd.reports.tables import Sheet, markdown_table, signed
@@ -70,7 +70,7 @@ def outlook(
     found, rows = _measured(score, *(tuple((seed, runs[seed]) for seed in seeds) for runs in (ours, theirs)))
     spread = found.std or 0.0
     counts = {more: len(seeds) + more for more in range(1, MOST_SEEDS + 1)}
-    expected = {more: math.hypot(rows, t_quantile(n) * spread / math.sqrt(n)) for more, n in counts.items()}
+    expected = {more: float(half_width(rows, spread, n)) for more, n in counts.items()}
     return Outlook(method, baseline, score, seeds, seconds, found, rows, expected)
 
 

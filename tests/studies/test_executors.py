@@ -25,7 +25,6 @@ from switchkd.studies.study import Run, _Running, run_cells
 from switchkd.training.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[2]
-STORE = 80 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,15 @@ def cluster():
         ray_cluster._ray()
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+        head = {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": ray_cluster._STORE_BYTES,
+        }
         made = Cluster(initialize_head=True, head_node_args=head)
         for gpus in (0, 1):
-            made.add_node(num_cpus=1, num_gpus=gpus, object_store_memory=STORE)
+            made.add_node(num_cpus=1, num_gpus=gpus, object_store_memory=ray_cluster._STORE_BYTES)
         yield made
         made.shutdown()
 
