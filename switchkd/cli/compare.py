@@ -84,7 +84,7 @@ class StudyConfig(Settings):
     set: tuple[str, ...] = ()
     """Settings of every run over the plan's, as NAME=VALUE, such as max_train_tokens=20000; VALUE is read as YAML."""
     scores: str = ""
-    """Run nothing, and judge and show what is in this `scores.json.xz` of a study, or what is done in this folder of one."""
+    """Run nothing: judge and show what is in this `scores.json.xz`, or what is done of the study in this folder."""
     dry_run: bool = False
     """List the runs and stop."""
 
